@@ -1,0 +1,313 @@
+"""Every choice of a run as frozen, typed dataclasses. Standard library only, so that reading a configuration costs nothing.
+
+A run is one `RunConfig`: the model, the data, the optimizer, the training loop. `presets.py` holds named ones; the command
+line overrides any field by its flag (`--model.top-k 8`). Each class checks itself when it is made and raises `ConfigError`
+naming the field, its value and what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the field, its value and the remedy."""
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model of memory layers. Fields that the paper leaves open are marked "silent"; docs/method.md says how each
+    was settled."""
+
+    vocab_size: int = 0
+    """Number of token ids; 0 takes the tokenizer's when a run starts."""
+    hidden_size: int = 256
+    """Width d of the residual stream."""
+    num_layers: int = 4
+    """Number of blocks, each a memory layer and a feed-forward layer."""
+    intermediate_size: int = 0
+    """Width of the SwiGLU feed-forward; 0 takes 8/3 of hidden_size, rounded up to a multiple of 32."""
+    tie_word_embeddings: bool = True
+    """Whether the output head shares the embedding's weights."""
+    norm_eps: float = 1e-6
+    """Added to the mean square under every RMSNorm's root."""
+
+    num_states: int = 64
+    """M: memory states of each head."""
+    top_k: int | None = None
+    """K: states each token updates and reads; None is the dense form (all M)."""
+    affinity_threshold: float | None = None
+    """Keep the states whose affinity reaches this value (at least the largest one) instead of a fixed number; not with top_k."""
+    num_heads: int = 1
+    """H: independent memories side by side, each with its own affinities over M states; the paper has 1."""
+    expand: float = 2.0
+    """D / d: total width of the memory's values over hidden_size (silent)."""
+    temperature: float = 1.0
+    """Divides the affinity logits before the softmax (silent)."""
+    affinity_init: float = 1.0
+    """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
+    rates: Literal["head", "state"] = "state"
+    """Whether the update and merge rates are one number per head or one per memory state (the paper allows both)."""
+    update_rate_init: tuple[float, float] = (0.05, 0.95)
+    """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
+    norm: Literal["merged", "head", "state", "none"] = "merged"
+    """What is RMS-normalised before the output projection: the merged vector of all heads, each head's merged vector, each
+    memory state before it is merged, or nothing (silent)."""
+    conv_size: int = 0
+    """Taps of a causal depthwise convolution, followed by SiLU, on the values; 0 for none (an addition to the paper)."""
+    output_gate: bool = False
+    """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
+    backend: str = "auto"
+    """Backend of the recurrence: "auto", "reference" or "chunked"."""
+
+    def __post_init__(self) -> None:
+        _require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "use 0 (the tokenizer's size) or more")
+        for name in ("hidden_size", "num_layers", "num_states", "num_heads"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
+        _require(self.intermediate_size >= 0, "model.intermediate_size", self.intermediate_size, "use 0 (automatic) or more")
+        _require(self.expand > 0, "model.expand", self.expand, "use a positive ratio")
+        width = self.expand * self.hidden_size
+        _require(
+            width == int(width) and int(width) % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"must divide the value width expand * hidden_size = {width:g}",
+        )
+        if self.top_k is not None:
+            _require(
+                1 <= self.top_k <= self.num_states,
+                "model.top_k",
+                self.top_k,
+                f"use 1 to num_states={self.num_states}, or none for the dense form",
+            )
+        if self.affinity_threshold is not None:
+            _require(self.top_k is None, "model.affinity_threshold", self.affinity_threshold, "not together with top_k; unset one")
+            _require(
+                0.0 <= self.affinity_threshold <= 1.0,
+                "model.affinity_threshold",
+                self.affinity_threshold,
+                "affinities lie between 0 and 1; use a value in that range",
+            )
+        _require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
+        _require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")
+        low, high = self.update_rate_init
+        _require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
+        _require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
+        _require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
+
+    @property
+    def value_size(self) -> int:
+        """D: total width of the values over all heads."""
+        return int(self.expand * self.hidden_size)
+
+    @property
+    def feed_forward_size(self) -> int:
+        """Width of the feed-forward layer, the automatic choice resolved."""
+        return self.intermediate_size or 32 * -(-8 * self.hidden_size // (3 * 32))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from and how they are cut."""
+
+    corpus: str = ""
+    """Folder of a packed corpus, as `fmem data pack` writes it."""
+    context_length: int = 512
+    """Tokens of one training sequence."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each of the corpus's sources in a batch, by name; empty takes shares in proportion to their tokens."""
+    document_boundary: Literal["reset", "continue"] = "reset"
+    """Whether the memory starts anew where a new document begins inside a sequence, or goes on."""
+    read_ahead: int = 4
+    """Batches prepared ahead of the training step by a thread; 0 reads in the step itself."""
+
+    def __post_init__(self) -> None:
+        _require(self.context_length >= 1, "data.context_length", self.context_length, "use 1 or more tokens")
+        _require(self.read_ahead >= 0, "data.read_ahead", self.read_ahead, "use 0 or more batches")
+        for name, weight in self.weights.items():
+            _require(weight >= 0, f"data.weights.{name}", weight, "use 0 or more")
+        _require(
+            not self.weights or sum(self.weights.values()) > 0, "data.weights", self.weights, "at least one must be positive"
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning-rate schedule and gradient clipping."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the weight matrices; norms, biases and embeddings have none."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine to the final ratio; warm-up-stable-decay (linear decay at the end); or constant."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises linearly to its peak."""
+    decay_fraction: float = 0.2
+    """Share of all steps that the wsd schedule decays over."""
+    final_ratio: float = 0.1
+    """Learning rate at the last step over the peak."""
+    clip_norm: float = 1.0
+    """Gradients whose global norm passes this are scaled down to it; 0 clips nothing."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "use a positive number")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "use 0 <= beta < 1")
+        _require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "use a positive number")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "use 0 or more")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "use 0 or more")
+        _require(0 < self.decay_fraction <= 1, "optimizer.decay_fraction", self.decay_fraction, "use 0 < fraction <= 1")
+        _require(0 <= self.final_ratio <= 1, "optimizer.final_ratio", self.final_ratio, "use 0 to 1")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "use 0 (no clipping) or more")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop on one device."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    tokens_per_step: int = 8192
+    """Tokens of one optimizer step, over all gradient accumulation."""
+    micro_batch_size: int = 0
+    """Sequences of one forward and backward; 0 takes the whole step at once."""
+    carry_state: bool = False
+    """Truncated backpropagation: each row of the batch reads on where it stopped, from the detached memory of the last step."""
+    seed: int = 0
+    """Seeds weights and batch order."""
+    device: str = "auto"
+    """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of matrix products: bfloat16 is autocast over float32 weights; "auto" takes it on a GPU, float32 on a CPU."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 250
+    """Steps between evaluations on held-out text; 0 evaluates only at the end."""
+    evaluation_tokens: int = 65536
+    """Held-out tokens of each source that an evaluation during training reads."""
+    sample_every: int = 0
+    """Steps between generated samples; 0 for none."""
+    sample_prompts: tuple[str, ...] = ("It was ", "それは")
+    """Prompts of those samples."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; 0 writes only the last."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, besides the best one."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens_per_step", "log_every", "evaluation_tokens", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use 1 or more")
+        for name in ("micro_batch_size", "evaluate_every", "sample_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "use 0 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, complete."""
+
+    name: str = "run"
+    """Name of the preset that the run started from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.training.tokens_per_step % self.data.context_length == 0,
+            "training.tokens_per_step",
+            self.training.tokens_per_step,
+            f"must be a multiple of data.context_length={self.data.context_length}",
+        )
+        sequences = self.sequences_per_step
+        micro = self.training.micro_batch_size
+        _require(
+            micro == 0 or sequences % micro == 0,
+            "training.micro_batch_size",
+            micro,
+            f"must divide the {sequences} sequences of a step (tokens_per_step / context_length)",
+        )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.training.tokens_per_step // self.data.context_length
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one forward and backward, the automatic choice resolved."""
+        return self.training.micro_batch_size or self.sequences_per_step
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested plain dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+    """The configuration of class `cls` that `to_dict` (through JSON or not) came from.
+
+    Raises `ConfigError` for an unknown field (naming the nearest valid one) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{path}{name}: no such field{suggestion(name, known)}")
+        arguments[name] = _from_plain(hints[name], value, f"{path}{name}")
+    return cls(**arguments)
+
+
+def suggestion(name: str, known: typing.Iterable[str]) -> str:
+    """`"; did you mean ...?"` with the valid name nearest to `name`, or the list of them."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(sorted(known))}"
+
+
+def _from_plain(hint: Any, value: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}={value!r}: expected an object of fields")
+        return from_dict(typing.cast(type, hint), value, f"{path}.")
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _from_plain(next(o for o in options if o is not type(None)), value, path)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise ConfigError(f"{path}={value!r}: use one of {', '.join(map(repr, allowed))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}={value!r}: expected a list")
+        return tuple(value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}={value!r}: expected an object")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{path}={value!r}: expected {hint.__name__}")
+    return value

@@ -1,0 +1,273 @@
+"""The Factorization Memory layer (arXiv 2511.00315): routing, the recurrence, and what stands around it.
+
+Shapes: B sequences, T tokens, d hidden size, H heads, M memory states of each head, K selected states, D value width of a
+head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from factorization_memory import ops
+from factorization_memory.config import ModelConfig
+from factorization_memory.layers.convolution import CausalConvolution
+from factorization_memory.layers.state import LayerState
+from factorization_memory.ops import reference
+
+STATE_NORM_PIECE = 64
+"""Tokens whose states norm="state" holds at a time."""
+
+
+@dataclass
+class Routing:
+    """Which memory states each token updates and merges, and how strongly.
+
+    Attributes:
+        affinity: alpha, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; sums to 1 over the last dimension.
+        update: theta, the same shape.
+        merge: phi, the same shape.
+        indices: the selected states, int64 `[B, T, H, K]`; None in the dense form.
+        num_states: M.
+    """
+
+    affinity: Tensor
+    update: Tensor
+    merge: Tensor
+    indices: Tensor | None
+    num_states: int
+
+
+class FactorizationMemory(nn.Module):
+    """A recurrent mixing layer with a memory of M states per head, all (dense) or K (sparse) of which each token updates and
+    merges. The input is expected RMS-normalised, as in a pre-norm block.
+
+    Args:
+        hidden_size: d, width of input and output.
+        num_states: M, memory states of each head.
+        top_k: K, states that each token selects by affinity; the kept affinities sum to 1. None selects all.
+        num_heads: H; each head has its own affinities and rates. The paper has 1.
+        expand: total value width H * D over hidden_size.
+        affinity_threshold: instead of top_k: select the states of at least this affinity (and always the largest).
+        temperature: divides the affinity logits.
+        affinity_init: standard deviation of the affinity logits at initialisation, for normalised input.
+        rates: "state": an update and a merge rate for each memory state; "head": one of each for a head.
+        update_rate_init: first and last update rate at initialisation, spread evenly in logit over the states (or heads).
+        norm: RMS normalisation before the output projection: "merged" over all heads' width, "head" over each head's, "state"
+            of each memory state as it is merged (by the reference loop: slow), "none".
+        conv_size: taps of a causal convolution with SiLU on the values; 0 for none.
+        output_gate: whether a SiLU gate of the input multiplies the merged vector.
+        norm_eps: epsilon of the normalisation.
+        backend: backend of the recurrence, see `factorization_memory.ops.factorization_memory`.
+
+    Raises:
+        ConfigError: a value that cannot be, named with its remedy.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_states: int = 64,
+        top_k: int | None = None,
+        num_heads: int = 1,
+        expand: float = 2.0,
+        *,
+        affinity_threshold: float | None = None,
+        temperature: float = 1.0,
+        affinity_init: float = ModelConfig.affinity_init,
+        rates: Literal["head", "state"] = "state",
+        update_rate_init: tuple[float, float] = ModelConfig.update_rate_init,
+        norm: Literal["merged", "head", "state", "none"] = "merged",
+        conv_size: int = 0,
+        output_gate: bool = False,
+        norm_eps: float = 1e-6,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        # One place checks these fields, for the layer alone as for a whole model.
+        config = ModelConfig(
+            hidden_size=hidden_size, num_states=num_states, top_k=top_k, num_heads=num_heads, expand=expand,
+            affinity_threshold=affinity_threshold, temperature=temperature, affinity_init=affinity_init, rates=rates,
+            update_rate_init=update_rate_init, norm=norm, conv_size=conv_size, output_gate=output_gate, norm_eps=norm_eps,
+            backend=backend,
+        )  # fmt: skip
+        self.hidden_size, self.num_states, self.num_heads = hidden_size, num_states, num_heads
+        self.top_k = None if top_k == num_states else top_k
+        self.head_size = config.value_size // num_heads
+        self.affinity_threshold, self.temperature = affinity_threshold, temperature
+        self.rates_per_head = num_states if rates == "state" else 1
+        self.affinity_init, self.update_rate_init = affinity_init, update_rate_init
+        self.norm, self.norm_eps, self.backend = norm, norm_eps, backend
+
+        self.affinity = nn.Linear(hidden_size, num_heads * num_states, bias=False)
+        self.update_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head)
+        self.merge_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head)
+        self.value = nn.Linear(hidden_size, config.value_size, bias=False)
+        self.convolution = CausalConvolution(config.value_size, conv_size) if conv_size else None
+        self.gate = nn.Linear(hidden_size, config.value_size, bias=False) if output_gate else None
+        self.norm_weight = None if norm == "none" else nn.Parameter(torch.ones(config.value_size))
+        self.output = nn.Linear(config.value_size, hidden_size, bias=False)
+        self.observer: Callable[[Routing], None] | None = None
+        """Called with the routing of each forward pass, for diagnosis."""
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> FactorizationMemory:
+        """The layer of a model's configuration."""
+        return cls(
+            config.hidden_size, config.num_states, config.top_k, config.num_heads, config.expand,
+            affinity_threshold=config.affinity_threshold, temperature=config.temperature, affinity_init=config.affinity_init,
+            rates=config.rates, update_rate_init=config.update_rate_init, norm=config.norm, conv_size=config.conv_size,
+            output_gate=config.output_gate, norm_eps=config.norm_eps, backend=config.backend,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights. Routing starts as sharp as `affinity_init` says, and update rates spread over the states, so that
+        memory has many time scales from the first step (docs/method.md has the measurements)."""
+        scale = self.hidden_size**-0.5
+        nn.init.normal_(self.affinity.weight, std=self.affinity_init * scale)
+        for projection in (self.value, self.gate):
+            if projection is not None:
+                nn.init.normal_(projection.weight, std=scale)
+        nn.init.normal_(self.output.weight, std=self.output.in_features**-0.5)
+        for rate in (self.update_rate, self.merge_rate):
+            nn.init.normal_(rate.weight, std=0.1 * scale)
+            nn.init.zeros_(rate.bias)
+        low, high = (math.log(rate / (1 - rate)) for rate in self.update_rate_init)
+        count = self.rates_per_head if self.rates_per_head > 1 else self.num_heads
+        spread = torch.linspace(low, high, count) if count > 1 else torch.tensor([(low + high) / 2])
+        self.update_rate.bias.copy_(spread if self.rates_per_head == 1 else spread.repeat(self.num_heads))
+
+    def initial_state(self, batch_size: int) -> LayerState:
+        """The empty memory of `batch_size` sequences."""
+        weight = self.value.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        memory = weight.new_zeros(batch_size, self.num_heads, self.num_states, self.head_size, dtype=dtype)
+        return LayerState(memory, None if self.convolution is None else self.convolution.initial_tail(batch_size))
+
+    def route(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
+        """The memory states that x `[..., d]` selects, and its update and merge weights.
+
+        Args:
+            x: layer input.
+            padding_mask: bool `[...]`; False makes a token's update and merge weights zero.
+        """
+        logits = self.affinity(x).unflatten(-1, (self.num_heads, self.num_states))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        indices = None
+        if self.top_k is not None:
+            logits, indices = logits.topk(self.top_k, dim=-1)
+        affinity = logits.softmax(-1)
+        if self.affinity_threshold is not None:
+            least = affinity.amax(-1, keepdim=True).clamp(max=self.affinity_threshold)
+            affinity = logits.masked_fill(affinity < least, -torch.inf).softmax(-1)
+        update, merge = (self._rate(rate, x, indices).to(affinity.dtype) * affinity for rate in (self.update_rate, self.merge_rate))
+        if padding_mask is not None:
+            update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
+        return Routing(affinity, update, merge, indices, self.num_states)
+
+    def _rate(self, projection: nn.Linear, x: Tensor, indices: Tensor | None) -> Tensor:
+        logits = projection(x).unflatten(-1, (self.num_heads, self.rates_per_head))
+        if indices is not None and self.rates_per_head > 1:
+            logits = logits.gather(-1, indices)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState]:
+        """A stretch of whole sequences, from their beginning or from a carried state.
+
+        Args:
+            x: `[B, T, d]`, normalised.
+            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is,
+                and its output is to be ignored. Not with `cu_seqlens`.
+
+        Returns:
+            y `[B, T, d]` and the state after the last token.
+        """
+        if padding_mask is not None and cu_seqlens is not None:
+            raise ValueError("padding_mask: not together with cu_seqlens; leave padding out of packed sequences")
+        routing = self.route(x, padding_mask)
+        if self.observer is not None:
+            self.observer(routing)
+        value, tail = self.value(x), None
+        if self.convolution is not None:
+            value, tail = self.convolution(value, None if state is None else state.convolution, cu_seqlens, padding_mask)
+        value = value.unflatten(-1, (self.num_heads, self.head_size))
+        y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens)
+        return self._output(y, x), LayerState(memory, tail)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: LayerState) -> Tensor:
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
+        routing = self.route(x)
+        value = self.value(x)
+        if self.convolution is not None and state.convolution is not None:
+            value = self.convolution.step(value, state.convolution)
+        value = value.unflatten(-1, (self.num_heads, self.head_size))
+        if self.norm == "state":
+            y = reference.step(routing.update, routing.merge, value, routing.indices, state.memory, self.norm_eps).to(x.dtype)
+        else:
+            y, _ = ops.step_unchecked(routing.update, routing.merge, value, state.memory, routing.indices)
+        return self._output(y, x)
+
+    def _recurrence(
+        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.norm == "state":
+            return self._state_norm_recurrence(routing, value, memory, cu_seqlens)
+        y, memory = ops.recurrence_unchecked(
+            routing.update, routing.merge, value, routing.indices, self.num_states, memory, True,
+            None if cu_seqlens is None else cu_seqlens.tolist(), self.backend,
+        )  # fmt: skip
+        assert memory is not None
+        return y, memory
+
+    def _state_norm_recurrence(
+        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The loop that sees every state of every token, a piece of time at once so that backward holds one piece's states."""
+        sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        if memory is None:
+            memory = self.initial_state(sequences).memory
+        borders = [0, value.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        outputs, finals = [], []
+        for n, start in enumerate(borders[:-1]):
+            state = memory if cu_seqlens is None else memory[n : n + 1]
+            for first in range(start, borders[n + 1], STATE_NORM_PIECE):
+                part = slice(first, min(first + STATE_NORM_PIECE, borders[n + 1]))
+                chosen = None if routing.indices is None else routing.indices[:, part]
+                y, state = checkpoint(
+                    reference.forward, routing.update[:, part], routing.merge[:, part], value[:, part], chosen, state,
+                    self.norm_eps, use_reentrant=False,
+                )  # fmt: skip
+                outputs.append(y)
+            finals.append(state)
+        return torch.cat(outputs, dim=1).to(value.dtype), torch.cat(finals)
+
+    def _output(self, y: Tensor, x: Tensor) -> Tensor:
+        """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, gated, projected."""
+        if self.norm == "head":
+            y = functional.rms_norm(y, (self.head_size,), eps=self.norm_eps)
+        y = y.flatten(-2)
+        if self.norm == "merged":
+            y = functional.rms_norm(y, (y.shape[-1],), self.norm_weight, self.norm_eps)
+        elif self.norm_weight is not None:
+            y = y * self.norm_weight
+        if self.gate is not None:
+            y = y * functional.silu(self.gate(x))
+        return self.output(y)

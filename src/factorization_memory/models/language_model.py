@@ -1,0 +1,145 @@
+"""The language model: embedding, pre-norm blocks of a memory layer and a feed-forward layer, norm, head.
+
+Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.layers import FactorizationMemory, FeedForward, LayerState, ModelState
+from factorization_memory.models.cross_entropy import linear_cross_entropy
+
+
+class Block(nn.Module):
+    """`x + memory(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = FactorizationMemory.from_config(config)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        """x `[B, T, d]` to the same shape, and the new state."""
+        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask)
+        x = x + y
+        return x + self.feed_forward(self.feed_forward_norm(x)), state
+
+    def step(self, x: Tensor, state: LayerState) -> Tensor:
+        """One token x `[B, d]` to the same shape; `state` is updated in place."""
+        x = x + self.mixer.step(self.mixer_norm(x), state)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """A causal language model whose memory is constant in the length read.
+
+    Args:
+        config: its `vocab_size` must be set.
+
+    Raises:
+        ConfigError: `vocab_size` is 0.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ConfigError(f"model.vocab_size={config.vocab_size!r}: a model needs the number of its tokenizer's ids")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights: 0.02 for the embedding, 1/sqrt(inputs) for projections, those into the residual stream smaller
+        with depth so that its variance does not grow with the number of blocks."""
+        residual = (2 * self.config.num_layers) ** -0.5
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if not self.config.tie_word_embeddings:
+            nn.init.normal_(self.head.weight, std=0.02)
+        for block in self.blocks:
+            block.mixer.reset_parameters()
+            block.mixer.output.weight.mul_(residual)
+            gate_up, down = block.feed_forward.gate_up, block.feed_forward.down
+            nn.init.normal_(gate_up.weight, std=gate_up.in_features**-0.5)
+            nn.init.normal_(down.weight, std=residual * down.in_features**-0.5)
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The empty memory of `batch_size` sequences."""
+        return ModelState(block.mixer.initial_state(batch_size) for block in self.blocks)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> tuple[Tensor, ModelState]:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            state: where the sequences stand (N of them with `cu_seqlens`); None begins anew. Not modified.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+            padding_mask: bool `[B, T]`, False for padding, which leaves the state as it is.
+            last_only: compute the logits of the last position alone, as a prefill needs.
+
+        Returns:
+            logits `[B, T, V]` (`[B, 1, V]` with `last_only`) and the state after the last token.
+        """
+        x, state = self._hidden(tokens, state, cu_seqlens, padding_mask)
+        return self.head(self.final_norm(x[:, -1:] if last_only else x)), state
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Tensor, ModelState]:
+        """Cross-entropy in nats per token, without ever holding all logits.
+
+        Args:
+            tokens, state, cu_seqlens, padding_mask: as in `forward`.
+            targets: int64 `[B, T]`, the token after each; -100 where there is none.
+            reduction: "mean" over the targets, or "none".
+
+        Returns:
+            float32 scalar, or `[B, T]` (not differentiable, 0 where there is no target) with "none"; and the state after the
+            last token.
+        """
+        x, state = self._hidden(tokens, state, cu_seqlens, padding_mask)
+        losses = linear_cross_entropy(self.final_norm(x).flatten(0, 1), self.head.weight, targets.flatten(), reduction)
+        return (losses.view(targets.shape) if reduction == "none" else losses), state
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned."""
+        x = self.embedding(tokens)
+        for block, layer_state in zip(self.blocks, state, strict=True):
+            x = block.step(x, layer_state)
+        return self.head(self.final_norm(x)), state
+
+    def _hidden(
+        self, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        x = self.embedding(tokens)
+        states: list[LayerState] = []
+        for i, block in enumerate(self.blocks):
+            x, layer_state = block(x, None if state is None else state.layers[i], cu_seqlens, padding_mask)
+            states.append(layer_state)
+        return x, ModelState(states)

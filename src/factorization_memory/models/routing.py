@@ -1,0 +1,110 @@
+"""Seeing how the memory is used: the routing of every layer, and statistics that show a collapsed router at a glance.
+
+Shapes: B sequences, T tokens, H heads, M memory states, K selected states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from factorization_memory.layers import Routing
+from factorization_memory.models.language_model import LanguageModel
+
+DEAD_SHARE = 0.01
+"""A state is dead that gets less than this part of an even share of use."""
+
+
+@contextmanager
+def observe_routing(model: LanguageModel) -> Iterator[list[list[Routing]]]:
+    """Within the block, collects the (detached) routing of each forward pass: one list per layer, one entry per pass."""
+    observed: list[list[Routing]] = [[] for _ in model.blocks]
+    for records, block in zip(observed, model.blocks, strict=True):
+        block.mixer.observer = lambda routing, records=records: records.append(_detach(routing))
+    try:
+        yield observed
+    finally:
+        for block in model.blocks:
+            block.mixer.observer = None
+
+
+def _detach(routing: Routing) -> Routing:
+    return Routing(
+        routing.affinity.detach(), routing.update.detach(), routing.merge.detach(), routing.indices, routing.num_states
+    )
+
+
+class RoutingHealth:
+    """Running statistics of a model's routing over all tokens seen inside `observe`."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._layers = [_LayerHealth() for _ in model.blocks]
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """Within the block, every forward pass of the model is counted."""
+        for health, block in zip(self._layers, self.model.blocks, strict=True):
+            block.mixer.observer = health.add
+        try:
+            yield
+        finally:
+            for block in self.model.blocks:
+                block.mixer.observer = None
+
+    def summary(self) -> list[dict[str, Any]]:
+        """JSON-ready statistics, one dictionary per layer:
+
+        - `share` `[H][M]`: part of all affinity that each state gets; sums to 1 over a head's states.
+        - `balance` `[H]`: entropy of `share` over log M: 1 is even use, 0 is all in one state.
+        - `entropy` `[H]`: mean entropy of a token's affinities over log M: 1 is uniform routing, 0 is one state per token.
+        - `dead` `[H]`: states that get less than a hundredth of an even share.
+        - `memory_length` `[H][M]`: tokens until what a state holds has decayed to 1/e, at the mean decay; None if never written.
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        return [health.summary() for health in self._layers]
+
+
+class _LayerHealth:
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.share = self.entropy = self.decay = torch.zeros(())
+
+    @torch.no_grad()
+    def add(self, routing: Routing) -> None:
+        affinity = routing.affinity.float().flatten(0, -3)
+        # A full overwrite forgets everything at once; a floor keeps its logarithm finite.
+        decay = -torch.log1p(-routing.update.float().clamp(max=1 - 1e-6)).flatten(0, -3)
+        self.entropy = self.entropy + torch.special.entr(affinity).sum((0, -1)).cpu()
+        self.share = self.share + self._over_states(affinity, routing).sum(0).cpu()
+        self.decay = self.decay + self._over_states(decay, routing).sum(0).cpu()
+        self.tokens += affinity.shape[0]
+
+    @staticmethod
+    def _over_states(x: Tensor, routing: Routing) -> Tensor:
+        """Numbers of the selected states `[N, H, K]` among all, `[N, H, M]`."""
+        if routing.indices is None:
+            return x
+        return x.new_zeros(*x.shape[:2], routing.num_states).scatter(-1, routing.indices.flatten(0, -3), x)
+
+    def summary(self) -> dict[str, Any]:
+        if not self.tokens:
+            raise ValueError("routing health: no forward pass was observed; run the model inside observe()")
+        share = self.share / self.tokens
+        num_states = share.shape[-1]
+        full = math.log(num_states) or 1.0
+        lengths = [[1 / d if d > 0 else None for d in head] for head in (self.decay / self.tokens).tolist()]
+        return {
+            "share": share.tolist(),
+            "balance": (torch.special.entr(share).sum(-1) / full).tolist(),
+            "entropy": (self.entropy / self.tokens / full).tolist(),
+            "dead": (share < DEAD_SHARE / num_states).sum(-1).tolist(),
+            "memory_length": lengths,
+        }

@@ -1,0 +1,320 @@
+"""The recurrence parallel over time in plain PyTorch, for CPU and GPU.
+
+Time is cut into chunks of C tokens. Within a chunk, with `decay_j(s -> t) = prod_{r = s+1..t} (1 - theta_rj)`,
+
+    y_t = sum_{s <= t} P[t, s] v_s + sum_j Q[t, j] h_j        P[t, s] = sum_j phi_tj theta_sj decay_j(s -> t)
+    h'_j = G_j h_j + sum_s K[s, j] v_s                        Q[t, j] = phi_tj decay_j(start -> t)
+                                                              K[s, j] = theta_sj decay_j(s -> end),  G_j = decay_j(start -> end)
+
+so that everything of width D is a matrix product, and only one state per chunk follows another. P, Q, K and G come from a
+binary tree over the chunk (`_Tree`): two neighbouring blocks of w tokens meet in one product for the part of P that reaches
+from the left block into the right, then Q of the right block is multiplied by the decay over the left one, and K of the left
+block by the decay over the right one. Only products of numbers in [0, 1]: no logarithm, no division, nothing that overflows
+or loses digits when theta comes near 1 or is exactly 0 or 1; the gradient runs back through the same products.
+
+Backward keeps the inputs and one state per group of chunks, and recomputes the rest group by group, so memory grows with
+T * (M + D).
+
+Shapes: L = B * H lanes, n chunks of C tokens, M memory states, D value width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MAX_CHUNK = 64
+"""Longest chunk: within it work grows with C, across chunks one state follows another."""
+GROUP_TOKENS = 4096
+"""Tokens (over all lanes) that a group of chunks aims at: enough for full matrix products, few enough to stay in cache.
+Backward keeps one state per group, and recomputes those of one group at a time."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How time is cut into chunks and groups of chunks, and where sequences begin and end."""
+
+    chunk: int
+    group: int
+    num_chunks: int
+    starts: dict[int, int]
+    """Chunk -> sequence that begins with it."""
+    ends: dict[int, int]
+    """Chunk -> sequence that ends with it."""
+    empty: list[int]
+    """Sequences of no tokens: their final state is the initial one."""
+    lengths: list[int]
+    state_shape: tuple[int, int, int, int]
+    """`[N, L, M, D]`."""
+    dtype: torch.dtype
+    """Of rates, states and arithmetic."""
+
+    @classmethod
+    def plan(cls, lengths: list[int], state_shape: tuple[int, int, int, int], dtype: torch.dtype) -> _Layout:
+        """The layout of sequences of `lengths`, one after the other in each lane."""
+        _, lanes, num_states, _ = state_shape
+        chunk = min(MAX_CHUNK, 1 << (max(max(lengths, default=1), 1) - 1).bit_length())
+        starts, ends, empty, cursor = {}, {}, [], 0
+        for sequence, length in enumerate(lengths):
+            if length == 0:
+                empty.append(sequence)
+                continue
+            starts[cursor] = sequence
+            cursor += -(-length // chunk)
+            ends[cursor - 1] = sequence
+        # At least 4 M tokens, so that the states kept for backward weigh no more than a quarter of the values.
+        group = min(max(GROUP_TOKENS // (lanes * chunk), 4 * num_states // chunk, 1), max(cursor, 1))
+        return cls(chunk, group, cursor, starts, ends, empty, lengths, state_shape, dtype)
+
+    def positions(self, cu_seqlens: list[int]) -> Tensor:
+        """For packed sequences: each chunk slot's token, -1 where a sequence's last chunk is not full."""
+        slots = [torch.empty(0, dtype=torch.long)]
+        for start, length in zip(cu_seqlens, self.lengths, strict=False):
+            slots.append(torch.full((-(-length // self.chunk) * self.chunk,), -1))
+            slots[-1][:length] = torch.arange(start, start + length)
+        return torch.cat(slots)
+
+    def cut(self, x: Tensor, first: int) -> Tensor:
+        """The group of chunks from `first` on of `x` `[B, T, H, W]`, as `[L, n, C, W]` in the arithmetic's dtype, zero-filled."""
+        count = min(self.group, self.num_chunks - first)
+        part = x[:, first * self.chunk : (first + count) * self.chunk].transpose(1, 2).to(self.dtype)
+        missing = count * self.chunk - part.shape[2]
+        if missing:
+            part = torch.nn.functional.pad(part, (0, 0, 0, missing))
+        return part.reshape(-1, count, self.chunk, x.shape[3])
+
+    def paste(self, x: Tensor, part: Tensor, first: int) -> None:
+        """The inverse of `cut`: writes `part` `[L, n, C, W]` to its place in `x`."""
+        target = x[:, first * self.chunk : (first + part.shape[1]) * self.chunk]
+        target.copy_(part.view(x.shape[0], x.shape[2], -1, x.shape[3])[:, :, : target.shape[1]].transpose(1, 2))
+
+    def initial_state(self, initial: Tensor | None, buffer: Tensor, chunk: int) -> Tensor:
+        """`buffer` `[L, M, D]`, filled with the state that the sequence beginning with `chunk` starts from."""
+        return buffer.zero_() if initial is None else buffer.copy_(initial[self.starts[chunk]])
+
+
+@dataclass
+class _Tree:
+    """P, Q, K, G of every chunk, with what the way back needs.
+
+    Attributes:
+        inner: P `[n, C, C]`, zero above the diagonal.
+        read: Q `[n, C, M]`.
+        write: K `[n, C, M]`.
+        total: G `[n, M]`.
+        levels: per level, Q of the right blocks, K of the left ones before they met, and both blocks' total decays.
+    """
+
+    inner: Tensor
+    read: Tensor
+    write: Tensor
+    total: Tensor
+    levels: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def build(cls, update: Tensor, merge: Tensor, keep_levels: bool) -> _Tree:
+        """The tree of `update`, `merge` `[n, C, M]`, C a power of two."""
+        n, chunk, num_states = update.shape
+        total = 1 - update
+        read, write = merge * total, update.clone()
+        inner = update.new_zeros(n, chunk, chunk)
+        inner.diagonal(dim1=1, dim2=2).copy_((merge * update).sum(-1))
+        levels = []
+        width = 1
+        while width < chunk:
+            blocks = chunk // (2 * width)
+            pairs = (n, blocks, 2, width, num_states)
+            reads, writes = read.view(pairs)[:, :, 1], write.view(pairs)[:, :, 0]
+            totals = total.view(n, blocks, 2, num_states)
+            left, right = totals[:, :, 0], totals[:, :, 1]
+            right_reads, left_writes = reads.contiguous(), writes.contiguous()
+            meet = _outer(right_reads.view(-1, width, num_states), left_writes.view(-1, width, num_states))
+            _corners(inner, width).copy_(meet.view(n, blocks, width, width))
+            if keep_levels:
+                levels.append((right_reads, left_writes, left, right))
+            torch.mul(right_reads, left[:, :, None], out=reads)
+            torch.mul(left_writes, right[:, :, None], out=writes)
+            total = (left * right).view(n, blocks * num_states)
+            width *= 2
+        return cls(inner, read, write, total.view(n, num_states), levels)
+
+    def backward(
+        self, update: Tensor, merge: Tensor, d_inner: Tensor, d_read: Tensor, d_write: Tensor, d_total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `update` and `merge` from those of P, Q, K, G; `d_read` and `d_write` are overwritten."""
+        n, chunk, num_states = update.shape
+        width = chunk // 2
+        for right_reads, left_writes, left, right in reversed(self.levels):
+            blocks = chunk // (2 * width)
+            pairs = (n, blocks, 2, width, num_states)
+            d_reads, d_writes = d_read.view(pairs)[:, :, 1], d_write.view(pairs)[:, :, 0]
+            d_total = d_total.view(n, blocks, num_states)
+            d_left = torch.addcmul((d_reads * right_reads).sum(2), d_total, right)
+            d_right = torch.addcmul((d_writes * left_writes).sum(2), d_total, left)
+            d_meet = _corners(d_inner, width).reshape(-1, width, width)
+            through_writes = _inner(d_meet, left_writes.view(-1, width, num_states)).view(right_reads.shape)
+            through_reads = _inner(d_meet.transpose(1, 2), right_reads.view(-1, width, num_states)).view(right_reads.shape)
+            torch.addcmul(through_writes, d_reads, left[:, :, None], out=d_reads)
+            torch.addcmul(through_reads, d_writes, right[:, :, None], out=d_writes)
+            d_total = torch.stack((d_left, d_right), dim=2)
+            width //= 2
+        diagonal = d_inner.diagonal(dim1=1, dim2=2)[..., None]
+        d_decay = d_total.view(n, chunk, num_states).addcmul(d_read, merge)
+        d_update = torch.addcmul(d_write, diagonal, merge).sub_(d_decay)
+        d_merge = (d_read * (1 - update)).addcmul_(diagonal, update)
+        return d_update, d_merge
+
+
+def _corners(inner: Tensor, width: int) -> Tensor:
+    """The lower left corners `[n, C / 2w, w, w]` of the blocks of 2w tokens on the diagonal of `inner` `[n, C, C]`, as a view."""
+    n, chunk, _ = inner.shape
+    step = 2 * width * (chunk + 1)
+    return inner.as_strided(
+        (n, chunk // (2 * width), width, width),
+        (chunk * chunk, step, chunk, 1),
+        inner.storage_offset() + width * chunk,
+    )
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """`a b^T` of `[N, w, M]` each; for tiny w a sum of products is faster than as many tiny matrix products."""
+    return (a * b).sum(-1, keepdim=True) if a.shape[1] == 1 else torch.bmm(a, b.transpose(1, 2))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` of `[N, w, w]` and `[N, w, M]`; for tiny w element by element, likewise."""
+    width = a.shape[1]
+    if width > 2:
+        return torch.bmm(a, b)
+    result = a[:, :, :1] * b[:, :1]
+    return result if width == 1 else result.addcmul_(a[:, :, 1:], b[:, 1:])
+
+
+class _Chunked(torch.autograd.Function):
+    """The recurrence over sequences that begin and end at chunk borders (the last chunk of a lane may be short).
+
+    Takes update, merge `[B, T, H, M]`, value `[B, T, H, D]`, initial `[N, L, M, D]` or None; returns y `[B, T, H, D]` and the
+    final states `[N, L, M, D]` (empty unless asked for).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, layout: _Layout, keep_final: bool
+    ) -> tuple[Tensor, Tensor]:
+        output = torch.empty_like(value)
+        shape = layout.state_shape
+        final = value.new_empty(shape if keep_final else 0, dtype=layout.dtype)
+        if keep_final and layout.empty:
+            final[layout.empty] = 0 if initial is None else initial[layout.empty]
+        keep_snapshots = any(ctx.needs_input_grad)
+        snapshots = []
+        state = value.new_zeros(shape[1:], dtype=layout.dtype)
+        for first in range(0, layout.num_chunks, layout.group):
+            theta, phi, v = (layout.cut(x, first) for x in (update, merge, value))
+            lanes, count, chunk, num_states = theta.shape
+            tree = _Tree.build(theta.flatten(0, 1), phi.flatten(0, 1), keep_levels=False)
+            y = torch.bmm(tree.inner, v.flatten(0, 1)).view(v.shape)
+            read, write, total = (x.unflatten(0, (lanes, count)) for x in (tree.read, tree.write, tree.total))
+            for i in range(count):
+                if first + i in layout.starts:
+                    state = layout.initial_state(initial, state, first + i)
+                if keep_snapshots and i == 0:
+                    snapshots.append(state.clone())
+                y[:, i].baddbmm_(read[:, i], state)
+                state.mul_(total[:, i, :, None]).baddbmm_(write[:, i].transpose(1, 2), v[:, i])
+                if keep_final and first + i in layout.ends:
+                    final[layout.ends[first + i]] = state
+            layout.paste(output, y, first)
+        ctx.save_for_backward(update, merge, value, initial, *snapshots)
+        ctx.layout = layout
+        ctx.keep_final = keep_final
+        return output, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        layout: _Layout = ctx.layout
+        update, merge, value, initial, *snapshots = ctx.saved_tensors
+        d_update, d_merge, d_value = torch.empty_like(update), torch.empty_like(merge), torch.empty_like(value)
+        d_initial = torch.empty_like(initial, dtype=layout.dtype) if ctx.needs_input_grad[3] else None
+        if d_initial is not None and layout.empty:
+            d_initial[layout.empty] = d_final[layout.empty] if ctx.keep_final else 0
+        d_state = value.new_zeros(layout.state_shape[1:], dtype=layout.dtype)
+        for group in reversed(range(len(snapshots))):
+            first = group * layout.group
+            theta, phi, v, d_y = (layout.cut(x, first) for x in (update, merge, value, d_output))
+            lanes, count, _, num_states = theta.shape
+            flat_theta, flat_phi, flat_v, flat_d_y = (x.flatten(0, 1) for x in (theta, phi, v, d_y))
+            tree = _Tree.build(flat_theta, flat_phi, keep_levels=True)
+            read, write, total = (x.unflatten(0, (lanes, count)) for x in (tree.read, tree.write, tree.total))
+            d_inner = torch.bmm(flat_d_y, flat_v.transpose(1, 2))
+            d_v = torch.bmm(tree.inner.transpose(1, 2), flat_d_y).view(v.shape)
+            d_read, d_write, d_total = torch.empty_like(read), torch.empty_like(write), torch.empty_like(total)
+
+            states = [snapshots.pop()]
+            for i in range(1, count):
+                if first + i in layout.starts:
+                    states.append(layout.initial_state(initial, torch.empty_like(d_state), first + i))
+                else:
+                    decayed = states[-1] * total[:, i - 1, :, None]
+                    states.append(decayed.baddbmm_(write[:, i - 1].transpose(1, 2), v[:, i - 1]))
+            for i in reversed(range(count)):
+                state = states.pop()
+                if first + i in layout.ends:
+                    d_state = d_final[layout.ends[first + i]].clone() if ctx.keep_final else d_state.zero_()
+                d_read[:, i] = torch.bmm(d_y[:, i], state.transpose(1, 2))
+                d_write[:, i] = torch.bmm(v[:, i], d_state.transpose(1, 2))
+                d_total[:, i] = torch.linalg.vecdot(d_state, state)
+                d_v[:, i].baddbmm_(write[:, i], d_state)
+                d_state.mul_(total[:, i, :, None]).baddbmm_(read[:, i].transpose(1, 2), d_y[:, i])
+                if d_initial is not None and first + i in layout.starts:
+                    d_initial[layout.starts[first + i]] = d_state
+            d_theta, d_phi = tree.backward(
+                flat_theta, flat_phi, d_inner, d_read.flatten(0, 1), d_write.flatten(0, 1), d_total.view(-1, num_states)
+            )
+            layout.paste(d_update, d_theta.view(theta.shape), first)
+            layout.paste(d_merge, d_phi.view(phi.shape), first)
+            layout.paste(d_value, d_v, first)
+        return d_update, d_merge, d_value, d_initial, None, None
+
+
+def forward(
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor | None, keep_final: bool, cu_seqlens: list[int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The dense recurrence over whole sequences.
+
+    Args:
+        update: theta, `[B, T, H, M]`.
+        merge: phi, same shape.
+        value: v, `[B, T, H, D]`.
+        state: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), or None for zeros.
+        keep_final: whether to return the final state.
+        cu_seqlens: the N + 1 borders of packed sequences (B = 1).
+
+    Returns:
+        y `[B, T, H, D]` in value's dtype and the final state, shaped as `state`, in float32 (float64 for float64 values).
+    """
+    batch, length, heads, num_states = update.shape
+    value_size = value.shape[-1]
+    if cu_seqlens is None:
+        lengths, shape = [length], (1, batch * heads, num_states, value_size)
+    else:
+        lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+        shape = (len(lengths), heads, num_states, value_size)
+    layout = _Layout.plan(lengths, shape, torch.float64 if value.dtype == torch.float64 else torch.float32)
+    position = None
+    if cu_seqlens is not None:
+        position = layout.positions(cu_seqlens).to(value.device)
+        real = (position >= 0)[:, None, None]
+        update, merge, value = (x[:, position.clamp(min=0)] * real for x in (update, merge, value))
+    with torch.autocast(value.device.type, enabled=False):
+        initial = None if state is None else state.to(layout.dtype).reshape(shape)
+        output, final = _Chunked.apply(update, merge, value, initial, layout, keep_final)
+    if position is not None:
+        output = output[:, (position >= 0).nonzero()[:, 0]]
+    return output, (final.view(-1, heads, num_states, value_size) if keep_final else None)
