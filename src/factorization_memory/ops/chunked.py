@@ -86,7 +86,7 @@ class _Layout:
         missing = count * self.chunk - part.shape[2]
         if missing:
             part = torch.nn.functional.pad(part, (0, 0, 0, missing))
-        return part.reshape(-1, count, self.chunk, x.shape[3])
+        return part.reshape(-1, count, self.chunk, x.shape[3]).contiguous()
 
     def paste(self, x: Tensor, part: Tensor, first: int) -> None:
         """The inverse of `cut`: writes `part` `[L, n, C, W]` to its place in `x`."""
@@ -132,7 +132,8 @@ class _Tree:
             reads, writes = read.view(pairs)[:, :, 1], write.view(pairs)[:, :, 0]
             totals = total.view(n, blocks, 2, num_states)
             left, right = totals[:, :, 0], totals[:, :, 1]
-            right_reads, left_writes = reads.contiguous(), writes.contiguous()
+            # Copies: what the way back needs is about to be overwritten.
+            right_reads, left_writes = (x.clone(memory_format=torch.contiguous_format) for x in (reads, writes))
             meet = _outer(right_reads.view(-1, width, num_states), left_writes.view(-1, width, num_states))
             _corners(inner, width).copy_(meet.view(n, blocks, width, width))
             if keep_levels:

@@ -1,0 +1,155 @@
+"""The layer: every form of it keeps the laws of a recurrence, and starts as it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from factorization_memory import FactorizationMemory
+from factorization_memory.layers import LayerState, ModelState
+
+FORMS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "sparse": {"top_k": 3},
+    "threshold": {"affinity_threshold": 0.1, "rates": "head"},
+    "heads": {"num_heads": 4, "top_k": 2, "norm": "head"},
+    "convolution": {"conv_size": 4, "output_gate": True, "top_k": 4, "num_heads": 2},
+    "state norm": {"norm": "state", "top_k": 3, "conv_size": 2},
+    "no norm": {"norm": "none", "temperature": 0.5},
+}
+
+
+@pytest.fixture(params=FORMS, ids=lambda name: name.replace(" ", "-"))
+def layer(request: pytest.FixtureRequest) -> FactorizationMemory:
+    return FactorizationMemory(hidden_size=16, num_states=8, **FORMS[request.param]).double()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.nn.functional.rms_norm(torch.randn(3, 70, 16, dtype=torch.float64), (16,))
+
+
+def assert_same_state(a: LayerState, b: LayerState) -> None:
+    for p, q in zip(a.tensors(), b.tensors(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 33, 69])
+def test_prefill_and_steps_equal_the_whole(layer: FactorizationMemory, x: torch.Tensor, cut: int) -> None:
+    whole, final = layer(x)
+    y, state = layer(x[:, :cut])
+    parts = [y]
+    state = state.apply(torch.detach)
+    for t in range(cut, min(cut + 5, 70)):
+        parts.append(layer.step(x[:, t], state)[:, None])
+    if cut + 5 < 70:
+        y, state = layer(x[:, cut + 5 :], state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-12)
+    assert_same_state(state, final)
+
+
+def test_packed_equals_separate(layer: FactorizationMemory, x: torch.Tensor) -> None:
+    borders = [0, 1, 1, 40, 43, 70]
+    _, start = layer(x[:1].expand(5, -1, -1)[:, :9])
+    y, final = layer(x[1:2], start, torch.tensor(borders, dtype=torch.int32))
+    for n in range(5):
+        part = slice(borders[n], borders[n + 1])
+        state = start.apply(lambda s, n=n: s[n : n + 1])
+        if part.start == part.stop:
+            one_final = state
+        else:
+            one, one_final = layer(x[1:2, part], state)
+            torch.testing.assert_close(y[:, part], one, rtol=1e-10, atol=1e-12)
+        assert_same_state(final.apply(lambda s, n=n: s[n : n + 1]), one_final)
+
+
+def test_padding_anywhere_is_exact(layer: FactorizationMemory, x: torch.Tensor) -> None:
+    mask = torch.rand(3, 70) > 0.4
+    mask[0, :20], mask[1, 50:] = False, False
+    mask[2] = False
+    mask[2, 30] = True
+    y, final = layer(x, padding_mask=mask)
+    for b in range(3):
+        one, one_final = layer(x[b : b + 1, mask[b]])
+        torch.testing.assert_close(y[b, mask[b]], one[0], rtol=1e-10, atol=1e-12)
+        assert_same_state(final.apply(lambda s, b=b: s[b : b + 1]), one_final)
+
+
+def test_gradients_reach_every_parameter_and_the_state(layer: FactorizationMemory, x: torch.Tensor) -> None:
+    state = LayerState(*(s.requires_grad_() for s in layer.initial_state(3).apply(lambda s: s + 0.1).tensors()))
+    y, _ = layer(x, state)
+    names = [name for name, _ in layer.named_parameters()]
+    leaves = [*layer.parameters(), *state.tensors()]
+    for name, gradient in zip([*names, *("state",) * 2], torch.autograd.grad(y.square().sum(), leaves), strict=False):
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.abs().sum() > 0, name
+
+
+def test_backends_agree(layer: FactorizationMemory, x: torch.Tensor) -> None:
+    y, _ = layer(x)
+    layer.backend = "reference"
+    torch.testing.assert_close(layer(x)[0], y, rtol=1e-10, atol=1e-12)
+
+
+def test_all_states_kept_equals_dense(x: torch.Tensor) -> None:
+    dense = FactorizationMemory(16, num_states=8).double()
+    for form in ({"top_k": 8}, {"affinity_threshold": 0.0}):
+        same = FactorizationMemory(16, num_states=8, **form).double()
+        same.load_state_dict(dense.state_dict())
+        torch.testing.assert_close(same(x)[0], dense(x)[0], rtol=1e-12, atol=1e-13)
+
+
+def test_kept_affinities_sum_to_one(x: torch.Tensor) -> None:
+    for form in ({"top_k": 3}, {"affinity_threshold": 0.2}, {}):
+        routing = FactorizationMemory(16, num_states=8, **form).double().route(x)
+        torch.testing.assert_close(routing.affinity.sum(-1), torch.ones(3, 70, 1, dtype=torch.float64))
+        assert (routing.update <= routing.affinity).all()
+
+
+def test_threshold_keeps_at_least_one_state(x: torch.Tensor) -> None:
+    routing = FactorizationMemory(16, num_states=8, affinity_threshold=1.0).double().route(x)
+    assert ((routing.affinity > 0).sum(-1) == 1).all()
+
+
+def test_initial_routing_and_time_scales() -> None:
+    """Routing starts as sharp as asked for and on all states; update rates spread over the range asked for."""
+    layer = FactorizationMemory(64, num_states=32, affinity_init=1.0, update_rate_init=(0.05, 0.95))
+    x = torch.nn.functional.rms_norm(torch.randn(1, 4000, 64), (64,))
+    assert abs(layer.affinity(x).std().item() - 1) < 0.1
+    share = layer.route(x).affinity.mean((0, 1))
+    assert share.min() > 0.3 / 32
+    assert share.max() < 3 / 32
+    rates = layer.update_rate(x).sigmoid().mean((0, 1))
+    torch.testing.assert_close(rates[[0, -1]], torch.tensor([0.05, 0.95]), atol=0.02, rtol=0)
+    assert (rates.diff() > 0).all()
+
+
+def test_padding_mask_with_packing_is_refused(x: torch.Tensor) -> None:
+    layer = FactorizationMemory(16, num_states=8).double()
+    with pytest.raises(ValueError, match="padding_mask: not together with cu_seqlens"):
+        layer(x[:1], cu_seqlens=torch.tensor([0, 70]), padding_mask=torch.ones(1, 70, dtype=torch.bool))
+
+
+def test_state_container() -> None:
+    layer = FactorizationMemory(16, num_states=8, conv_size=4)
+    _, one = layer(torch.randn(3, 5, 16))
+    state = ModelState([one.apply(torch.detach), layer.initial_state(3)])
+    assert (state.batch_size, len(state)) == (3, 2)
+    assert state.num_bytes == 2 * 4 * (3 * 8 * 32 + 3 * 3 * 32)
+    copy = state.clone()
+    copy.layers[0].memory.zero_()
+    assert state.layers[0].memory.abs().sum() > 0
+    chosen = state.select([2, 0, 0])
+    for a, b in zip(chosen.tensors(), state.tensors(), strict=True):
+        assert torch.equal(a, b[[2, 0, 0]])
+    for a, b in zip(state.place([4, 1, 0], 5).tensors(), state.tensors(), strict=True):
+        assert torch.equal(a[[4, 1, 0]], b)
+        assert not a[2:4].any()
+    for a, b in zip(state.reset(torch.tensor([True, False, False])).tensors(), state.tensors(), strict=True):
+        assert not a[0].any()
+        assert torch.equal(a[1:], b[1:])
+    assert not state.detach().layers[0].memory.requires_grad
+    assert state.to("cpu").layers[0].memory.device.type == "cpu"

@@ -1,0 +1,152 @@
+"""The language model: laws of the recurrence end to end, and the loss in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.models import LanguageModel, cross_entropy
+from factorization_memory.models.cross_entropy import linear_cross_entropy
+from factorization_memory.models.routing import RoutingHealth, observe_routing
+
+
+@pytest.fixture
+def model() -> LanguageModel:
+    config = ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_states=8, top_k=2, num_heads=2, conv_size=3)
+    return LanguageModel(config).double()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 30, (2, 40))
+
+
+def test_prefill_then_steps_equal_the_whole(model: LanguageModel, tokens: torch.Tensor) -> None:
+    whole, final = model(tokens)
+    first, state = model(tokens[:, :17])
+    second, state = model(tokens[:, 17:30], state)
+    parts, state = [first, second], state.detach()
+    for t in range(30, 40):
+        logits, state = model.step(tokens[:, t], state)
+        parts.append(logits[:, None])
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-12)
+    for a, b in zip(state.tensors(), final.tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_last_only(model: LanguageModel, tokens: torch.Tensor) -> None:
+    torch.testing.assert_close(model(tokens, last_only=True)[0], model(tokens)[0][:, -1:])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_equals_cross_entropy_of_the_logits(tokens: torch.Tensor, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "PIECE_LOGITS", 7 * 30)
+    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=1, num_states=8, tie_word_embeddings=tied)).double()
+    targets = torch.randint(0, 30, tokens.shape)
+    targets[0, :9] = -100
+    loss, _ = model.loss(tokens, targets)
+    expected = functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(3 * loss, parameters), torch.autograd.grad(3 * expected, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+    each, _ = model.loss(tokens, targets, reduction="none")
+    assert each.dtype == torch.float32
+    assert not each[0, :9].any()
+    torch.testing.assert_close(each.double().sum() / (targets != -100).sum(), expected, rtol=1e-6, atol=0)
+
+
+def test_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "PIECE_LOGITS", 64 * 100)
+    hidden, weight = torch.randn(1000, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for x in result if isinstance(result, tuple) else (result,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return result
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, torch.randint(0, 100, (1000,))).backward()
+    assert largest <= 1000 * 8
+
+
+def test_loss_without_targets_is_zero() -> None:
+    hidden = torch.randn(5, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(10, 8), torch.full((5,), -100))
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+    with pytest.raises(ValueError, match="reduction='sum': use 'mean' or 'none'"):
+        linear_cross_entropy(hidden, torch.randn(10, 8), torch.zeros(5, dtype=torch.long), "sum")
+
+
+def test_needs_a_vocabulary() -> None:
+    with pytest.raises(ConfigError, match="model.vocab_size=0"):
+        LanguageModel(ModelConfig())
+
+
+def test_initial_loss_is_that_of_a_uniform_guess(tokens: torch.Tensor) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=500, hidden_size=64, num_layers=4, num_states=8))
+    loss, _ = model.loss(tokens, tokens.roll(-1, 1))
+    assert abs(loss.item() - torch.tensor(500.0).log()) < 0.3
+
+
+def test_observed_routing(model: LanguageModel, tokens: torch.Tensor) -> None:
+    with observe_routing(model) as observed:
+        model(tokens)
+    model(tokens)
+    assert [len(records) for records in observed] == [1, 1]
+    routing = observed[0][0]
+    assert routing.indices.shape == routing.affinity.shape == (2, 40, 2, 2)
+    assert not routing.update.requires_grad
+
+
+def test_routing_health_sees_a_collapsed_router(tokens: torch.Tensor) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=1, num_states=8))
+    health = RoutingHealth(model)
+    with health.observe():
+        model(tokens)
+    even = health.summary()[0]
+    assert even["dead"] == [0]
+    assert even["balance"][0] > 0.9
+    assert abs(sum(even["share"][0]) - 1) < 1e-5
+    # Each token's affinities all on the same state, whatever the token.
+    router = model.blocks[0].mixer.affinity.weight
+    router.data.zero_()
+    with torch.no_grad():
+        model.blocks[0].mixer_norm.weight.zero_()[0] = 1
+        model.embedding.weight[:, 0] = 1
+        router[3, 0] = 100
+    health = RoutingHealth(model)
+    with health.observe():
+        model(tokens)
+    collapsed = health.summary()[0]
+    assert collapsed["dead"] == [7]
+    assert collapsed["balance"][0] < 0.01
+    assert collapsed["entropy"][0] < 0.01
+    assert collapsed["memory_length"][0][3] < 10
+
+
+def test_memory_length_is_the_mean_decay(model: LanguageModel, tokens: torch.Tensor) -> None:
+    health = RoutingHealth(model)
+    with health.observe():
+        model(tokens)
+    with observe_routing(model) as observed:
+        model(tokens)
+    routing = observed[1][0]
+    decay = torch.zeros(2, 40, 2, 8, dtype=torch.float64).scatter(-1, routing.indices, -torch.log1p(-routing.update))
+    expected = 1 / decay.mean((0, 1))
+    lengths = torch.tensor(health.summary()[1]["memory_length"], dtype=torch.float64)
+    torch.testing.assert_close(lengths, expected, rtol=1e-5, atol=0)
+
+
+def test_unobserved_health_is_an_error(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="no forward pass was observed"):
+        RoutingHealth(model).summary()

@@ -1,0 +1,253 @@
+"""Every backend against the float64 reference loop: outputs, final states and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from factorization_memory.ops import chunked, factorization_memory, factorization_memory_step
+
+
+@dataclass
+class Case:
+    """Arguments of one call, and the output gradients to test with."""
+
+    update: Tensor
+    merge: Tensor
+    value: Tensor
+    initial: Tensor | None
+    indices: Tensor | None
+    borders: Tensor | None
+    num_states: int
+    d_output: Tensor
+    d_final: Tensor
+
+    def run(self, backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
+        """Output, final state, gradients of update, merge, value (and initial state), in float64 on the CPU."""
+        leaves = [x.to(device, dtype).requires_grad_() for x in (self.update, self.merge, self.value)]
+        if self.initial is not None:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            leaves.append(self.initial.to(device, wide).requires_grad_())
+        indices = None if self.indices is None else self.indices.to(device)
+        borders = None if self.borders is None else self.borders.to(device)
+        y, final = factorization_memory(
+            *leaves[:3],
+            indices=indices,
+            num_states=self.num_states,
+            initial_state=leaves[3] if self.initial is not None else None,
+            output_final_state=True,
+            cu_seqlens=borders,
+            backend=backend,
+        )
+        assert final is not None
+        loss = (y.double() * self.d_output.to(device)).sum() + (final.double() * self.d_final.to(device)).sum()
+        return [x.detach().double().cpu() for x in (y, final, *torch.autograd.grad(loss, leaves))]
+
+
+def gates(shape: tuple[int, ...], kind: str) -> Tensor:
+    """Update weights: anything in [0, 1], or mostly at and next to its ends."""
+    theta = torch.rand(shape, dtype=torch.float64)
+    if kind == "adversarial":
+        choice = torch.randint(0, 8, shape)
+        for i, level in enumerate((0.0, 1.0, 1e-12, 1 - 1e-12, 1e-4, 0.9999)):
+            theta[choice == i] = level
+    return theta
+
+
+def make(
+    batch: int, length: int, heads: int, num_states: int, width: int, top_k: int | None = None, kind: str = "uniform",
+    with_initial: bool = True, borders: list[int] | None = None, seed: int = 0,
+) -> Case:  # fmt: skip
+    torch.manual_seed(seed)
+    sequences = batch if borders is None else len(borders) - 1
+    weights = (batch, length, heads, top_k or num_states)
+    double = torch.float64
+    return Case(
+        update=gates(weights, kind),
+        merge=torch.rand(weights, dtype=double),
+        value=torch.randn(batch, length, heads, width, dtype=double),
+        initial=torch.randn(sequences, heads, num_states, width, dtype=double) if with_initial else None,
+        indices=torch.rand(batch, length, heads, num_states).topk(top_k, dim=-1).indices if top_k else None,
+        borders=None if borders is None else torch.tensor(borders, dtype=torch.int32),
+        num_states=num_states,
+        d_output=torch.randn(batch, length, heads, width, dtype=double),
+        d_final=torch.randn(sequences, heads, num_states, width, dtype=double),
+    )
+
+
+NAMES = ("output", "final state", "d_update", "d_merge", "d_value", "d_initial")
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for name, a, b in zip(NAMES, got, expected, strict=False):
+        assert torch.isfinite(a).all(), name
+        error = (a - b).norm() / b.norm().clamp(min=1e-300) if b.numel() and b.norm() > 0 else a.norm()
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_states = draw(st.integers(1, 9))
+    packed = draw(st.booleans())
+    lengths = draw(st.lists(st.integers(0, 150), min_size=1, max_size=5)) if packed else [draw(st.integers(1, 200))]
+    borders = None
+    if packed:
+        lengths[-1] = max(lengths[-1], 1)
+        borders = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    return make(
+        batch=1 if packed else draw(st.integers(1, 3)),
+        length=sum(lengths),
+        heads=draw(st.integers(1, 3)),
+        num_states=num_states,
+        width=draw(st.integers(1, 6)),
+        top_k=draw(st.none() | st.integers(1, num_states)),
+        kind=draw(st.sampled_from(["uniform", "adversarial"])),
+        with_initial=draw(st.booleans()),
+        borders=borders,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_chunked_equals_reference(case: Case) -> None:
+    assert_close(case.run("chunked"), case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 509])
+@pytest.mark.parametrize("kind", ["uniform", "adversarial"])
+def test_odd_lengths(length: int, kind: str) -> None:
+    case = make(2, length, 2, 5, 3, kind=kind)
+    assert_close(case.run("chunked"), case.run("reference"), 1e-10)
+
+
+def test_many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States kept for backward cross group borders."""
+    monkeypatch.setattr(chunked, "GROUP_TOKENS", 64)
+    for borders in (None, [0, 3, 3, 400, 401, 700]):
+        case = make(1, 700, 2, 5, 3, kind="adversarial", borders=borders)
+        assert_close(case.run("chunked"), case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_gates_at_their_ends_are_exact(backend: str, level: float) -> None:
+    """theta = 1 overwrites, theta = 0 keeps, and gradients stay finite and right."""
+    case = make(1, 100, 1, 3, 4)
+    case.update.fill_(level)
+    y, final, *gradients = case.run(backend)
+    expected = case.value[0, -1] if level == 1 else case.initial[0, 0]
+    assert torch.equal(final[0, 0], expected.expand_as(final[0, 0]))
+    assert_close([y, final, *gradients], case.run("reference"), 1e-10)
+
+
+def test_float32_accuracy_of_strong_writes() -> None:
+    """float32 stays near float64, also in the gradients of update weights that nearly overwrite."""
+    case = make(2, 300, 1, 8, 16, kind="adversarial")
+    case.update = case.update.float().double()
+    expected = case.run("reference")
+    got = case.run("chunked", torch.float32)
+    assert_close(got, expected, 1e-5)
+    strong = case.update >= 0.99
+    error = (got[2] - expected[2])[strong].norm() / expected[2][strong].norm()
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_bfloat16_values(backend: str) -> None:
+    case = make(2, 130, 2, 8, 16)
+    for name in ("update", "merge", "value", "d_output"):
+        setattr(case, name, getattr(case, name).bfloat16().double())
+    got, expected = case.run(backend, torch.bfloat16), case.run("reference")
+    assert_close(got, expected, 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("borders", [None, [0, 3, 3, 130, 700]])
+def test_chunked_on_gpu(top_k: int | None, borders: list[int] | None) -> None:
+    case = make(1, 700, 2, 9, 16, top_k=top_k, kind="adversarial", borders=borders)
+    expected = case.run("reference")
+    assert_close(case.run("chunked", torch.float64, "cuda"), expected, 1e-10)
+    assert_close(case.run("chunked", torch.float32, "cuda"), expected, 1e-5)
+
+
+def test_gradcheck() -> None:
+    case = make(1, 7, 1, 3, 2)
+    leaves = [x.clone().requires_grad_() for x in (case.update, case.merge, case.value, case.initial)]
+
+    def call(*xs: Tensor) -> tuple[Tensor, ...]:
+        return factorization_memory(*xs[:3], initial_state=xs[3], output_final_state=True, backend="chunked")
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 150), st.data())
+def test_splitting_anywhere_changes_nothing(length: int, data: st.DataObject) -> None:
+    """The state after a prefix, and the rest from it, are the whole."""
+    case = make(2, length, 2, 4, 3, top_k=data.draw(st.none() | st.integers(1, 4)))
+    cut = data.draw(st.integers(1, length - 1))
+    whole, final = factorization_memory(
+        case.update, case.merge, case.value, case.indices, 4, case.initial, True
+    )
+
+    def part(piece: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        indices = None if case.indices is None else case.indices[:, piece]
+        return factorization_memory(case.update[:, piece], case.merge[:, piece], case.value[:, piece], indices, 4, state, True)
+
+    first, state = part(slice(0, cut), case.initial)
+    second, state = part(slice(cut, None), state)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_steps_equal_the_whole(top_k: int | None) -> None:
+    case = make(3, 20, 2, 5, 4, top_k=top_k)
+    whole, final = factorization_memory(case.update, case.merge, case.value, case.indices, 5, case.initial, True)
+    state = case.initial.clone()
+    for t in range(20):
+        indices = None if case.indices is None else case.indices[:, t]
+        y, same = factorization_memory_step(case.update[:, t], case.merge[:, t], case.value[:, t], state, indices)
+        assert same is state
+        torch.testing.assert_close(y, whole[:, t], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
+
+
+def test_all_states_selected_equals_dense() -> None:
+    """K = M is the dense form, in whatever order the states are named."""
+    case = make(2, 90, 2, 6, 3)
+    order = torch.rand(2, 90, 2, 6).argsort(-1)
+    dense, _ = factorization_memory(case.update, case.merge, case.value)
+    sparse, _ = factorization_memory(case.update.gather(-1, order), case.merge.gather(-1, order), case.value, order, 6)
+    torch.testing.assert_close(sparse, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_equals_single() -> None:
+    case = make(3, 90, 2, 4, 3)
+    whole, _ = factorization_memory(case.update, case.merge, case.value)
+    for b in range(3):
+        one, _ = factorization_memory(case.update[b : b + 1], case.merge[b : b + 1], case.value[b : b + 1])
+        torch.testing.assert_close(one[0], whole[b], rtol=1e-12, atol=1e-12)
+
+
+def test_memory_grows_with_states_plus_width() -> None:
+    """What is kept for backward is the inputs and little more, far from a state per token."""
+    length, num_states, width = 4096, 64, 64
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.numel() * x.element_size()
+        return x
+
+    update = (torch.rand(1, length, 1, num_states) / num_states).requires_grad_()
+    merge, value = torch.rand_like(update), torch.randn(1, length, 1, width)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        factorization_memory(update, merge, value, backend="chunked")
+    assert sum(kept.values()) <= 1.5 * 4 * length * (2 * num_states + width)
