@@ -21,6 +21,7 @@ from factorization_memory.config import ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.state import LayerState
 from factorization_memory.ops import reference
+from factorization_memory.ops.precision import state_dtype
 
 STATE_NORM_PIECE = 64
 """Tokens whose states norm="state" holds at a time."""
@@ -149,8 +150,7 @@ class FactorizationMemory(nn.Module):
     def initial_state(self, batch_size: int) -> LayerState:
         """The empty memory of `batch_size` sequences."""
         weight = self.value.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        memory = weight.new_zeros(batch_size, self.num_heads, self.num_states, self.head_size, dtype=dtype)
+        memory = weight.new_zeros(batch_size, self.num_heads, self.num_states, self.head_size, dtype=state_dtype(weight))
         return LayerState(memory, None if self.convolution is None else self.convolution.initial_tail(batch_size))
 
     def route(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
@@ -264,10 +264,10 @@ class FactorizationMemory(nn.Module):
         if self.norm == "head":
             y = functional.rms_norm(y, (self.head_size,), eps=self.norm_eps)
         y = y.flatten(-2)
-        if self.norm == "merged":
-            y = functional.rms_norm(y, (y.shape[-1],), self.norm_weight, self.norm_eps)
+        if self.norm == "merged" and self.norm_weight is not None:
+            y = functional.rms_norm(y, (y.shape[-1],), self.norm_weight.to(y.dtype), self.norm_eps)
         elif self.norm_weight is not None:
-            y = y * self.norm_weight
+            y = y * self.norm_weight.to(y.dtype)
         if self.gate is not None:
             y = y * functional.silu(self.gate(x))
         return self.output(y)

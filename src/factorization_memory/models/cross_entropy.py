@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from factorization_memory.ops.precision import no_autocast
+
 IGNORE = -100
 """The target of a position that has no loss."""
 PIECE_LOGITS = 1 << 22
@@ -39,7 +41,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
         return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
     if reduction != "mean":
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'none'")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.amp.is_autocast_available(hidden.device.type) and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     return _LinearCrossEntropy.apply(hidden, weight, targets)
 
@@ -59,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=total.dtype) if ctx.needs_input_grad[1] else None
         start = 0
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             for h, t in _pieces(hidden, targets, weight):
                 log_probabilities = (h @ weight.T).to(total.dtype).log_softmax(-1)
                 counts = t != IGNORE

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from factorization_memory.ops import chunked, reference
+from factorization_memory.ops.precision import no_autocast, state_dtype
 
 BACKENDS = ("auto", "reference", "chunked")
 
@@ -89,7 +90,7 @@ def step_unchecked(
     update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`factorization_memory_step` on arguments known to be right."""
-    with torch.autocast(value.device.type, enabled=False):
+    with no_autocast(value.device):
         return reference.step(update, merge, value, indices, state).to(value.dtype), state
 
 
@@ -131,12 +132,12 @@ def _reference(
 ) -> tuple[Tensor, Tensor | None]:
     batch, _, heads, width = value.shape
     sequences = batch if borders is None else len(borders) - 1
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(value)
     if initial_state is None:
         initial_state = value.new_zeros(sequences, heads, num_states, width, dtype=dtype)
     initial_state = initial_state.to(dtype)
     indices = None if indices is None else indices.long()
-    with torch.autocast(value.device.type, enabled=False):
+    with no_autocast(value.device):
         if borders is None:
             output, state = reference.forward(update, merge, value, indices, initial_state)
         else:
@@ -213,7 +214,7 @@ def _check_borders(cu_seqlens: Tensor, value: Tensor) -> list[int]:
 def _check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor) -> None:
     if tuple(state.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(state.shape)}, takes {shape}")
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(value)
     if state.dtype != dtype:
         raise ValueError(f"{name}: got dtype {state.dtype}, takes {dtype} with values of {value.dtype}")
     if state.device != value.device:

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.precision import no_autocast, state_dtype
+
 MAX_CHUNK = 64
 """Longest chunk: within it work grows with C, across chunks one state follows another."""
 GROUP_TOKENS = 4096
@@ -140,7 +142,7 @@ class _Tree:
                 levels.append((right_reads, left_writes, left, right))
             torch.mul(right_reads, left[:, :, None], out=reads)
             torch.mul(left_writes, right[:, :, None], out=writes)
-            total = (left * right).view(n, blocks * num_states)
+            total = (left * right).reshape(n, blocks * num_states)
             width *= 2
         return cls(inner, read, write, total.view(n, num_states), levels)
 
@@ -307,13 +309,13 @@ def forward(
     else:
         lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
         shape = (len(lengths), heads, num_states, value_size)
-    layout = _Layout.plan(lengths, shape, torch.float64 if value.dtype == torch.float64 else torch.float32)
+    layout = _Layout.plan(lengths, shape, state_dtype(value))
     position = None
     if cu_seqlens is not None:
         position = layout.positions(cu_seqlens).to(value.device)
         real = (position >= 0)[:, None, None]
         update, merge, value = (x[:, position.clamp(min=0)] * real for x in (update, merge, value))
-    with torch.autocast(value.device.type, enabled=False):
+    with no_autocast(value.device):
         initial = None if state is None else state.to(layout.dtype).reshape(shape)
         output, final = _Chunked.apply(update, merge, value, initial, layout, keep_final)
     if position is not None:

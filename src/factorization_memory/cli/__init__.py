@@ -1,0 +1,73 @@
+"""`fmem`, the command: one verb a module, imported when called, so that `fmem --help` costs nothing.
+
+Human text goes to stderr; with `--json` a verb writes its result to stdout as one JSON line. Exit status: 0 done, 1 a failed
+run, 2 bad usage, 128 + the signal's number when stopped by one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = {
+    "demo": "train, evaluate and sample a small model on two books, about two minutes; leaves a report",
+    "doctor": "what is installed, and which backends run here",
+    "data": "fetch a data set, train a tokenizer, pack a corpus",
+    "plan": "parameters, FLOPs, memory and learning rates of a run, without running it",
+    "train": "train a model on a packed corpus",
+    "evaluate": "held-out loss, bits per byte, loss by position, routing health",
+    "generate": "continue a prompt",
+    "inspect": "which memory states a text's tokens update and read",
+    "bench": "measure the recurrence and whole models on this machine",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `fmem` with `arguments` (those of the process by default) and exit."""
+    sys.exit(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run one verb; returns the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stderr if not arguments else sys.stdout)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from factorization_memory import __version__
+
+        print(f"fmem {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        from factorization_memory.config import suggestion
+
+        return complain(f"{verb!r} is no verb of fmem{suggestion(verb, VERBS)}", 2)
+    from factorization_memory.config import ConfigError
+
+    try:
+        return import_module(f"{__name__}.{verb}").run(rest)
+    except ConfigError as error:
+        return complain(str(error), 2)
+    except KeyboardInterrupt:
+        return complain("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of stdout left, as `| head` does; keep the interpreter from flushing into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("FMEM_TRACEBACK"):
+            raise
+        return complain(str(error), 1)
+
+
+def complain(message: str, status: int) -> int:
+    """Say what went wrong on stderr; returns `status`."""
+    print(f"fmem: {message}", file=sys.stderr)
+    return status
+
+
+def _help() -> str:
+    lines = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
+    return f"usage: fmem VERB [options]; fmem VERB --help tells more\n\n{lines}\n\n  --version"

@@ -1,0 +1,63 @@
+"""What the verbs share: parsing, the console, results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tyro
+
+from factorization_memory.config import ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+
+def parse(options: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
+    """The options of `fmem VERB` as an instance of the dataclass `options`; usage errors exit with status 2."""
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(options, prog=f"fmem {verb}", args=arguments, **extra)
+
+
+def choose(name: str, known: dict[str, Any], what: str) -> Any:
+    """`known[name]`, or a usage error that names the nearest."""
+    if name not in known:
+        raise ConfigError(f"{what} {name!r} is not known{suggestion(name, known)}")
+    return known[name]
+
+
+def console() -> Console:
+    """Where people read: stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def emit(result: Any, as_json: bool) -> None:
+    """With `--json`, the result as one line on stdout."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file under another name and rename it, so that it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file's text, or that of stdin for "-"."""
+    raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert the text first") from None

@@ -1,0 +1,268 @@
+"""Byte-level tokenizers: plain bytes (no training), or byte-pair merges trained on text. Both give every text back exactly.
+
+Text is normalised to NFC and cut into pieces by runs of one script; merges never cross a piece. Without word spaces a Japanese
+sentence would be one "word", which makes training superlinear and tokens whole phrases, hence the cut by script.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, filterfalse
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+DOCUMENT_END = "</s>"
+PADDING = "<pad>"
+
+# A Japanese character is three bytes: tokens of at most eight, the length of the runs below.
+_MAX_TOKEN_BYTES = 24
+
+_CJK = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰﾞﾟ〆〱-〵"  # with the letters that Unicode counts as common to several scripts
+_LETTER = rf"[[^\P{{L}}{_CJK}]\p{{M}}]"
+_PRE_SPLIT = "|".join(
+    (
+        rf"['’](?i:s|t|re|ve|m|ll|d)(?!{_LETTER})",
+        rf" ?{_LETTER}+",
+        r"[\p{Han}〆]{1,8}",
+        r"[\p{Hiragana}ー〱-〵]{1,8}",
+        r"[\p{Katakana}ーｰﾞﾟ]+",
+        r" ?\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+",
+        r"\n+　*",  # a Japanese paragraph starts with a full-width space
+        r"[^\S\n]+(?!\S)",  # leaves the last space to the word that follows
+        r"[^\S\n]+",
+    )
+)
+
+# Chunks: stretches of text whose encodings, one after the other, are the encoding of the whole, because _PRE_SPLIT cuts at
+# every chunk's end whatever surrounds it. Natural text repeats them, so that most are encoded once and then looked up, several
+# times faster than encoding everything anew. The classes are parts of those above, on purpose small ones: a cut is made only
+# between characters known to be in different classes, which holds in every version of Unicode.
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_HAN, _HIRAGANA, _KATAKANA, _MARK = "一-龥々〇", "ぁ-んゝゞ", "ァ-ヶ", "、。「」『』（）！？…"
+_CHUNK = re.compile(
+    "|".join(
+        (
+            rf" ?[^{_SPACE}{_HAN}{_HIRAGANA}{_KATAKANA}{_MARK}ー]++(?=[{_SPACE}]|\Z)",
+            rf"[{_HAN}]++(?=[{_HIRAGANA}{_KATAKANA}{_MARK}{_SPACE}]|\Z)",
+            rf"[{_HIRAGANA}][{_HIRAGANA}ー]*+(?=[{_HAN}{_KATAKANA}{_MARK}{_SPACE}]|\Z)",
+            rf"[{_KATAKANA}][{_KATAKANA}ー]*+(?=[{_HAN}{_HIRAGANA}{_MARK}{_SPACE}]|\Z)",
+            rf"[{_MARK}]++(?=[{_HAN}{_HIRAGANA}{_KATAKANA}{_SPACE}]|\Z)",
+            rf"[{_SPACE}]*\n\u3000*+(?![{_SPACE}])",
+            rf"[{_SPACE}]*+[^{_SPACE}]+?(?:(?<=[{_MARK}])(?=[{_HAN}{_HIRAGANA}{_KATAKANA}])|(?=[{_SPACE}])|\Z)",
+            rf"[{_SPACE}]++",
+        )
+    )
+)
+_CACHED_CHARACTERS = 1 << 22  # some 700,000 chunks and 100 MB of memory
+_JOINED_CHUNKS = 1000
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file that cannot be used, text that cannot be encoded, or a vocabulary that cannot be trained."""
+
+
+class Tokenizer:
+    """A byte-level tokenizer, given by the text of its `tokenizer.json` (a `tokenizers` definition).
+
+    Attributes: `vocab_size` (ids are 0 to vocab_size - 1), `document_end` and `padding` (ids of the only two special tokens),
+    `token_bytes` (the exact bytes of each id; empty for the special ones) and `fingerprint` (sha256 of the definition).
+    """
+
+    def __init__(self, definition: str) -> None:
+        try:
+            self._definition = _canonical(json.loads(definition))
+            self._backend = tokenizers.Tokenizer.from_str(definition)
+            parts = json.loads(self._backend.to_str())
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"not a tokenizer definition: {error}") from error
+        expected = json.loads(_new_backend(models.BPE()).to_str())
+        for part in ("normalizer", "pre_tokenizer", "decoder"):
+            if parts[part] != expected[part]:
+                raise TokenizerError(f"its {part} is not the one of this package; train one with `fmem data tokenizer`")
+        document_end, padding = (self._backend.token_to_id(token) for token in (DOCUMENT_END, PADDING))
+        if document_end is None or padding is None:
+            raise TokenizerError(
+                f"it lacks the special token {DOCUMENT_END} or {PADDING}; train one with `fmem data tokenizer`"
+            )
+        self.document_end: int = document_end
+        self.padding: int = padding
+        self.vocab_size: int = self._backend.get_vocab_size()
+        self.fingerprint: str = hashlib.sha256(self._definition.encode()).hexdigest()
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        token_of = {i: token for token, i in self._backend.get_vocab().items()}
+        self.token_bytes: list[bytes] = [
+            b"" if i in (document_end, padding) else bytes(byte_of[c] for c in token_of[i]) for i in range(self.vocab_size)
+        ]
+        # Text is normalised here, before it is cut into chunks, and with one version of Unicode.
+        self._backend.normalizer = None
+        self._backend.encode_special_tokens = True  # "</s>" written in a text is four characters, never the control token
+        self._newline = self.token_bytes.index(b"\n")
+        self._cache: dict[str, bytes] = {}
+        self._cached_characters = 0
+
+    @classmethod
+    def bytes_level(cls) -> Tokenizer:
+        """The tokenizer whose ids 0 to 255 are the bytes themselves; 258 ids with the special tokens."""
+        backend = _new_backend(models.BPE(vocab={c: byte for byte, c in enumerate(_byte_characters())}, merges=[]))
+        backend.add_special_tokens([DOCUMENT_END, PADDING])
+        return cls(backend.to_str())
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Byte-pair merges trained on `documents`, up to `vocab_size` ids (a small text may hold fewer merges).
+
+        Raises `TokenizerError` for a `vocab_size` below the 258 of bytes and special tokens, or when there is no text.
+        """
+        if vocab_size < 258:
+            raise TokenizerError(f"vocab_size={vocab_size}: use 258 (256 bytes and 2 special tokens) or more")
+        backend = _new_backend(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[DOCUMENT_END, PADDING],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            max_token_length=_MAX_TOKEN_BYTES,
+            show_progress=False,
+        )
+        # The library trains on its inputs in parallel, one per thread: long documents go in as blocks.
+        blocks = chain.from_iterable(_blocks(text, 1 << 14) for text in documents)
+        first = next(blocks, None)
+        if first is None:
+            raise TokenizerError("no text to train a tokenizer on")
+        backend.train_from_iterator(chain([first], blocks), trainer)
+        return cls(backend.to_str())
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """The tokenizer that `save` wrote. Raises `TokenizerError` naming the file."""
+        try:
+            return cls(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TokenizerError(f"{path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path}: not a tokenizer definition: not UTF-8") from error
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`, aside and renamed; the Hugging Face `tokenizers` library reads it too."""
+        path = Path(path)
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text(self._definition, encoding="utf-8")
+        os.replace(aside, path)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` (after NFC), without `document_end`. Raises `TokenizerError` for lone surrogates."""
+        return [i for block in self.encode_blocks(text) for i in block.tolist()]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_blocks(self, text: str) -> Iterator[np.ndarray]:
+        """Token ids of `text` as uint32 arrays, to be joined: bounded memory for a text of any length."""
+        for block in _blocks(unicodedata.normalize("NFC", text), 1 << 20):
+            chunks = _CHUNK.findall(block)
+            new = set(filterfalse(self._cache.__contains__, chunks))
+            if new:
+                self._cache.update(self._encode_chunks(new))
+                self._cached_characters += sum(map(len, new))
+            yield np.frombuffer(b"".join(map(self._cache.__getitem__, chunks)), dtype=np.uint32)
+            if self._cached_characters > _CACHED_CHARACTERS:
+                self._cache, self._cached_characters = {}, 0
+
+    def _encode_chunks(self, chunks: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Each chunk with its ids as the bytes of a uint32 array."""
+        # The library takes 20 microseconds for a call or a list entry, however short: most chunks go in joined by newlines,
+        # which are tokens of their own between two chunks that hold none and do not start with what a newline would attract.
+        joined: list[str] = []
+        alone: list[str] = []
+        for chunk in chunks:
+            (alone if "\n" in chunk or chunk[0] == "\u3000" else joined).append(chunk)
+        groups = [joined[i : i + _JOINED_CHUNKS] for i in range(0, len(joined), _JOINED_CHUNKS)]
+        texts = ["\n".join(group) for group in groups]
+        try:
+            encodings = self._backend.encode_batch_fast(texts + alone, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise TokenizerError("the text holds lone surrogates, which are not characters; remove them") from error
+        for group, encoding in zip(groups, encodings[: len(groups)], strict=True):
+            ids = np.array(encoding.ids, dtype=np.uint32)
+            data = ids.tobytes()
+            ends = [*(np.flatnonzero(ids == self._newline) * 4).tolist(), len(data)]
+            start = 0
+            for chunk, end in zip(group, ends, strict=True):
+                yield chunk, data[start:end]
+                start = end + 4
+        for chunk, encoding in zip(alone, encodings[len(groups) :], strict=True):
+            yield chunk, np.array(encoding.ids, dtype=np.uint32).tobytes()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are nothing, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> TextStream:
+        """A decoder that takes one id at a time."""
+        return TextStream(self.token_bytes)
+
+
+class TextStream:
+    """Text of ids that come one by one. A character can span tokens: only whole ones are given out."""
+
+    def __init__(self, token_bytes: list[bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes, "" if none."""
+        return self._decoder.decode(self._token_bytes[token])
+
+    def flush(self) -> str:
+        """What is left at the end: "" or U+FFFD for an incomplete character."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _new_backend(model: models.Model) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_PRE_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _canonical(definition: object) -> str:
+    return json.dumps(definition, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself where it can be seen, else one from U+0100."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = (byte for byte in range(256) if byte not in visible)
+    moved = {byte: 0x100 + i for i, byte in enumerate(hidden)}
+    return [chr(moved.get(byte, byte)) for byte in range(256)]
+
+
+def _blocks(text: str, size: int) -> Iterator[str]:
+    """`text` in stretches of about `size` characters, cut before newlines (where chunks end too); a long line stays whole."""
+    start = 0
+    while start < len(text):
+        cut = text.find("\n", start + size)
+        while cut > 0 and text[cut - 1] == "\n":  # a run of newlines stays together
+            cut = text.find("\n", cut + 1)
+        end = cut if cut > 0 else len(text)
+        yield text[start:end]
+        start = end

@@ -1,0 +1,23 @@
+"""How good a model is and how it uses its memory: held-out loss, loss by position, an n-gram yardstick, inspection of a text.
+
+`evaluate_run` does it all and returns what `evaluation.json` of a run folder holds; `run.py` describes that layout.
+"""
+
+from factorization_memory.evaluation.inspection import inspect_text
+from factorization_memory.evaluation.inspection_page import inspection_html
+from factorization_memory.evaluation.loss import evaluate_corpus, evaluate_loss
+from factorization_memory.evaluation.ngram import NgramModel
+from factorization_memory.evaluation.position import beyond_context, loss_by_position, reading_stretches
+from factorization_memory.evaluation.run import evaluate_run
+
+__all__ = [
+    "NgramModel",
+    "beyond_context",
+    "evaluate_corpus",
+    "evaluate_loss",
+    "evaluate_run",
+    "inspect_text",
+    "inspection_html",
+    "loss_by_position",
+    "reading_stretches",
+]

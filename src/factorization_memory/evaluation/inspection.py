@@ -1,0 +1,144 @@
+"""The memory at work on one text: which memory states each token updates and reads, layer by layer.
+
+`inspect_text` gives the record, ready for JSON; `inspection_html` (in `inspection_page.py`) shows it as a picture.
+
+    tokens        token ids of the text
+    pieces        whole characters as the tokens spell them: {text, start, end}, the text of tokens start <= t < end; one token
+                  each, except where a character spans several
+    num_states    M
+    layers        a list, in order: {layer, heads: [{head, writes, reads, states}]}
+      writes      {states, weights}: for each token its states with the largest update weights, and these weights
+      reads       the same of the merge weights
+      states      the states by falling share of updates: {state, write_share, read_share, memory_length, pieces}, pieces
+                  being those that use the state most: {text, count, weight}, weight the mean of the update weights
+"""
+
+from __future__ import annotations
+
+import codecs
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from factorization_memory.evaluation.loss import evaluating
+from factorization_memory.layers import Routing
+from factorization_memory.models.routing import observe_routing
+
+if TYPE_CHECKING:
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+MAX_TOKENS = 4096
+"""Tokens of one inspected text: a longer one makes no picture that can be read."""
+
+
+def inspect_text(
+    model: LanguageModel, tokenizer: Tokenizer, text: str, *, strongest: int = 3, pieces_per_state: int = 8
+) -> dict[str, Any]:
+    """Record how a model uses its memory on a text, read from an empty memory.
+
+    Args:
+        strongest: states kept for each token; those with weight zero are left out.
+        pieces_per_state: pieces of text listed for each state.
+
+    Returns the record that the head of this file describes. Raises ValueError for a text without tokens or with more than
+    `MAX_TOKENS`.
+    """
+    tokens = tokenizer.encode(text)
+    if not tokens:
+        raise ValueError(f"text={text!r}: nothing to inspect; give at least one character")
+    if len(tokens) > MAX_TOKENS:
+        raise ValueError(f"text: {len(tokens)} tokens; inspect at most {MAX_TOKENS}, so give a shorter text")
+    pieces = whole_pieces(tokenizer, tokens)
+    with evaluating(model) as device, observe_routing(model) as observed:
+        model(torch.tensor([tokens], device=device))
+    layers = []
+    for index, (routing,) in enumerate(observed):
+        update, merge = _dense(routing, routing.update), _dense(routing, routing.merge)
+        heads = [
+            {
+                "head": head,
+                "writes": _strongest(update[:, head], strongest),
+                "reads": _strongest(merge[:, head], strongest),
+                "states": _states(update[:, head], merge[:, head], pieces, pieces_per_state),
+            }
+            for head in range(update.shape[1])
+        ]
+        layers.append({"layer": index, "heads": heads})
+    return {"tokens": tokens, "pieces": pieces, "num_states": model.config.num_states, "layers": layers}
+
+
+def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]]:
+    """The text of the tokens cut wherever both a token and a character end: `{text, start, end}`, all tokens in some piece."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pieces: list[dict[str, Any]] = []
+    text, start = "", 0
+    for end, token in enumerate(tokens, start=1):
+        text += decoder.decode(tokenizer.token_bytes[token], final=end == len(tokens))
+        if not decoder.getstate()[0]:
+            pieces.append({"text": text, "start": start, "end": end})
+            text, start = "", end
+    return pieces
+
+
+def _dense(routing: Routing, weights: Tensor) -> np.ndarray:
+    """Weights of the only row over all states, float64 [T, H, M]."""
+    weights = weights[0].double().cpu()
+    if routing.indices is None:
+        return weights.numpy()
+    full = torch.zeros(*weights.shape[:-1], routing.num_states, dtype=torch.float64)
+    return full.scatter_(-1, routing.indices[0].cpu(), weights).numpy()
+
+
+def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:
+    """States with the largest weights [T, M] of each token, and the weights, largest first."""
+    order = np.argsort(-weights, axis=1, kind="stable")[:, :count]
+    values = np.take_along_axis(weights, order, axis=1)
+    keep = [row[row > 0] for row in values]
+    return {
+        "states": [states[: len(row)].tolist() for states, row in zip(order, keep, strict=True)],
+        "weights": [[round(float(w), 4) for w in row] for row in keep],
+    }
+
+
+def _states(update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Each state's part in one head, from update and merge weights [T, M]."""
+    write_share = update.sum(axis=0) / max(update.sum(), 1e-30)
+    read_share = merge.sum(axis=0) / max(merge.sum(), 1e-30)
+    texts, piece_of = np.unique([piece["text"] for piece in pieces], return_inverse=True)
+    text_of_token = np.repeat(piece_of, [piece["end"] - piece["start"] for piece in pieces])
+    times = np.bincount(piece_of, minlength=len(texts))
+    totals = np.zeros((len(texts), update.shape[1]))
+    np.add.at(totals, text_of_token, update)
+    spelled = np.bincount(text_of_token, minlength=len(texts))
+    # A mean over few occurrences is luck: it is drawn towards zero as if there were two more without weight.
+    score = totals / (spelled + 2)[:, None]
+    result = []
+    for state in np.argsort(-write_share, kind="stable"):
+        best = [i for i in np.argsort(-score[:, state], kind="stable")[:count] if totals[i, state] > 0]
+        result.append(
+            {
+                "state": int(state),
+                "write_share": round(float(write_share[state]), 5),
+                "read_share": round(float(read_share[state]), 5),
+                "memory_length": memory_length(update[:, state]),
+                "pieces": [
+                    {
+                        "text": str(texts[i]),
+                        "count": int(times[i]),
+                        "weight": round(float(totals[i, state] / spelled[i]), 4),
+                    }
+                    for i in best
+                ],
+            }
+        )
+    return result
+
+
+def memory_length(update: np.ndarray) -> float | None:
+    """Tokens after which a state with these update weights [T] keeps 1/e of what it holds; None for one never updated."""
+    # A full overwrite forgets everything at once; a floor keeps its logarithm finite.
+    decay = float(-np.log1p(-np.minimum(update, 1 - 1e-6)).mean())
+    return round(1 / decay, 1) if decay > 0 else None

@@ -1,0 +1,179 @@
+"""Held-out loss of a packed corpus: every text token of a split once, in windows that start from an empty memory.
+
+What is scored: each document is cut into windows of `context_length` predictions; within a document every token but the first
+is a target exactly once (the first has nothing before it). Special tokens stand for no text, so the cost of "</s>" counts
+nowhere: loss, perplexity and bits per byte all speak of the same tokens, and bits per byte compares with byte models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from factorization_memory.data.shards import PackedCorpus
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+IGNORED = -100
+"""Target of positions that are not scored."""
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
+    """The model in evaluation mode without gradients, back in its mode afterwards; yields its device.
+
+    `no_grad` and not `inference_mode`: anything the model caches meanwhile must stay usable by a training that goes on.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text that each token id stands for, int64 [V]; 0 for special tokens."""
+    return np.fromiter(map(len, tokenizer.token_bytes), dtype=np.int64, count=len(tokenizer.token_bytes))
+
+
+def summarize(nats: float, tokens: int, text_bytes: int) -> dict[str, float | int]:
+    """Mean loss (nats per token), perplexity and bits per byte of `tokens` scored tokens that stand for `text_bytes` bytes."""
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / math.log(2) / text_bytes,
+        "tokens": tokens,
+        "bytes": text_bytes,
+    }
+
+
+def evaluate_loss(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    document_starts: np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    context_length: int,
+    max_tokens: int | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float | int]:
+    """Held-out loss of documents that stand one after the other in `tokens`.
+
+    Args:
+        tokens: ids of all documents, [N]; may be memory-mapped.
+        document_starts: index of each document's first token and, last, N: int64 [documents + 1].
+        context_length: predictions of one window; the memory is empty where a window starts.
+        max_tokens: about this many tokens are scored, in windows spread evenly over the text; None scores all.
+        batch_size: windows of one forward.
+        progress: called with (tokens done, tokens in all).
+
+    Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`. Raises ValueError when no token can be
+    scored.
+    """
+    for name, value in (("context_length", context_length), ("batch_size", batch_size), ("max_tokens", max_tokens or 1)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: use 1 or more")
+    starts, lengths = _windows(np.asarray(document_starts), context_length)
+    if max_tokens is not None and lengths.sum() > max_tokens:
+        kept = max(1, round(max_tokens * len(starts) / int(lengths.sum())))
+        chosen = (np.arange(kept) + 0.5) * len(starts) / kept
+        starts, lengths = starts[chosen.astype(np.int64)], lengths[chosen.astype(np.int64)]
+    # Windows of like length share a batch, so that padding costs little where documents are short.
+    order = np.argsort(-lengths, kind="stable")
+    starts, lengths = starts[order], lengths[order]
+    text_length = token_lengths(tokenizer)
+    nats, scored, text_bytes, done = 0.0, 0, 0, 0
+    with evaluating(model) as device:
+        for first in range(0, len(starts), batch_size):
+            rows = slice(first, first + batch_size)
+            inputs, targets = _batch(tokens, starts[rows], lengths[rows], text_length)
+            losses, _ = model.loss(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), reduction="none")
+            nats += float(losses.double().sum())
+            kept_targets = targets[targets != IGNORED]
+            scored += kept_targets.size
+            text_bytes += int(text_length[kept_targets].sum())
+            done += int(lengths[rows].sum())
+            if progress is not None:
+                progress(done, int(lengths.sum()))
+    if not scored:
+        raise ValueError(f"{len(tokens)} tokens hold no text to score: evaluate a text of at least two tokens")
+    return summarize(nats, scored, text_bytes)
+
+
+def evaluate_corpus(
+    model: LanguageModel,
+    corpus: PackedCorpus,
+    *,
+    split: str = "validation",
+    context_length: int,
+    max_tokens: int | None = None,
+    batch_size: int = 16,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """`evaluate_loss` of each source of a packed corpus, and of all together.
+
+    `max_tokens` holds for each source; `progress` is called with (source, tokens done, tokens in all). The forward runs on the
+    model's device, under whatever autocast the caller has set. Sources whose split has no text are left out.
+
+    Returns `{"sources": {name: {loss, perplexity, bits_per_byte, tokens, bytes}}, "total": {the same}}`; the total's bits per
+    byte are all bits over all bytes. Raises ValueError when no source has text in the split.
+    """
+    sources: dict[str, dict[str, float | int]] = {}
+    for name, source in corpus.sources.items():
+        part = source.splits.get(split)
+        if part is None or not has_text(part.document_starts):
+            continue
+        sources[name] = evaluate_loss(
+            model,
+            part.tokens,
+            part.document_starts,
+            corpus.tokenizer,
+            context_length=context_length,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            progress=None if progress is None else partial(progress, name),
+        )
+    if not sources:
+        raise ValueError(f"split={split!r}: no source of the corpus has text in it; pack it with a larger held-out share")
+    parts = sources.values()
+    tokens = int(sum(s["tokens"] for s in parts))
+    nats = sum(s["loss"] * s["tokens"] for s in parts)
+    return {"sources": sources, "total": summarize(nats, tokens, int(sum(s["bytes"] for s in parts)))}
+
+
+def has_text(document_starts: np.ndarray) -> bool:
+    """Whether some document has a token to score: a first one, one predicted from it, and the end-of-document token."""
+    return len(document_starts) > 1 and int(np.diff(document_starts).max()) >= 3
+
+
+def _windows(document_starts: np.ndarray, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and number of predictions of each window, int64: documents cut every `context_length` predictions."""
+    predictions = np.maximum(np.diff(document_starts) - 1, 0)
+    windows = -(-predictions // context_length)
+    document = np.repeat(np.arange(len(windows)), windows)
+    offset = (np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)) * context_length
+    return document_starts[:-1][document] + offset, np.minimum(predictions[document] - offset, context_length)
+
+
+def _batch(
+    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, text_length: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, int64 [B, longest]; right padding and targets that stand for no text are `IGNORED`."""
+    inputs = np.zeros((len(starts), int(lengths.max())), dtype=np.int64)
+    targets = np.full_like(inputs, IGNORED)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        piece = np.asarray(tokens[start : start + length + 1], dtype=np.int64)
+        inputs[row, :length] = piece[:-1]
+        targets[row, :length] = np.where(text_length[piece[1:]] > 0, piece[1:], IGNORED)
+    return inputs, targets

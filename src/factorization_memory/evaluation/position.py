@@ -1,0 +1,208 @@
+"""Loss by position: how prediction gains, or suffers, as the memory reads on far past the context it was trained on.
+
+Each stretch of text is read from its beginning with the state carried from segment to segment, at memory that does not grow
+with the position. The very same tokens are also scored with the memory restarted every `context_length` tokens, as in
+training. Different positions hold different text, so the curve over positions alone says little; the matched difference of
+the two readings on the same tokens (`gain`) says what the long memory is worth there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from factorization_memory.evaluation.loss import IGNORED, evaluating, token_lengths
+
+if TYPE_CHECKING:
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+
+def position_edges(context_length: int, max_position: int) -> np.ndarray:
+    """Edges of the position bins, int64: 1, then powers of sqrt(2) times the training context, from 1/32 of it, `max_position`.
+
+    Every power of two of the context is an edge, so no bin mixes positions within the training context with those beyond.
+    """
+    steps = np.arange(-10, 2 * math.ceil(math.log2(max(max_position / context_length, 1))) + 1)
+    edges = np.rint(context_length * 2.0 ** (steps / 2)).astype(np.int64)
+    return np.unique(np.concatenate([[1], edges[(edges > 1) & (edges < max_position)], [max_position]]))
+
+
+def reading_stretches(tokens: np.ndarray, document_starts: np.ndarray, *, max_position: int, count: int) -> list[np.ndarray]:
+    """About `count` stretches of at most `max_position + 1` tokens to read by position, none crossing a document's end.
+
+    The longest documents are read from their beginnings. Where there are fewer documents than `count`, further stretches start
+    inside them at even distances, as far as a whole stretch fits (in a document shorter than that, up to its middle): these
+    overlap, so their tokens appear at several positions, and errors computed as if they were independent are too small.
+    """
+    lengths = np.diff(document_starts)
+    longest = [int(i) for i in np.argsort(-lengths, kind="stable")[:count] if lengths[i] >= 2]
+    stretches: list[np.ndarray] = []
+    for rank, document in enumerate(longest):
+        begin, end = int(document_starts[document]), int(document_starts[document + 1])
+        share = count // len(longest) + (rank < count % len(longest))
+        last = max(end - begin - max_position - 1, (end - begin) // 2)
+        # Starts nearer to each other than this add more reading, hardly any evidence.
+        share = min(share, 1 + last // 64)
+        for start in np.linspace(begin, begin + last, share).astype(np.int64):
+            stretches.append(tokens[start : min(start + max_position + 1, end)])
+    return stretches
+
+
+def loss_by_position(
+    model: LanguageModel,
+    stretches: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    *,
+    context_length: int,
+    max_position: int = 131072,
+    segment: int = 1024,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Loss of each text token by the number of tokens read before it, in log-spaced bins, memory carried and restarted.
+
+    Args:
+        stretches: 1-D token arrays, each read from its first token with an empty memory (see `reading_stretches`).
+        context_length: the training context; the restarted reading empties the memory this often, and it is a bin edge.
+        max_position: tokens beyond this position are not read.
+        segment: tokens of one forward; the state goes from one segment to the next.
+        batch_size: stretches read in lock-step.
+        progress: called with (tokens read, tokens to read), both readings counted.
+
+    Returns `context_length`, `max_position` (the last one reached), `stretches`, `tokens`, and `bins`, a list with, for
+    positions `start <= position < end`: `tokens`, `bytes`, `loss` and `restarted_loss` (nats per token), `loss_error`,
+    `bits_per_byte`, `restarted_bits_per_byte`, `gain` (restarted minus carried loss of the same tokens) and `gain_error`.
+    Errors are standard errors over tokens taken as independent. Tokens that stand for no text are read but not scored. Raises
+    ValueError when there is nothing to score.
+    """
+    for name, value in (("context_length", context_length), ("max_position", max_position), ("segment", segment)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: use 1 or more")
+    text_length = token_lengths(tokenizer)
+    edges = position_edges(context_length, max_position + 1)
+    sums = np.zeros((len(edges) - 1, 7))
+    ordered = sorted((s[: max_position + 1] for s in stretches if len(s) >= 2), key=len, reverse=True)
+    total, done, reached = 2 * sum(len(s) - 1 for s in ordered), 0, 0
+
+    def report(read: int) -> None:
+        nonlocal done
+        done += read
+        if progress is not None:
+            progress(done, total)
+
+    with evaluating(model) as device:
+        for first in range(0, len(ordered), batch_size):
+            group = [np.asarray(s, dtype=np.int64) for s in ordered[first : first + batch_size]]
+            carried = _read(model, group, segment, True, text_length, device, report)
+            restarted = _read(model, group, context_length, False, text_length, device, report)
+            for stretch, with_memory, without in zip(group, carried, restarted, strict=True):
+                lengths = text_length[stretch[1:]]
+                position = np.flatnonzero(lengths) + 1
+                if not position.size:
+                    continue
+                reached = max(reached, int(position[-1]))
+                loss, other = with_memory[position - 1], without[position - 1]
+                gain = other - loss
+                columns = (np.ones_like(loss), lengths[position - 1], loss, loss**2, other, gain, gain**2)
+                bin_of = np.searchsorted(edges, position, side="right") - 1
+                for column, values in enumerate(columns):
+                    sums[:, column] += np.bincount(bin_of, weights=values, minlength=len(sums))
+    if not reached:
+        raise ValueError(f"{len(stretches)} stretches hold no text to score: give documents of at least two tokens")
+    bins = [
+        {"start": int(start), "end": int(end), **_summary(row)}
+        for start, end, row in zip(edges[:-1], edges[1:], sums, strict=True)
+        if row[0]
+    ]
+    return {
+        "context_length": context_length,
+        "max_position": reached,
+        "stretches": len(ordered),
+        "tokens": int(sums[:, 0].sum()),
+        "bins": bins,
+    }
+
+
+def beyond_context(result: dict[str, Any], multiple: int = 16) -> dict[str, Any] | None:
+    """The tokens of `loss_by_position` at positions from half of `multiple` training contexts to `multiple` of them, in one.
+
+    The same fields as a bin; a power of two for `multiple` falls on bin edges. None when no tokens stand that far.
+    """
+    low, high = result["context_length"] * multiple // 2, result["context_length"] * multiple
+    bins = [b for b in result["bins"] if b["start"] >= low and b["end"] <= high + 1]
+    if not bins:
+        return None
+    row = np.zeros(7)
+    for b in bins:
+        n = b["tokens"]
+        squares = [(b[error] ** 2 * max(n - 1, 1) + b[mean] ** 2) * n for mean, error in _ERRORS]
+        row += [n, b["bytes"], b["loss"] * n, squares[0], b["restarted_loss"] * n, b["gain"] * n, squares[1]]
+    return {"start": bins[0]["start"], "end": bins[-1]["end"], **_summary(row)}
+
+
+_ERRORS = (("loss", "loss_error"), ("gain", "gain_error"))
+
+
+def _read(
+    model: LanguageModel,
+    group: list[np.ndarray],
+    segment: int,
+    carry: bool,
+    text_length: np.ndarray,
+    device: torch.device,
+    report: Callable[[int], None],
+) -> list[np.ndarray]:
+    """Loss of every target of each stretch (longest first), float64 [length - 1]; the memory is carried on or restarted at
+    every segment."""
+    losses = [np.zeros(len(stretch) - 1) for stretch in group]
+    state = None
+    alive = len(group)
+    for start in range(0, len(group[0]) - 1, segment):
+        still = sum(len(stretch) - 1 > start for stretch in group)
+        if carry and state is not None and still < alive:
+            state = state.select(list(range(still)))
+        alive = still
+        width = min(segment, len(group[0]) - 1 - start)
+        inputs = np.zeros((alive, width), dtype=np.int64)
+        targets = np.full_like(inputs, IGNORED)
+        for row, stretch in enumerate(group[:alive]):
+            piece = stretch[start : start + width + 1]
+            inputs[row, : len(piece) - 1] = piece[:-1]
+            targets[row, : len(piece) - 1] = np.where(text_length[piece[1:]] > 0, piece[1:], IGNORED)
+        out, state = model.loss(
+            torch.from_numpy(inputs).to(device),
+            torch.from_numpy(targets).to(device),
+            state=state if carry else None,
+            reduction="none",
+        )
+        values = out.double().cpu().numpy()
+        for row in range(alive):
+            length = min(width, len(losses[row]) - start)
+            losses[row][start : start + length] = values[row, :length]
+            report(length)
+    return losses
+
+
+def _summary(row: np.ndarray) -> dict[str, Any]:
+    """One bin of the result from its sums: tokens, bytes, loss, loss squared, restarted loss, gain, gain squared."""
+    tokens, text_bytes, loss, loss_squares, restarted, gain, gain_squares = (float(x) for x in row)
+
+    def error(total: float, squares: float) -> float:
+        return math.sqrt(max(squares / tokens - (total / tokens) ** 2, 0.0) / max(tokens - 1, 1.0))
+
+    return {
+        "tokens": int(tokens),
+        "bytes": int(text_bytes),
+        "loss": loss / tokens,
+        "loss_error": error(loss, loss_squares),
+        "bits_per_byte": loss / math.log(2) / text_bytes,
+        "restarted_loss": restarted / tokens,
+        "restarted_bits_per_byte": restarted / math.log(2) / text_bytes,
+        "gain": gain / tokens,
+        "gain_error": error(gain, gain_squares),
+    }

@@ -1,0 +1,121 @@
+"""The whole evaluation of a trained model on the held-out text of a packed corpus: what `evaluation.json` holds.
+
+context_length   tokens of a training sequence, and of the windows that the loss is measured in
+sources          {name: {loss, perplexity, bits_per_byte, tokens, bytes}}: see loss.py
+total            the same of all sources together
+ngram            the yardstick, for small corpora: {orders, training_bytes, sources: {name: {"3": bits per byte, ...}},
+                 total: {...}}
+position         {name: loss by position, see position.py, and "beyond": {"16": one bin for 8 to 16 training contexts, ...}}
+routing          use of the memory states, a list per layer: see RoutingHealth.summary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from factorization_memory.evaluation.loss import evaluate_corpus, has_text
+from factorization_memory.evaluation.ngram import NgramModel
+from factorization_memory.evaluation.position import beyond_context, loss_by_position, reading_stretches
+from factorization_memory.models.routing import RoutingHealth
+
+if TYPE_CHECKING:
+    from factorization_memory.config import RunConfig
+    from factorization_memory.data.shards import PackedCorpus, Split
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+NGRAM_BYTES = 1 << 23
+"""Training text up to which an n-gram model is fitted: with more, memory and time are no longer those of a yardstick."""
+
+
+def evaluate_run(
+    model: LanguageModel,
+    corpus: PackedCorpus,
+    config: RunConfig,
+    *,
+    max_position: int | None = None,
+    max_tokens: int | None = None,
+    stretches: int = 8,
+    batch_size: int = 16,
+    ngram_orders: tuple[int, ...] = (3, 5),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on the validation split of every source.
+
+    Args:
+        max_position: how far to read by position; None takes 16 training contexts, 0 leaves positions out.
+        max_tokens: tokens of each source that the loss is measured on; None takes all.
+        stretches: stretches of text of each source read by position.
+        batch_size: windows of one forward.
+        ngram_orders: orders of the n-gram yardsticks, fitted where the training text has at most `NGRAM_BYTES`; () for none.
+        progress: called with (what is being done, tokens done, tokens in all).
+
+    Returns the record that the head of this file describes. Raises ValueError when no source has held-out text.
+    """
+    context_length = config.data.context_length
+    health = RoutingHealth(model)
+    with health.observe():
+        losses = evaluate_corpus(
+            model,
+            corpus,
+            context_length=context_length,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            progress=None if progress is None else lambda name, done, total: progress(f"loss, {name}", done, total),
+        )
+    result: dict[str, Any] = {"context_length": context_length, **losses}
+    yardstick = ngram_yardstick(corpus, ngram_orders)
+    if yardstick is not None:
+        result["ngram"] = yardstick
+    farthest = 16 * context_length if max_position is None else max_position
+    if farthest:
+        result["position"] = {}
+    for name in losses["sources"] if farthest else ():
+        split = corpus.sources[name].splits["validation"]
+        by_position = loss_by_position(
+            model,
+            reading_stretches(split.tokens, split.document_starts, max_position=farthest, count=stretches),
+            corpus.tokenizer,
+            context_length=context_length,
+            max_position=farthest,
+            batch_size=stretches,
+            progress=None if progress is None else partial(progress, f"loss by position, {name}"),
+        )
+        parts = {str(multiple): beyond_context(by_position, multiple) for multiple in (2, 4, 16, 64, 256)}
+        result["position"][name] = {**by_position, "beyond": {key: part for key, part in parts.items() if part is not None}}
+    result["routing"] = health.summary()
+    return result
+
+
+def ngram_yardstick(corpus: PackedCorpus, orders: tuple[int, ...]) -> dict[str, Any] | None:
+    """Bits per byte of byte n-gram models fitted on the training text of all sources together; None when it is too much."""
+    size = sum(source.splits["train"].text_bytes for source in corpus.sources.values())
+    if not orders or not 0 < size <= NGRAM_BYTES:
+        return None
+    tokenizer = corpus.tokenizer
+    training = [text for source in corpus.sources.values() for text in document_texts(source.splits["train"], tokenizer)]
+    held_out = {
+        name: document_texts(source.splits["validation"], tokenizer)
+        for name, source in corpus.sources.items()
+        if has_text(source.splits["validation"].document_starts)
+    }
+    sources: dict[str, dict[str, float]] = {name: {} for name in held_out}
+    total: dict[str, float] = {}
+    for order in orders:
+        model = NgramModel(training, order)
+        for name, texts in held_out.items():
+            sources[name][str(order)] = model.bits_per_byte(texts)
+        total[str(order)] = model.bits_per_byte([text for texts in held_out.values() for text in texts])
+    return {"orders": list(orders), "training_bytes": sum(map(len, training)), "sources": sources, "total": total}
+
+
+def document_texts(split: Split, tokenizer: Tokenizer) -> list[bytes]:
+    """The text of each document of a split, in bytes."""
+    pieces = np.array(tokenizer.token_bytes, dtype=object)
+    starts = split.document_starts
+    return [b"".join(pieces[split.tokens[a:b]]) for a, b in pairwise(starts)]

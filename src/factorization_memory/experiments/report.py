@@ -1,0 +1,293 @@
+"""`report.html` of a run folder: everything its records say, on one page that opens in any browser and loads nothing.
+
+Read are `config.json`, `environment.json`, `metrics.jsonl`, `result.json` (see training/record.py), `evaluation.json` (see
+evaluation/run.py), `inspection.json` (see evaluation/inspection.py) and `samples.json`, a list of {prompt, text} and whatever
+else generation has to say. A section whose record is not there is left out. The plots are also written to `plots/*.png`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from factorization_memory.evaluation.inspection_page import EXPLANATION, INSPECTION_STYLE, inspection_fragment
+from factorization_memory.evaluation.pages import page
+from factorization_memory.experiments import figures
+
+REPORT_NAME = "report.html"
+
+
+class ReportError(ValueError):
+    """A run folder that no report can be made of: the message names the file and what to do."""
+
+
+_STYLE = """
+header .note { font-size: 1.02rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .9rem 2.6rem; margin: 1.6rem 0 0; padding: 0; }
+.facts div { display: flex; flex-direction: column-reverse; }
+.facts dt { color: var(--soft); font-size: .8rem; }
+.facts dd { margin: 0; font-size: 1.3rem; font-weight: 600; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .95rem; font-variant-numeric: tabular-nums; }
+table.wide { width: 100%; }
+th { text-align: right; font-weight: 500; font-size: .8rem; color: var(--soft); vertical-align: bottom; line-height: 1.35; }
+td { text-align: right; white-space: nowrap; }
+th, td { padding: .5rem 1rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td:last-child, th:last-child { padding-right: 0; }
+td.strong { font-weight: 700; }
+.better { color: var(--good); }
+.worse { color: var(--bad); }
+figure { margin: 1rem 0 0; }
+figure svg { display: block; max-width: 100%; height: auto; }
+.sample { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.4rem; margin: 1rem 0; }
+.sample p { font: 1.06rem/1.85 var(--serif); white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
+.sample b { font-weight: 400; color: var(--accent); }
+.sample small { display: block; margin-top: .6rem; color: var(--soft); font-size: .8rem; font-variant-numeric: tabular-nums; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .5rem 3rem; align-items: start; }
+.columns h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
+.columns table { width: 100%; font-size: .84rem; }
+.columns td { padding: .28rem 0; white-space: normal; overflow-wrap: anywhere; }
+.columns td:first-child { color: var(--soft); white-space: nowrap; padding-right: 1rem; }
+.columns td:last-child { font-family: var(--mono); font-size: .95em; }
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` and `plots/*.png` of the run in `run_dir` from its records; returns the report's path.
+
+    Raises ReportError where there is no run, or where a record cannot be read.
+    """
+    config = _read(run_dir / "config.json")
+    if config is None:
+        raise ReportError(f"{run_dir}: there is no run here (config.json is missing); give a run folder")
+    environment = _read(run_dir / "environment.json") or {}
+    result = _read(run_dir / "result.json") or {}
+    evaluation = _read(run_dir / "evaluation.json") or {}
+    inspection = _read(run_dir / "inspection.json")
+    metrics = list(_metrics(run_dir / "metrics.jsonl"))
+    drawn = {
+        "loss": figures.loss_curve(metrics),
+        "position": figures.position_curves(evaluation.get("position", {})),
+        "memory": figures.memory_use(_routing(evaluation, metrics), config["data"]["context_length"]),
+    }
+    plots: dict[str, str] = {}
+    (run_dir / "plots").mkdir(exist_ok=True)
+    for name, figure in drawn.items():
+        if figure is not None:
+            figures.png(figure, run_dir / "plots" / f"{name}.png")
+            plots[name] = f"<figure>{figures.svg(figure, name)}</figure>"
+
+    samples = _read(run_dir / "samples.json") or _last_samples(metrics)
+    parts = [
+        _header(config, environment, result, evaluation, metrics),
+        _headline(evaluation),
+        _section("Learning", LEARNING_NOTE, plots.get("loss")),
+        _section("Loss by position", _position_note(evaluation), plots.get("position"), _position_table(evaluation)),
+        _section("Use of the memory", MEMORY_NOTE, plots.get("memory")),
+        _section("The memory at work", EXPLANATION, inspection_fragment(inspection) if inspection else None),
+        _samples(samples),
+        _configuration(config, environment),
+    ]
+    body = "\n".join(part for part in parts if part)
+    path = run_dir / REPORT_NAME
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page(f"{config['name']} – Factorization Memory", body, _STYLE + INSPECTION_STYLE), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+LEARNING_NOTE = (
+    "Bits per byte of text against the tokens trained on; lower is better. Grey is the training text (thin: single steps), "
+    "colours are held-out text that training never sees."
+)
+MEMORY_NOTE = (
+    "Left: each layer's memory states, the stronger the colour the larger the state's part of all affinity; a red mark is a "
+    "state that held-out text hardly ever selects. Right: for how many tokens each state holds what it has read (to 1/e), "
+    "larger where it is used more."
+)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ReportError(f"{path}: not JSON ({error}); write it again, or remove it to leave its section out") from None
+
+
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue  # cut short by a crash
+
+
+def _last_samples(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return next((m["samples"] for m in reversed(metrics) if m["kind"] == "sample"), [])
+
+
+def _routing(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return evaluation.get("routing") or next((m["layers"] for m in reversed(metrics) if m["kind"] == "routing"), [])
+
+
+def _section(title: str, note: str, *content: str | None) -> str:
+    shown = "\n".join(part for part in content if part)
+    return f"<section>\n<h2>{escape(title)}</h2>\n<p class='note'>{note}</p>\n{shown}\n</section>" if shown else ""
+
+
+def _header(
+    config: dict[str, Any],
+    environment: dict[str, Any],
+    result: dict[str, Any],
+    evaluation: dict[str, Any],
+    metrics: list[dict[str, Any]],
+) -> str:
+    model = config["model"]
+    form = f"top {model['top_k']} of {model['num_states']}" if model["top_k"] else f"{model['num_states']}"
+    heads = f" in each of {model['num_heads']} heads" if model["num_heads"] > 1 else ""
+    last: dict[str, Any] = next((m for m in reversed(metrics) if m["kind"] == "train"), {})
+    facts: list[tuple[str, str]] = []
+    if evaluation.get("total"):
+        facts.append(("held-out bits per byte", f"{evaluation['total']['bits_per_byte']:.3f}"))
+    if result.get("parameters"):
+        facts.append(("parameters", _count(result["parameters"])))
+    if last:
+        facts.append(("training tokens", _count(last["tokens"])))
+        facts.append(("steps", f"{last['step']:,}"))
+        facts.append(("time", _duration(result.get("seconds") or last["seconds"])))
+    if result.get("tokens_per_second"):
+        facts.append(("training tokens per second", f"{result['tokens_per_second']:,.0f}"))
+    where = environment.get("gpu") or environment.get("cpu") or ""
+    sources = ", ".join(evaluation.get("sources", {}))
+    note = (
+        f"A Factorization Memory language model: {model['num_layers']} layers of width {model['hidden_size']}, {form} memory "
+        f"states{heads}, trained on sequences of {config['data']['context_length']:,} tokens"
+        + (f" ({sources})" if sources else "")
+        + (f" on {where}, {environment['date'][:10]}." if where and environment.get("date") else ".")
+    )
+    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    title = f"<h1>{escape(config['name'])}</h1>\n<p class='note'>{escape(note)}</p>"
+    return f"<header>\n{title}\n<dl class='facts'>{listed}</dl>\n</header>"
+
+
+def _headline(evaluation: dict[str, Any]) -> str:
+    if not evaluation.get("sources"):
+        return ""
+    ngram = evaluation.get("ngram") or {}
+    orders = [str(order) for order in ngram.get("orders", [])]
+    names = {"2": "bigram", "3": "trigram"}
+    head = ["", "this model", *(names.get(order, f"{order}-gram") for order in orders), "loss<br>nats per token", "perplexity"]
+    head += ["held-out text"]
+    rows = []
+    listed = list(evaluation["sources"].items())
+    for name, value in listed + ([("all", evaluation["total"])] if len(listed) > 1 else []):
+        yardsticks = ngram.get("total" if name == "all" else "sources", {})
+        yardsticks = yardsticks if name == "all" else yardsticks.get(name, {})
+        cells = [f"<td>{escape(name)}</td>", f"<td class='strong'>{value['bits_per_byte']:.3f}</td>"]
+        for order in orders:
+            mark = yardsticks[order]
+            kind = "better" if value["bits_per_byte"] < mark else "worse"
+            ratio = value["bits_per_byte"] / mark - 1
+            cells.append(f"<td>{mark:.3f} <span class='{kind}'>{ratio:+.0%}</span></td>")
+        cells += [f"<td>{value['loss']:.3f}</td>", f"<td>{value['perplexity']:,.1f}</td>", f"<td>{_size(value['bytes'])}</td>"]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    note = f"Bits per byte of held-out text, read in windows of {evaluation['context_length']:,} tokens; lower is better."
+    if orders:
+        note += (
+            f" The n-gram models over bytes (modified Kneser-Ney) are fitted on the same {_size(ngram['training_bytes'])} of "
+            "training text; the percentages say how many more or fewer bits this model needs than they do."
+        )
+    header = "".join(f"<th>{cell}</th>" for cell in head)
+    table = (
+        f"<div class='table'><table class='wide'><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+    return _section("Held-out text", note, table)
+
+
+def _position_note(evaluation: dict[str, Any]) -> str:
+    return (
+        "Long stretches of held-out text are read from their beginning with the memory carried on, at constant cost per token. "
+        f"The shaded part lies beyond the {evaluation.get('context_length', 0):,} tokens of a training sequence. Different "
+        "positions hold different text, so the fair comparison is with the dashed line: the very same tokens, with the memory "
+        "emptied as often as in training. Bands are two standard errors; the table is in bits per byte."
+    )
+
+
+def _position_table(evaluation: dict[str, Any]) -> str | None:
+    rows = []
+    for name, result in evaluation.get("position", {}).items():
+        for multiple, part in result["beyond"].items():
+            difference = part["bits_per_byte"] - part["restarted_bits_per_byte"]
+            kind = "better" if difference < 0 else "worse"
+            error = part["gain_error"] * part["bits_per_byte"] / part["loss"]
+            rows.append(
+                f"<tr><td>{escape(name)}</td><td>{multiple}×</td><td>{part['start']:,} – {part['end'] - 1:,}</td>"
+                f"<td class='strong'>{part['bits_per_byte']:.3f}</td><td>{part['restarted_bits_per_byte']:.3f}</td>"
+                f"<td><span class='{kind}'>{difference:+.3f}</span> ± {2 * error:.3f}</td><td>{part['tokens']:,}</td></tr>"
+            )
+    if not rows:
+        return None
+    head = ["", "times the<br>training context", "positions", "memory<br>carried on", "memory<br>restarted", "difference"]
+    header = "".join(f"<th>{cell}</th>" for cell in [*head, "tokens"])
+    return (
+        f"<div class='table'><table class='wide'><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _samples(samples: list[dict[str, Any]]) -> str:
+    cards = []
+    for sample in samples:
+        told = []
+        if sample.get("tokens"):
+            told.append(f"{len(sample['tokens']) if isinstance(sample['tokens'], list) else sample['tokens']:,} tokens")
+        if sample.get("tokens_per_second"):
+            told.append(f"{sample['tokens_per_second']:,.0f} tokens per second")
+        small = f"<small>{', '.join(told)}</small>" if told else ""
+        text = f"<b>{escape(sample.get('prompt', ''))}</b>{escape(sample.get('text', ''))}"
+        cards.append(f"<div class='sample'><p>{text}</p>{small}</div>")
+    note = "Text that the model wrote, one token at a time with a memory of constant size; the prompt is in colour."
+    return _section("Samples", note, *cards)
+
+
+def _configuration(config: dict[str, Any], environment: dict[str, Any]) -> str:
+    parts = {"Environment": environment} if environment else {}
+    parts |= {name: values for name, values in config.items() if isinstance(values, dict)}
+    tables = []
+    for name, values in parts.items():
+        rows = "".join(
+            f"<tr><td>{escape(key)}</td><td>{escape(_plain(value))}</td></tr>"
+            for key, value in values.items()
+            if value not in (None, "", {}, []) and key != "earlier"
+        )
+        tables.append(f"<div><h3>{escape(name.capitalize())}</h3><table>{rows}</table></div>")
+    return _section("Configuration", "What it takes to run this again.", f"<div class='columns'>{''.join(tables)}</div>")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+
+def _count(number: float) -> str:
+    return figures.short(number)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours} h {minute:02d} min" if hours else f"{minute} min {second:02d} s"

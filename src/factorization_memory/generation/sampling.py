@@ -1,0 +1,97 @@
+"""From logits to the next token: temperature, filters, penalty, and draws that depend on nothing but a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen. Filters act in the order of the fields and always leave the likeliest token."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token (greedy)."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the fewest likeliest tokens whose probabilities reach this sum."""
+    min_p: float | None = None
+    """Keep the tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that stand in the prompt or the text so far less likely: positive logits are divided by it, negative ones
+    multiplied; 1 is off."""
+    seed: int = 0
+    """Sample i of a prompt depends on (seed, i) only, not on how many others are drawn beside it."""
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, name: str, remedy: str) -> None:
+            if not condition:
+                raise ValueError(f"sampling.{name}={getattr(self, name)!r}: {remedy}")
+
+        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "use 0 (greedy) or a positive number")
+        require(self.top_k is None or self.top_k >= 1, "top_k", "use 1 or more, or none for all tokens")
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "use a share above 0 and up to 1, or none")
+        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "use a share from 0 to 1, or none")
+        require(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            "use a positive number; 1 is off, above 1 repeats less",
+        )
+        require(self.seed >= 0, "seed", "use 0 or more")
+
+
+def sample_generators(seed: int, num_samples: int) -> list[torch.Generator]:
+    """One random generator for each sample, the i-th a function of (seed, i)."""
+    # Neighbouring seeds of the Mersenne twister start alike; a prime stride and a warm-up draw keep samples apart.
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % (1 << 63)) for i in range(num_samples)]
+    for generator in generators:
+        torch.rand(8, generator=generator)
+    return generators
+
+
+def sample(
+    logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator], history: Tensor | None = None
+) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        logits: [B, V], any float dtype; -inf bars a token.
+        generators: one CPU generator for each row; each gives one uniform number (none when greedy).
+        history: bool [B, V], True for the tokens that the repetition penalty holds against the row.
+
+    Returns int64 [B], on the device of the logits.
+    """
+    scores = logits.float()
+    if history is not None and config.repetition_penalty != 1.0:
+        penalty = config.repetition_penalty
+        scores = torch.where(history, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if config.temperature == 0:
+        return scores.argmax(dim=-1)
+    # The best logit is taken off first and the rest is float64, so that a very small temperature gives no NaN.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)).double() / config.temperature
+    weights = _filter(scores.softmax(dim=-1), config)
+    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(weights.device)
+    cumulative = weights.cumsum(dim=-1)
+    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    # Rounding can put a draw past the last token: that draw is the likeliest one's.
+    return torch.where(drawn < logits.shape[-1], drawn, weights.argmax(dim=-1))
+
+
+def _filter(probabilities: Tensor, config: SamplingConfig) -> Tensor:
+    """Probabilities [B, V] with the tokens that a filter drops at zero; not renormalised."""
+    size = probabilities.shape[-1]
+    if config.top_k is None and config.top_p is None and config.min_p is None:
+        return probabilities
+    ranked, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    kept = torch.arange(size, device=ranked.device).expand_as(ranked) < (config.top_k or size)
+    if config.top_p is not None:
+        ranked = ranked * kept / (ranked * kept).sum(dim=-1, keepdim=True)
+        kept = kept & (ranked.cumsum(dim=-1) - ranked < config.top_p)
+    if config.min_p is not None:
+        kept = kept & (ranked >= config.min_p * ranked[:, :1])
+    return probabilities * torch.zeros_like(kept).scatter(-1, tokens, kept)

@@ -1,0 +1,63 @@
+"""Named complete runs: functions that return a configuration. `PRESETS` lists them for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from factorization_memory.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+
+
+def demo() -> RunConfig:
+    """Two minutes on two cores: one English and one Japanese book, byte by byte or in a small vocabulary."""
+    return RunConfig(
+        name="demo",
+        model=ModelConfig(
+            hidden_size=160, num_layers=3, num_states=32, top_k=4, num_heads=4, conv_size=4, output_gate=True,
+        ),
+        data=DataConfig(context_length=256),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, weight_decay=0.1, schedule="wsd", decay_fraction=0.3),
+        training=TrainingConfig(
+            steps=400, tokens_per_step=4096, log_every=5, evaluate_every=100, evaluation_tokens=16384, checkpoint_every=200,
+        ),
+    )  # fmt: skip
+
+
+def books() -> RunConfig:
+    """A few million parameters for an hour or less of CPU: books in English and Japanese, BPE tokens."""
+    return RunConfig(
+        name="books",
+        model=ModelConfig(
+            hidden_size=192, num_layers=4, num_states=32, top_k=4, num_heads=4, conv_size=4, output_gate=True,
+        ),
+        data=DataConfig(context_length=512),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, schedule="wsd", decay_fraction=0.3),
+        training=TrainingConfig(
+            steps=1000, tokens_per_step=8192, log_every=5, evaluate_every=200, checkpoint_every=100, sample_every=200,
+        ),
+    )  # fmt: skip
+
+
+def paper() -> RunConfig:
+    """The paper's equations and nothing else, dense: one head, no convolution, no gate; for one GPU."""
+    return RunConfig(
+        name="paper",
+        model=ModelConfig(hidden_size=512, num_layers=8, num_states=64),
+        data=DataConfig(context_length=1024),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+        training=TrainingConfig(steps=2000, tokens_per_step=65536, evaluate_every=250, checkpoint_every=500),
+    )
+
+
+def paper_sparse() -> RunConfig:
+    """As `paper`, with a quarter of the states selected by each token."""
+    config = paper()
+    return RunConfig(
+        name="paper_sparse",
+        model=ModelConfig(hidden_size=512, num_layers=8, num_states=64, top_k=16),
+        data=config.data,
+        optimizer=config.optimizer,
+        training=config.training,
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {"demo": demo, "books": books, "paper": paper, "paper-sparse": paper_sparse}

@@ -1,0 +1,33 @@
+"""Training on one device: the loop, its optimizer, checkpoints and records."""
+
+from factorization_memory.training.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from factorization_memory.training.device import resolve_device
+from factorization_memory.training.guard import RunLockedError, TrainingDivergedError
+from factorization_memory.training.progress import RichProgress, TrainingObserver
+from factorization_memory.training.record import RunFolderError
+from factorization_memory.training.schedule import learning_rate
+from factorization_memory.training.trainer import Trainer
+
+__all__ = [
+    "CheckpointError",
+    "RichProgress",
+    "RunFolderError",
+    "RunLockedError",
+    "Trainer",
+    "TrainingDivergedError",
+    "TrainingObserver",
+    "find_checkpoint",
+    "learning_rate",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_model",
+    "resolve_device",
+    "save_checkpoint",
+]

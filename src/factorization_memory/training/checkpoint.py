@@ -1,0 +1,393 @@
+"""Checkpoints: folders `checkpoints/step-00000100/` of a run folder, each enough to resume or to use the model.
+
+    model.safetensors       weights by parameter name; tied weights once
+    optimizer.safetensors   AdamW's moments, as `<parameter>/<moment>`
+    carried.safetensors     the memory that training carries on from (only with training.carry_state)
+    state.json              format version, configuration, fingerprints, random generators, where the run stands
+
+A checkpoint is written to a folder ending in `.partial` and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
+from factorization_memory.training.device import resolve_device
+from factorization_memory.training.record import TOKENIZER_NAME, strict_json
+
+if TYPE_CHECKING:
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel, ModelState
+
+FORMAT_VERSION = 1
+CHECKPOINTS_NAME = "checkpoints"
+_STATE, _MODEL, _OPTIMIZER, _CARRIED = "state.json", "model.safetensors", "optimizer.safetensors", "carried.safetensors"
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+MAY_CHANGE = frozenset(
+    {
+        "data.corpus",
+        "data.read_ahead",
+        "training.device",
+        "training.log_every",
+        "training.evaluate_every",
+        "training.sample_every",
+        "training.sample_prompts",
+        "training.checkpoint_every",
+        "training.keep_checkpoints",
+    }
+)
+"""Fields that a resumed run may set anew: none of them moves the loss curve (another corpus is told by its fingerprint)."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is damaged, does not fit or cannot be written: the message says which, and what to do."""
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands after a step: plain numbers, kept in `state.json`."""
+
+    step: int = 0
+    """Optimizer steps done; also the position in the data, whose order is a function of the step."""
+    tokens: int = 0
+    """Tokens read."""
+    seconds: float = 0.0
+    """Wall-clock time of the run, all its parts together, evaluations and checkpoints included."""
+    step_seconds: float = 0.0
+    """The part of it spent in steps, waiting for data included."""
+    observed_step: int = 0
+    """Last step whose evaluation, routing and samples, where due, are done."""
+    best_step: int | None = None
+    """Step of the evaluation with the fewest bits per byte."""
+    interval: dict[str, float] = field(default_factory=dict)
+    """Sums since the last line of the log."""
+    last_train: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None
+    best_evaluation: dict[str, Any] | None = None
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step`."""
+    return run_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folder = run_dir / CHECKPOINTS_NAME
+    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    match = _FOLDER.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def save_checkpoint(
+    run_dir: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    state: TrainingState,
+    tokenizer_fingerprint: str,
+    corpus_fingerprint: str,
+    carried: Sequence[ModelState | None] | None = None,
+) -> Path:
+    """Write a checkpoint of `state.step` and return its folder.
+
+    `carried` holds the memory of each micro-batch (None: one that has not begun), or is None when nothing is carried.
+    Raises `CheckpointError` when it cannot be written whole (a full disk); earlier checkpoints are then as they were.
+    """
+    path = checkpoint_path(run_dir, state.step)
+    partial = path.with_name(path.name + ".partial")
+    record = {
+        "format_version": FORMAT_VERSION,
+        "state": dataclasses.asdict(state),
+        "config": to_dict(config),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "corpus_fingerprint": corpus_fingerprint,
+        "random": _random_states(model),
+        "carried": None if carried is None else [memory is not None for memory in carried],
+    }
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        save_file(_contiguous(model_tensors(model)), partial / _MODEL)
+        save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
+        if carried is not None:
+            # Cloned: parts of one state may share storage, which the format refuses.
+            tensors = {
+                f"{index}/{number}": tensor.contiguous().clone()
+                for index, memory in enumerate(carried)
+                if memory is not None
+                for number, tensor in enumerate(memory.tensors())
+            }
+            save_file(tensors, partial / _CARRIED)
+        (partial / _STATE).write_text(strict_json(record, indent=1), encoding="utf-8")
+        if path.exists():
+            replaced = path.with_name(path.name + ".replaced.partial")
+            _remove(replaced)
+            path.rename(replaced)
+            partial.rename(path)
+            _remove(replaced)
+        else:
+            partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: the checkpoint could not be written ({error}); earlier checkpoints are intact. "
+            "Make room on that disk, then resume the run"
+        ) from error
+    return path
+
+
+def prune_checkpoints(run_dir: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of `best_step`, and what an interrupted writing left behind."""
+    paths = list_checkpoints(run_dir)
+    for path in paths[: max(0, len(paths) - keep)]:
+        if _step_of(path) != best_step:
+            # Renamed first, so that a removal cut short leaves nothing that looks whole.
+            doomed = path.with_name(path.name + ".partial")
+            path.rename(doomed)
+            _remove(doomed)
+    for leftover in (run_dir / CHECKPOINTS_NAME).glob("*.partial"):
+        _remove(leftover)
+
+
+def find_checkpoint(run_dir: Path, which: str = "best") -> Path:
+    """The checkpoint of a run that `which` names: "last", "best" by its evaluations (the last where there are none), "step-N".
+
+    Raises `CheckpointError` when it is not there, listing those that are.
+    """
+    paths = list_checkpoints(run_dir)
+    if not paths:
+        raise CheckpointError(f"{run_dir}: there is no checkpoint here; give a run folder that has been trained in")
+    if which == "last":
+        return paths[-1]
+    steps = {_step_of(path): path for path in paths}
+    if which == "best":
+        best = read_state(paths[-1])["state"]["best_step"]
+        return steps.get(best, paths[-1])
+    number = which.removeprefix("step-")
+    if number.isascii() and number.isdigit() and int(number) in steps:
+        return steps[int(number)]
+    present = ", ".join(path.name for path in paths)
+    raise CheckpointError(f"{run_dir}: no checkpoint {which!r}; use 'best', 'last' or one of {present}")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`. Raises `CheckpointError` when it is missing, damaged or of a newer version."""
+    try:
+        record: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        version = record["format_version"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no checkpoint here ({_STATE} is missing); {_present(path)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / _STATE}: damaged or cut short ({error}); {_present(path)}") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version!r} is newer than this package reads ({FORMAT_VERSION}); "
+            "upgrade factorization-memory"
+        )
+    return record
+
+
+def load_checkpoint(
+    path: Path, *, model: LanguageModel, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> tuple[TrainingState, list[ModelState | None] | None]:
+    """Put a checkpoint into `model` and `optimizer` and set the random generators, so that training goes on from there.
+
+    Returns where the run stands and the carried memory of each micro-batch (None when nothing is carried). Raises
+    `CheckpointError` when the checkpoint is damaged, or of another configuration than `config`.
+    """
+    record = read_state(path)
+    saved = from_dict(RunConfig, record["config"])
+    difference = first_difference(saved, config)
+    if difference is not None:
+        name, old, new = difference
+        raise CheckpointError(
+            f"{path}: trained with {name}={old!r}, this run has {name}={new!r}; use the same value, or start another run folder"
+        )
+    load_tensors(model, path)
+    _load_optimizer(model, optimizer, path)
+    state = TrainingState(**record["state"])
+    carried = None if record["carried"] is None else _load_carried(model, config.micro_batch_size, record["carried"], path)
+    _set_random_states(model, record["random"])
+    return state, carried
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer, RunConfig]:
+    """A trained model in evaluation mode on `device`, with its tokenizer and the configuration of its run.
+
+    `path` is a run folder (its best checkpoint, else its last) or one checkpoint's folder inside it. Raises `CheckpointError`
+    when there is none or it is damaged.
+    """
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+    path = Path(path)
+    if not (path / _STATE).exists() and not _FOLDER.fullmatch(path.name):
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder; give a run folder or a checkpoint's folder")
+        path = find_checkpoint(path, "best")
+    record = read_state(path)
+    try:
+        config = from_dict(RunConfig, record["config"])
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / _STATE}: its configuration cannot be read ({error})") from None
+    places = (path / TOKENIZER_NAME, path.resolve().parent.parent / TOKENIZER_NAME)
+    tokenizer_path = next((place for place in places if place.exists()), None)
+    if tokenizer_path is None:
+        raise CheckpointError(f"{path}: no {TOKENIZER_NAME} beside it or in its run folder; copy the run's there")
+    tokenizer = Tokenizer.load(tokenizer_path)
+    if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
+        raise CheckpointError(
+            f"{tokenizer_path}: not the tokenizer this model was trained with (fingerprint {tokenizer.fingerprint}, "
+            f"the checkpoint's is {record['tokenizer_fingerprint']}); put the run's own {TOKENIZER_NAME} there"
+        )
+    model = LanguageModel(config.model)
+    load_tensors(model, path)
+    model.to(resolve_device(device, "device") if isinstance(device, str) else device)
+    return model.eval(), tokenizer, config
+
+
+def first_difference(
+    saved: RunConfig, current: RunConfig, except_fields: Iterable[str] = MAY_CHANGE
+) -> tuple[str, object, object] | None:
+    """Name, saved value and current value of the first field in which two configurations differ, `except_fields` aside."""
+    allowed = {"name", *except_fields}
+
+    def walk(old: Any, new: Any, prefix: str) -> tuple[str, object, object] | None:
+        for item in dataclasses.fields(old):
+            name, a, b = prefix + item.name, getattr(old, item.name), getattr(new, item.name)
+            if dataclasses.is_dataclass(a):
+                found = walk(a, b, f"{name}.")
+                if found is not None:
+                    return found
+            elif name not in allowed and a != b:
+                return name, a, b
+        return None
+
+    return walk(saved, current, "")
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that make up a model, by name: its parameters, shared ones once, and its persistent buffers."""
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors.update((name, value) for name, value in model.state_dict().items() if name not in parameters)
+    return tensors
+
+
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Copy the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` where a name or shape differs."""
+    saved, own = _read_tensors(path / _MODEL), model_tensors(model)
+    for name in sorted(own.keys() | saved.keys()):
+        if name not in saved or name not in own:
+            where = "the checkpoint" if name in saved else "the model"
+            raise CheckpointError(f"{path / _MODEL}: tensor {name!r} is only in {where}; its configuration is another one")
+        if saved[name].shape != own[name].shape:
+            raise CheckpointError(
+                f"{path / _MODEL}: tensor {name!r} has shape {tuple(saved[name].shape)}, the model's has "
+                f"{tuple(own[name].shape)}; its configuration is another one"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; {_present(path.parent)}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error}); {_present(path.parent)}") from None
+
+
+def _present(path: Path) -> str:
+    """What to use instead of the checkpoint at `path`."""
+    others = [other.name for other in list_checkpoints(path.parent.parent) if other.name != path.name]
+    return f"checkpoints beside it: {', '.join(others)}" if others else "there is no other checkpoint beside it"
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    tensors = _read_tensors(path / _OPTIMIZER)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # The optimizer numbers its parameters in the order of its groups; loading through it puts each tensor on the right device.
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition("/")
+        moments.setdefault(name, {})[moment] = tensor
+    for name in order:
+        if name not in moments:
+            raise CheckpointError(f"{path / _OPTIMIZER}: parameter {name!r} is missing; {_present(path)}")
+    optimizer.load_state_dict(
+        {
+            "state": {index: moments[name] for index, name in enumerate(order)},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+
+
+def _load_carried(model: LanguageModel, rows: int, begun: list[bool], path: Path) -> list[ModelState | None]:
+    tensors = _read_tensors(path / _CARRIED)
+
+    def load(index: int) -> ModelState:
+        numbers = itertools.count()
+        return model.initial_state(rows).apply(lambda empty: empty.copy_(tensors[f"{index}/{next(numbers)}"]))
+
+    return [load(index) if each else None for index, each in enumerate(begun)]
+
+
+def _random_states(model: nn.Module) -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(value.numpy().tobytes()).decode("ascii") for name, value in states.items()}
+
+
+def _set_random_states(model: nn.Module, states: dict[str, str]) -> None:
+    decoded = {name: torch.frombuffer(bytearray(base64.b64decode(value)), dtype=torch.uint8) for name, value in states.items()}
+    torch.set_rng_state(decoded["cpu"])
+    device = next(model.parameters()).device
+    # A run that moves from a CPU to a GPU has no state of that generator; it keeps the seed's.
+    if device.type == "cuda" and "cuda" in decoded:
+        torch.cuda.set_rng_state(decoded["cuda"], device)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,140 @@
+"""What keeps a run whole: one writer per run folder, a stop that loses nothing, no step with a non-finite gradient."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import signal
+import socket
+import threading
+import types
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+LOCK_NAME = ".lock"
+_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+class RunLockedError(ValueError):
+    """Another process is writing this run folder: the message names its process, host and the folder."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """A loss or gradient became infinite or not a number. The step was not applied; earlier checkpoints are intact."""
+
+
+class RunLock:
+    """The exclusive right to write a run folder, as a context manager.
+
+    An advisory lock of the operating system on `.lock` in the folder: it goes with the process, however that ends, so no stale
+    lock needs to be cleared by hand. Raises `RunLockedError` when another process holds it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LOCK_NAME
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(descriptor, 4096)
+                os.close(descriptor)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise RunLockedError(self._locked_message(holder)) from None
+                if error.errno in _NO_FLOCK:
+                    warnings.warn(f"{self.path}: this file system has no locks; let no second process write here", stacklevel=2)
+                    return self
+                raise
+            # A holder that just finished removes the file: a lock on a removed file protects nothing, so try again.
+            if _same_file(descriptor, self.path):
+                break
+            os.close(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        self._descriptor = descriptor
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _locked_message(self, holder: bytes) -> str:
+        try:
+            record = json.loads(holder)
+            who = f"process {record['pid']} on {record['host']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        return f"{self.path.parent}: {who} is writing this run folder; wait for it or stop it, or choose another folder"
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class GracefulStop:
+    """Turns the first SIGINT or SIGTERM into a wish to stop, as a context manager.
+
+    `requested` then names the signal, and the training loop ends after the step it is in. A second signal raises
+    KeyboardInterrupt at once. The handlers that were there come back on leaving. Python lets only the main thread handle
+    signals; in any other thread this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None: the handler was not installed from Python, and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.requested is not None:
+            raise KeyboardInterrupt(f"a second {signal.Signals(number).name}: stopped without finishing the step")
+        self.requested = signal.Signals(number).name
+
+
+def check_finite(
+    step: int,
+    losses: Sequence[float],
+    gradient_norm: float,
+    windows: Sequence[Sequence[str]],
+    last_checkpoint: Path | None,
+) -> None:
+    """Raise `TrainingDivergedError` unless every loss and the gradient norm of a step are finite.
+
+    `losses` (nats/token) and `windows` (names of the rows read) have one entry per micro-batch; the error names the rows of
+    those whose loss is not finite, or all rows when only the gradient is off.
+    """
+    bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+    if not bad and math.isfinite(gradient_norm):
+        return
+    what = f"the loss is {losses[bad[0]]}" if bad else f"the gradient norm is {gradient_norm}"
+    rows = [row for index in bad or range(len(windows)) for row in windows[index]]
+    named = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+    raise TrainingDivergedError(
+        f"step {step}: {what}, in the batch rows {named}. The step was not applied; {kept}. "
+        "Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller optimizer.clip_norm."
+    )

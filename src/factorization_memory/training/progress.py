@@ -1,0 +1,129 @@
+"""Who watches a run: the observer's interface, and one that shows a live bar on a terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+class TrainingObserver:
+    """Told of a run's events as they happen; does nothing. Override what you want to see.
+
+    The dictionaries are those that go to `metrics.jsonl`; but `on_step` comes at every step, with that step's own values.
+    """
+
+    def on_start(self, total_steps: int, parameters: int, step: int) -> None:
+        """The run begins: its steps in all, the model's trainable numbers, and the step it resumes from (0: a new run)."""
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        """An optimizer step is done."""
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+        """The model was evaluated on held-out text."""
+
+    def on_routing(self, metrics: dict[str, Any]) -> None:
+        """Routing health was measured."""
+
+    def on_sample(self, metrics: dict[str, Any]) -> None:
+        """The model wrote samples."""
+
+    def on_checkpoint(self, path: Path) -> None:
+        """A checkpoint is complete at `path`."""
+
+    def on_message(self, message: str) -> None:
+        """Something a person should know."""
+
+    def on_end(self) -> None:
+        """The run is over, for whatever reason."""
+
+
+class RichProgress(TrainingObserver):
+    """A live bar (loss in bits per byte, tokens/s, time left) on stderr; plain lines where that is no terminal.
+
+    Without a terminal a line comes every tenth of the run or every 15 seconds, whichever is sooner.
+    """
+
+    PLAIN_SECONDS = 15.0
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+
+        self.console = console if console is not None else Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._total = self._first = 0
+        self._started = self._last_time = 0.0
+        self._last_step = 0
+
+    def on_start(self, total_steps: int, parameters: int, step: int) -> None:
+        self._total, self._first, self._last_step = total_steps, step, step
+        self._started = self._last_time = time.monotonic()
+        start = f" from step {step}" if step else ""
+        self._say(f"training {parameters / 1e6:.2f} M parameters for {total_steps} steps{start}")
+        if self.console.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[values]}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=self.console,
+                transient=True,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=step, values="", left="")
+            self._bar.start()
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        step = metrics["step"]
+        bits = metrics["bits_per_byte"]
+        loss = f"{metrics['loss']:.3f} nats/token" if bits is None else f"{bits:.3f} bits/byte"
+        values = f"{loss}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        now = time.monotonic()
+        left = f"{_clock((now - self._started) / (step - self._first) * (self._total - step))} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, values=values, left=left)
+            return
+        a_tenth = 10 * (step - self._last_step) >= self._total
+        if a_tenth or step == self._total or now - self._last_time >= self.PLAIN_SECONDS:
+            self._last_time, self._last_step = now, step
+            self._say(f"step {step}/{self._total}  {values}  {left}")
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+        sources = metrics.get("sources", {})
+        parts = [f"{name} {value['bits_per_byte']:.3f}" for name, value in sources.items()] if len(sources) > 1 else []
+        detail = f"  ({', '.join(parts)})" if parts else ""
+        self._say(f"step {metrics['step']}: held-out {metrics['bits_per_byte']:.3f} bits/byte{detail}")
+
+    def on_routing(self, metrics: dict[str, Any]) -> None:
+        if metrics["dead_states"]:
+            self._say(f"step {metrics['step']}: {metrics['dead_states']} of {metrics['states']} memory states are dead")
+
+    def on_sample(self, metrics: dict[str, Any]) -> None:
+        for sample in metrics["samples"]:
+            self._say(f"  | {sample.get('prompt', '')}{sample.get('text', '')}".replace("\n", " "))
+
+    def on_message(self, message: str) -> None:
+        self._say(message)
+
+    def on_end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        # No markup and no highlighting: prompts and paths may hold brackets.
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

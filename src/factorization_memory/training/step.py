@@ -1,0 +1,101 @@
+"""One optimizer step's forward and backward passes: gradient accumulation and the memory carried between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from factorization_memory.data.loader import Batch
+    from factorization_memory.models import LanguageModel, ModelState
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What the passes of a step yield besides the parameters' gradients."""
+
+    losses: list[Tensor]
+    """Mean loss of each micro-batch that has targets, in nats per token; scalars on the model's device."""
+    targets: list[int]
+    """Their numbers of targets."""
+    windows: list[list[str]]
+    """Names of their rows."""
+    carried: list[ModelState | None] | None
+    """Detached memory after each micro-batch, or None when nothing is carried."""
+
+
+def accumulate_gradient(
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    carried: Sequence[ModelState | None] | None,
+    autocast: torch.autocast,
+    device: torch.device,
+) -> Gradient:
+    """Add the gradient of the mean loss over all targets of `batches` to the parameters' gradients.
+
+    Each micro-batch counts by its number of targets, so that any split of the rows gives the same gradient up to rounding.
+    `carried` holds the memory before each micro-batch (None: it begins), or is None when each step starts from empty memory.
+    """
+    counts = [int((batch.targets >= 0).sum()) for batch in batches]
+    total = sum(counts)
+    if total == 0:
+        raise ValueError(f"no token of the batch rows {', '.join(batches[0].windows)} has a next token to predict")
+    losses: list[Tensor] = []
+    targets: list[int] = []
+    windows: list[list[str]] = []
+    finals: list[ModelState | None] = []
+    for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        state = None if carried is None else initial_state(carried[index], batch)
+        with autocast:
+            loss, final = model.loss(
+                batch.tokens.to(device),
+                batch.targets.to(device),
+                state=state,
+                cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device),
+            )
+        (loss * (count / total)).backward()
+        if count:
+            losses.append(loss.detach())
+            targets.append(count)
+            windows.append(batch.windows)
+        if carried is not None:
+            finals.append(final_state(final, batch))
+    return Gradient(losses, targets, windows, None if carried is None else finals)
+
+
+def initial_state(carried: ModelState | None, batch: Batch) -> ModelState | None:
+    """The memory that `batch` starts from: `carried` (one row for each of the batch's), emptied where a row starts anew.
+
+    For packed sequences, each row's memory goes to the first sequence of the row, the others start empty.
+    """
+    if carried is None or bool(batch.reset.all()):
+        return None
+    state = carried.reset(batch.reset) if bool(batch.reset.any()) else carried
+    if batch.cu_seqlens is None:
+        return state
+    assert batch.row_starts is not None
+    return state.place(batch.row_starts, len(batch.cu_seqlens) - 1)
+
+
+def final_state(final: ModelState, batch: Batch) -> ModelState:
+    """The detached memory after each row of `batch`, cut from the graph: of packed sequences, that of each row's last."""
+    final = final.detach()
+    if batch.cu_seqlens is None:
+        return final
+    assert batch.row_starts is not None
+    sequences = len(batch.cu_seqlens) - 1
+    last = torch.cat([batch.row_starts[1:], batch.row_starts.new_tensor([sequences])]) - 1
+    return final.select(last)
+
+
+def clip_gradient(parameters: Sequence[nn.Parameter], clip_norm: float) -> Tensor:
+    """Scale the gradients down to global norm `clip_norm` where they pass it (0: never); returns the norm before, a scalar."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm

@@ -1,0 +1,353 @@
+"""The training loop: one model, one device, one run folder.
+
+What a run is made of lives in the files beside this one: the passes of a step (step.py), the learning rate (schedule.py),
+checkpoints (checkpoint.py), records (record.py), guards (guard.py). Evaluation and sampling are passed in as functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from factorization_memory.config import ConfigError, RunConfig
+from factorization_memory.data.loader import BatchLoader
+from factorization_memory.models import LanguageModel
+from factorization_memory.models.routing import RoutingHealth
+from factorization_memory.training.checkpoint import (
+    TrainingState,
+    checkpoint_path,
+    find_checkpoint,
+    first_difference,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
+from factorization_memory.training.device import autocast, resolve_device
+from factorization_memory.training.guard import GracefulStop, RunLock, check_finite
+from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
+from factorization_memory.training.progress import TrainingObserver
+from factorization_memory.training.record import RunFolderError, RunRecord
+from factorization_memory.training.schedule import learning_rate
+from factorization_memory.training.step import accumulate_gradient, clip_gradient
+
+if TYPE_CHECKING:
+    from factorization_memory.data.loader import Batch
+    from factorization_memory.data.shards import PackedCorpus
+    from factorization_memory.models import ModelState
+
+Evaluate = Callable[[LanguageModel, int], dict[str, Any]]
+"""From the model, in evaluation mode, and the step: `sources` (by name) and `bits_per_byte`, which says what model is best."""
+Sample = Callable[[LanguageModel], list[dict[str, Any]]]
+"""From the model, in evaluation mode: what it wrote, as JSON-ready dictionaries (`prompt`, `text`)."""
+
+
+class Trainer:
+    """Trains one model on one device, into the run folder `run_dir`.
+
+    `evaluate` and `sample` are called as often as the configuration says; `observer` is told of everything that happens.
+    Raises ConfigError for a device that is not there and for a `model.vocab_size` that is not the tokenizer's (0 takes it).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: PackedCorpus,
+        run_dir: Path,
+        *,
+        evaluate: Evaluate | None = None,
+        sample: Sample | None = None,
+        observer: TrainingObserver | None = None,
+    ) -> None:
+        self.config = complete_config(config, corpus.tokenizer.vocab_size)
+        self.corpus = corpus
+        self.run_dir = Path(run_dir)
+        self.evaluate = evaluate
+        self.sample = sample
+        self.observer = observer if observer is not None else TrainingObserver()
+        self.device = resolve_device(config.training.device)
+        self.record = RunRecord(self.run_dir)
+
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """Train to the last step, or until SIGINT or SIGTERM; returns what `result.json` holds.
+
+        `resume` goes on from the folder's last checkpoint. Raises RunFolderError for a folder that holds a run when `resume` is
+        false, none when it is true, or a run of another configuration; RunLockedError when another process writes there;
+        CheckpointError for a damaged checkpoint or a full disk; TrainingDivergedError for a non-finite loss or gradient.
+        """
+        if resume and not self.record.exists:
+            raise RunFolderError(f"{self.run_dir}: there is no run here to resume; start one without --resume")
+        with RunLock(self.run_dir):
+            if resume:
+                self._check_same_run()
+            elif self.record.exists:
+                raise RunFolderError(
+                    f"{self.run_dir}: already holds a run; continue it with --resume, or choose another folder"
+                )
+            run = _Run(self, resume)
+            try:
+                with GracefulStop() as stop:
+                    return run.train(stop)
+            finally:
+                self.observer.on_end()
+
+    def _check_same_run(self) -> None:
+        difference = first_difference(self.record.read_config(), self.config)
+        if difference is not None:
+            name, old, new = difference
+            raise RunFolderError(
+                f"{self.run_dir}: this run was started with {name}={old!r}, not {new!r}; resume with the same value, "
+                "or start a new run in another folder"
+            )
+        if list_checkpoints(self.run_dir):
+            saved = read_state(find_checkpoint(self.run_dir, "last"))
+            for what, own in (("tokenizer", self.corpus.tokenizer.fingerprint), ("corpus", self.corpus.fingerprint)):
+                if saved[f"{what}_fingerprint"] != own:
+                    raise RunFolderError(
+                        f"data.corpus={self.config.data.corpus!r}: its {what} (fingerprint {own}) is not the one that "
+                        f"{self.run_dir} was trained on ({saved[f'{what}_fingerprint']}); give that corpus"
+                    )
+
+
+class _Run:
+    """One call of `Trainer.run`: the model, the optimizer and where they stand."""
+
+    def __init__(self, trainer: Trainer, resume: bool) -> None:
+        self.trainer = trainer
+        self.config, self.observer, self.record = trainer.config, trainer.observer, trainer.record
+        self.run_dir, self.device = trainer.run_dir, trainer.device
+        training = self.config.training
+        torch.manual_seed(training.seed)
+        self.model = LanguageModel(self.config.model).to(self.device)
+        self.optimizer = make_optimizer(self.model, self.config.optimizer)
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.autocast = autocast(training, self.device)
+        self.byte_lengths = torch.tensor([len(token) for token in trainer.corpus.tokenizer.token_bytes])
+        self.state = TrainingState()
+        self.carried: list[ModelState | None] | None = None
+        if training.carry_state:
+            self.carried = [None] * (self.config.sequences_per_step // self.config.micro_batch_size)
+        self.checkpoint: Path | None = None
+        if resume and list_checkpoints(self.run_dir):
+            self.checkpoint = find_checkpoint(self.run_dir, "last")
+            self.state, self.carried = load_checkpoint(
+                self.checkpoint, model=self.model, optimizer=self.optimizer, config=self.config
+            )
+        self.record.cut_after(self.state.step)
+        self.record.remove_result()
+        self.record.begin(self.config, trainer.corpus.tokenizer, self.device, self.state.step if resume else None)
+        self.clock = time.perf_counter() - self.state.seconds
+
+    def train(self, stop: GracefulStop) -> dict[str, Any]:
+        steps, every = self.config.training.steps, self.config.training.checkpoint_every
+        state = self.state
+        self.observer.on_start(steps, sum(parameter.numel() for parameter in self.parameters), state.step)
+        self.model.train()
+        if state.observed_step < state.step:
+            # The last stop came between a step and what was due after it.
+            with self._loader(state.step - 1) as loader:
+                batches = next(iter(loader))
+            if self._observe(batches[-1]):
+                self._save()
+        stopping = stop.requested is not None
+        with self._loader(state.step) as loader:
+            batches_of_step = iter(loader)
+            while state.step < steps and not stopping:
+                started, waited = time.perf_counter(), loader.wait_seconds
+                batches = next(batches_of_step)
+                metrics = self._step(batches)
+                self._log(metrics, time.perf_counter() - started, loader.wait_seconds - waited)
+                improved = stop.requested is None and self._observe(batches[-1])
+                stopping = stop.requested is not None
+                if improved or stopping or state.step == steps or (every and state.step % every == 0):
+                    self._save()
+        return self._finish(stop)
+
+    def _loader(self, start_step: int) -> BatchLoader:
+        return BatchLoader(
+            self.trainer.corpus,
+            self.config.data,
+            sequences_per_step=self.config.sequences_per_step,
+            micro_batch_size=self.config.micro_batch_size,
+            carry_state=self.config.training.carry_state,
+            seed=self.config.training.seed,
+            start_step=start_step,
+        )
+
+    def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """One optimizer step; returns its own values and adds them to the sums of the log's interval."""
+        step = self.state.step + 1
+        rate = learning_rate(self.config.optimizer, step, self.config.training.steps)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        gradient = accumulate_gradient(self.model, batches, self.carried, self.autocast, self.device)
+        norm = clip_gradient(self.parameters, self.config.optimizer.clip_norm)
+        # The one place in a step that waits for the device.
+        *losses, gradient_norm = torch.stack([*gradient.losses, norm]).tolist()
+        check_finite(step, losses, gradient_norm, gradient.windows, self.checkpoint)
+        self.optimizer.step()
+        self.carried = gradient.carried
+        nats = math.fsum(loss * targets for loss, targets in zip(losses, gradient.targets, strict=True))
+        count = sum(gradient.targets)
+        text_bytes = sum(int(self.byte_lengths[batch.targets[batch.targets >= 0]].sum()) for batch in batches)
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        self.state.step = step
+        self.state.tokens += tokens
+        self._add(nats=nats, targets=count, bytes=text_bytes, gradient_norm=gradient_norm, steps=1, tokens=tokens)
+        return {
+            "step": step,
+            "tokens": self.state.tokens,
+            "loss": nats / count,
+            "bits_per_byte": bits_per_byte(nats, text_bytes),
+            "learning_rate": rate,
+            "gradient_norm": gradient_norm,
+        }
+
+    def _add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.state.interval[name] = self.state.interval.get(name, 0) + value
+
+    def _log(self, metrics: dict[str, Any], seconds: float, waited: float) -> None:
+        self._add(seconds=seconds, waited=waited)
+        state, sums = self.state, self.state.interval
+        state.step_seconds += seconds
+        state.seconds = time.perf_counter() - self.clock
+        timing = {
+            "tokens_per_second": sums["tokens"] / sums["seconds"],
+            "seconds": state.seconds,
+            "data_wait_share": sums["waited"] / sums["seconds"],
+        }
+        self.observer.on_step({**metrics, **timing})
+        if state.step % self.config.training.log_every == 0 or state.step == self.config.training.steps:
+            means = {
+                "loss": sums["nats"] / sums["targets"],
+                "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
+                "gradient_norm": sums["gradient_norm"] / sums["steps"],
+            }
+            state.last_train = {**metrics, **means, **timing}
+            self.record.append("train", state.last_train)
+            state.interval = {}
+
+    def _observe(self, batch: Batch) -> bool:
+        """Evaluate and sample, where due, in the arithmetic of training; whether this evaluation is the best yet."""
+        training, step = self.config.training, self.state.step
+        last, best = step == training.steps, False
+        devices = [self.device] if self.device.type == "cuda" else []
+        # Generators as they were afterwards, so that how often one looks does not change what is trained.
+        with torch.random.fork_rng(devices), torch.no_grad(), self.autocast:
+            self.model.eval()
+            if last or (training.evaluate_every and step % training.evaluate_every == 0):
+                best = self._evaluate()
+                self._measure_routing(batch)
+            if self.trainer.sample is not None and training.sample_every and (last or step % training.sample_every == 0):
+                sample = {"step": step, "samples": self.trainer.sample(self.model)}
+                self.record.append("sample", sample)
+                self.observer.on_sample(sample)
+            self.model.train()
+        self.state.observed_step = step
+        return best
+
+    def _evaluate(self) -> bool:
+        if self.trainer.evaluate is None:
+            return False
+        state = self.state
+        evaluation = {"step": state.step, **self.trainer.evaluate(self.model, state.step)}
+        self.record.append("evaluation", evaluation)
+        self.observer.on_evaluation(evaluation)
+        state.last_evaluation = evaluation
+        before = math.inf if state.best_evaluation is None else state.best_evaluation["bits_per_byte"]
+        if not evaluation["bits_per_byte"] < before:
+            return False
+        state.best_step, state.best_evaluation = state.step, evaluation
+        return True
+
+    def _measure_routing(self, batch: Batch) -> None:
+        health = RoutingHealth(self.model)
+        with health.observe():
+            self.model.loss(
+                batch.tokens.to(self.device),
+                batch.targets.to(self.device),
+                cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.device),
+            )
+        layers = health.summary()
+        routing = {
+            "step": self.state.step,
+            "states": sum(len(head) for layer in layers for head in layer["share"]),
+            "dead_states": sum(sum(layer["dead"]) for layer in layers),
+            "entropy": [statistics.fmean(layer["entropy"]) for layer in layers],
+            "balance": [statistics.fmean(layer["balance"]) for layer in layers],
+            "layers": layers,
+        }
+        self.record.append("routing", routing)
+        self.observer.on_routing(routing)
+
+    def _save(self) -> None:
+        self.state.seconds = time.perf_counter() - self.clock
+        self.checkpoint = save_checkpoint(
+            self.run_dir,
+            model=self.model,
+            optimizer=self.optimizer,
+            config=self.config,
+            state=self.state,
+            tokenizer_fingerprint=self.trainer.corpus.tokenizer.fingerprint,
+            corpus_fingerprint=self.trainer.corpus.fingerprint,
+            carried=self.carried,
+        )
+        prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
+        self.observer.on_checkpoint(self.checkpoint)
+
+    def _finish(self, stop: GracefulStop) -> dict[str, Any]:
+        state, steps = self.state, self.config.training.steps
+        finished = state.step == steps and state.observed_step == steps
+        state.seconds = time.perf_counter() - self.clock
+        best = None if state.best_step is None else checkpoint_path(self.run_dir, state.best_step)
+        result = {
+            "stopped": "finished" if finished else "interrupted",
+            "signal": None if finished else stop.requested,
+            "steps": state.step,
+            "total_steps": steps,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "tokens_per_second": state.tokens / state.step_seconds if state.step_seconds else None,
+            "parameters": sum(parameter.numel() for parameter in self.parameters),
+            "train": state.last_train,
+            "evaluation": state.last_evaluation,
+            "best_evaluation": state.best_evaluation,
+            "checkpoints": {
+                name: None if path is None else path.relative_to(self.run_dir).as_posix()
+                for name, path in (("last", self.checkpoint), ("best", best))
+            },
+        }
+        self.record.write_result(result)
+        if not finished:
+            kept = (
+                "before its first step; no checkpoint was needed" if self.checkpoint is None else f"and kept {self.checkpoint}"
+            )
+            self.observer.on_message(
+                f"{stop.requested}: stopped at step {state.step} of {steps} {kept}. "
+                f"Resume with the same command and --resume (run folder {self.run_dir})"
+            )
+        return result
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float | None:
+    """Bits per byte of text that cost `nats` in all; None for no text."""
+    return nats / text_bytes / math.log(2) if text_bytes else None
+
+
+def complete_config(config: RunConfig, vocab_size: int) -> RunConfig:
+    """`config` with the tokenizer's vocabulary filled in. Raises ConfigError where it names another size."""
+    if config.model.vocab_size not in (0, vocab_size):
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: the corpus's tokenizer has {vocab_size} tokens; "
+            "leave it 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))

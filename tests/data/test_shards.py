@@ -1,0 +1,284 @@
+"""A packed corpus holds all of its text, says so when it does not, and never looks whole before it is."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from factorization_memory.data import shards
+from factorization_memory.data.corpora import CorpusError, builtin_corpus
+from factorization_memory.data.shards import PackedCorpus, pack
+from factorization_memory.data.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes_level()
+
+
+def documents(count: int, *, source: str = "a", author: bool = True) -> list[dict]:
+    rows = [{"text": f"{source} document {i}\n雨" + "x" * (i % 7), "id": str(i), "language": source} for i in range(count)]
+    return [row | {"author": f"author {i // 4}"} for i, row in enumerate(rows)] if author else rows
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    rows = documents(100, source="en") + documents(60, source="ja")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(corpus: PackedCorpus, source: str, split: str) -> list[str]:
+    part = corpus.sources[source].splits[split]
+    starts = part.document_starts
+    for start, end in itertools.pairwise(starts):
+        assert part.tokens[end - 1] == corpus.tokenizer.document_end
+        assert corpus.tokenizer.document_end not in part.tokens[start : end - 1]
+    return [corpus.tokenizer.decode(part.tokens[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+
+
+class TestPack:
+    def test_everything_is_there_once(self, jsonl: Path, tmp_path: Path) -> None:
+        seen: list[tuple[int, int]] = []
+        corpus = pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2, progress=lambda *p: seen.append(p))
+        assert list(corpus.sources) == ["en", "ja"]
+        total = 0
+        for name, count in (("en", 100), ("ja", 60)):
+            parts = {split: texts(corpus, name, split) for split in ("train", "validation")}
+            assert sorted(parts["train"] + parts["validation"]) == sorted(row["text"] for row in documents(count, source=name))
+            assert 0.05 < len(parts["validation"]) / count < 0.4
+            for split, found in parts.items():
+                entry = corpus.sources[name].splits[split]
+                assert entry.text_bytes == sum(len(text.encode()) for text in found)
+                assert entry.num_documents == len(found)
+                assert entry.language == name
+                assert entry.document_starts[-1] == len(entry.tokens)
+                total += entry.text_bytes
+        assert seen[-1] == (160, total)
+        assert len(seen) == 160
+        corpus.verify()
+        assert not (tmp_path / "out.partial").exists()
+
+    def test_is_repeatable_and_order_of_files_does_not_move_documents(self, jsonl: Path, tmp_path: Path) -> None:
+        first = pack([(None, jsonl)], BYTES, tmp_path / "one", holdout_fraction=0.2)
+        second = pack([(None, jsonl)], BYTES, tmp_path / "two", holdout_fraction=0.2)
+        assert first.fingerprint == second.fingerprint
+        lines = jsonl.read_text().splitlines()
+        (tmp_path / "turned.jsonl").write_text("\n".join(reversed(lines)))
+        turned = pack([(None, tmp_path / "turned.jsonl")], BYTES, tmp_path / "three", holdout_fraction=0.2)
+        assert turned.fingerprint != first.fingerprint
+        assert set(texts(turned, "en", "validation")) == set(texts(first, "en", "validation"))
+
+    def test_author_holdout_keeps_authors_together(self, tmp_path: Path) -> None:
+        rows = documents(200)
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        corpus = pack([("s", tmp_path / "in.jsonl")], BYTES, tmp_path / "out", holdout="author", holdout_fraction=0.2)
+        author = {row["text"]: row["author"] for row in rows}
+        train, validation = ({author[text] for text in texts(corpus, "s", split)} for split in ("train", "validation"))
+        assert train
+        assert validation
+        assert not train & validation
+
+    def test_tail_holdout_cuts_each_book_at_a_line(self, tmp_path: Path) -> None:
+        corpus = pack([(None, builtin_corpus())], BYTES, tmp_path / "out", holdout="tail", holdout_fraction=0.1)
+        for name in ("en", "ja"):
+            (train,), (validation,) = (texts(corpus, name, split) for split in ("train", "validation"))
+            assert train + validation == (builtin_corpus() / f"{name}.txt").read_text(encoding="utf-8")
+            assert train.endswith("\n")
+            assert 0.09 < len(validation) / len(train + validation) < 0.11
+
+    def test_tail_of_a_text_without_lines(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("x" * 100)
+        corpus = pack([(None, tmp_path / "a.txt")], BYTES, tmp_path / "out", holdout="tail", holdout_fraction=0.25)
+        assert len(texts(corpus, "a", "validation")[0]) == 25
+
+    def test_wide_ids_when_the_vocabulary_needs_them(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("some text\n" * 10)
+        narrow = pack([(None, tmp_path / "a.txt")], BYTES, tmp_path / "narrow", holdout="tail", holdout_fraction=0.3)
+        tokenizer = Tokenizer.bytes_level()
+        tokenizer.vocab_size = 70_000
+        wide = pack([(None, tmp_path / "a.txt")], tokenizer, tmp_path / "wide", holdout="tail", holdout_fraction=0.3)
+        one, two = (corpus.sources["a"].splits["train"].tokens for corpus in (narrow, wide))
+        assert (one.dtype, two.dtype) == (np.uint16, np.uint32)
+        assert np.array_equal(one, two)
+
+    def test_sources_with_awkward_names(self, jsonl: Path, tmp_path: Path) -> None:
+        inputs = [("a/b", jsonl), ("a_b", jsonl), ("日本", jsonl)]
+        corpus = pack(inputs, BYTES, tmp_path / "out", holdout_fraction=0.2)
+        assert list(corpus.sources) == ["a/b", "a_b", "日本"]
+        assert all(source.language is None for source in corpus.sources.values())
+        assert len({len(source.splits["train"].tokens) for source in corpus.sources.values()}) == 1
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("holdout", "remedy"), [("hash", "holdout='tail'"), ("author", "holdout='tail'")])
+    def test_empty_split(self, tmp_path: Path, holdout, remedy: str) -> None:
+        (tmp_path / "a.jsonl").write_text(json.dumps(documents(1)[0]))
+        with pytest.raises(CorpusError, match=rf"'a'.*validation.*{remedy}"):
+            pack([(None, tmp_path / "a.jsonl")], BYTES, tmp_path / "out", holdout=holdout, holdout_fraction=1e-9)
+        with pytest.raises(CorpusError, match=r"'a'.*train.*smaller"):
+            pack([(None, tmp_path / "a.jsonl")], BYTES, tmp_path / "out", holdout=holdout, holdout_fraction=1 - 1e-9)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+    def test_tail_of_next_to_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("x")
+        with pytest.raises(CorpusError, match="too short"):
+            pack([(None, tmp_path / "a.txt")], BYTES, tmp_path / "out", holdout="tail")
+
+    def test_author_missing(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text(json.dumps(documents(1, author=False)[0]))
+        with pytest.raises(CorpusError, match=r"document '0'.*no author.*holdout='hash'"):
+            pack([(None, tmp_path / "a.jsonl")], BYTES, tmp_path / "out", holdout="author")
+
+    def test_bad_arguments(self, jsonl: Path, tmp_path: Path) -> None:
+        for options, message in (
+            ({"holdout": "random"}, "holdout='random'"),
+            ({"holdout_fraction": 0.0}, "holdout_fraction=0.0"),
+            ({"holdout_fraction": 1.0}, "holdout_fraction=1.0"),
+        ):
+            with pytest.raises(CorpusError, match=message):
+                pack([(None, jsonl)], BYTES, tmp_path / "out", **options)
+        with pytest.raises(CorpusError, match="no input"):
+            pack([], BYTES, tmp_path / "out")
+
+    def test_existing_folders(self, jsonl: Path, tmp_path: Path) -> None:
+        output = tmp_path / "out"
+        output.mkdir()
+        old = pack([("old", jsonl)], BYTES, output, holdout_fraction=0.2)  # an empty folder is free
+        with pytest.raises(CorpusError, match="overwrite"):
+            pack([("new", jsonl)], BYTES, output, holdout_fraction=0.2)
+        with pytest.raises(CorpusError, match="would be empty"):
+            pack([("new", jsonl)], BYTES, output, holdout_fraction=1e-9, overwrite=True)
+        assert PackedCorpus.open(output).fingerprint == old.fingerprint
+        assert list(pack([("new", jsonl)], BYTES, output, holdout_fraction=0.2, overwrite=True).sources) == ["new"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        (mine / "thesis.tex").write_text("precious")
+        with pytest.raises(CorpusError, match="not a packed corpus"):
+            pack([("new", jsonl)], BYTES, mine, overwrite=True)
+        assert (mine / "thesis.tex").exists()
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize(
+        ("failure", "raised", "message"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device"), CorpusError, "no space left on the disk"),
+            (OSError(errno.EIO, "Input/output error"), OSError, "Input/output"),
+            (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
+        ],
+    )
+    def test_nothing_is_left(self, jsonl: Path, tmp_path: Path, monkeypatch, failure, raised, message: str) -> None:
+        write, calls = shards._SplitWriter.write, []
+
+        def failing(self, ids):
+            calls.append(ids)
+            if len(calls) > 30:
+                raise failure
+            write(self, ids)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(shards._SplitWriter, "write", failing)
+            with pytest.raises(raised, match=message):
+                pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+        pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2).verify()
+
+    def test_disk_full_when_the_manifest_is_written(self, jsonl: Path, tmp_path: Path, monkeypatch) -> None:
+        def failing(self, *_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", failing)
+        with pytest.raises(CorpusError, match="no space left"):
+            pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+    def test_what_a_killed_pack_left_is_no_corpus_and_does_no_harm(self, jsonl: Path, tmp_path: Path) -> None:
+        partial = tmp_path / "out.partial"
+        whole = pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        shutil.move(tmp_path / "out", partial)
+        (partial / "manifest.json").unlink()
+        (partial / "stale.tokens").write_bytes(b"stale")
+        with pytest.raises(CorpusError, match="not a packed corpus"):
+            PackedCorpus.open(partial)
+        again = pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        assert again.fingerprint == whole.fingerprint
+        assert not partial.exists()
+        assert not (tmp_path / "out" / "stale.tokens").exists()
+
+    def test_corpus_being_replaced_survives_a_failing_rename(self, jsonl: Path, tmp_path: Path, monkeypatch) -> None:
+        old = pack([("old", jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        rename = shards.os.rename
+
+        def failing(source, target):
+            if str(source).endswith(".partial"):
+                raise OSError(errno.EIO, "Input/output error")
+            rename(source, target)
+
+        monkeypatch.setattr(shards.os, "rename", failing)
+        with pytest.raises(OSError, match="Input/output"):
+            pack([("new", jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2, overwrite=True)
+        assert PackedCorpus.open(tmp_path / "out").fingerprint == old.fingerprint
+
+
+class TestOpen:
+    @pytest.fixture
+    def packed(self, jsonl: Path, tmp_path: Path) -> Path:
+        pack([(None, jsonl)], BYTES, tmp_path / "packed", holdout_fraction=0.2)
+        return tmp_path / "packed"
+
+    def error_of(self, folder: Path) -> str:
+        with pytest.raises(CorpusError) as caught:
+            PackedCorpus.open(folder)
+        return str(caught.value)
+
+    def test_no_corpus(self, packed: Path, tmp_path: Path) -> None:
+        assert f"did you mean {str(packed)!r}" in self.error_of(tmp_path / "paked")
+        assert "not a packed corpus" in self.error_of(tmp_path)
+        (packed / "manifest.json").write_text('{"format": "another"}')
+        assert "not the manifest" in self.error_of(packed)
+        (packed / "manifest.json").write_text('{"format": ')
+        assert "damaged" in self.error_of(packed)
+
+    def test_newer_version(self, packed: Path) -> None:
+        manifest = json.loads((packed / "manifest.json").read_text())
+        (packed / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+        assert "version 2" in self.error_of(packed)
+        assert "update" in self.error_of(packed)
+
+    def test_manifest_edited(self, packed: Path) -> None:
+        text = (packed / "manifest.json").read_text()
+        (packed / "manifest.json").write_text(text.replace('"documents": ', '"documents": 1'))
+        assert "fingerprint" in self.error_of(packed)
+
+    @pytest.mark.parametrize("suffix", [".tokens", ".documents.npy"])
+    def test_file_cut_short_or_missing(self, packed: Path, suffix: str) -> None:
+        file = next(path for path in sorted(packed.iterdir()) if path.name.endswith(suffix))
+        size = file.stat().st_size
+        file.write_bytes(file.read_bytes()[:-2])
+        assert file.name in self.error_of(packed)
+        assert f"{size - 2} bytes instead of {size}" in self.error_of(packed)
+        file.unlink()
+        assert file.name in self.error_of(packed)
+        assert "missing" in self.error_of(packed)
+
+    def test_changed_bytes_are_seen_by_verify(self, packed: Path) -> None:
+        file = next(packed.glob("*.tokens"))
+        data = bytearray(file.read_bytes())
+        data[10] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(CorpusError, match=rf"{file.name}.*checksum"):
+            PackedCorpus.open(packed).verify()
+
+    def test_another_tokenizer(self, packed: Path) -> None:
+        Tokenizer.train(["other text"], 300).save(packed / "tokenizer.json")
+        assert "another tokenizer" in self.error_of(packed)
+        (packed / "tokenizer.json").write_text("{")
+        assert "tokenizer.json" in self.error_of(packed)
+        (packed / "tokenizer.json").unlink()
+        assert "missing" in self.error_of(packed)

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from factorization_memory.config import ModelConfig
+from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.generation import SamplingConfig, generate, prefill
+from factorization_memory.models import LanguageModel, ModelState
+
+TOKENIZER = Tokenizer.bytes_level()
+GREEDY = SamplingConfig(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=TOKENIZER.vocab_size + 6, hidden_size=32, num_layers=2, num_states=8, top_k=2, num_heads=2, conv_size=3
+    )
+    return LanguageModel(config)
+
+
+class Script(LanguageModel):
+    """A model that writes given tokens, whatever the prompt, one row after the other where samples differ."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        super().__init__(ModelConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=8, num_layers=1, num_states=2))
+        self.rows = rows
+        self.batch_sizes: list[int] = []
+        self.written: dict[int, int] = {}
+
+    def _logits(self, counts: list[tuple[int, int]]) -> torch.Tensor:
+        logits = torch.full((len(counts), self.config.vocab_size), -50.0)
+        for row, (script, position) in enumerate(counts):
+            logits[row, self.rows[script][position]] = 50.0
+        return logits
+
+    def forward(self, tokens: torch.Tensor, state: Any = None, **_: Any) -> tuple[torch.Tensor, ModelState]:
+        state = self.initial_state(1)
+        return self._logits([(0, 0)])[:, None], state
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
+        # The first number of each row's memory counts its steps.
+        memory = state.layers[0].memory
+        memory[:, 0, 0, 0] += 1
+        self.batch_sizes.append(len(tokens))
+        return self._logits([(0, int(count)) for count in memory[:, 0, 0, 0]]), state
+
+
+def scripted(text: str, **arguments: Any) -> tuple[list[str], Any]:
+    tokens = [*TOKENIZER.encode(text), TOKENIZER.document_end]
+    pieces: list[str] = []
+    result = generate(
+        Script([tokens]), TOKENIZER, "x", sampling=GREEDY, on_text=lambda _, piece: pieces.append(piece), **arguments
+    )
+    return pieces, result[0]
+
+
+def test_greedy_matches_rereading_everything(model: LanguageModel) -> None:
+    prompt = "It was a dark and stormy night"
+    (result,) = generate(model, TOKENIZER, prompt, max_tokens=12, sampling=GREEDY, prefill_chunk=7)
+    tokens = TOKENIZER.encode(prompt)
+    with torch.no_grad():
+        for token in result.tokens:
+            logits = model(torch.tensor([tokens]))[0][0, -1]
+            logits[TOKENIZER.padding] = -torch.inf
+            logits[TOKENIZER.vocab_size :] = -torch.inf
+            assert token == logits.argmax().item()
+            tokens.append(token)
+    assert result.prompt_tokens == len(TOKENIZER.encode(prompt))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 29, 30, 1000])
+def test_prefill_is_the_same_in_any_chunks(model: LanguageModel, chunk: int) -> None:
+    tokens = torch.arange(30)
+    with torch.no_grad():
+        expected, state = model(tokens[None])
+        logits, chunked = prefill(model, tokens, chunk)
+    torch.testing.assert_close(logits, expected[:, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(chunked.layers[1].memory, state.layers[1].memory, rtol=1e-4, atol=1e-5)
+
+
+def test_only_text_and_the_document_end_are_drawn(model: LanguageModel) -> None:
+    hot = SamplingConfig(temperature=50.0)
+    drawn = {t for one in generate(model, TOKENIZER, "a", max_tokens=300, sampling=hot, num_samples=8) for t in one.tokens}
+    assert len(drawn) > 200
+    assert drawn <= set(range(256)) | {TOKENIZER.document_end}
+
+
+def test_samples_are_reproducible_and_differ(model: LanguageModel) -> None:
+    sampling = SamplingConfig(temperature=1.0, seed=5)
+    four = generate(model, TOKENIZER, "a", max_tokens=20, sampling=sampling, num_samples=4)
+    again = generate(model, TOKENIZER, "a", max_tokens=20, sampling=sampling, num_samples=4)
+    assert [one.tokens for one in four] == [one.tokens for one in again]
+    assert len({tuple(one.tokens) for one in four}) == 4
+    two = generate(model, TOKENIZER, "a", max_tokens=20, sampling=sampling, num_samples=2)
+    assert [one.tokens for one in two] == [one.tokens for one in four[:2]]
+
+
+def test_pieces_join_to_the_text_of_each_sample(model: LanguageModel) -> None:
+    streamed = ["", "", ""]
+
+    def on_text(index: int, piece: str) -> None:
+        assert piece
+        streamed[index] += piece
+
+    results = generate(
+        model, TOKENIZER, "a", max_tokens=40, sampling=SamplingConfig(temperature=1), num_samples=3, on_text=on_text
+    )
+    assert streamed == [one.text for one in results]
+
+
+def test_streams_whole_characters_only() -> None:
+    pieces, result = scripted("雨が降る。ok")
+    assert result.text == "雨が降る。ok"
+    assert result.stop_reason == "document_end"
+    assert pieces == list("雨が降る。ok")
+
+
+def test_length_ends_in_the_middle_of_a_character() -> None:
+    pieces, result = scripted("雨が", max_tokens=4)
+    assert result.stop_reason == "length"
+    assert len(result.tokens) == 4
+    assert result.text == "".join(pieces) == "雨�"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "reason"),
+    [
+        ("one END two", ["END"], "one ", "stop_string"),
+        ("one EN two", ["END"], "one EN two", "document_end"),
+        ("one EN", ["END"], "one EN", "document_end"),
+        ("EEND", ["END"], "E", "stop_string"),
+        ("aab", ["ab", "aab"], "", "stop_string"),
+        ("雨が降る。次", ["。"], "雨が降る", "stop_string"),
+    ],
+)
+def test_stop_strings_are_cut_off_and_never_streamed(text: str, stop: list[str], expected: str, reason: str) -> None:
+    pieces, result = scripted(text, stop=stop)
+    assert (result.text, result.stop_reason) == (expected, reason)
+    assert "".join(pieces) == expected
+
+
+def test_text_streams_as_soon_as_no_stop_string_can_begin_in_it() -> None:
+    pieces, _ = scripted("ab EN cd", stop=["END"])
+    assert pieces == ["a", "b", " ", "EN ", "c", "d"]
+
+
+def test_a_finished_sample_leaves_the_batch(model: LanguageModel) -> None:
+    sizes: list[int] = []
+    step = model.step
+
+    def counted(tokens: torch.Tensor, state: ModelState) -> tuple[torch.Tensor, ModelState]:
+        sizes.append(len(tokens))
+        assert state.batch_size == len(tokens)
+        return step(tokens, state)
+
+    model.step = counted  # type: ignore[method-assign]
+    try:
+        sampling = SamplingConfig(temperature=5.0)
+        results = generate(model, TOKENIZER, "a", max_tokens=64, sampling=sampling, num_samples=6, stop=["e", "t", "\x00", "q"])
+    finally:
+        del model.step
+    # A sample of n tokens took part in n - 1 steps: its last token is never read.
+    assert sum(sizes) == sum(len(one.tokens) - 1 for one in results)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 1
+
+
+def test_mode_and_gradients_are_as_before(model: LanguageModel) -> None:
+    model.train()
+    generate(model, TOKENIZER, "a", max_tokens=2)
+    assert model.training
+    assert torch.is_grad_enabled()
+    loss, _ = model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
+    loss.backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "prompt=''.*give at least one character"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0"),
+        ({"stop": [""]}, "stop="),
+        ({"stop": "END"}, "stop='END'"),
+    ],
+)
+def test_bad_arguments_name_themselves(model: LanguageModel, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, TOKENIZER, **{"prompt": "a", **arguments})

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from factorization_memory.training.guard import (
+    LOCK_NAME,
+    GracefulStop,
+    RunLock,
+    RunLockedError,
+    TrainingDivergedError,
+    check_finite,
+)
+
+HOLDER = """
+import sys
+from pathlib import Path
+from factorization_memory.training.guard import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunLockedError, match=rf"process {holder.pid} on .* is writing this run folder"), RunLock(tmp_path):
+            pass
+        # However the holder ends, its lock goes with it.
+        holder.kill()
+        holder.wait()
+        assert (tmp_path / LOCK_NAME).exists()
+        with RunLock(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        with pytest.raises(RunLockedError), RunLock(tmp_path):
+            pass
+        assert (tmp_path / LOCK_NAME).exists()
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_asks_second_interrupts_and_handlers_come_back(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    with GracefulStop() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), number)
+        assert stop.requested == number.name
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_in_another_thread_signals_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def enter() -> None:
+        with GracefulStop() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(None, before)]
+
+
+def test_finite_steps_pass() -> None:
+    check_finite(3, [1.0, 2.0], 0.5, [["en:0"], ["en:1"]], None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_loss_names_step_rows_and_checkpoint(bad: float) -> None:
+    with pytest.raises(TrainingDivergedError) as caught:
+        check_finite(7, [1.0, bad], math.nan, [["en:0"], ["ja:5"]], Path("run/checkpoints/step-00000005"))
+    message = str(caught.value)
+    assert "step 7" in message
+    assert "ja:5" in message
+    assert "en:0" not in message
+    assert "step-00000005" in message
+
+
+def test_a_bad_gradient_names_all_rows_up_to_eight() -> None:
+    with pytest.raises(TrainingDivergedError, match=r"en:7 and 4 more.*no checkpoint yet"):
+        check_finite(7, [1.0], math.inf, [[f"en:{index}" for index in range(12)]], None)
