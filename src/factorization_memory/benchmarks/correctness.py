@@ -1,0 +1,169 @@
+"""Whether a backend computes the recurrence: its outputs and gradients against the reference loop in float64.
+
+Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width of a head, N packed sequences.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from factorization_memory.ops import factorization_memory
+from factorization_memory.ops.precision import state_dtype
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+"""Largest relative error (of a whole tensor, in norm) by dtype of the values; float32 products on a GPU must not be TF32."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one call of the recurrence."""
+
+    batch: int = 4
+    """B: sequences."""
+    length: int = 1024
+    """T: tokens of each."""
+    heads: int = 1
+    """H."""
+    num_states: int = 64
+    """M: memory states of each head."""
+    value_size: int = 512
+    """D: value width of a head."""
+    top_k: int | None = None
+    """K: states each token selects; None is the dense form."""
+
+    @property
+    def tokens(self) -> int:
+        """B * T."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of one call, and the gradients that come back to its results."""
+
+    update: Tensor
+    merge: Tensor
+    value: Tensor
+    indices: Tensor | None
+    num_states: int
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    d_output: Tensor
+    d_final: Tensor
+
+    @classmethod
+    def random(
+        cls,
+        shape: Shape,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        initial_state: bool = False,
+        borders: list[int] | None = None,
+        seed: int = 0,
+    ) -> Problem:
+        """A problem as a layer poses it: affinities sum to 1 over the states, rates anywhere between 0 and 1; weights and states
+        are float32 (float64 with float64 values), values are of `dtype`. The same numbers on every device."""
+        random = torch.Generator().manual_seed(seed)
+        wide = state_dtype(torch.empty(0, dtype=dtype))
+        sequences = shape.batch if borders is None else len(borders) - 1
+        tokens = (shape.batch, shape.length, shape.heads)
+        states = (sequences, shape.heads, shape.num_states, shape.value_size)
+        logits = torch.randn(*tokens, shape.num_states, generator=random, dtype=wide)
+        indices = None
+        if shape.top_k is not None:
+            logits, indices = logits.topk(shape.top_k, dim=-1)
+        affinity = logits.softmax(-1)
+        update, merge = (affinity * torch.rand(affinity.shape, generator=random, dtype=wide) for _ in range(2))
+        value, d_output = (torch.randn(*tokens, shape.value_size, generator=random, dtype=wide).to(dtype) for _ in range(2))
+        initial, d_final = (torch.randn(states, generator=random, dtype=wide) for _ in range(2))
+        return cls(
+            update, merge, value, indices, shape.num_states, initial if initial_state else None,
+            None if borders is None else torch.tensor(borders, dtype=torch.int32), d_output, d_final,
+        ).to(device)  # fmt: skip
+
+    def to(self, target: torch.device | str | torch.dtype) -> Problem:
+        """The problem on another device, or its floating-point numbers in another dtype."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        if isinstance(target, torch.dtype):
+            tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
+        return replace(self, **{name: x.to(target) for name, x in tensors.items()})
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What gradients flow to: update, merge, value and, where given, the initial state; as tensors that ask for them."""
+        given = (self.update, self.merge, self.value, self.initial_state)
+        return tuple(x.detach().requires_grad_() for x in given if x is not None)
+
+    def forward(self, backend: str, leaves: tuple[Tensor, ...], output_final_state: bool = False) -> tuple[Tensor, ...]:
+        """The output `[B, T, H, D]` of `leaves` on `backend`, and the final state if asked for."""
+        output, final = factorization_memory(
+            *leaves[:3],
+            indices=self.indices,
+            num_states=self.num_states,
+            initial_state=leaves[3] if len(leaves) > 3 else None,
+            output_final_state=output_final_state,
+            cu_seqlens=self.cu_seqlens,
+            backend=backend,
+        )
+        return (output,) if final is None else (output, final)
+
+    def solve(self, backend: str) -> dict[str, Tensor]:
+        """Output, final state and every gradient, by name."""
+        leaves = self.leaves()
+        results = self.forward(backend, leaves, output_final_state=True)
+        gradients = torch.autograd.grad(results, leaves, (self.d_output, self.d_final))
+        names = ("output", "final state", "d_update", "d_merge", "d_value", "d_initial_state")
+        return dict(zip(names, (*(x.detach() for x in results), *gradients), strict=False))
+
+
+def check(backend: str, problem: Problem) -> dict[str, object]:
+    """How far `backend` is from the float64 reference on `problem`.
+
+    Returns:
+        `passed`; `error`, the largest relative error among output, final state and gradients (each tensor's, in norm), and
+        `worst`, the tensor it is of; `tolerance`; `seconds` that the backend took; `reason`, the message if it could not run
+        or gave a number that is not finite (then `error` is None).
+    """
+    result: dict[str, object] = {"passed": False, "error": None, "worst": None, "tolerance": TOLERANCES[problem.value.dtype]}
+    start = time.perf_counter()
+    try:
+        got = {name: x.cpu().double() for name, x in problem.solve(backend).items()}
+    except Exception as error:  # whatever a backend trips over here is the finding
+        reason = f"{type(error).__name__}: {error}"
+        return result | {"seconds": time.perf_counter() - start, "reason": reason}
+    result["seconds"] = time.perf_counter() - start
+    expected = problem.to("cpu").to(torch.float64).solve("reference")
+    unfinite = [name for name, x in got.items() if not bool(x.isfinite().all())]
+    if unfinite:
+        return result | {"worst": unfinite[0], "reason": f"{unfinite[0]} is not finite"}
+    errors = {name: _relative_error(got[name], x) for name, x in expected.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    passed = errors[worst] <= TOLERANCES[problem.value.dtype]
+    return result | {"passed": passed, "error": errors[worst], "worst": worst, "reason": None}
+
+
+def check_backend(backend: str, device: torch.device | str) -> list[dict[str, object]]:
+    """A tiny forward and backward of `backend` on `device` for each form of the recurrence: `check`'s results, each with its
+    `backend`, `device`, `case` and `dtype`."""
+    dense = Shape(batch=2, length=150, heads=2, num_states=8, value_size=16)
+    packed = replace(dense, batch=1, top_k=3)
+    cases: list[tuple[str, Problem]] = [
+        ("dense", Problem.random(dense, device=device)),
+        ("dense, initial state", Problem.random(dense, device=device, initial_state=True)),
+        ("sparse", Problem.random(replace(dense, top_k=3), device=device, initial_state=True)),
+        ("packed, sparse", Problem.random(packed, device=device, initial_state=True, borders=[0, 1, 70, 70, 150])),
+        ("dense, initial state", Problem.random(dense, torch.bfloat16, device, initial_state=True)),
+    ]
+    return [
+        {"backend": backend, "device": str(device), "case": case, "dtype": str(problem.value.dtype).removeprefix("torch.")}
+        | check(backend, problem)
+        for case, problem in cases
+    ]
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-300))

@@ -1,0 +1,174 @@
+"""`fmem data`: fetch a data set, train a tokenizer, pack a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from factorization_memory.cli.common import choose, console, emit, parse
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """Stream a data set of the Hugging Face hub once, to disk, as .jsonl.zst (needs the `datasets` package)."""
+
+    name: tyro.conf.Positional[str]
+    """Name of the data set."""
+    output: Path
+    """File to write; its name ends in .jsonl.zst."""
+    config: str | None = None
+    """Configuration of the data set, where it has several."""
+    split: str = "train"
+    """Split to read."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    revision: str | None = None
+    """Revision to pin."""
+    max_documents: int | None = None
+    """Stop after this many documents."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Train a byte-level BPE tokenizer (lossless; English and Japanese are cut by script)."""
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Texts: .txt, .jsonl, .jsonl.zst, .parquet, or folders of these."""
+    output: Path = Path("tokenizer.json")
+    """File to write."""
+    vocab_size: int = 16384
+    """Number of ids, the 256 bytes and 2 special tokens among them."""
+    max_megabytes: float = 50.0
+    """Text to train on; longer inputs are thinned evenly, document by document."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Tokenize texts into a packed corpus: memory-mapped tokens, training and held-out."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Texts: .txt, .jsonl, .jsonl.zst, .parquet, or folders of these; NAME=PATH names the source in the mixture."""
+    output: Path
+    """Folder to write."""
+    tokenizer: str = "bytes"
+    """A tokenizer.json, or "bytes" for the byte-level tokenizer that needs no training."""
+    holdout: Literal["hash", "author", "tail"] = "hash"
+    """What is held out: whole documents by hash, whole authors by hash, or the end of each document."""
+    holdout_fraction: float = 0.05
+    """About how much of the text is held out."""
+    overwrite: bool = False
+    """Replace a packed corpus that is there."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """`fmem data VERB`."""
+    verbs: dict[str, Callable[[list[str]], int]] = {"fetch": _fetch, "tokenizer": _tokenizer, "pack": _pack}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console().print(
+            "usage: fmem data VERB [options]; fmem data VERB --help tells more\n\n"
+            "  fetch      stream a data set of the hub once, to disk\n"
+            "  tokenizer  train a byte-level BPE tokenizer\n"
+            "  pack       tokenize texts into a packed corpus"
+        )
+        return 0 if arguments else 2
+    return choose(arguments[0], verbs, "fmem data")(arguments[1:])
+
+
+def _fetch(arguments: list[str]) -> int:
+    options = parse(FetchOptions, arguments, "data fetch")
+    from factorization_memory.data.corpora import fetch_dataset
+
+    documents = fetch_dataset(
+        options.name, options.output, config=options.config, split=options.split, text_column=options.text_column,
+        revision=options.revision, max_documents=options.max_documents,
+    )  # fmt: skip
+    console().print(f"{documents:,} documents of {options.name} are in {options.output}")
+    emit({"output": str(options.output), "documents": documents}, options.json)
+    return 0
+
+
+def _tokenizer(arguments: list[str]) -> int:
+    options = parse(TokenizerOptions, arguments, "data tokenizer")
+    import time
+
+    from factorization_memory.data.corpora import read_documents
+    from factorization_memory.data.tokenizer import Tokenizer
+
+    limit = int(options.max_megabytes * 1e6)
+    read = total = 0
+
+    def texts(keep: int) -> Iterator[str]:
+        nonlocal read
+        for path in options.inputs:
+            for number, document in enumerate(read_documents(path)):
+                if number % keep == 0:
+                    read += len(document.text.encode())
+                    yield document.text
+
+    with console().status("reading the texts"):
+        total = sum(len(document.text.encode()) for path in options.inputs for document in read_documents(path))
+    start = time.perf_counter()
+    with console().status("training the tokenizer"):
+        tokenizer = Tokenizer.train(texts(max(1, -(-total // max(limit, 1)))), options.vocab_size)
+    tokenizer.save(options.output)
+    seconds = time.perf_counter() - start
+    console().print(
+        f"{options.output}: {tokenizer.vocab_size:,} ids, trained on {read / 1e6:.1f} of {total / 1e6:.1f} MB in {seconds:.0f} s"
+    )
+    emit({"output": str(options.output), "vocab_size": tokenizer.vocab_size, "bytes": read, "seconds": seconds}, options.json)
+    return 0
+
+
+def _pack(arguments: list[str]) -> int:
+    options = parse(PackOptions, arguments, "data pack")
+    import time
+
+    from factorization_memory.data.shards import pack
+    from factorization_memory.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.bytes_level() if options.tokenizer == "bytes" else Tokenizer.load(Path(options.tokenizer))
+    start = time.perf_counter()
+    out = console()
+    with out.status("packing") as status:
+        corpus = pack(
+            [_named(text) for text in options.inputs],
+            tokenizer,
+            options.output,
+            holdout=options.holdout,
+            holdout_fraction=options.holdout_fraction,
+            overwrite=options.overwrite,
+            progress=lambda documents, size: status.update(
+                f"packing: {documents:,} documents, {size / 1e6:.1f} MB, {size / 1e6 / (time.perf_counter() - start):.1f} MB/s"
+            ),
+        )
+    seconds = time.perf_counter() - start
+    result: dict[str, Any] = {"output": str(options.output), "seconds": seconds, "sources": {}}
+    size = 0
+    for name, source in corpus.sources.items():
+        result["sources"][name] = {}
+        for part, split in source.splits.items():
+            size += split.text_bytes
+            numbers = {"documents": split.num_documents, "tokens": len(split.tokens), "bytes": split.text_bytes}
+            result["sources"][name][part] = numbers
+            out.print(f"{name:>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
+                      f"{numbers['bytes']:>14,} bytes")  # fmt: skip
+    result["megabytes_per_second"] = size / 1e6 / seconds
+    out.print(f"packed into {options.output} at {result['megabytes_per_second']:.1f} MB/s")
+    emit(result, options.json)
+    return 0
+
+
+def _named(text: str) -> tuple[str | None, Path]:
+    """A source's name and path from NAME=PATH, or from a path alone (which may itself hold "=")."""
+    name, equals, path = text.partition("=")
+    return (name, Path(path)) if equals and name.isidentifier() and not Path(text).exists() else (None, Path(text))

@@ -1,0 +1,46 @@
+"""`fmem inspect RUN`: which memory states a text's tokens update and read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from factorization_memory.cli.common import console, emit, parse, read_text, write_aside
+from factorization_memory.config import ConfigError
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Show the memory at work on a text: an HTML page with the text coloured by its strongest state, layer by layer."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or the folder of one of its checkpoints."""
+    text: str | None = None
+    """Text to read."""
+    file: str | None = None
+    """File that holds the text; - reads stdin."""
+    output: Path = Path("inspection.html")
+    """Page to write."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda or cuda:N."""
+    json: bool = False
+    """Write the record to stdout as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """`fmem inspect`."""
+    options = parse(InspectOptions, arguments, "inspect")
+    if (options.text is None) == (options.file is None):
+        raise ConfigError("text: give exactly one of --text TEXT and --file FILE (- for stdin)")
+    text = options.text if options.text is not None else read_text(options.file or "")
+    from factorization_memory.evaluation import inspect_text, inspection_html
+    from factorization_memory.training import load_model, resolve_device
+
+    model, tokenizer, _ = load_model(options.run, resolve_device(options.device, "--device"))
+    record = inspect_text(model, tokenizer, text)
+    write_aside(options.output, inspection_html(record))
+    console().print(f"{len(record['tokens']):,} tokens, {len(record['layers'])} layers: {options.output}")
+    emit(record, options.json)
+    return 0

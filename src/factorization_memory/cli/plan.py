@@ -1,0 +1,99 @@
+"""`fmem plan PRESET`: what a run would be and cost, without weights, data or a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from factorization_memory.cli.common import console, emit
+from factorization_memory.cli.train import preset_and_options
+from factorization_memory.config import RunConfig
+
+ASSUMED_VOCABULARY = 16384
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a run would be and cost. Any field of the preset can be overridden by its flag."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """`fmem plan`."""
+    options: PlanOptions = preset_and_options(arguments, "plan", PlanOptions)
+    result = plan(options.config)
+    _show(result)
+    emit(result, options.json)
+    return 0
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """Counts, memory and schedule of a run."""
+    from factorization_memory.models.counting import count, training_memory
+    from factorization_memory.training.schedule import learning_rate
+
+    model = config.model
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=ASSUMED_VOCABULARY)
+    counts = count(model)
+    steps, tokens = config.training.steps, config.training.tokens_per_step
+    bfloat16 = config.training.precision == "bfloat16"
+    marks = sorted({1, config.optimizer.warmup_steps or 1, *(max(1, steps * i // 8) for i in range(1, 9))})
+    return {
+        "preset": config.name,
+        "vocab_size": model.vocab_size,
+        "vocabulary_assumed": not config.model.vocab_size,
+        "parameters": {"total": counts.parameters, "embedding": counts.embedding_parameters},
+        "flops_per_token": {
+            "train": counts.train_flops, "prefill": counts.prefill_flops, "decode": counts.decode_flops,
+            "of_which_recurrence": counts.recurrence_flops,
+        },
+        "state_bytes": counts.state_bytes,
+        "training_memory_bytes": training_memory(model, config.micro_batch_size, config.data.context_length, bfloat16),
+        "precision": "bfloat16" if bfloat16 else "float32",
+        "steps": steps,
+        "tokens": steps * tokens,
+        "tokens_per_step": tokens,
+        "micro_batches": config.sequences_per_step // config.micro_batch_size,
+        "train_flops": counts.train_flops * steps * tokens,
+        "learning_rate": {str(step): learning_rate(config.optimizer, step, steps) for step in marks if step <= steps},
+    }  # fmt: skip
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    vocabulary = f"vocabulary {result['vocab_size']:,}" + (" assumed" if result["vocabulary_assumed"] else "")
+    parameters, flops, memory = result["parameters"], result["flops_per_token"], result["training_memory_bytes"]
+    rows = {
+        "preset": result["preset"],
+        "parameters": f"{parameters['total']:,} ({parameters['embedding']:,} in embedding and head; {vocabulary})",
+        "FLOPs per token": f"train {_short(flops['train'])}, prefill {_short(flops['prefill'])}, decode "
+        f"{_short(flops['decode'])}; recurrence forward {_short(flops['of_which_recurrence'])}",
+        "state": f"{_short(result['state_bytes'])}B per sequence, at any length",
+        "training memory": ", ".join(f"{name} {_short(size)}B" for name, size in memory.items())
+        + f" ({result['precision']} estimate)",
+        "steps": f"{result['steps']:,} of {result['tokens_per_step']:,} tokens in {result['micro_batches']} micro-batch(es): "
+        f"{_short(result['tokens'])} tokens, {_short(result['train_flops'])}FLOP",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    peak = max(result["learning_rate"].values())
+    for i, (step, rate) in enumerate(result["learning_rate"].items()):
+        table.add_row("learning rate" if i == 0 else "", f"{int(step):>8,}  {rate:.2e}  " + "█" * round(30 * rate / peak))
+    console().print(table)
+
+
+def _short(number: float) -> str:
+    """A number in three digits with its SI prefix."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g} "
