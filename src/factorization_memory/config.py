@@ -59,7 +59,7 @@ class ModelConfig:
     affinity_init: float = 1.0
     """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
     rates: Literal["head", "state"] = "state"
-    """Whether the update and merge rates are one number per head or one per memory state (the paper allows both)."""
+    """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
     update_rate_init: tuple[float, float] = (0.05, 0.95)
     """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
     norm: Literal["merged", "head", "state", "none"] = "merged"
@@ -93,7 +93,9 @@ class ModelConfig:
                 f"use 1 to num_states={self.num_states}, or none for the dense form",
             )
         if self.affinity_threshold is not None:
-            _require(self.top_k is None, "model.affinity_threshold", self.affinity_threshold, "not together with top_k; unset one")
+            _require(
+                self.top_k is None, "model.affinity_threshold", self.affinity_threshold, "not together with top_k; unset one"
+            )
             _require(
                 0.0 <= self.affinity_threshold <= 1.0,
                 "model.affinity_threshold",

@@ -8,16 +8,16 @@ from factorization_memory.config import DataConfig, ModelConfig, OptimizerConfig
 
 
 def demo() -> RunConfig:
-    """Two minutes on two cores: one English and one Japanese book, byte by byte or in a small vocabulary."""
+    """Two minutes on two cores: one English and one Japanese book in a vocabulary of 512."""
     return RunConfig(
         name="demo",
         model=ModelConfig(
             hidden_size=160, num_layers=3, num_states=32, top_k=4, num_heads=4, conv_size=4, output_gate=True,
         ),
         data=DataConfig(context_length=256),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, weight_decay=0.1, schedule="wsd", decay_fraction=0.3),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, weight_decay=1.0, schedule="wsd", decay_fraction=0.3),
         training=TrainingConfig(
-            steps=400, tokens_per_step=4096, log_every=5, evaluate_every=100, evaluation_tokens=16384, checkpoint_every=200,
+            steps=300, tokens_per_step=4096, log_every=5, evaluate_every=100, evaluation_tokens=16384, checkpoint_every=100,
         ),
     )  # fmt: skip
 

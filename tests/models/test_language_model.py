@@ -43,7 +43,9 @@ def test_last_only(model: LanguageModel, tokens: torch.Tensor) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_equals_cross_entropy_of_the_logits(tokens: torch.Tensor, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "PIECE_LOGITS", 7 * 30)
-    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=1, num_states=8, tie_word_embeddings=tied)).double()
+    model = LanguageModel(
+        ModelConfig(vocab_size=30, hidden_size=16, num_layers=1, num_states=8, tie_word_embeddings=tied)
+    ).double()
     targets = torch.randint(0, 30, tokens.shape)
     targets[0, :9] = -100
     loss, _ = model.loss(tokens, targets)
@@ -88,7 +90,7 @@ def test_loss_without_targets_is_zero() -> None:
 
 
 def test_needs_a_vocabulary() -> None:
-    with pytest.raises(ConfigError, match="model.vocab_size=0"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=0"):
         LanguageModel(ModelConfig())
 
 

@@ -193,9 +193,7 @@ def test_splitting_anywhere_changes_nothing(length: int, data: st.DataObject) ->
     """The state after a prefix, and the rest from it, are the whole."""
     case = make(2, length, 2, 4, 3, top_k=data.draw(st.none() | st.integers(1, 4)))
     cut = data.draw(st.integers(1, length - 1))
-    whole, final = factorization_memory(
-        case.update, case.merge, case.value, case.indices, 4, case.initial, True
-    )
+    whole, final = factorization_memory(case.update, case.merge, case.value, case.indices, 4, case.initial, True)
 
     def part(piece: slice, state: Tensor) -> tuple[Tensor, Tensor]:
         indices = None if case.indices is None else case.indices[:, piece]

@@ -102,12 +102,15 @@ class _LiveStorages(TorchDispatchMode):
             self._live[key] = storage.nbytes()
             self._finalizers.append(weakref.finalize(storage, self._live.pop, key, None))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for finalizer in self._finalizers:
             finalizer.detach()
         super().__exit__(kind, error, traceback)
+
+
+def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median over rounds of the ratio within a round, which the machine's slower and faster minutes leave alone."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def machine(device: torch.device) -> dict[str, object]:

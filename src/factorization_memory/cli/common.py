@@ -60,4 +60,6 @@ def read_text(path: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert the text first") from None
+        raise ConfigError(
+            f"{path}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert the text first"
+        ) from None

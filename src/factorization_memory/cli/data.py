@@ -123,7 +123,7 @@ def _tokenizer(arguments: list[str]) -> int:
     tokenizer.save(options.output)
     seconds = time.perf_counter() - start
     console().print(
-        f"{options.output}: {tokenizer.vocab_size:,} ids, trained on {read / 1e6:.1f} of {total / 1e6:.1f} MB in {seconds:.0f} s"
+        f"{options.output}: {tokenizer.vocab_size:,} ids from {read / 1e6:.1f} of {total / 1e6:.1f} MB in {seconds:.0f} s"
     )
     emit({"output": str(options.output), "vocab_size": tokenizer.vocab_size, "bytes": read, "seconds": seconds}, options.json)
     return 0

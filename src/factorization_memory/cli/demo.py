@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
 
 PROMPTS = ("“My dear Watson,” said ", "おれは")
-VOCABULARY = 1024
+VOCABULARY = 512
 HELD_OUT = 0.1
 INSPECTED_CHARACTERS = {"en": 900, "ja": 450}
 
@@ -56,7 +56,9 @@ def run(arguments: list[str]) -> int:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(corpus.folder)), training=training)
     result = train.train(config, run_dir)
     if result["stopped"] == "interrupted":
-        out.print(f"stopped by {result['signal']}; `fmem train demo --resume --run-dir {run_dir}` would go on, with the same flags")
+        out.print(
+            f"stopped by {result['signal']}; `fmem train demo --resume --run-dir {run_dir}` would go on, with the same flags"
+        )
         return 130
 
     from factorization_memory.evaluation import inspect_text
@@ -103,5 +105,3 @@ def _corpus(folder: Path) -> PackedCorpus:
 def _held_out_text(corpus: PackedCorpus, source: str) -> str:
     split = corpus.sources[source].splits["validation"]
     return corpus.tokenizer.decode(split.tokens[:4096].tolist()).strip()
-
-

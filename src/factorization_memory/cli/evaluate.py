@@ -40,7 +40,9 @@ def run(arguments: list[str]) -> int:
     model, tokenizer, config = load_model(options.run, resolve_device(options.device, "--device"))
     corpus = PackedCorpus.open(options.corpus or Path(config.data.corpus))
     if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{options.corpus}: packed with another tokenizer than the model's; pack it with the run's tokenizer.json")
+        raise ValueError(
+            f"{options.corpus}: packed with another tokenizer than the model's; pack it with the run's tokenizer.json"
+        )
     result = evaluate(
         model, corpus, config, max_position=options.max_position, max_tokens=options.max_tokens, stretches=options.stretches
     )
@@ -89,14 +91,16 @@ def show(result: dict[str, Any]) -> None:
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []
     table = Table("held-out text", "nats per token", "perplexity", "bits per byte", *(f"{n}-gram bytes" for n in orders))
     for name, row in [*result["sources"].items(), ("all", result["total"])]:
-        yardstick = [] if not orders else (result["ngram"]["sources"].get(name) or result["ngram"]["total"])
+        yardstick = (result["ngram"]["sources"].get(name) or result["ngram"]["total"]) if orders else {}
         table.add_row(
             name, f"{row['loss']:.3f}", f"{row['perplexity']:.1f}", f"{row['bits_per_byte']:.3f}",
             *(f"{yardstick[n]:.3f}" for n in orders),
         )  # fmt: skip
     out.print(table)
     for name, position in result.get("position", {}).items():
-        table = Table(f"{name}, positions", "tokens", "bits per byte, memory carried", f"restarted each {result['context_length']}")
+        table = Table(
+            f"{name}, positions", "tokens", "bits per byte, memory carried", f"restarted each {result['context_length']}"
+        )
         for row in position["bins"]:
             table.add_row(
                 f"{row['start']:,} to {row['end'] - 1:,}", f"{row['tokens']:,}", f"{row['bits_per_byte']:.3f}",

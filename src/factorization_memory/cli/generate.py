@@ -67,9 +67,7 @@ def stream(model: Any, tokenizer: Any, prompt: str, *, to: Any, **options: Any) 
         to.flush()
 
     write(prompt)
-    results = generate(
-        model, tokenizer, prompt, on_text=lambda number, piece: write(piece) if number == 0 else None, **options
-    )
+    results = generate(model, tokenizer, prompt, on_text=lambda number, piece: write(piece) if number == 0 else None, **options)
     write("\n")
     for number, result in enumerate(results[1:], start=2):
         write(f"\n--- {number} ---\n{prompt}{result.text}\n")

@@ -74,7 +74,9 @@ class CausalConvolution(nn.Module):
         sequences = borders.numel() - 1
         token = torch.arange(x.shape[1], device=x.device)
         token = token + room * torch.bucketize(token, borders[1:], right=True) + room
-        gap = borders[:-1, None] + room * torch.arange(sequences, device=x.device)[:, None] + torch.arange(room, device=x.device)
+        gap = (
+            borders[:-1, None] + room * torch.arange(sequences, device=x.device)[:, None] + torch.arange(room, device=x.device)
+        )
         extended = x.new_zeros(1, x.shape[1] + room * sequences, x.shape[2])
         extended = extended.index_copy(1, token, x).index_copy(1, gap.flatten(), tail.reshape(1, -1, x.shape[2]))
         y = self._convolve(extended)[:, token - room]

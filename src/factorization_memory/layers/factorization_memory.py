@@ -169,7 +169,9 @@ class FactorizationMemory(nn.Module):
         if self.affinity_threshold is not None:
             least = affinity.amax(-1, keepdim=True).clamp(max=self.affinity_threshold)
             affinity = logits.masked_fill(affinity < least, -torch.inf).softmax(-1)
-        update, merge = (self._rate(rate, x, indices).to(affinity.dtype) * affinity for rate in (self.update_rate, self.merge_rate))
+        update, merge = (
+            self._rate(rate, x, indices).to(affinity.dtype) * affinity for rate in (self.update_rate, self.merge_rate)
+        )
         if padding_mask is not None:
             update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
         return Routing(affinity, update, merge, indices, self.num_states)

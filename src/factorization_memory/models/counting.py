@@ -14,8 +14,8 @@ import torch
 from factorization_memory.config import ModelConfig
 from factorization_memory.models.language_model import LanguageModel
 
-UPDATE_FLOPS = 4
-"""Of one number of the memory: `(1 - theta) * h + theta * v`, with `1 - theta` shared by a state's whole width not counted."""
+UPDATE_FLOPS = 3
+"""Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
 MERGE_FLOPS = 2
 """Of one number of the memory: its share of `sum_j phi_j h_j`."""
 

@@ -5,6 +5,8 @@ Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"model.vocab_size={config.vocab_size!r}: a model needs the number of its tokenizer's ids")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.final_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

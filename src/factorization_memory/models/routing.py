@@ -64,7 +64,7 @@ class RoutingHealth:
         - `balance` `[H]`: entropy of `share` over log M: 1 is even use, 0 is all in one state.
         - `entropy` `[H]`: mean entropy of a token's affinities over log M: 1 is uniform routing, 0 is one state per token.
         - `dead` `[H]`: states that get less than a hundredth of an even share.
-        - `memory_length` `[H][M]`: tokens until what a state holds has decayed to 1/e, at the mean decay; None if never written.
+        - `memory_length` `[H][M]`: tokens until what a state holds has decayed to 1/e at the mean decay; None if never written.
 
         Raises:
             ValueError: nothing was observed.

@@ -9,6 +9,8 @@ Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D va
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -152,9 +154,7 @@ def _reference(
     return output.to(value.dtype), (state if output_final_state else None)
 
 
-def _check(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, num_states: int | None, *, time: bool
-) -> int:
+def _check(update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, num_states: int | None, *, time: bool) -> int:
     """Checks what both functions share; returns M."""
     letters = "B, T, H" if time else "B, H"
     dims = 4 if time else 3
@@ -206,7 +206,7 @@ def _check_borders(cu_seqlens: Tensor, value: Tensor) -> list[int]:
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 integers")
     borders = [int(border) for border in cu_seqlens.tolist()]
-    if borders[0] != 0 or borders[-1] != value.shape[1] or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+    if borders[0] != 0 or borders[-1] != value.shape[1] or any(a > b for a, b in pairwise(borders)):
         raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {value.shape[1]}")
     return borders
 

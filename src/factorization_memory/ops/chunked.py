@@ -82,7 +82,7 @@ class _Layout:
         return torch.cat(slots)
 
     def cut(self, x: Tensor, first: int) -> Tensor:
-        """The group of chunks from `first` on of `x` `[B, T, H, W]`, as `[L, n, C, W]` in the arithmetic's dtype, zero-filled."""
+        """The group of chunks from `first` on of `x` `[B, T, H, W]`, as `[L, n, C, W]` in the layout's dtype, zero-filled."""
         count = min(self.group, self.num_chunks - first)
         part = x[:, first * self.chunk : (first + count) * self.chunk].transpose(1, 2).to(self.dtype)
         missing = count * self.chunk - part.shape[2]
@@ -174,7 +174,7 @@ class _Tree:
 
 
 def _corners(inner: Tensor, width: int) -> Tensor:
-    """The lower left corners `[n, C / 2w, w, w]` of the blocks of 2w tokens on the diagonal of `inner` `[n, C, C]`, as a view."""
+    """Lower left corners `[n, C / 2w, w, w]` of the blocks of 2w tokens on the diagonal of `inner` `[n, C, C]`, as a view."""
     n, chunk, _ = inner.shape
     step = 2 * width * (chunk + 1)
     return inner.as_strided(
@@ -219,7 +219,7 @@ class _Chunked(torch.autograd.Function):
         state = value.new_zeros(shape[1:], dtype=layout.dtype)
         for first in range(0, layout.num_chunks, layout.group):
             theta, phi, v = (layout.cut(x, first) for x in (update, merge, value))
-            lanes, count, chunk, num_states = theta.shape
+            lanes, count = theta.shape[:2]
             tree = _Tree.build(theta.flatten(0, 1), phi.flatten(0, 1), keep_levels=False)
             y = torch.bmm(tree.inner, v.flatten(0, 1)).view(v.shape)
             read, write, total = (x.unflatten(0, (lanes, count)) for x in (tree.read, tree.write, tree.total))

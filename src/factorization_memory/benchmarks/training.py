@@ -1,0 +1,189 @@
+"""Tokens per second of whole training steps: our model beside `transformers`' Llama and Mamba-2 of equal parameters.
+
+A step is forward, loss, backward and AdamW on random tokens, with the same optimizer for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factorization_memory.benchmarks.timing import interleaved_seconds, machine, paired_ratio, peak_bytes, summary
+from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.models import LanguageModel
+
+Loss = Callable[[Tensor], Tensor]
+"""Tokens `[B, T]` to the mean loss of predicting each from those before it."""
+OURS = "factorization-memory"
+PEERS = ("llama", "mamba2")
+
+
+@dataclass(frozen=True)
+class TrainingBenchmark:
+    """What to measure."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
+    """Our model; its peers get the same vocabulary, width and embeddings, and as many parameters."""
+    batch: int = 8
+    """Sequences of a step."""
+    lengths: tuple[int, ...] = (512, 4096)
+    """Tokens of each sequence."""
+    peers: tuple[str, ...] = PEERS
+    """Models to compare with, if transformers is installed."""
+    llama_heads: int = 4
+    """Attention heads of Llama."""
+    mamba2_layers: int = 8
+    """Layers of Mamba-2, which has no feed-forward layers between."""
+    mamba2_chunk: int = 64
+    """Chunk of Mamba-2's scan."""
+    bfloat16: bool = False
+    """Autocast to bfloat16 instead of float32 throughout."""
+    repeats: int = 5
+    """Rounds; medians are taken over them."""
+
+    def __post_init__(self) -> None:
+        for peer in self.peers:
+            if peer not in PEERS:
+                raise ConfigError(f"peers={peer!r}: use some of {', '.join(PEERS)}")
+
+
+def run(
+    benchmark: TrainingBenchmark, device: torch.device, progress: Callable[[str], None] = lambda what: None
+) -> dict[str, object]:
+    """All measurements.
+
+    Args:
+        benchmark: what to measure.
+        device: where.
+        progress: called with what comes next, for people.
+
+    Returns:
+        `machine`, `dtype`, `missing` (why peers were left out, or None), and `records`, one per length and model: `model`,
+        `parameters`, `batch`, `length`, `seconds` of a step (median, min, max), `tokens_per_second` (of the median),
+        `peak_bytes` of a step beyond weights and optimizer state, and for peers `ours_over_this`, the ratio of our tokens per
+        second to the peer's (the median of the rounds' ratios).
+    """
+    models: dict[str, tuple[nn.Module, Loss]] = {}
+    missing = None
+    torch.manual_seed(0)
+    ours = LanguageModel(benchmark.model).to(device)
+    models[OURS] = ours, partial(_our_loss, ours)
+    if benchmark.peers:
+        progress("building the peers")
+        try:
+            models |= _peers(benchmark, device, _parameters(ours))
+        except ImportError as error:
+            missing = f"no peers: {error}; pip install transformers"
+    steps = {name: _Step(model, loss, benchmark.bfloat16) for name, (model, loss) in models.items()}
+    records: list[dict[str, object]] = []
+    for length in benchmark.lengths:
+        tokens = torch.randint(0, benchmark.model.vocab_size, (benchmark.batch, length), device=device)
+        progress(f"T={length}: {', '.join(steps)}")
+        seconds = interleaved_seconds({name: partial(step, tokens) for name, step in steps.items()}, benchmark.repeats, device)
+        for name, step in steps.items():
+            spread = summary(seconds[name])
+            records.append(
+                {
+                    "model": name,
+                    "parameters": _parameters(step.model),
+                    "batch": benchmark.batch,
+                    "length": length,
+                    "seconds": spread,
+                    "tokens_per_second": tokens.numel() / spread["median"],
+                    "peak_bytes": peak_bytes(partial(step, tokens), device),
+                }
+                | ({} if name == OURS else {"ours_over_this": paired_ratio(seconds[name], seconds[OURS])})
+            )
+    dtype = "bfloat16" if benchmark.bfloat16 else "float32"
+    return {"machine": machine(device), "dtype": dtype, "missing": missing, "records": records}
+
+
+class _Step:
+    """One training step of a model."""
+
+    def __init__(self, model: nn.Module, loss: Loss, bfloat16: bool) -> None:
+        self.model, self.loss, self.bfloat16 = model, loss, bfloat16
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def __call__(self, tokens: Tensor) -> None:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss = self.loss(tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = -100
+    return model.loss(tokens, targets)[0]
+
+
+def _peers(benchmark: TrainingBenchmark, device: torch.device, parameters: int) -> dict[str, tuple[nn.Module, Loss]]:
+    """The peers, each with as many parameters as its one free size allows: Llama's feed-forward width, Mamba-2's state size.
+
+    Raises ImportError without transformers.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it remarks on missing fast paths, which the figures show anyway
+    config = benchmark.model
+
+    def llama(intermediate_size: int) -> nn.Module:
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                intermediate_size=intermediate_size,
+                num_attention_heads=benchmark.llama_heads,
+                max_position_embeddings=max(benchmark.lengths),
+                tie_word_embeddings=config.tie_word_embeddings,
+                attn_implementation="sdpa",
+                use_cache=False,
+            )
+        )
+
+    def mamba2(state_size: int) -> nn.Module:
+        return transformers.Mamba2ForCausalLM(
+            transformers.Mamba2Config(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=benchmark.mamba2_layers,
+                state_size=state_size,
+                expand=2,
+                num_heads=2 * config.hidden_size // 64,
+                head_dim=64,
+                n_groups=1,
+                chunk_size=benchmark.mamba2_chunk,
+                tie_word_embeddings=config.tie_word_embeddings,
+                use_cache=False,
+            )
+        )
+
+    builders: dict[str, Callable[[int], nn.Module]] = {"llama": llama, "mamba2": mamba2}
+    peers: dict[str, tuple[nn.Module, Loss]] = {}
+    for name in benchmark.peers:
+        model = builders[name](_size_for(parameters, builders[name])).to(device).train()
+        peers[name] = model, partial(_peer_loss, model)
+    return peers
+
+
+def _size_for(parameters: int, build: Callable[[int], nn.Module]) -> int:
+    """The size whose model comes nearest to `parameters`, which grow linearly with it."""
+    with torch.device("meta"):
+        small, large = (_parameters(build(size)) for size in (16, 32))
+    return max(8, 16 + round((parameters - small) / ((large - small) / 16)))
+
+
+def _peer_loss(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, labels=tokens).loss

@@ -1,0 +1,131 @@
+"""`fmem doctor`: what is installed, what the machine has, and whether every backend computes the recurrence here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from factorization_memory.cli.common import console, emit, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REQUIRED = ("torch", "numpy", "tokenizers", "safetensors")
+OPTIONAL = ("triton", "transformers", "datasets")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What is installed, and a tiny forward and backward of every backend on every device against the float64 reference.
+    Status 1 if any is wrong."""
+
+    json: bool = False
+    """Write the findings to stdout as one JSON line."""
+
+
+def run(arguments: list[str]) -> int:
+    """`fmem doctor` with `arguments`; returns the exit status."""
+    options = parse(Doctor, arguments, "doctor")
+    people = console()
+    with people.status("looking around, then running each backend"):
+        findings = examine()
+    _show(findings, people)
+    emit(findings, options.json)
+    return 0 if findings["passed"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """The findings: `versions` (None where absent), `cpu`, `gpus`, `no_gpu` (why there is none, or None), `checks`, `passed`."""
+    import torch
+
+    from factorization_memory import __version__
+    from factorization_memory.benchmarks.correctness import check_backend
+    from factorization_memory.benchmarks.timing import cpu_model
+    from factorization_memory.ops import BACKENDS
+
+    no_gpu = None
+    if not torch.cuda.is_available():
+        no_gpu = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
+    devices = ["cpu"] if no_gpu else ["cpu", "cuda"]
+    checks = [
+        result for backend in BACKENDS if backend != "auto" for device in devices for result in check_backend(backend, device)
+    ]
+    return {
+        "versions": {"factorization_memory": __version__, "python": platform.python_version()}
+        | {name: _version(name) for name in REQUIRED + OPTIONAL},
+        "cpu": {"name": cpu_model(), "cores": _cores(), "threads": torch.get_num_threads()},
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if no_gpu is None else [],
+        "no_gpu": no_gpu,
+        "checks": checks,
+        "passed": all(result["passed"] for result in checks),
+    }
+
+
+def _version(name: str) -> str | None:
+    # A folder of that name on the path has a spec but no metadata: it is not the package.
+    try:
+        return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def _show(findings: dict[str, Any], people: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    for name, version in findings["versions"].items():
+        facts.add_row(name, version or "[dim]not installed[/]")
+    cpu = findings["cpu"]
+    facts.add_row("cpu", f"{escape(cpu['name'])}, {cpu['cores']} cores, {cpu['threads']} threads")
+    for i, gpu in enumerate(findings["gpus"]):
+        memory = gpu["memory_bytes"] / 2**30
+        facts.add_row(
+            f"gpu {i}", f"{escape(gpu['name'])}, {memory:.0f} GiB, capability {gpu['capability']}, CUDA {gpu['cuda']}"
+        )
+    if findings["no_gpu"]:
+        facts.add_row("gpu", f"[dim]none: {findings['no_gpu']}[/]")
+    people.print(facts)
+
+    table = Table("backend", "device")
+    table.add_column("case", no_wrap=True)
+    table.add_column("values")
+    table.add_column("error", justify="right")
+    table.add_column("allowed", justify="right")
+    table.add_column("ms", justify="right")
+    table.add_column("")
+    for result in findings["checks"]:
+        table.add_row(
+            result["backend"],
+            result["device"],
+            result["case"],
+            result["dtype"],
+            "-" if result["error"] is None else f"{result['error']:.1e}",
+            f"{result['tolerance']:.0e}",
+            f"{1000 * result['seconds']:.0f}",
+            "[green]pass[/]" if result["passed"] else f"[red]fail[/]: {escape(result['reason'] or result['worst'])}",
+        )
+    people.print(table)
+    failed = sum(not result["passed"] for result in findings["checks"])
+    people.print("[green]all backends run and are right here[/]" if not failed else f"[red]{failed} checks failed[/]")

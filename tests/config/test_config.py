@@ -1,0 +1,81 @@
+"""Configurations check themselves, and survive JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from factorization_memory import presets
+from factorization_memory.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    from_dict,
+    to_dict,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    config = presets.PRESETS[name]()
+    assert config.name.replace("_", "-") == name
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (ModelConfig, {"top_k": 65}, r"model\.top_k=65: use 1 to num_states=64"),
+        (ModelConfig, {"top_k": 0}, r"model\.top_k=0"),
+        (ModelConfig, {"num_heads": 3}, r"model\.num_heads=3: must divide the value width .* = 512"),
+        (ModelConfig, {"expand": 0.3}, r"value width expand \* hidden_size = 76.8"),
+        (ModelConfig, {"affinity_threshold": 0.1, "top_k": 2}, r"model\.affinity_threshold=0.1: not together with top_k"),
+        (ModelConfig, {"update_rate_init": (0.5, 0.1)}, r"model\.update_rate_init=\(0.5, 0.1\)"),
+        (ModelConfig, {"temperature": 0.0}, r"model\.temperature=0.0"),
+        (DataConfig, {"context_length": 0}, r"data\.context_length=0"),
+        (DataConfig, {"weights": {"en": -1.0}}, r"data\.weights\.en=-1.0"),
+        (DataConfig, {"weights": {"en": 0.0}}, r"data\.weights=.*at least one must be positive"),
+        (OptimizerConfig, {"learning_rate": -1.0}, r"optimizer\.learning_rate=-1.0"),
+        (OptimizerConfig, {"beta2": 1.0}, r"optimizer\.beta2=1.0"),
+        (TrainingConfig, {"steps": 0}, r"training\.steps=0"),
+    ],
+)
+def test_bad_values_name_field_value_and_remedy(cls: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cls(**values)
+
+
+def test_tokens_per_step_must_fit_the_context() -> None:
+    with pytest.raises(ConfigError, match=r"training\.tokens_per_step=1000: must be a multiple of data\.context_length=512"):
+        RunConfig(training=TrainingConfig(tokens_per_step=1000))
+    with pytest.raises(ConfigError, match=r"training\.micro_batch_size=3: must divide the 16 sequences"):
+        RunConfig(training=TrainingConfig(micro_batch_size=3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"topk": 3}}, r"model\.topk: no such field; did you mean 'top_k'\?"),
+        ({"model": {"num_states": "many"}}, r"model\.num_states='many': expected int"),
+        ({"model": {"num_states": True}}, r"model\.num_states=True: expected int"),
+        ({"model": {"norm": "batch"}}, r"model\.norm='batch': use one of 'merged', 'head', 'state', 'none'"),
+        ({"model": 3}, r"model=3: expected an object"),
+        ({"data": {"weights": 3}}, r"data\.weights=3: expected an object"),
+        ({"model": {"update_rate_init": 3}}, r"model\.update_rate_init=3: expected a list"),
+    ],
+)
+def test_bad_dictionaries(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunConfig, values)
+
+
+def test_sizes_that_are_derived() -> None:
+    assert ModelConfig(hidden_size=256).feed_forward_size == 704
+    assert ModelConfig(hidden_size=256, intermediate_size=100).feed_forward_size == 100
+    assert RunConfig(training=TrainingConfig(tokens_per_step=2048, micro_batch_size=2)).micro_batch_size == 2
+    assert RunConfig(training=TrainingConfig(tokens_per_step=2048)).micro_batch_size == 4

@@ -1,0 +1,84 @@
+"""Imports only point back along the path of the data: text, tokens, batches, model, training, evaluation, experiments."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "factorization_memory"
+ROOMS = {
+    "config": set(),
+    "presets": {"config"},
+    "data": {"config"},
+    "ops": {"config"},
+    "layers": {"config", "ops"},
+    "models": {"config", "ops", "layers"},
+    "training": {"config", "data", "layers", "models"},
+    "evaluation": {"config", "data", "layers", "models"},
+    "generation": {"config", "data", "layers", "models"},
+    # experiments read records on disk; the pages they make share a style with the inspection page of evaluation.
+    "experiments": {"config", "presets", "models", "evaluation"},
+    "benchmarks": {"config", "presets", "ops", "layers", "models"},
+    "cli": {
+        "config", "presets", "data", "ops", "layers", "models", "training", "evaluation", "generation", "experiments",
+        "benchmarks",
+    },
+}  # fmt: skip
+OUTSIDE = {
+    "datasets": {"data/corpora.py"},
+    "tokenizers": {"data/tokenizer.py"},
+    "pyarrow": {"data/corpora.py"},
+    "zstandard": {"data/corpora.py"},
+    "matplotlib": {"experiments/figures.py"},
+    "transformers": {"benchmarks/training.py"},
+    "triton": set(),
+    "tyro": {"cli/"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports(path: Path) -> None:
+    inside = path.relative_to(PACKAGE)
+    room = inside.parts[0].removesuffix(".py")
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "factorization_memory":
+            other = parts[1] if len(parts) > 1 else ""
+            allowed = other == room or other in ROOMS[room] or other not in ROOMS
+            assert allowed, f"{inside} imports {name}: {room} may import {sorted(ROOMS[room])}"
+        if parts[0] in OUTSIDE:
+            assert any(str(inside).startswith(home) for home in OUTSIDE[parts[0]]), f"{inside} imports {name}"
+        if parts[0] == "torch" and room in ("config", "presets", "data"):
+            assert str(inside) == "data/loader.py", f"{inside} imports torch"
+
+
+def test_every_room_is_listed() -> None:
+    assert {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in FILES} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("module", ["factorization_memory", "factorization_memory.config", "factorization_memory.cli"])
+def test_light_imports(module: str) -> None:
+    """What the command line imports before it knows its verb pulls in nothing heavy."""
+    heavy = {"torch", "numpy", "matplotlib", "tokenizers", "tyro", "rich"}
+    script = f"import sys, {module}; print(','.join(sorted({heavy!r} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
