@@ -12,7 +12,10 @@ from factorization_memory.benchmarks import timing
 from factorization_memory.cli import dispatch
 from factorization_memory.ops import chunked
 
-OP = "bench op --device cpu --batch 1 --length 70 --num-states 4 --value-size 8 --lengths 64 --memory-length 64 --repeats 1 --json"
+OP = (
+    "bench op --device cpu --batch 1 --length 70 --num-states 4 --value-size 8 --lengths 64 --memory-length 64 --repeats 1 "
+    "--json"
+)
 TRAINING = (
     "bench training --device cpu --batch 1 --lengths 16 --repeats 1 --json --model.vocab-size 20 --model.hidden-size 16 "
     "--model.num-layers 1 --model.num-states 4"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,8 +67,8 @@ class Problem:
         borders: list[int] | None = None,
         seed: int = 0,
     ) -> Problem:
-        """A problem as a layer poses it: affinities sum to 1 over the states, rates anywhere between 0 and 1; weights and states
-        are float32 (float64 with float64 values), values are of `dtype`. The same numbers on every device."""
+        """A problem as a layer poses it: affinities sum to 1 over the states, rates anywhere between 0 and 1; weights and
+        states are float32 (float64 with float64 values), values are of `dtype`. The same numbers on every device."""
         random = torch.Generator().manual_seed(seed)
         wide = state_dtype(torch.empty(0, dtype=dtype))
         sequences = shape.batch if borders is None else len(borders) - 1
@@ -100,11 +101,14 @@ class Problem:
 
     def forward(self, backend: str, leaves: tuple[Tensor, ...], output_final_state: bool = False) -> tuple[Tensor, ...]:
         """The output `[B, T, H, D]` of `leaves` on `backend`, and the final state if asked for."""
+        update, merge, value, *initial = leaves
         output, final = factorization_memory(
-            *leaves[:3],
+            update,
+            merge,
+            value,
             indices=self.indices,
             num_states=self.num_states,
-            initial_state=leaves[3] if len(leaves) > 3 else None,
+            initial_state=initial[0] if initial else None,
             output_final_state=output_final_state,
             cu_seqlens=self.cu_seqlens,
             backend=backend,
@@ -120,7 +124,7 @@ class Problem:
         return dict(zip(names, (*(x.detach() for x in results), *gradients), strict=False))
 
 
-def check(backend: str, problem: Problem) -> dict[str, object]:
+def check(backend: str, problem: Problem) -> dict[str, Any]:
     """How far `backend` is from the float64 reference on `problem`.
 
     Returns:
@@ -128,7 +132,7 @@ def check(backend: str, problem: Problem) -> dict[str, object]:
         `worst`, the tensor it is of; `tolerance`; `seconds` that the backend took; `reason`, the message if it could not run
         or gave a number that is not finite (then `error` is None).
     """
-    result: dict[str, object] = {"passed": False, "error": None, "worst": None, "tolerance": TOLERANCES[problem.value.dtype]}
+    result: dict[str, Any] = {"passed": False, "error": None, "worst": None, "tolerance": TOLERANCES[problem.value.dtype]}
     start = time.perf_counter()
     try:
         got = {name: x.cpu().double() for name, x in problem.solve(backend).items()}
@@ -146,7 +150,7 @@ def check(backend: str, problem: Problem) -> dict[str, object]:
     return result | {"passed": passed, "error": errors[worst], "worst": worst, "reason": None}
 
 
-def check_backend(backend: str, device: torch.device | str) -> list[dict[str, object]]:
+def check_backend(backend: str, device: torch.device | str) -> list[dict[str, Any]]:
     """A tiny forward and backward of `backend` on `device` for each form of the recurrence: `check`'s results, each with its
     `backend`, `device`, `case` and `dtype`."""
     dense = Shape(batch=2, length=150, heads=2, num_states=8, value_size=16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ GATE_BATCH = 2
 class IncorrectBackendError(RuntimeError):
     """A backend that does not compute the recurrence; its speed means nothing. `checks` are the gate's results."""
 
-    def __init__(self, checks: list[dict[str, object]]) -> None:
+    def __init__(self, checks: list[dict[str, Any]]) -> None:
         self.checks = checks
         red = [
-            f"{c['backend']} ({c['reason'] or 'relative error {:.1e}'.format(c['error'])})" for c in checks if not c["passed"]
+            f"{result['backend']} ({result['reason'] or 'relative error ' + format(result['error'], '.1e')})"
+            for result in checks
+            if not result["passed"]
         ]
         super().__init__(f"the correctness gate is red, no speed is measured: {', '.join(red)}")
 
@@ -50,7 +53,7 @@ class OpBenchmark:
     """Rounds; medians are taken over them."""
 
 
-def run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str], None] = lambda what: None) -> dict[str, object]:
+def run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
     """All measurements.
 
     Args:
@@ -71,7 +74,7 @@ def run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str], 
         raise IncorrectBackendError(checks)
     contenders = ("reference", *(backend for backend in benchmark.backends if backend != "reference"))
     progress(f"{', '.join(contenders)} at T={benchmark.shape.length}")
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "machine": machine(device),
         "dtype": str(benchmark.dtype).removeprefix("torch."),
         "checks": checks,
@@ -90,7 +93,7 @@ def run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str], 
     return result | {"lengths": by_length, "memory": memory}
 
 
-def gate(benchmark: OpBenchmark, device: torch.device) -> list[dict[str, object]]:
+def gate(benchmark: OpBenchmark, device: torch.device) -> list[dict[str, Any]]:
     """`check` of each backend at the benchmark's widths."""
     shape = replace(
         benchmark.shape, batch=min(benchmark.shape.batch, GATE_BATCH), length=min(benchmark.shape.length, GATE_TOKENS)
@@ -101,7 +104,7 @@ def gate(benchmark: OpBenchmark, device: torch.device) -> list[dict[str, object]
 
 def measure(
     shape: Shape, backends: Sequence[str], dtype: torch.dtype, device: torch.device, repeats: int
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Time of `backends` at `shape`, forward without gradients and forward with backward, taking turns.
 
     Returns one record per backend: the shape's fields; `forward` and `forward_backward`, each with `seconds` (median, min,
@@ -116,7 +119,7 @@ def measure(
     }
     records = []
     for backend in backends:
-        record: dict[str, object] = {"backend": backend} | asdict(shape)
+        record: dict[str, Any] = {"backend": backend} | asdict(shape)
         for name, seconds in timings.items():
             spread = summary(seconds[backend])
             record[name] = {"seconds": spread, "ns_per_token": spread["median"] / shape.tokens * 1e9} | (
@@ -126,7 +129,7 @@ def measure(
     return records
 
 
-def measure_memory(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+def measure_memory(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Peak memory of forward and backward of `backend` at `shape`, inputs included.
 
     Returns the shape's fields; `peak_bytes`; `input_output_bytes` (update, merge, value, indices, output) and
@@ -135,7 +138,7 @@ def measure_memory(shape: Shape, backend: str, dtype: torch.dtype, device: torch
     problem = Problem.random(shape, dtype, device)
     differentiable = _bytes(problem.update, problem.merge, problem.value) + _bytes(problem.value)
     standing = differentiable + (0 if problem.indices is None else _bytes(problem.indices))
-    # What the call allocates holds the output and the gradients of the inputs; the inputs and the output's gradient stand before.
+    # The call allocates the output and the gradients of the inputs; the inputs and the output's gradient stand before.
     before = standing - _bytes(problem.value) + _bytes(problem.d_output)
     peak = before + peak_bytes(partial(_forward_backward, problem, backend), device)
     return {"backend": backend} | asdict(shape) | {

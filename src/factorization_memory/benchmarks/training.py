@@ -54,7 +54,7 @@ class TrainingBenchmark:
 
 def run(
     benchmark: TrainingBenchmark, device: torch.device, progress: Callable[[str], None] = lambda what: None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """All measurements.
 
     Args:
@@ -80,7 +80,7 @@ def run(
         except ImportError as error:
             missing = f"no peers: {error}; pip install transformers"
     steps = {name: _Step(model, loss, benchmark.bfloat16) for name, (model, loss) in models.items()}
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     for length in benchmark.lengths:
         tokens = torch.randint(0, benchmark.model.vocab_size, (benchmark.batch, length), device=device)
         progress(f"T={length}: {', '.join(steps)}")
@@ -140,7 +140,7 @@ def _peers(benchmark: TrainingBenchmark, device: torch.device, parameters: int) 
 
     def llama(intermediate_size: int) -> nn.Module:
         return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
+            transformers.LlamaConfig(  # type: ignore[call-arg]
                 vocab_size=config.vocab_size,
                 hidden_size=config.hidden_size,
                 num_hidden_layers=config.num_layers,

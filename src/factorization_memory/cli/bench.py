@@ -220,9 +220,10 @@ def _show_training(result: dict[str, Any], people: Console) -> None:
         )
     people.print(table)
     if result["missing"]:
-        people.print(f"[yellow]{result['missing']}[/]")
+        people.print(f"[yellow]{result['missing']}[/]", soft_wrap=True)
 
 
 def _show_machine(result: dict[str, Any], people: Console) -> None:
     where = result["machine"]
-    people.print(f"{where['name']} ({where['device']}), {where['threads']} threads, torch {where['torch']}, {result['dtype']}")
+    text = f"{where['name']} ({where['device']}), {where['threads']} threads, torch {where['torch']}, {result['dtype']}"
+    people.print(text, soft_wrap=True)

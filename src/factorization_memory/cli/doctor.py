@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The findings: `versions` (None where absent), `cpu`, `gpus`, `no_gpu` (why there is none, or None), `checks`, `passed`."""
+    """The findings: `versions` (None if absent), `cpu`, `gpus`, `no_gpu` (why there is none, or None), `checks`, `passed`."""
     import torch
 
     from factorization_memory import __version__

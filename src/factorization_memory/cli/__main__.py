@@ -1,0 +1,5 @@
+"""`python -m factorization_memory.cli` is `fmem`."""
+
+from factorization_memory.cli import main
+
+main()

@@ -1,0 +1,248 @@
+"""`fmem` as a user meets it: a small corpus to a model to text, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factorization_memory.cli import VERBS, dispatch
+
+TINY = [
+    "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--data.context-length", "32",
+    "--training.tokens-per-step", "128", "--training.steps", "8", "--training.evaluate-every", "4",
+    "--training.evaluation-tokens", "256", "--training.checkpoint-every", "4", "--training.device", "cpu",
+]  # fmt: skip
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `fmem` in this process."""
+    try:
+        status = dispatch([str(a) for a in arguments])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a packed corpus and a trained run."""
+    folder = tmp_path_factory.mktemp("fmem")
+    lines = [f"The {i}th wise man said that {i} times {i} is {i * i}. それは{i}である。\n" for i in range(700)]
+    (folder / "texts").mkdir()
+    for part in range(5):
+        (folder / "texts" / f"{part}.txt").write_text("".join(lines[part * 140 : part * 140 + 140]), encoding="utf-8")
+    packed = str(folder / "packed")
+    assert dispatch(["data", "pack", f"all={folder / 'texts'}", "--output", packed, "--holdout", "tail"]) == 0
+    assert dispatch(["train", "demo", *TINY, "--data.corpus", packed, "--run-dir", str(folder / "run")]) == 0
+    return folder
+
+
+def test_help_is_fast_and_lists_every_verb() -> None:
+    best = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "factorization_memory.cli", "--help"], capture_output=True, text=True, check=True
+        )
+        best = min(best, time.perf_counter() - start)
+    assert all(verb in done.stdout for verb in VERBS)
+    assert best < 0.3
+
+
+@pytest.mark.parametrize("verb", ["demo", "doctor", "evaluate", "generate", "inspect", "plan", "train"])
+def test_help_of_verbs(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    status, out, _ = call(capsys, verb, "--help")
+    assert status == 0
+    assert f"fmem {verb}" in out
+
+
+def test_train_leaves_a_run_folder(workplace: Path) -> None:
+    run = workplace / "run"
+    names = ("config.json", "environment.json", "tokenizer.json", "metrics.jsonl", "result.json", "report.html")
+    assert all((run / name).exists() for name in names)
+    assert json.loads((run / "result.json").read_text())["stopped"] == "finished"
+
+
+def test_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call(capsys, "evaluate", workplace / "run", "--json", "--device", "cpu", "--max-position", 512)
+    assert status == 0
+    result = json.loads(out)
+    assert result["sources"]["all"]["bits_per_byte"] > 0
+    assert {"3", "5"} <= result["ngram"]["sources"]["all"].keys()
+    assert result["position"]["all"]["bins"]
+    assert "bits per byte" in err
+    assert json.loads((workplace / "run" / "evaluation.json").read_text()) == result
+
+
+def test_generate_streams_to_stdout(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", workplace / "run", "--prompt", "それは", "--max-tokens", 12, "--device", "cpu", "--seed", 3]
+    status, out, _ = call(capsys, *arguments)
+    assert status == 0
+    assert out.startswith("それは")
+    status, second, err = call(capsys, *arguments, "--json", "--num-samples", 2)
+    results = json.loads(second)
+    assert len(results) == 2
+    assert results[0]["prompt"] + results[0]["text"] == out.removesuffix("\n")
+    assert err.startswith(out.removesuffix("\n"))
+
+
+def test_generate_from_a_file(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompt.txt").write_text("The wise", encoding="utf-8")
+    file = tmp_path / "prompt.txt"
+    status, out, _ = call(capsys, "generate", workplace / "run", "--prompt-file", file, "--max-tokens", 5, "--device", "cpu")
+    assert status == 0
+    assert out.startswith("The wise")
+
+
+def test_inspect(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    text = "The wise man said それは"
+    status, out, _ = call(capsys, "inspect", workplace / "run", "--text", text, "--output", page, "--json", "--device", "cpu")
+    assert status == 0
+    record = json.loads(out)
+    assert "".join(piece["text"] for piece in record["pieces"]) == text
+    html = page.read_text(encoding="utf-8")
+    assert "<html" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call(capsys, "plan", "paper", "--model.top-k", 8, "--json")
+    assert status == 0
+    result = json.loads(out)
+    assert result["steps"] * result["tokens_per_step"] == result["tokens"]
+    assert "parameters" in err
+    _, dense, _ = call(capsys, "plan", "paper", "--json")
+    assert json.loads(dense)["flops_per_token"]["of_which_recurrence"] == 8 * result["flops_per_token"]["of_which_recurrence"]
+
+
+def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    status, out, _ = call(
+        capsys, "data", "tokenizer", workplace / "texts", "--vocab-size", 300, "--output", tokenizer, "--json"
+    )
+    assert (status, json.loads(out)["vocab_size"]) == (0, 300)
+    arguments = ["data", "pack", workplace / "texts", "--tokenizer", tokenizer, "--output", tmp_path / "packed"]
+    status, out, _ = call(capsys, *arguments, "--holdout", "tail", "--json")
+    assert status == 0
+    sizes = json.loads(out)["sources"]
+    assert sum(s["train"]["tokens"] for s in sizes.values()) < sum(s["train"]["bytes"] for s in sizes.values())
+    status, _, err = call(capsys, *arguments)
+    assert status == 1
+    assert "overwrite" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "usage: fmem VERB"),
+        (["trian"], 2, "'trian' is no verb of fmem; did you mean 'train'?"),
+        (["train"], 2, "usage: fmem train PRESET"),
+        (["train", "dmo"], 2, "preset 'dmo' is not known; did you mean 'demo'?"),
+        (["train", "demo"], 2, "data.corpus=''"),
+        (["train", "demo", "--model.topk", "3"], 2, "--model.top-k"),
+        (["train", "demo", "--model.top-k", "65"], 2, "model.top_k=65: use 1 to num_states=32"),
+        (["train", "demo", "--model.top-k", "0"], 2, "model.top_k=0"),
+        (["train", "demo", "--model.num-heads", "7"], 2, "model.num_heads=7: must divide"),
+        (["train", "demo", "--data.corpus", "nowhere"], 1, "nowhere"),
+        (["evaluate", "nowhere"], 1, "nowhere: no such folder"),
+        (["generate", "nowhere", "--prompt", "x"], 1, "nowhere: no such folder"),
+        (["generate", "nowhere"], 2, "exactly one of --prompt TEXT and --prompt-file FILE"),
+        (["generate", "nowhere", "--prompt", ""], 2, "prompt: it is empty"),
+        (["generate", "nowhere", "--prompt-file", "missing.txt"], 1, "missing.txt"),
+        (["inspect", "nowhere"], 2, "exactly one of --text TEXT and --file FILE"),
+        (["data"], 2, "usage: fmem data VERB"),
+        (["data", "pakc"], 2, "did you mean 'pack'?"),
+        (["data", "pack", "missing.txt", "--output", "p"], 1, "missing.txt"),
+    ],
+)
+def test_bad_usage(
+    arguments: list[str],
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    got, _, err = call(capsys, *arguments)
+    assert got == status
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there(workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, _, err = call(capsys, "generate", workplace / "run", "--prompt", "x", "--device", "cuda")
+    assert status == 2
+    assert "--device='cuda'" in err
+
+
+def test_bad_text_names_the_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"good \xff bad")
+    status, _, err = call(capsys, "data", "pack", tmp_path / "bad.txt", "--output", tmp_path / "p", "--holdout", "tail")
+    assert status == 1
+    assert "bad.txt" in err
+    assert "byte 0xff at offset 5" in err
+    assert not (tmp_path / "p").exists()
+
+
+def test_context_longer_than_the_corpus(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data.context-length", 1 << 20, "--training.tokens-per-step", 1 << 20, "--data.corpus", workplace / "packed"]
+    status, _, err = call(capsys, "train", "demo", *arguments, "--run-dir", tmp_path / "run", "--training.device", "cpu")
+    assert status == 2
+    assert "context_length=1048576" in err
+
+
+def test_a_second_run_in_one_folder(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "demo", *TINY, "--data.corpus", workplace / "packed", "--run-dir", workplace / "run"]
+    status, _, err = call(capsys, *arguments)
+    assert status == 1
+    assert "--resume" in err
+    status, _, err = call(capsys, *arguments, "--resume", "--optimizer.learning-rate", 1e-4)
+    assert status in (1, 2)
+    assert "optimizer.learning_rate" in err
+
+
+def test_sigterm_checkpoints_and_resume_continues_the_same_curve(workplace: Path, tmp_path: Path) -> None:
+    """Stopped by a real signal and resumed, a run has the losses of one that was never stopped."""
+
+    def train(folder: Path, *more: str) -> list[str]:
+        steps = ["--training.steps", "60", "--training.log-every", "1"]
+        corpus = ["--data.corpus", str(workplace / "packed"), "--run-dir", str(folder)]
+        return [sys.executable, "-m", "factorization_memory.cli", "train", "demo", *TINY, *steps, *corpus, *more]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(train(tmp_path / "a"), env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count('"train"') >= 5):
+        assert time.monotonic() < deadline
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert "--resume" in err
+    interrupted = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert 5 <= interrupted["steps"] < 60
+    subprocess.run(train(tmp_path / "a", "--resume"), env=environment, check=True, capture_output=True)
+    subprocess.run(train(tmp_path / "b"), env=environment, check=True, capture_output=True)
+
+    def losses(folder: Path) -> list[tuple[Any, ...]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines if line["kind"] == "train"]
+
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert len(losses(tmp_path / "b")) == 60
