@@ -49,7 +49,7 @@ class ModelConfig:
     top_k: int | None = None
     """K: states each token updates and reads; None is the dense form (all M)."""
     affinity_threshold: float | None = None
-    """Whether update and merge rates are one number a head or one a memory state (the paper allows both)."""
+    """Keep the states whose affinity reaches this value (and always the largest) instead of a fixed number; not with top_k."""
     num_heads: int = 1
     """H: independent memories side by side, each with its own affinities over M states; the paper has 1."""
     expand: float = 2.0

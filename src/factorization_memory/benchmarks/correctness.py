@@ -89,7 +89,7 @@ class Problem:
 
     def to(self, target: torch.device | str | torch.dtype) -> Problem:
         """The problem on another device, or its floating-point numbers in another dtype."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        tensors: dict[str, Any] = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         if isinstance(target, torch.dtype):
             tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
         return replace(self, **{name: x.to(target) for name, x in tensors.items()})
