@@ -38,11 +38,12 @@ def run(arguments: list[str]) -> int:
     from factorization_memory.training import load_model, resolve_device
 
     model, tokenizer, config = load_model(options.run, resolve_device(options.device, "--device"))
-    corpus = PackedCorpus.open(options.corpus or Path(config.data.corpus))
+    folder = options.corpus or Path(config.data.corpus)
+    if not folder.exists():
+        raise ValueError(f"{folder}: the run's corpus is not there any more; name where it is with --corpus DIR")
+    corpus = PackedCorpus.open(folder)
     if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"{options.corpus}: packed with another tokenizer than the model's; pack it with the run's tokenizer.json"
-        )
+        raise ValueError(f"{folder}: packed with another tokenizer than the model's; pack it with the run's tokenizer.json")
     result = evaluate(
         model, corpus, config, max_position=options.max_position, max_tokens=options.max_tokens, stretches=options.stretches
     )
@@ -97,15 +98,22 @@ def show(result: dict[str, Any]) -> None:
             *(f"{yardstick[n]:.3f}" for n in orders),
         )  # fmt: skip
     out.print(table)
-    for name, position in result.get("position", {}).items():
+    rows = [
+        (name, multiple, row)
+        for name, position in result.get("position", {}).items()
+        for multiple, row in position["beyond"].items()
+    ]
+    if rows:
+        context = result["context_length"]
         table = Table(
-            f"{name}, positions", "tokens", "bits per byte, memory carried", f"restarted each {result['context_length']}"
+            "held-out text", "times the context", "positions", "memory carried", f"restarted each {context}", "difference"
         )
-        for row in position["bins"]:
+        for name, multiple, row in rows:
             table.add_row(
-                f"{row['start']:,} to {row['end'] - 1:,}", f"{row['tokens']:,}", f"{row['bits_per_byte']:.3f}",
-                f"{row['restarted_bits_per_byte']:.3f}",
+                name, f"{multiple}x", f"{row['start']:,} to {row['end'] - 1:,}", f"{row['bits_per_byte']:.3f}",
+                f"{row['restarted_bits_per_byte']:.3f}", f"{row['bits_per_byte'] - row['restarted_bits_per_byte']:+.3f}",
             )  # fmt: skip
+        out.print("bits per byte of the same tokens, memory carried from the beginning against emptied each training context")
         out.print(table)
     table = Table("layer", "dead states", "balance", "entropy of a token's affinities")
     for index, layer in enumerate(result["routing"]):

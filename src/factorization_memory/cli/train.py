@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, A
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.training import RichProgress, Trainer
 
-    corpus = PackedCorpus.open(Path(config.data.corpus))
+    # The run remembers its corpus wherever it is called from later.
+    folder = Path(config.data.corpus).resolve()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(folder)))
+    corpus = PackedCorpus.open(folder)
     trainer = Trainer(
         config, corpus, run_dir, evaluate=evaluator(config, corpus), sample=sampler(config, corpus),
         observer=RichProgress(console()),

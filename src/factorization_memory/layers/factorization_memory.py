@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from factorization_memory import ops
 from factorization_memory.config import ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
+from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.state import LayerState
 from factorization_memory.ops import reference
 from factorization_memory.ops.precision import state_dtype
@@ -267,7 +268,7 @@ class FactorizationMemory(nn.Module):
             y = functional.rms_norm(y, (self.head_size,), eps=self.norm_eps)
         y = y.flatten(-2)
         if self.norm == "merged" and self.norm_weight is not None:
-            y = functional.rms_norm(y, (y.shape[-1],), self.norm_weight.to(y.dtype), self.norm_eps)
+            y = rms_norm(y, self.norm_weight.to(y.dtype), self.norm_eps)
         elif self.norm_weight is not None:
             y = y * self.norm_weight.to(y.dtype)
         if self.gate is not None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 
 class FeedForward(nn.Module):
@@ -21,5 +25,26 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., hidden_size]` to the same shape."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(torch.nn.functional.silu(gate) * up)
+        return self.down(_SwiGLU.apply(self.gate_up(x)))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """`silu(gate) * up` of the two halves of `[..., 2 I]`. Keeps its input alone, and writes both halves' gradients to their
+    place in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.mul(d_y, functional.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d_y * up, gate, grad_input=d_gate)
+        return d_gate_up

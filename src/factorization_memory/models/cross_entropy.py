@@ -60,20 +60,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=total.dtype) if ctx.needs_input_grad[1] else None
+        pieces = _pieces(hidden, targets, weight)
+        # One buffer for all pieces: fresh memory for each costs more than what is computed in it.
+        buffer = total.new_empty(max((len(t) for _, t in pieces), default=0), weight.shape[0])
         start = 0
         with no_autocast(hidden.device):
-            for h, t in _pieces(hidden, targets, weight):
-                log_probabilities = (h @ weight.T).to(total.dtype).log_softmax(-1)
-                counts = t != IGNORE
-                chosen = t.clamp(min=0)[:, None]
-                total -= (log_probabilities.gather(1, chosen)[:, 0] * counts).sum()
+            for h, t in pieces:
+                logits = buffer[: len(t)]
+                if h.dtype == logits.dtype:
+                    torch.mm(h, weight.T, out=logits)
+                else:
+                    logits.copy_(h @ weight.T)
+                counts = (t != IGNORE)[:, None]
+                target = t.clamp(min=0)[:, None]
+                logits.sub_(logits.amax(-1, keepdim=True))
+                chosen = logits.gather(1, target)
+                exponentials = logits.exp_()
+                partition = exponentials.sum(-1, keepdim=True)
+                total += ((partition.log() - chosen) * counts).sum()
                 if d_hidden is not None or d_weight is not None:
-                    d_logits = log_probabilities.exp_()
-                    d_logits.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=total.dtype))
-                    d_logits = d_logits.mul_((counts.to(total.dtype) / count)[:, None]).to(h.dtype)
+                    share = counts.to(total.dtype) / count
+                    d_logits = exponentials.mul_(share / partition).scatter_add_(1, target, -share).to(h.dtype)
                     if d_hidden is not None:
                         torch.mm(d_logits, weight, out=d_hidden[start : start + len(t)])
-                    if d_weight is not None:
+                    if d_weight is not None and h.dtype == d_weight.dtype:
+                        d_weight.addmm_(d_logits.T, h)
+                    elif d_weight is not None:
                         d_weight += d_logits.T @ h
                 start += len(t)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))

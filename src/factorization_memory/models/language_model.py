@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.layers import FactorizationMemory, FeedForward, LayerState, ModelState
+from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.cross_entropy import linear_cross_entropy
 
 
@@ -20,9 +21,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = FactorizationMemory.from_config(config)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size)
 
     def forward(
@@ -56,7 +57,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.num_layers))  # type: ignore[assignment]
-        self.final_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight

@@ -81,19 +81,23 @@ class _Layout:
             slots[-1][:length] = torch.arange(start, start + length)
         return torch.cat(slots)
 
-    def cut(self, x: Tensor, first: int) -> Tensor:
-        """The group of chunks from `first` on of `x` `[B, T, H, W]`, as `[L, n, C, W]` in the layout's dtype, zero-filled."""
-        count = min(self.group, self.num_chunks - first)
-        part = x[:, first * self.chunk : (first + count) * self.chunk].transpose(1, 2).to(self.dtype)
-        missing = count * self.chunk - part.shape[2]
-        if missing:
-            part = torch.nn.functional.pad(part, (0, 0, 0, missing))
-        return part.reshape(-1, count, self.chunk, x.shape[3]).contiguous()
+    def slots(self, x: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
+        """The place in x `[B, T, H, W]` of each of `count` chunks from `first` on: views `[B, H, C, W]`, the last chunk's perhaps
+        shorter."""
+        return x[:, first * self.chunk : (first + count) * self.chunk].transpose(1, 2).split(self.chunk, dim=2)
 
-    def paste(self, x: Tensor, part: Tensor, first: int) -> None:
-        """The inverse of `cut`: writes `part` `[L, n, C, W]` to its place in `x`."""
-        target = x[:, first * self.chunk : (first + part.shape[1]) * self.chunk]
-        target.copy_(part.view(x.shape[0], x.shape[2], -1, x.shape[3])[:, :, : target.shape[1]].transpose(1, 2))
+    def cut(self, x: Tensor, first: int, count: int) -> list[Tensor]:
+        """`count` chunks from `first` on of x `[B, T, H, W]`, each `[L, C, W]` in the layout's dtype, a view where that can be,
+        zero-filled behind the end."""
+        chunks = [slot.to(self.dtype).flatten(0, 1) for slot in self.slots(x, first, count)]
+        missing = self.chunk - chunks[-1].shape[1]
+        if missing:
+            chunks[-1] = torch.nn.functional.pad(chunks[-1], (0, 0, 0, missing))
+        return chunks
+
+    def groups(self) -> list[tuple[int, int]]:
+        """First chunk and number of chunks of each group."""
+        return [(first, min(self.group, self.num_chunks - first)) for first in range(0, self.num_chunks, self.group)]
 
     def initial_state(self, initial: Tensor | None, buffer: Tensor, chunk: int) -> Tensor:
         """`buffer` `[L, M, D]`, filled with the state that the sequence beginning with `chunk` starts from."""
@@ -127,6 +131,7 @@ class _Tree:
         inner = update.new_zeros(n, chunk, chunk)
         inner.diagonal(dim1=1, dim2=2).copy_((merge * update).sum(-1))
         levels = []
+        form = torch.contiguous_format
         width = 1
         while width < chunk:
             blocks = chunk // (2 * width)
@@ -134,23 +139,26 @@ class _Tree:
             reads, writes = read.view(pairs)[:, :, 1], write.view(pairs)[:, :, 0]
             totals = total.view(n, blocks, 2, num_states)
             left, right = totals[:, :, 0], totals[:, :, 1]
-            # Copies: what the way back needs is about to be overwritten.
-            right_reads, left_writes = (x.clone(memory_format=torch.contiguous_format) for x in (reads, writes))
-            meet = _outer(right_reads.view(-1, width, num_states), left_writes.view(-1, width, num_states))
-            _corners(inner, width).copy_(meet.view(n, blocks, width, width))
             if keep_levels:
-                levels.append((right_reads, left_writes, left, right))
-            torch.mul(right_reads, left[:, :, None], out=reads)
-            torch.mul(left_writes, right[:, :, None], out=writes)
+                # Copies: what the way back needs is about to be overwritten.
+                levels.append((reads.clone(memory_format=form), writes.clone(memory_format=form), left, right))
+            meet = _outer(reads.flatten(0, 1), writes.flatten(0, 1))
+            _corners(inner, width).copy_(meet.view(n, blocks, width, width))
+            reads.mul_(left[:, :, None])
+            writes.mul_(right[:, :, None])
             total = (left * right).reshape(n, blocks * num_states)
             width *= 2
         return cls(inner, read, write, total.view(n, num_states), levels)
 
-    def backward(
-        self, update: Tensor, merge: Tensor, d_inner: Tensor, d_read: Tensor, d_write: Tensor, d_total: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of `update` and `merge` from those of P, Q, K, G; `d_read` and `d_write` are overwritten."""
+    def chunks(self, count: int) -> tuple[tuple[Tensor, ...], ...]:
+        """P `[L, C, C]`, Q, K `[L, C, M]` and G `[L, M, 1]` of each of the `count` chunks that the tree was built of, in order."""
+        parts = (self.inner, self.read, self.write, self.total[..., None])
+        return tuple(x.unflatten(0, (count, -1)).unbind() for x in parts)
+
+    def backward(self, update: Tensor, merge: Tensor, gradients: _Tree) -> tuple[Tensor, Tensor]:
+        """Gradients of `update` and `merge` from those of P, Q, K, G, of which Q's and K's are overwritten."""
         n, chunk, num_states = update.shape
+        d_inner, d_read, d_write, d_total = gradients.inner, gradients.read, gradients.write, gradients.total
         width = chunk // 2
         for right_reads, left_writes, left, right in reversed(self.levels):
             blocks = chunk // (2 * width)
@@ -198,6 +206,11 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return result if width == 1 else result.addcmul_(a[:, :, 1:], b[:, 1:])
 
 
+def _put(chunk: Tensor, slot: Tensor) -> None:
+    """Writes a chunk `[L, C, W]` to its slot."""
+    slot.copy_(chunk[:, : slot.shape[2]].unflatten(0, slot.shape[:2]))
+
+
 class _Chunked(torch.autograd.Function):
     """The recurrence over sequences that begin and end at chunk borders (the last chunk of a lane may be short).
 
@@ -217,22 +230,20 @@ class _Chunked(torch.autograd.Function):
         keep_snapshots = any(ctx.needs_input_grad)
         snapshots = []
         state = value.new_zeros(shape[1:], dtype=layout.dtype)
-        for first in range(0, layout.num_chunks, layout.group):
-            theta, phi, v = (layout.cut(x, first) for x in (update, merge, value))
-            lanes, count = theta.shape[:2]
-            tree = _Tree.build(theta.flatten(0, 1), phi.flatten(0, 1), keep_levels=False)
-            y = torch.bmm(tree.inner, v.flatten(0, 1)).view(v.shape)
-            read, write, total = (x.unflatten(0, (lanes, count)) for x in (tree.read, tree.write, tree.total))
-            for i in range(count):
-                if first + i in layout.starts:
-                    state = layout.initial_state(initial, state, first + i)
-                if keep_snapshots and i == 0:
+        for first, count in layout.groups():
+            theta, phi = (torch.cat(layout.cut(x, first, count)) for x in (update, merge))
+            tree = _Tree.build(theta, phi, keep_levels=False)
+            values, slots = layout.cut(value, first, count), layout.slots(output, first, count)
+            for i, inner, read, write, total in zip(range(first, first + count), *tree.chunks(count), strict=True):
+                if i in layout.starts:
+                    state = layout.initial_state(initial, state, i)
+                if keep_snapshots and i == first:
                     snapshots.append(state.clone())
-                y[:, i].baddbmm_(read[:, i], state)
-                state.mul_(total[:, i, :, None]).baddbmm_(write[:, i].transpose(1, 2), v[:, i])
-                if keep_final and first + i in layout.ends:
-                    final[layout.ends[first + i]] = state
-            layout.paste(output, y, first)
+                v = values[i - first]
+                _put(torch.bmm(inner, v).baddbmm_(read, state), slots[i - first])
+                state.mul_(total).baddbmm_(write.mT, v)
+                if keep_final and i in layout.ends:
+                    final[layout.ends[i]] = state
         ctx.save_for_backward(update, merge, value, initial, *snapshots)
         ctx.layout = layout
         ctx.keep_final = keep_final
@@ -248,41 +259,38 @@ class _Chunked(torch.autograd.Function):
         if d_initial is not None and layout.empty:
             d_initial[layout.empty] = d_final[layout.empty] if ctx.keep_final else 0
         d_state = value.new_zeros(layout.state_shape[1:], dtype=layout.dtype)
-        for group in reversed(range(len(snapshots))):
-            first = group * layout.group
-            theta, phi, v, d_y = (layout.cut(x, first) for x in (update, merge, value, d_output))
-            lanes, count, _, num_states = theta.shape
-            flat_theta, flat_phi, flat_v, flat_d_y = (x.flatten(0, 1) for x in (theta, phi, v, d_y))
-            tree = _Tree.build(flat_theta, flat_phi, keep_levels=True)
-            read, write, total = (x.unflatten(0, (lanes, count)) for x in (tree.read, tree.write, tree.total))
-            d_inner = torch.bmm(flat_d_y, flat_v.transpose(1, 2))
-            d_v = torch.bmm(tree.inner.transpose(1, 2), flat_d_y).view(v.shape)
-            d_read, d_write, d_total = torch.empty_like(read), torch.empty_like(write), torch.empty_like(total)
+        for first, count in reversed(layout.groups()):
+            theta, phi = (torch.cat(layout.cut(x, first, count)) for x in (update, merge))
+            tree = _Tree.build(theta, phi, keep_levels=True)
+            chunks = list(zip(*tree.chunks(count), strict=True))
+            values, d_outputs = layout.cut(value, first, count), layout.cut(d_output, first, count)
+            d_tree = _Tree(*(torch.empty_like(x) for x in (tree.inner, tree.read, tree.write, tree.total)), levels=[])
+            d_chunks = list(zip(*d_tree.chunks(count), layout.slots(d_value, first, count), strict=True))
 
             states = [snapshots.pop()]
-            for i in range(1, count):
-                if first + i in layout.starts:
-                    states.append(layout.initial_state(initial, torch.empty_like(d_state), first + i))
+            for i in range(first + 1, first + count):
+                if i in layout.starts:
+                    states.append(layout.initial_state(initial, torch.empty_like(d_state), i))
                 else:
-                    decayed = states[-1] * total[:, i - 1, :, None]
-                    states.append(decayed.baddbmm_(write[:, i - 1].transpose(1, 2), v[:, i - 1]))
-            for i in reversed(range(count)):
-                state = states.pop()
-                if first + i in layout.ends:
-                    d_state = d_final[layout.ends[first + i]].clone() if ctx.keep_final else d_state.zero_()
-                d_read[:, i] = torch.bmm(d_y[:, i], state.transpose(1, 2))
-                d_write[:, i] = torch.bmm(v[:, i], d_state.transpose(1, 2))
-                d_total[:, i] = torch.linalg.vecdot(d_state, state)
-                d_v[:, i].baddbmm_(write[:, i], d_state)
-                d_state.mul_(total[:, i, :, None]).baddbmm_(read[:, i].transpose(1, 2), d_y[:, i])
-                if d_initial is not None and first + i in layout.starts:
-                    d_initial[layout.starts[first + i]] = d_state
-            d_theta, d_phi = tree.backward(
-                flat_theta, flat_phi, d_inner, d_read.flatten(0, 1), d_write.flatten(0, 1), d_total.view(-1, num_states)
-            )
-            layout.paste(d_update, d_theta.view(theta.shape), first)
-            layout.paste(d_merge, d_phi.view(phi.shape), first)
-            layout.paste(d_value, d_v, first)
+                    _, _, write, total = chunks[i - 1 - first]
+                    states.append((states[-1] * total).baddbmm_(write.mT, values[i - 1 - first]))
+            for i in reversed(range(first, first + count)):
+                (inner, read, write, total), (d_inner, d_read, d_write, d_total, slot) = chunks.pop(), d_chunks.pop()
+                v, d_y, state = values.pop(), d_outputs.pop(), states.pop()
+                if i in layout.ends:
+                    d_state = d_final[layout.ends[i]].clone() if ctx.keep_final else d_state.zero_()
+                torch.bmm(d_y, v.mT, out=d_inner)
+                torch.bmm(d_y, state.mT, out=d_read)
+                torch.bmm(v, d_state.mT, out=d_write)
+                torch.sum(d_state * state, -1, keepdim=True, out=d_total)
+                _put(torch.bmm(inner.mT, d_y).baddbmm_(write, d_state), slot)
+                d_state.mul_(total).baddbmm_(read.mT, d_y)
+                if d_initial is not None and i in layout.starts:
+                    d_initial[layout.starts[i]] = d_state
+            d_theta, d_phi = tree.backward(theta, phi, d_tree)
+            for x, parts in ((d_update, d_theta), (d_merge, d_phi)):
+                for part, slot in zip(parts.chunk(count), layout.slots(x, first, count), strict=True):
+                    _put(part, slot)
         return d_update, d_merge, d_value, d_initial, None, None
 
 
