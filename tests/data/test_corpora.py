@@ -76,6 +76,7 @@ class TestKinds:
         documents = list(read_documents(tmp_path))
         assert [document.text for document in documents] == ["first", "second", "third"]
         assert documents[2].id == str(Path("b") / "x.txt")
+        assert [document.source for document in documents] == [tmp_path.name, tmp_path.name, "b"]
 
     def test_books_of_the_package(self) -> None:
         english, japanese = read_documents(builtin_corpus())

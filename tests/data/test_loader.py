@@ -26,7 +26,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PackedCorpus:
     for name, count in (("en", 40), ("ja", 20)):
         rows = [{"text": "".join(map(chr, rng.integers(97, 123, rng.integers(5, 90))))} for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return pack([(None, folder)], Tokenizer.bytes_level(), folder / "packed", holdout_fraction=0.2)
+    inputs = [(None, folder / "en.jsonl"), (None, folder / "ja.jsonl")]
+    return pack(inputs, Tokenizer.bytes_level(), folder / "packed", holdout_fraction=0.2)
 
 
 def loader(corpus: PackedCorpus, *, step: int = 0, carry: bool = False, rows: int = 6, micro: int = 3, seed: int = 1, **config):

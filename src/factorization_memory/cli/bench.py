@@ -211,7 +211,7 @@ def _show_training(result: dict[str, Any], people: Console) -> None:
     for record in result["records"]:
         table.add_row(
             record["model"],
-            f"{record['parameters']:,}",
+            f"{record['parameters'] / 1e6:.2f} M",
             f"{record['length']:,}",
             f"{1000 * record['seconds']['median']:,.0f}",
             f"{record['tokens_per_second']:,.0f}",

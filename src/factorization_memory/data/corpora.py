@@ -44,6 +44,9 @@ class Document:
 def read_documents(path: Path, *, source: str | None = None) -> Iterator[Document]:
     """The documents of a file, or of all files in a folder (sorted, subfolders too; other kinds of file are left out).
 
+    A document's source is `source` if given, else its language, else the subfolder that its file stands in, else the folder's
+    name, or that of a file named by itself.
+
     Raises `CorpusError`, before the first document, for a path that cannot hold any, and later for one that turns out bad:
     not UTF-8, damaged, a line or row without text, a file without documents.
     """
@@ -52,15 +55,19 @@ def read_documents(path: Path, *, source: str | None = None) -> Iterator[Documen
         files = [file for file in sorted(path.rglob("*")) if _suffix(file) and file.is_file() and not _hidden(file, path)]
         if not files:
             raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-        return (document for file in files for document in _read_file(file, str(file.relative_to(path)), source))
+        return (
+            document
+            for file in files
+            for document in _read_file(file, str(file.relative_to(path)), source, _folder_source(file, path))
+        )
     require_file(path)
     if not _suffix(path):
         raise CorpusError(f"{path}: unsupported kind of file; use one of {', '.join(SUFFIXES)}, or a folder of these")
-    return _read_file(path, path.name, source)
+    return _read_file(path, path.name, source, path.name[: -len(_suffix(path) or "")])
 
 
 def builtin_corpus() -> Path:
-    """The folder of the two books that ship with the package: en.txt and ja.txt, one document each, in the public domain."""
+    """The folder of the two books that ship with the package, one in `en`, one in `ja`, in the public domain."""
     return Path(str(importlib.resources.files(__package__) / "books"))
 
 
@@ -134,14 +141,18 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _read_file(path: Path, name: str, source: str | None) -> Iterator[Document]:
+def _folder_source(file: Path, folder: Path) -> str:
+    parts = file.relative_to(folder).parts
+    return parts[0] if len(parts) > 1 else folder.resolve().name
+
+
+def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iterator[Document]:
     suffix = _suffix(path)
-    stem = path.name[: -len(suffix or "")]
     if suffix == ".txt":
         whole = _clean(_decode(path.read_bytes(), path), str(path))
         if not whole.strip():
             raise CorpusError(f"{path}: the file is empty")
-        yield Document(text=whole, id=name, source=source or stem, language=None, author=None)
+        yield Document(text=whole, id=name, source=source or fallback, language=None, author=None)
         return
     rows = _parquet_rows(path) if suffix == ".parquet" else _json_rows(path, compressed=suffix == ".jsonl.zst")
     number = 0
@@ -156,7 +167,7 @@ def _read_file(path: Path, name: str, source: str | None) -> Iterator[Document]:
         yield Document(
             text=_clean(text, place),
             id=_optional(row, "id") or f"{name}:{number}",
-            source=source or language or stem,
+            source=source or language or fallback,
             language=language,
             author=author,
         )

@@ -29,7 +29,8 @@ def position_edges(context_length: int, max_position: int) -> np.ndarray:
     """
     steps = np.arange(-10, 2 * math.ceil(math.log2(max(max_position / context_length, 1))) + 1)
     edges = np.rint(context_length * 2.0 ** (steps / 2)).astype(np.int64)
-    return np.unique(np.concatenate([[1], edges[(edges > 1) & (edges < max_position)], [max_position]]))
+    # An edge just below the last one would cut off a bin of a single position.
+    return np.unique(np.concatenate([[1], edges[(edges > 1) & (edges < max_position - 1)], [max_position]]))
 
 
 def reading_stretches(tokens: np.ndarray, document_starts: np.ndarray, *, max_position: int, count: int) -> list[np.ndarray]:

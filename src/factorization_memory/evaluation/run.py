@@ -86,7 +86,9 @@ def evaluate_run(
             batch_size=stretches,
             progress=None if progress is None else partial(progress, f"loss by position, {name}"),
         )
-        parts = {str(multiple): beyond_context(by_position, multiple) for multiple in (2, 4, 16, 64, 256)}
+        multiples = [2**k for k in range(1, 30) if 2**k * context_length <= by_position["max_position"]]
+        shown = [m for m in multiples if m in (2, 4, 16, 64, 256) or m == multiples[-1]]
+        parts = {str(multiple): beyond_context(by_position, multiple) for multiple in shown}
         result["position"][name] = {**by_position, "beyond": {key: part for key, part in parts.items() if part is not None}}
     result["routing"] = health.summary()
     return result

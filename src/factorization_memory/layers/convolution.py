@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class CausalConvolution(nn.Module):
@@ -61,11 +64,7 @@ class CausalConvolution(nn.Module):
         return self._convolve(window)[:, 0]
 
     def _convolve(self, extended: Tensor) -> Tensor:
-        length = extended.shape[1] - self.taps + 1
-        y = self.bias.to(extended.dtype) + extended[:, :length] * self.weight[0].to(extended.dtype)
-        for i in range(1, self.taps):
-            y = torch.addcmul(y, extended[:, i : i + length], self.weight[i].to(extended.dtype))
-        return torch.nn.functional.silu(y)
+        return _Convolution.apply(extended, self.weight.to(extended.dtype), self.bias.to(extended.dtype))
 
     def _packed(self, x: Tensor, tail: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
         """Each sequence is moved right to make room for its tail, so that one convolution serves all."""
@@ -82,3 +81,37 @@ class CausalConvolution(nn.Module):
         y = self._convolve(extended)[:, token - room]
         ends = gap + (borders[1:] - borders[:-1])[:, None]
         return y, extended[0, ends]
+
+
+class _Convolution(torch.autograd.Function):
+    """`silu(sum_i w_i x_{t+i} + b)` of x `[B, T + taps - 1, channels]`, w `[taps, channels]` and b, as `[B, T, channels]`.
+
+    Shifted products summed in place, both ways: autograd would give each tap's gradient a zero-filled tensor of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        first, *rest = _shifted(x, len(weight))
+        y = torch.addcmul(bias, first, weight[0])
+        for shifted, tap in zip(rest, weight[1:], strict=True):
+            y.addcmul_(shifted, tap)
+        ctx.save_for_backward(x, weight, y)
+        return torch.nn.functional.silu(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, y = ctx.saved_tensors
+        d_y = torch.ops.aten.silu_backward(d_output, y)
+        d_x, d_weight, product = torch.zeros_like(x), torch.empty_like(weight), torch.empty_like(y)
+        for d_shifted, shifted, tap, d_tap in zip(
+            _shifted(d_x, len(weight)), _shifted(x, len(weight)), weight, d_weight, strict=True
+        ):
+            d_shifted.addcmul_(d_y, tap)
+            torch.sum(torch.mul(d_y, shifted, out=product), (0, 1), out=d_tap)
+        return d_x, d_weight, d_y.sum((0, 1))
+
+
+def _shifted(x: Tensor, taps: int) -> list[Tensor]:
+    """What each tap sees of x `[B, T + taps - 1, channels]`: views `[B, T, channels]`."""
+    return [x[:, i : x.shape[1] - taps + 1 + i] for i in range(taps)]

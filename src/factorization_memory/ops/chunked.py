@@ -82,7 +82,7 @@ class _Layout:
         return torch.cat(slots)
 
     def slots(self, x: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
-        """The place in x `[B, T, H, W]` of each of `count` chunks from `first` on: views `[B, H, C, W]`, the last chunk's perhaps
+        """The place in x `[B, T, H, W]` of each of `count` chunks from `first` on: views `[B, H, C, W]`, the last one perhaps
         shorter."""
         return x[:, first * self.chunk : (first + count) * self.chunk].transpose(1, 2).split(self.chunk, dim=2)
 
@@ -151,9 +151,14 @@ class _Tree:
         return cls(inner, read, write, total.view(n, num_states), levels)
 
     def chunks(self, count: int) -> tuple[tuple[Tensor, ...], ...]:
-        """P `[L, C, C]`, Q, K `[L, C, M]` and G `[L, M, 1]` of each of the `count` chunks that the tree was built of, in order."""
+        """P `[L, C, C]`, Q, K `[L, C, M]` and G `[L, M, 1]`, each of all the `count` chunks that the tree was built of."""
         parts = (self.inner, self.read, self.write, self.total[..., None])
         return tuple(x.unflatten(0, (count, -1)).unbind() for x in parts)
+
+    def empty_like(self) -> _Tree:
+        """Room for the gradients of P, Q, K, G."""
+        inner, read, write, total = (torch.empty_like(x) for x in (self.inner, self.read, self.write, self.total))
+        return _Tree(inner, read, write, total, levels=[])
 
     def backward(self, update: Tensor, merge: Tensor, gradients: _Tree) -> tuple[Tensor, Tensor]:
         """Gradients of `update` and `merge` from those of P, Q, K, G, of which Q's and K's are overwritten."""
@@ -264,7 +269,7 @@ class _Chunked(torch.autograd.Function):
             tree = _Tree.build(theta, phi, keep_levels=True)
             chunks = list(zip(*tree.chunks(count), strict=True))
             values, d_outputs = layout.cut(value, first, count), layout.cut(d_output, first, count)
-            d_tree = _Tree(*(torch.empty_like(x) for x in (tree.inner, tree.read, tree.write, tree.total)), levels=[])
+            d_tree = tree.empty_like()
             d_chunks = list(zip(*d_tree.chunks(count), layout.slots(d_value, first, count), strict=True))
 
             states = [snapshots.pop()]

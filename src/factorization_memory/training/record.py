@@ -16,12 +16,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from factorization_memory import __version__
 from factorization_memory.config import RunConfig, from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a reader of the results needs to know of the machine, the software and the command that made them."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "package": _package_version(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "package": __version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -162,13 +162,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
-
-
-def _package_version() -> str | None:
-    try:
-        return metadata.version("factorization-memory")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,101 @@
+"""The README's snippets run, its commands work as written, and what it names is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from factorization_memory.cli import dispatch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = [
+    "--model.hidden-size", "16", "--model.num-layers", "1", "--data.context-length", "32", "--training.tokens-per-step", "64",
+    "--training.steps", "2", "--training.evaluation-tokens", "64", "--training.evaluate-every", "0",
+    "--training.sample-every", "0",
+]  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_snippets(number: int) -> None:
+    names: dict[str, object] = {}
+    exec(blocks("python")[number], names)
+    assert tuple(names["y"].shape)[:2] == (2, 1000)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def test_fmem_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From files to a model to text, the README's lines one after the other; training is made short by flags."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-texts").mkdir()
+    for number in range(30):
+        text = "".join(f"Line {line} of text {number}. これは{line}行目です。\n" for line in range(40))
+        (tmp_path / "my-texts" / f"{number}.txt").write_text(text, encoding="utf-8")
+    run = [words[1:] for words in commands() if words[0] == "fmem"]
+    assert [words[0] for words in run] == ["data", "data", "plan", "train", "evaluate", "generate", "inspect"]
+    for words in run:
+        assert dispatch([*words, *(TINY if words[0] == "train" else [])]) == 0, words
+    assert capsys.readouterr().out.startswith("It was ")
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+    assert (tmp_path / "inspection.html").exists()
+
+
+def test_make_targets() -> None:
+    targets = [words[1] for words in commands() if words[0] == "make"]
+    assert targets == ["demo", "test"]
+    for target in [*targets, "lint", "format"]:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`make demo`, a few steps of it: everything that it leaves is there, and its results are those of the files."""
+    assert dispatch(["demo", "--run-dir", str(tmp_path / "run"), "--steps", "3", "--json", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert {"en", "ja"} == result["evaluation"]["sources"].keys() == result["evaluation"]["ngram"]["sources"].keys()
+    assert result["evaluation"]["position"]["en"]["max_position"] >= 16 * 256 - 1
+    assert [sample["tokens"] for sample in result["samples"]] == [100, 100]
+    assert result["samples"][0]["prompt"] in err
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8")) == result["evaluation"]
+    for name in ("report.html", "plots/loss.png", "plots/position.png", "plots/memory.png", "inspection.json", "samples.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000 or name == "samples.json", name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_map_is_true() -> None:
+    listed = re.findall(r"^  (\w+)/ ", README, re.MULTILINE)
+    package = ROOT / "src" / "factorization_memory"
+    assert set(listed) == {p.parent.name for p in package.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples(script: Path, tmp_path: Path) -> None:
+    arguments: list[str] = []
+    if script.name == "train_from_python.py":
+        (tmp_path / "text.txt").write_text("It was a dark and stormy night.\n" * 100, encoding="utf-8")
+        arguments = [str(tmp_path / "text.txt"), "3"]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "False" not in done.stdout
+    assert done.stdout.strip()
+    assert script.name in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
