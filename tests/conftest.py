@@ -8,6 +8,10 @@ import pytest
 import torch
 
 
+# Tests are small, and threads that wait for each other on busy cores make them many times slower.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=False)

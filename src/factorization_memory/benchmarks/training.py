@@ -40,7 +40,7 @@ class TrainingBenchmark:
     mamba2_layers: int = 8
     """Layers of Mamba-2, which has no feed-forward layers between."""
     mamba2_chunk: int = 64
-    """Chunk of Mamba-2's scan."""
+    """Chunk of Mamba-2's scan: 64 is the fastest on a CPU (transformers' own default of 256 takes nearly twice as long)."""
     bfloat16: bool = False
     """Autocast to bfloat16 instead of float32 throughout."""
     repeats: int = 5
