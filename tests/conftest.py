@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 # Tests are small, and threads that wait for each other on busy cores make them many times slower.
 torch.set_num_threads(1)
 
