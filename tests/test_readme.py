@@ -62,9 +62,12 @@ def test_make_targets() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`make demo`, a few steps of it: everything that it leaves is there, and its results are those of the files."""
-    assert dispatch(["demo", "--run-dir", str(tmp_path / "run"), "--steps", "3", "--json", "--device", "cpu"]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert dispatch(["demo", "--steps", "3", "--json", "--device", "cpu"]) == 0
+    (tmp_path / "runs" / "demo-2").rename(tmp_path / "run")
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert {"en", "ja"} == result["evaluation"]["sources"].keys() == result["evaluation"]["ngram"]["sources"].keys()

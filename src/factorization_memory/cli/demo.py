@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +86,8 @@ def run(arguments: list[str]) -> int:
 
 def _free_name(path: Path) -> Path:
     """The path, or the first of path-2, path-3, ... that does not exist."""
-    return next(p for p in (path, *(path.with_name(f"{path.name}-{n}") for n in count(2))) if not p.exists())
+    names = chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _corpus(folder: Path) -> PackedCorpus:
