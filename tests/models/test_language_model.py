@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models import LanguageModel, cross_entropy
 from factorization_memory.models.cross_entropy import linear_cross_entropy
 from factorization_memory.models.routing import RoutingHealth, observe_routing
@@ -152,3 +153,35 @@ def test_memory_length_is_the_mean_decay(model: LanguageModel, tokens: torch.Ten
 def test_unobserved_health_is_an_error(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="no forward pass was observed"):
         RoutingHealth(model).summary()
+
+
+def test_padding_is_not_counted(model: LanguageModel, tokens: torch.Tensor) -> None:
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, 25:], mask[1, :10] = False, False
+    padded, separate = RoutingHealth(model), RoutingHealth(model)
+    with padded.observe():
+        model(tokens, padding_mask=mask)
+    with separate.observe():
+        model(tokens[:1, :25])
+        model(tokens[1:, 10:])
+    torch.testing.assert_close(padded.summary()[1]["share"], separate.summary()[1]["share"])
+    torch.testing.assert_close(padded.summary()[0]["entropy"], separate.summary()[0]["entropy"])
+
+
+def test_a_target_that_is_no_token(model: LanguageModel, tokens: torch.Tensor) -> None:
+    with pytest.raises((RuntimeError, IndexError)):
+        model.loss(tokens, torch.full_like(tokens, -1))
+
+
+def test_norm_takes_any_layout() -> None:
+    x = torch.randn(7, 2, 16, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    norm = RMSNorm(16, 1e-6).double()
+    expected = functional.rms_norm(x, (16,), norm.weight, 1e-6)
+    torch.testing.assert_close(norm(x), expected)
+    weight = torch.randn(2, 7, 16, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((norm(x) * weight).sum(), [x, norm.weight]),
+        torch.autograd.grad((expected * weight).sum(), [x, norm.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

@@ -35,7 +35,7 @@ PACKED = {"update": U[:1], "merge": U[:1], "value": V[:1]}
         (SPARSE | {"indices": torch.tensor([3, 3]).expand(2, 5, 1, 2)}, "indices: got the same state twice"),
         ({"initial_state": torch.zeros(2, 1, 4, 2)}, r"initial_state: got shape \(2, 1, 4, 2\), takes \(2, 1, 4, 3\)"),
         ({"initial_state": torch.zeros(2, 1, 4, 3).double()}, "initial_state: got dtype torch.float64, takes torch.float32"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: value has B = 2"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: B = 2, packed sequences take B = 1"),
         (
             PACKED | {"cu_seqlens": torch.tensor([0, 4])},
             r"cu_seqlens: got \[0, 4\], takes a non-decreasing sequence from 0 to T = 5",

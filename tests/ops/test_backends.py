@@ -249,3 +249,29 @@ def test_memory_grows_with_states_plus_width() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         factorization_memory(update, merge, value, backend="chunked")
     assert sum(kept.values()) <= 1.5 * 4 * length * (2 * num_states + width)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_nothing_comes_through_from_another_sequence(backend: str) -> None:
+    """Not even what is not finite."""
+    case = make(1, 10, 1, 3, 2, borders=[0, 3, 10], with_initial=False)
+    case.value[0, 0] = torch.inf
+    y, _ = factorization_memory(case.update, case.merge, case.value, cu_seqlens=case.borders, backend=backend)
+    assert torch.isfinite(y[:, 3:]).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_no_sequences_and_no_tokens(backend: str, batch: int, length: int) -> None:
+    case = make(batch, length, 2, 3, 4)
+    arguments = (case.update, case.merge, case.value)
+    y, final = factorization_memory(*arguments, initial_state=case.initial, output_final_state=True, backend=backend)
+    assert y.shape == case.value.shape
+    assert torch.equal(final, case.initial)
+    assert not final.numel() or final.data_ptr() != case.initial.data_ptr()
+
+
+def test_many_short_sequences_waste_little() -> None:
+    """Chunks fit the sequences, so that packing many short ones beside a long one stays near their sum."""
+    layout = chunked._Layout.plan([64, *[3] * 300], (301, 1, 4, 4), torch.float32)
+    assert layout.num_chunks * layout.chunk <= 1.5 * (64 + 900)

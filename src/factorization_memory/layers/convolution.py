@@ -49,7 +49,8 @@ class CausalConvolution(nn.Module):
             return self._packed(x, tail, borders)
         if padding_mask is None:
             extended = torch.cat((tail, x), dim=1)
-            return self._convolve(extended), extended[:, extended.shape[1] - self.taps + 1 :]
+            # A copy: a view would keep the whole stretch alive for as long as the state is carried.
+            return self._convolve(extended), extended[:, extended.shape[1] - self.taps + 1 :].clone()
         # Real tokens first, in their order; the padding behind them is convolved too, but goes nowhere.
         order = (~padding_mask).to(torch.int8).argsort(dim=1, stable=True)
         extended = torch.cat((tail, x.gather(1, order[..., None].expand_as(x))), dim=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.state import LayerState
 from factorization_memory.ops import reference
-from factorization_memory.ops.precision import state_dtype
+from factorization_memory.ops.precision import no_autocast, state_dtype
 
 STATE_NORM_PIECE = 64
 """Tokens whose states norm="state" holds at a time."""
@@ -38,6 +39,7 @@ class Routing:
         merge: phi, the same shape.
         indices: the selected states, int64 `[B, T, H, K]`; None in the dense form.
         num_states: M.
+        padding_mask: bool `[B, T]`, False where a token is padding; None if none is.
     """
 
     affinity: Tensor
@@ -45,11 +47,12 @@ class Routing:
     merge: Tensor
     indices: Tensor | None
     num_states: int
+    padding_mask: Tensor | None = None
 
 
 class FactorizationMemory(nn.Module):
     """A recurrent mixing layer with a memory of M states per head, all (dense) or K (sparse) of which each token updates and
-    merges. The input is expected RMS-normalised, as in a pre-norm block.
+    merges. The input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are not supported.
 
     Args:
         hidden_size: d, width of input and output.
@@ -175,7 +178,7 @@ class FactorizationMemory(nn.Module):
         )
         if padding_mask is not None:
             update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
-        return Routing(affinity, update, merge, indices, self.num_states)
+        return Routing(affinity, update, merge, indices, self.num_states, padding_mask)
 
     def _rate(self, projection: nn.Linear, x: Tensor, indices: Tensor | None) -> Tensor:
         logits = projection(x).unflatten(-1, (self.num_heads, self.rates_per_head))
@@ -201,9 +204,14 @@ class FactorizationMemory(nn.Module):
 
         Returns:
             y `[B, T, d]` and the state after the last token.
+
+        Raises:
+            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
-        if padding_mask is not None and cu_seqlens is not None:
-            raise ValueError("padding_mask: not together with cu_seqlens; leave padding out of packed sequences")
+        borders = self._check(x, state, cu_seqlens, padding_mask)
+        if padding_mask is not None:
+            # Whatever stands in padding, also what is not finite, stays out.
+            x = x.masked_fill(~padding_mask[..., None], 0)
         routing = self.route(x, padding_mask)
         if self.observer is not None:
             self.observer(routing)
@@ -211,8 +219,30 @@ class FactorizationMemory(nn.Module):
         if self.convolution is not None:
             value, tail = self.convolution(value, None if state is None else state.convolution, cu_seqlens, padding_mask)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
-        y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens)
+        y, memory = self._recurrence(routing, value, None if state is None else state.memory, borders)
         return self._output(y, x), LayerState(memory, tail)
+
+    def _check(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
+    ) -> list[int] | None:
+        """Checks the arguments of `forward`; returns the borders of packed sequences."""
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            raise ValueError(f"x: got shape {tuple(x.shape)}, takes [B, T, {self.hidden_size}]")
+        if padding_mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError("padding_mask: not together with cu_seqlens; leave padding out of packed sequences")
+            if padding_mask.dtype != torch.bool or padding_mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"padding_mask: got {padding_mask.dtype} {tuple(padding_mask.shape)}, takes torch.bool {tuple(x.shape[:2])}"
+                )
+        borders = None if cu_seqlens is None else ops.check_borders(cu_seqlens, x.shape[0], x.shape[1])
+        if state is not None:
+            sequences = x.shape[0] if borders is None else len(borders) - 1
+            shape = (sequences, self.num_heads, self.num_states, self.head_size)
+            ops.check_state(state.memory, "state.memory", shape, self.value.weight)
+            if (state.convolution is None) != (self.convolution is None):
+                raise ValueError("state.convolution: the state is not of this layer; take one from initial_state or forward")
+        return borders
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
@@ -223,36 +253,36 @@ class FactorizationMemory(nn.Module):
             value = self.convolution.step(value, state.convolution)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         if self.norm == "state":
-            y = reference.step(routing.update, routing.merge, value, routing.indices, state.memory, self.norm_eps).to(x.dtype)
+            with no_autocast(x.device):
+                y = reference.step(routing.update, routing.merge, value, routing.indices, state.memory, self.norm_eps)
+            y = y.to(value.dtype)
         else:
             y, _ = ops.step_unchecked(routing.update, routing.merge, value, state.memory, routing.indices)
         return self._output(y, x)
 
     def _recurrence(
-        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
+        self, routing: Routing, value: Tensor, memory: Tensor | None, borders: list[int] | None
     ) -> tuple[Tensor, Tensor]:
         if self.norm == "state":
-            return self._state_norm_recurrence(routing, value, memory, cu_seqlens)
+            return self._state_norm_recurrence(routing, value, memory, borders)
         y, memory = ops.recurrence_unchecked(
             routing.update, routing.merge, value, routing.indices, self.num_states, memory, True,
-            None if cu_seqlens is None else cu_seqlens.tolist(), self.backend,
+            borders, self.backend,
         )  # fmt: skip
         assert memory is not None
         return y, memory
 
     def _state_norm_recurrence(
-        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
+        self, routing: Routing, value: Tensor, memory: Tensor | None, borders: list[int] | None
     ) -> tuple[Tensor, Tensor]:
         """The loop that sees every state of every token, a piece of time at once so that backward holds one piece's states."""
-        sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        if memory is None:
-            memory = self.initial_state(sequences).memory
-        borders = [0, value.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-        outputs, finals = [], []
-        for n, start in enumerate(borders[:-1]):
-            state = memory if cu_seqlens is None else memory[n : n + 1]
-            for first in range(start, borders[n + 1], STATE_NORM_PIECE):
-                part = slice(first, min(first + STATE_NORM_PIECE, borders[n + 1]))
+        sequences = value.shape[0] if borders is None else len(borders) - 1
+        memory = (self.initial_state(sequences).memory if memory is None else memory).clone()
+        outputs, finals = [value.new_zeros(value.shape[0], 0, *value.shape[2:])], []
+        for n, (start, stop) in enumerate(pairwise(borders or [0, value.shape[1]])):
+            state = memory if borders is None else memory[n : n + 1]
+            for first in range(start, stop, STATE_NORM_PIECE):
+                part = slice(first, min(first + STATE_NORM_PIECE, stop))
                 chosen = None if routing.indices is None else routing.indices[:, part]
                 y, state = checkpoint(
                     reference.forward, routing.update[:, part], routing.merge[:, part], value[:, part], chosen, state,

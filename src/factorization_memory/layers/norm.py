@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.precision import outside_autocast
+
 
 class RMSNorm(nn.Module):
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension.
@@ -47,10 +49,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
-        product = (d_y * x).view(-1, size)
-        d_weight = product.T.mv(scale.view(-1))
+        product = (d_y * x).reshape(-1, size)
+        d_weight = product.T.mv(scale.reshape(-1))
         along = product.mv(weight).view(scale.shape).mul_(scale.pow(3)).div_(-size)
         return (d_y * weight).mul_(scale).addcmul_(x, along), d_weight, None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from factorization_memory.ops.precision import no_autocast
+from factorization_memory.ops.precision import no_autocast, outside_autocast
 
 IGNORE = -100
 """The target of a position that has no loss."""
@@ -31,6 +31,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
 
     Raises:
         ValueError: unknown reduction.
+        RuntimeError or IndexError: a target that is no id.
     """
     if reduction == "none":
         with torch.no_grad():
@@ -72,7 +73,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     logits.copy_(h @ weight.T)
                 counts = (t != IGNORE)[:, None]
-                target = t.clamp(min=0)[:, None]
+                # Only -100 is without a loss: any other id that is none fails in the look-up, as in PyTorch.
+                target = t.masked_fill(t == IGNORE, 0)[:, None]
                 logits.sub_(logits.amax(-1, keepdim=True))
                 chosen = logits.gather(1, target)
                 exponentials = logits.exp_()
@@ -93,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return (

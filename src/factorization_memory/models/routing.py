@@ -35,7 +35,12 @@ def observe_routing(model: LanguageModel) -> Iterator[list[list[Routing]]]:
 
 def _detach(routing: Routing) -> Routing:
     return Routing(
-        routing.affinity.detach(), routing.update.detach(), routing.merge.detach(), routing.indices, routing.num_states
+        routing.affinity.detach(),
+        routing.update.detach(),
+        routing.merge.detach(),
+        routing.indices,
+        routing.num_states,
+        routing.padding_mask,
     )
 
 
@@ -79,20 +84,25 @@ class _LayerHealth:
 
     @torch.no_grad()
     def add(self, routing: Routing) -> None:
-        affinity = routing.affinity.float().flatten(0, -3)
+        indices = routing.indices
+        affinity, update = (x.flatten(0, -3) for x in (routing.affinity.float(), routing.update.float()))
+        indices = None if indices is None else indices.flatten(0, -3)
+        if routing.padding_mask is not None:
+            real = routing.padding_mask.flatten()
+            affinity, update, indices = affinity[real], update[real], None if indices is None else indices[real]
         # A full overwrite forgets everything at once; a floor keeps its logarithm finite.
-        decay = -torch.log1p(-routing.update.float().clamp(max=1 - 1e-6)).flatten(0, -3)
+        decay = -torch.log1p(-update.clamp(max=1 - 1e-6))
         self.entropy = self.entropy + torch.special.entr(affinity).sum((0, -1)).cpu()
-        self.share = self.share + self._over_states(affinity, routing).sum(0).cpu()
-        self.decay = self.decay + self._over_states(decay, routing).sum(0).cpu()
+        self.share = self.share + self._over_states(affinity, indices, routing.num_states).sum(0).cpu()
+        self.decay = self.decay + self._over_states(decay, indices, routing.num_states).sum(0).cpu()
         self.tokens += affinity.shape[0]
 
     @staticmethod
-    def _over_states(x: Tensor, routing: Routing) -> Tensor:
+    def _over_states(x: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
         """Numbers of the selected states `[N, H, K]` among all, `[N, H, M]`."""
-        if routing.indices is None:
+        if indices is None:
             return x
-        return x.new_zeros(*x.shape[:2], routing.num_states).scatter(-1, routing.indices.flatten(0, -3), x)
+        return x.new_zeros(*x.shape[:2], num_states).scatter(-1, indices, x)
 
     def summary(self) -> dict[str, Any]:
         if not self.tokens:

@@ -53,10 +53,10 @@ def factorization_memory(
             names the argument, what it got and what it takes.
     """
     states = _check(update, merge, value, indices, num_states, time=True)
-    borders = None if cu_seqlens is None else _check_borders(cu_seqlens, value)
+    borders = None if cu_seqlens is None else check_borders(cu_seqlens, value.shape[0], value.shape[1])
     if initial_state is not None:
         sequences = value.shape[0] if borders is None else len(borders) - 1
-        _check_state(initial_state, "initial_state", (sequences, value.shape[2], states, value.shape[3]), value)
+        check_state(initial_state, "initial_state", (sequences, value.shape[2], states, value.shape[3]), value)
     if indices is not None:
         _check_indices(indices, states)
     return recurrence_unchecked(update, merge, value, indices, states, initial_state, output_final_state, borders, backend)
@@ -81,7 +81,7 @@ def factorization_memory_step(
         ValueError: as `factorization_memory`.
     """
     states = _check(update, merge, value, indices, state.shape[2] if state.dim() == 4 else None, time=False)
-    _check_state(state, "state", (value.shape[0], value.shape[1], states, value.shape[2]), value)
+    check_state(state, "state", (value.shape[0], value.shape[1], states, value.shape[2]), value)
     if indices is not None:
         _check_indices(indices, states)
     return step_unchecked(update, merge, value, state, indices)
@@ -200,18 +200,20 @@ def _check_indices(indices: Tensor, num_states: int) -> None:
         raise ValueError("indices: got the same state twice for one token, takes distinct states")
 
 
-def _check_borders(cu_seqlens: Tensor, value: Tensor) -> list[int]:
-    if value.shape[0] != 1:
-        raise ValueError(f"cu_seqlens: value has B = {value.shape[0]}, packed sequences take B = 1")
+def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+    """The borders of packed sequences, `[N + 1]`, as a list; ValueError if they do not fit B = `batch`, T = `length`."""
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: B = {batch}, packed sequences take B = 1")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 integers")
     borders = [int(border) for border in cu_seqlens.tolist()]
-    if borders[0] != 0 or borders[-1] != value.shape[1] or any(a > b for a, b in pairwise(borders)):
-        raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {value.shape[1]}")
+    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in pairwise(borders)):
+        raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {length}")
     return borders
 
 
-def _check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor) -> None:
+def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor) -> None:
+    """ValueError if a memory is not of this shape, or not of the dtype and device that go with `value`."""
     if tuple(state.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(state.shape)}, takes {shape}")
     dtype = state_dtype(value)

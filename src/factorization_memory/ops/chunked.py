@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from factorization_memory.ops.precision import no_autocast, state_dtype
+from factorization_memory.ops.precision import no_autocast, outside_autocast, state_dtype
 
 MAX_CHUNK = 64
 """Longest chunk: within it work grows with C, across chunks one state follows another."""
@@ -61,6 +61,9 @@ class _Layout:
         """The layout of sequences of `lengths`, one after the other in each lane."""
         _, lanes, num_states, _ = state_shape
         chunk = min(MAX_CHUNK, 1 << (max(max(lengths, default=1), 1) - 1).bit_length())
+        # Every sequence fills whole chunks: with many short ones a smaller chunk wastes less than it costs.
+        while chunk > 1 and sum(-(-length // chunk) for length in lengths) * chunk > 1.5 * sum(lengths):
+            chunk //= 2
         starts, ends, empty, cursor = {}, {}, [], 0
         for sequence, length in enumerate(lengths):
             if length == 0:
@@ -70,7 +73,7 @@ class _Layout:
             cursor += -(-length // chunk)
             ends[cursor - 1] = sequence
         # At least 4 M tokens, so that the states kept for backward weigh no more than a quarter of the values.
-        group = min(max(GROUP_TOKENS // (lanes * chunk), 4 * num_states // chunk, 1), max(cursor, 1))
+        group = min(max(GROUP_TOKENS // max(lanes * chunk, 1), 4 * num_states // chunk, 1), max(cursor, 1))
         return cls(chunk, group, cursor, starts, ends, empty, lengths, state_shape, dtype)
 
     def positions(self, cu_seqlens: list[int]) -> Tensor:
@@ -256,6 +259,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, d_output: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
         update, merge, value, initial, *snapshots = ctx.saved_tensors
@@ -326,8 +330,9 @@ def forward(
     position = None
     if cu_seqlens is not None:
         position = layout.positions(cu_seqlens).to(value.device)
-        real = (position >= 0)[:, None, None]
-        update, merge, value = (x[:, position.clamp(min=0)] * real for x in (update, merge, value))
+        unused = (position < 0)[:, None, None]
+        # Filled, not multiplied: what stands in another sequence must not come through, not even as inf * 0.
+        update, merge, value = (x[:, position.clamp(min=0)].masked_fill(unused, 0) for x in (update, merge, value))
     with no_autocast(value.device):
         initial = None if state is None else state.to(layout.dtype).reshape(shape)
         output, final = _Chunked.apply(update, merge, value, initial, layout, keep_final)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+
+Gradients = TypeVar("Gradients")
 
 
 def state_dtype(value: Tensor) -> torch.dtype:
@@ -18,3 +24,15 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Makes an autograd function's `backward(ctx, gradient, ...)` compute in its tensors' own dtypes, also where it is called
+    inside an autocast block."""
+
+    @wraps(backward)
+    def wrapped(ctx: Any, gradient: Tensor, *more: Tensor) -> Gradients:
+        with no_autocast(gradient.device):
+            return backward(ctx, gradient, *more)
+
+    return wrapped

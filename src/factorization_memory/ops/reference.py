@@ -37,7 +37,9 @@ def forward(
             selected = (1 - theta) * state.gather(2, rows) + theta * v
             state = state.scatter(2, rows, selected)
         outputs.append((phi * _normalise(selected, state_norm_eps)).sum(dim=2))
-    return (torch.stack(outputs, dim=1) if outputs else state.new_zeros(value.shape)), state
+    if not outputs:
+        return state.new_zeros(value.shape), state.clone()
+    return torch.stack(outputs, dim=1), state
 
 
 def step(
