@@ -17,7 +17,7 @@ def demo() -> RunConfig:
         data=DataConfig(context_length=256),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, weight_decay=1.0, schedule="wsd", decay_fraction=0.3),
         training=TrainingConfig(
-            steps=300, tokens_per_step=4096, log_every=5, evaluate_every=100, evaluation_tokens=16384, checkpoint_every=100,
+            steps=240, tokens_per_step=4096, log_every=5, evaluate_every=80, evaluation_tokens=16384, checkpoint_every=80,
         ),
     )  # fmt: skip
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-
-Gradients = TypeVar("Gradients")
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 def state_dtype(value: Tensor) -> torch.dtype:
@@ -26,13 +25,13 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+def outside_autocast(backward: Backward) -> Backward:
     """Makes an autograd function's `backward(ctx, gradient, ...)` compute in its tensors' own dtypes, also where it is called
     inside an autocast block."""
 
     @wraps(backward)
-    def wrapped(ctx: Any, gradient: Tensor, *more: Tensor) -> Gradients:
+    def wrapped(ctx: Any, gradient: Tensor, *more: Tensor) -> Any:
         with no_autocast(gradient.device):
             return backward(ctx, gradient, *more)
 
-    return wrapped
+    return cast(Backward, wrapped)
