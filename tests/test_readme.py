@@ -102,3 +102,16 @@ def test_examples(script: Path, tmp_path: Path) -> None:
     assert "False" not in done.stdout
     assert done.stdout.strip()
     assert script.name in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_placeholder_is_left() -> None:
+    for path in PAGES:
+        assert not re.search(r"\b[A-Z]+_NUMBERS\b|TODO|TBD", path.read_text(encoding="utf-8")), path.name
+
+
+def test_results_are_where_their_table_says() -> None:
+    table = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w-]+)/` \|", table, re.MULTILINE))
+    assert listed == {path.name for path in (ROOT / "results").iterdir() if path.is_dir()}
+    for name in listed:
+        assert any((ROOT / "results" / name).iterdir()), name

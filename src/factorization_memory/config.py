@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+Backend = Literal["auto", "reference", "chunked"]
 
 
 class ConfigError(ValueError):
@@ -24,6 +27,15 @@ class ConfigError(ValueError):
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
     if not condition:
         raise ConfigError(f"{name}={value!r}: {remedy}")
+
+
+def _require_finite(config: Any, section: str) -> None:
+    """Infinities pass the comparisons that bound a field on one side, and NaN those that are written the other way."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        _require(finite, f"{section}.{f.name}", value, "use a finite number")
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,13 @@ class ModelConfig:
     """Taps of a causal depthwise convolution, followed by SiLU, on the values; 0 for none (an addition to the paper)."""
     output_gate: bool = False
     """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
-    backend: str = "auto"
-    """Backend of the recurrence: "auto", "reference" or "chunked"."""
+    backend: Backend = "auto"
+    """Backend of the recurrence: the fastest that runs here, the plain loop, or the one that is parallel over time."""
 
     def __post_init__(self) -> None:
+        _require_finite(self, "model")
+        backends = typing.get_args(Backend)
+        _require(self.backend in backends, "model.backend", self.backend, f"use one of {', '.join(map(repr, backends))}")
         _require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "use 0 (the tokenizer's size) or more")
         for name in ("hidden_size", "num_layers", "num_states", "num_heads"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
@@ -80,7 +95,7 @@ class ModelConfig:
         _require(self.expand > 0, "model.expand", self.expand, "use a positive ratio")
         width = self.expand * self.hidden_size
         _require(
-            width == int(width) and int(width) % self.num_heads == 0,
+            float(width).is_integer() and int(width) % self.num_heads == 0,
             "model.num_heads",
             self.num_heads,
             f"must divide the value width expand * hidden_size = {width:g}",
@@ -136,6 +151,7 @@ class DataConfig:
     """Batches prepared ahead of the training step by a thread; 0 reads in the step itself."""
 
     def __post_init__(self) -> None:
+        _require_finite(self, "data")
         _require(self.context_length >= 1, "data.context_length", self.context_length, "use 1 or more tokens")
         _require(self.read_ahead >= 0, "data.read_ahead", self.read_ahead, "use 0 or more batches")
         for name, weight in self.weights.items():
@@ -168,6 +184,7 @@ class OptimizerConfig:
     """Gradients whose global norm passes this are scaled down to it; 0 clips nothing."""
 
     def __post_init__(self) -> None:
+        _require_finite(self, "optimizer")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "use a positive number")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "use 0 <= beta < 1")
@@ -267,6 +284,8 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
 
     Raises `ConfigError` for an unknown field (naming the nearest valid one) or a value of the wrong type.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.rstrip('.') or 'configuration'}={values!r}: expected an object of fields")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments = {}
@@ -287,8 +306,6 @@ def suggestion(name: str, known: typing.Iterable[str]) -> str:
 def _from_plain(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{path}={value!r}: expected an object of fields")
         return from_dict(typing.cast(type, hint), value, f"{path}.")
     if origin in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
@@ -303,11 +320,16 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}={value!r}: expected a list")
-        return tuple(value)
+        kinds = typing.get_args(hint)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(value) != len(kinds):
+            raise ConfigError(f"{path}={value!r}: expected {len(kinds)} values")
+        return tuple(_from_plain(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{path}={value!r}: expected an object")
-        return dict(value)
+        return {name: _from_plain(typing.get_args(hint)[1], item, f"{path}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,11 @@ from typing import Any
 import pytest
 
 from factorization_memory.cli import VERBS, dispatch
+from factorization_memory.cli import demo as demo_verb
+from factorization_memory.cli import train as train_verb
+from factorization_memory.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from factorization_memory.data.shards import PackedCorpus
+from factorization_memory.experiments import ReportError, write_report
 
 TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--data.context-length", "32",
@@ -81,6 +87,24 @@ def test_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["position"]["all"]["bins"]
     assert "bits per byte" in err
     assert json.loads((workplace / "run" / "evaluation.json").read_text()) == result
+    evaluated = result["evaluated"]
+    assert evaluated.pop("checkpoint").startswith("step-0000000")
+    assert evaluated.pop("corpus_fingerprint") == PackedCorpus.open(workplace / "packed").fingerprint
+    assert evaluated == {"max_position": 512, "max_tokens": None, "stretches": 8}
+
+
+def test_evaluation_on_another_corpus_is_not_kept(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = workplace / "run" / "evaluation.json"
+    before = kept.read_bytes() if kept.exists() else None
+    other = tmp_path / "other"
+    assert dispatch(["data", "pack", str(workplace / "texts" / "0.txt"), "--output", str(other), "--holdout", "tail"]) == 0
+    arguments = ["evaluate", workplace / "run", "--corpus", other, "--max-position", 0, "--json", "--device", "cpu"]
+    capsys.readouterr()
+    status, out, err = call(capsys, *arguments)
+    assert status == 0
+    assert json.loads(out)["evaluated"]["corpus_fingerprint"] == PackedCorpus.open(other).fingerprint
+    assert "--json" in err
+    assert (kept.read_bytes() if kept.exists() else None) == before
 
 
 def test_generate_streams_to_stdout(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,12 +145,15 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(out)
     assert result["steps"] * result["tokens_per_step"] == result["tokens"]
     assert "parameters" in err
+    assert "precision=auto" not in call(capsys, "plan", "demo", "--training.precision", "float32")[2]
+    note = " ".join(call(capsys, "plan", "demo", "--training.precision", "auto")[2].split())
+    assert "estimate for float32; on a GPU precision=auto takes bfloat16 activations" in note
     _, dense, _ = call(capsys, "plan", "paper", "--json")
     assert json.loads(dense)["flops_per_token"]["of_which_recurrence"] == 8 * result["flops_per_token"]["of_which_recurrence"]
 
 
 def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer = tmp_path / "new" / "folder" / "tokenizer.json"
     status, out, _ = call(
         capsys, "data", "tokenizer", workplace / "texts", "--vocab-size", 300, "--output", tokenizer, "--json"
     )
@@ -160,6 +187,18 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["generate", "nowhere", "--prompt", ""], 2, "prompt: it is empty"),
         (["generate", "nowhere", "--prompt-file", "missing.txt"], 1, "missing.txt"),
         (["inspect", "nowhere"], 2, "exactly one of --text TEXT and --file FILE"),
+        (["inspect", "nowhere", "--text", ""], 2, "text: it is empty"),
+        (["generate", "nowhere", "--prompt", "x", "--top-k", "0"], 2, "--top-k=0: use 1 or more"),
+        (["generate", "nowhere", "--prompt-file", "."], 2, ".: cannot be read"),
+        (["evaluate", "nowhere", "--max-tokens", "0"], 2, "--max-tokens=0: use 1 or more"),
+        (["evaluate", "nowhere", "--stretches", "0"], 2, "--stretches=0: use 1 or more"),
+        (["evaluate", "nowhere", "--max-position", "-1"], 2, "--max-position=-1: use 0 or more"),
+        (["demo", "--resume"], 2, "there is no demo here to resume"),
+        (["data", "pack", "--output", "p"], 2, "name at least one file"),
+        (["data", "pack", "x", "--output", "p", "--holdout-fraction", "1.5"], 2, "--holdout-fraction=1.5"),
+        (["data", "tokenizer"], 2, "name at least one file"),
+        (["data", "tokenizer", "x", "--vocab-size", "3"], 2, "--vocab-size=3: use 258"),
+        (["plan", "demo", "--model.expand", "inf"], 2, "model.expand=inf: use a finite number"),
         (["data"], 2, "usage: fmem data VERB"),
         (["data", "pakc"], 2, "did you mean 'pack'?"),
         (["data", "pack", "missing.txt", "--output", "p"], 1, "missing.txt"),
@@ -211,8 +250,65 @@ def test_a_second_run_in_one_folder(workplace: Path, capsys: pytest.CaptureFixtu
     assert status == 1
     assert "--resume" in err
     status, _, err = call(capsys, *arguments, "--resume", "--optimizer.learning-rate", 1e-4)
-    assert status in (1, 2)
+    assert status == 1
     assert "optimizer.learning_rate" in err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_demo_stopped_and_resumed_by_the_command_it_prints(
+    stop: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    books = tmp_path / "books"
+    for language in ("en", "ja"):
+        (books / language).mkdir(parents=True)
+    (books / "en" / "book.txt").write_text("".join(f"The {i}th wise man said {i * i}.\n" for i in range(400)), encoding="utf-8")
+    (books / "ja" / "book.txt").write_text("".join(f"{i}は猫である。\n" for i in range(600)), encoding="utf-8")
+    tiny = RunConfig(
+        model=ModelConfig(hidden_size=16, num_layers=1, num_states=8),
+        data=DataConfig(context_length=32),
+        training=TrainingConfig(tokens_per_step=128, evaluate_every=2, evaluation_tokens=256),
+    )
+    monkeypatch.setattr("factorization_memory.data.corpora.builtin_corpus", lambda: books)
+    monkeypatch.setattr(demo_verb, "demo", lambda: tiny)
+    with monkeypatch.context() as patch:
+        evaluator = train_verb.evaluator
+
+        def stopping(*arguments: Any) -> Any:
+            evaluate = evaluator(*arguments)
+
+            def stop_and_evaluate(*told: Any) -> Any:
+                os.kill(os.getpid(), stop)
+                return evaluate(*told)
+
+            return stop_and_evaluate
+
+        patch.setattr(train_verb, "evaluator", stopping)
+        run = tmp_path / "a demo"
+        status, _, err = call(capsys, "demo", "--run-dir", run, "--steps", 6, "--device", "cpu")
+    assert status == 128 + stop
+    assert json.loads((run / "result.json").read_text())["steps"] == 2
+    command = next(line for line in err.splitlines() if line.startswith(f"stopped by {stop.name}"))
+    status, _, _ = call(capsys, *shlex.split(command.partition("to go on: fmem ")[2]))
+    assert status == 0
+    assert json.loads((run / "result.json").read_text())["stopped"] == "finished"
+    assert (run / "evaluation.json").exists()
+    assert len(json.loads((run / "samples.json").read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda config: config["model"].pop("num_states"), r"config\.json: model\.num_states missing"),
+        (lambda config: config.pop("data"), r"config\.json: data missing"),
+        (lambda config: config.update(colour="red"), r"config\.json: .*colour: no such field"),
+    ],
+)
+def test_report_of_a_damaged_configuration(damage: Any, message: str, workplace: Path, tmp_path: Path) -> None:
+    config = json.loads((workplace / "run" / "config.json").read_text())
+    damage(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ReportError, match=message):
+        write_report(tmp_path)
 
 
 def test_sigterm_checkpoints_and_resume_continues_the_same_curve(workplace: Path, tmp_path: Path) -> None:

@@ -99,6 +99,21 @@ def test_corpus_by_source_and_in_total(model: LanguageModel) -> None:
         evaluate_corpus(model, SimpleNamespace(tokenizer=TOKENIZER, sources={"none": source([""])}), context_length=8)
 
 
+def test_padding_is_masked(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who observes the routing must be able to tell text from padding: real tokens are as many as predictions."""
+    tokens, starts = packed(TEXTS)
+    real = []
+    loss = model.loss
+
+    def spy(inputs: torch.Tensor, *rest: object, padding_mask: torch.Tensor | None = None, **more: object) -> object:
+        real.append(inputs.numel() if padding_mask is None else int(padding_mask.sum()))
+        return loss(inputs, *rest, padding_mask=padding_mask, **more)
+
+    monkeypatch.setattr(model, "loss", spy)
+    evaluate_loss(model, tokens, starts, TOKENIZER, context_length=16, batch_size=4)
+    assert sum(real) == sum(len(TOKENIZER.encode(text)) for text in TEXTS)
+
+
 def test_mode_is_as_before_and_no_graph_is_kept(model: LanguageModel) -> None:
     tokens, starts = packed(TEXTS)
     model.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +44,11 @@ def emit(result: Any, as_json: bool) -> None:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def interrupted_status(result: dict[str, Any]) -> int:
+    """Exit status of a training that a signal stopped, from its result: 128 + the signal's number."""
+    return 128 + signal.Signals[result["signal"]].value
+
+
 def write_aside(path: Path, text: str) -> None:
     """Write a text file under another name and rename it, so that it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +62,12 @@ def write_aside(path: Path, text: str) -> None:
 
 def read_text(path: str) -> str:
     """A UTF-8 file's text, or that of stdin for "-"."""
-    raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; name one that is there, or - for stdin") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a readable text file") from None
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from factorization_memory.cli.common import choose, console, emit, parse
+from factorization_memory.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def _fetch(arguments: list[str]) -> int:
 
 def _tokenizer(arguments: list[str]) -> int:
     options = parse(TokenizerOptions, arguments, "data tokenizer")
+    _require_inputs(options.inputs, "data tokenizer")
+    if options.vocab_size < 258:
+        raise ConfigError(f"--vocab-size={options.vocab_size}: use 258 (256 bytes and 2 special tokens) or more")
     import time
 
     from factorization_memory.data.corpora import read_documents
@@ -117,6 +121,7 @@ def _tokenizer(arguments: list[str]) -> int:
 
     with console().status("reading the texts"):
         total = sum(len(document.text.encode()) for path in options.inputs for document in read_documents(path))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with console().status("training the tokenizer"):
         tokenizer = Tokenizer.train(texts(max(1, -(-total // max(limit, 1)))), options.vocab_size)
@@ -131,6 +136,9 @@ def _tokenizer(arguments: list[str]) -> int:
 
 def _pack(arguments: list[str]) -> int:
     options = parse(PackOptions, arguments, "data pack")
+    _require_inputs(options.inputs, "data pack")
+    if not 0 < options.holdout_fraction < 1:
+        raise ConfigError(f"--holdout-fraction={options.holdout_fraction}: use a share between 0 and 1, for example 0.05")
     import time
 
     from factorization_memory.data.shards import pack
@@ -166,6 +174,11 @@ def _pack(arguments: list[str]) -> int:
     out.print(f"packed into {options.output} at {result['megabytes_per_second']:.1f} MB/s")
     emit(result, options.json)
     return 0
+
+
+def _require_inputs(inputs: Sequence[object], verb: str) -> None:
+    if not inputs:
+        raise ConfigError(f"no text given; name at least one file or folder: fmem {verb} PATH ...")
 
 
 def _named(text: str) -> tuple[str | None, Path]:

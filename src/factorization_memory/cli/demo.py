@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from itertools import chain, count
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from factorization_memory.cli import evaluate, generate, train
-from factorization_memory.cli.common import console, emit, parse, write_aside
+from factorization_memory.cli.common import console, emit, interrupted_status, parse, write_aside
+from factorization_memory.config import ConfigError
 from factorization_memory.presets import demo
 
 if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.data.tokenizer import Tokenizer
 
+RUN_DIR = Path("runs/demo")
 PROMPTS = ("“My dear Watson,” said ", "おれは")
 VOCABULARY = 512
 HELD_OUT = 0.1
@@ -30,7 +33,9 @@ class DemoOptions:
     and leave a run folder with plots and a report. Uses the GPU where there is one."""
 
     run_dir: Path | None = None
-    """Run folder; by default runs/demo, or the next name that is free."""
+    """Run folder; by default runs/demo, or (without --resume) the next name that is free."""
+    resume: bool = False
+    """Go on with a demo that was stopped: its corpus, its last checkpoint, the same --steps."""
     steps: int | None = None
     """Training steps, for a shorter or longer demo."""
     device: str = "auto"
@@ -42,31 +47,34 @@ class DemoOptions:
 def run(arguments: list[str]) -> int:
     """`fmem demo`."""
     options = parse(DemoOptions, arguments, "demo")
-    run_dir = options.run_dir or _free_name(Path("runs/demo"))
+    run_dir = options.run_dir or (RUN_DIR if options.resume else _free_name(RUN_DIR))
     out = console()
     out.rule("[bold]1  text to tokens")
-    corpus = _corpus(run_dir / "corpus")
+    corpus = _packed(run_dir) if options.resume else _corpus(run_dir / "corpus")
     for name, source in corpus.sources.items():
         parts = ", ".join(f"{part} {len(s.tokens):,} tokens of {s.text_bytes:,} bytes" for part, s in source.splits.items())
         out.print(f"{name}: {parts}")
 
     out.rule("[bold]2  training")
     config = demo()
-    training = dataclasses.replace(config.training, device=options.device, steps=options.steps or config.training.steps)
+    training = dataclasses.replace(
+        config.training, device=options.device, steps=config.training.steps if options.steps is None else options.steps
+    )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(corpus.folder)), training=training)
-    result = train.train(config, run_dir)
+    result = train.train(config, run_dir, options.resume)
     if result["stopped"] == "interrupted":
-        out.print(
-            f"stopped by {result['signal']}; `fmem train demo --resume --run-dir {run_dir}` would go on, with the same flags"
-        )
-        return 130
+        emit({"run_dir": str(run_dir), "training": result}, options.json)
+        # Not wrapped by the console: the command is there to be copied.
+        print(f"stopped by {result['signal']}; to go on: {_resume_command(run_dir, options)}", file=sys.stderr)
+        return interrupted_status(result)
 
     from factorization_memory.evaluation import inspect_text
-    from factorization_memory.training import load_model, resolve_device
+    from factorization_memory.training import find_checkpoint, load_model, resolve_device
 
-    model, tokenizer, config = load_model(run_dir, resolve_device(options.device, "--device"))
+    checkpoint = find_checkpoint(run_dir, "best")
+    model, tokenizer, config = load_model(checkpoint, resolve_device(options.device, "--device"))
     out.rule("[bold]3  evaluation on the held-out end of each book")
-    evaluation = evaluate.evaluate(model, corpus, config, stretches=4)
+    evaluation = evaluate.evaluate(model, corpus, config, checkpoint, stretches=4)
     evaluate.show(evaluation)
 
     out.rule("[bold]4  writing")
@@ -88,6 +96,22 @@ def _free_name(path: Path) -> Path:
     """The path, or the first of path-2, path-3, ... that does not exist."""
     names = chain([path], (path.with_name(f"{path.name}-{n}") for n in count(2)))
     return next(name for name in names if not name.exists())
+
+
+def _resume_command(run_dir: Path, options: DemoOptions) -> str:
+    words = ["fmem", "demo", "--resume", "--run-dir", str(run_dir)]
+    words += ["--steps", str(options.steps)] if options.steps is not None else []
+    words += ["--device", options.device] if options.device != "auto" else []
+    return shlex.join(words + (["--json"] if options.json else []))
+
+
+def _packed(run_dir: Path) -> PackedCorpus:
+    """The corpus of a demo that was stopped."""
+    from factorization_memory.data.shards import PackedCorpus
+
+    if not (run_dir / "corpus").is_dir():
+        raise ConfigError(f"--run-dir={str(run_dir)!r}: there is no demo here to resume; start one without --resume")
+    return PackedCorpus.open(run_dir / "corpus")
 
 
 def _corpus(folder: Path) -> PackedCorpus:

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from factorization_memory.cli.common import console, emit, parse, write_aside
+from factorization_memory.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,19 @@ class EvaluateOptions:
 def run(arguments: list[str]) -> int:
     """`fmem evaluate`."""
     options = parse(EvaluateOptions, arguments, "evaluate")
+    for flag, value, least in (
+        ("--max-tokens", options.max_tokens, 1),
+        ("--stretches", options.stretches, 1),
+        ("--max-position", options.max_position, 0),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{flag}={value}: use {least} or more")
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.training import load_model, resolve_device
+    from factorization_memory.training import find_checkpoint, list_checkpoints, load_model, resolve_device
+    from factorization_memory.training.checkpoint import read_state
 
-    model, tokenizer, config = load_model(options.run, resolve_device(options.device, "--device"))
+    checkpoint = find_checkpoint(options.run, "best") if list_checkpoints(options.run) else options.run
+    model, tokenizer, config = load_model(checkpoint, resolve_device(options.device, "--device"))
     folder = options.corpus or Path(config.data.corpus)
     if not folder.exists():
         raise ValueError(f"{folder}: the run's corpus is not there any more; name where it is with --corpus DIR")
@@ -45,17 +55,24 @@ def run(arguments: list[str]) -> int:
     if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{folder}: packed with another tokenizer than the model's; pack it with the run's tokenizer.json")
     result = evaluate(
-        model, corpus, config, max_position=options.max_position, max_tokens=options.max_tokens, stretches=options.stretches
-    )
+        model, corpus, config, checkpoint,
+        max_position=options.max_position, max_tokens=options.max_tokens, stretches=options.stretches,
+    )  # fmt: skip
     show(result)
     if (options.run / "config.json").exists():
-        record_evaluation(options.run, result)
+        if read_state(checkpoint)["corpus_fingerprint"] == corpus.fingerprint:
+            record_evaluation(options.run, result)
+        else:
+            console().print(f"{folder}: not the corpus of the run, whose evaluation.json stays as it is; --json gives this one")
     emit(result, options.json)
     return 0
 
 
-def evaluate(model: Any, corpus: Any, config: Any, **options: Any) -> dict[str, Any]:
-    """`evaluate_run` under a progress bar and the run's precision."""
+def evaluate(
+    model: Any, corpus: Any, config: Any, checkpoint: Path, *,
+    max_position: int | None = None, max_tokens: int | None = None, stretches: int = 8,
+) -> dict[str, Any]:  # fmt: skip
+    """`evaluate_run` under a progress bar and the run's precision; `evaluated` says what was evaluated, and how."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from factorization_memory.evaluation import evaluate_run
@@ -71,7 +88,9 @@ def evaluate(model: Any, corpus: Any, config: Any, **options: Any) -> dict[str, 
                 tasks[what] = bar.add_task(what)
             bar.update(tasks[what], completed=done, total=total)
 
-        return evaluate_run(model, corpus, config, progress=progress, **options)
+        options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches}
+        record = evaluate_run(model, corpus, config, progress=progress, **options)
+    return {"evaluated": {"checkpoint": checkpoint.name, "corpus_fingerprint": corpus.fingerprint, **options}, **record}
 
 
 def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:

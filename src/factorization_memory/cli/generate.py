@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,11 @@ class GenerateOptions:
 
 def run(arguments: list[str]) -> int:
     """`fmem generate`."""
-    options = parse(GenerateOptions, arguments, "generate")
+    try:
+        options = parse(GenerateOptions, arguments, "generate")
+    except ConfigError as error:
+        # The library names its field; here it is a flag.
+        raise ConfigError(re.sub(r"^sampling\.(\w+)", lambda field: "--" + field[1].replace("_", "-"), str(error))) from None
     if (options.prompt is None) == (options.prompt_file is None):
         raise ConfigError("prompt: give exactly one of --prompt TEXT and --prompt-file FILE (- for stdin)")
     prompt = options.prompt if options.prompt is not None else read_text(options.prompt_file or "")

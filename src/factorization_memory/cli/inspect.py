@@ -35,6 +35,8 @@ def run(arguments: list[str]) -> int:
     if (options.text is None) == (options.file is None):
         raise ConfigError("text: give exactly one of --text TEXT and --file FILE (- for stdin)")
     text = options.text if options.text is not None else read_text(options.file or "")
+    if not text:
+        raise ConfigError("text: it is empty; give at least one character to read")
     from factorization_memory.evaluation import inspect_text, inspection_html
     from factorization_memory.training import load_model, resolve_device
 

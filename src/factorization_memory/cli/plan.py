@@ -57,6 +57,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "state_bytes": counts.state_bytes,
         "training_memory_bytes": training_memory(model, config.micro_batch_size, config.data.context_length, bfloat16),
         "precision": "bfloat16" if bfloat16 else "float32",
+        "precision_assumed": config.training.precision == "auto",
         "steps": steps,
         "tokens": steps * tokens,
         "tokens_per_step": tokens,
@@ -79,7 +80,8 @@ def _show(result: dict[str, Any]) -> None:
         f"{_short(flops['decode'])}; recurrence forward {_short(flops['of_which_recurrence'])}",
         "state": f"{_short(result['state_bytes'])}B per sequence, at any length",
         "training memory": ", ".join(f"{name} {_short(size)}B" for name, size in memory.items())
-        + f" ({result['precision']} estimate)",
+        + f" (estimate for {result['precision']}"
+        + ("; on a GPU precision=auto takes bfloat16 activations)" if result["precision_assumed"] else ")"),
         "steps": f"{result['steps']:,} of {result['tokens_per_step']:,} tokens in {result['micro_batches']} micro-batch(es): "
         f"{_short(result['tokens'])} tokens, {_short(result['train_flops'])}FLOP",
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from factorization_memory.cli.common import choose, console, emit, parse
+from factorization_memory.cli.common import choose, console, emit, interrupted_status, parse
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.presets import PRESETS
 
@@ -58,7 +57,7 @@ def run(arguments: list[str]) -> int:
         console().print(
             f"stopped by {result['signal']} after step {result['steps']:,}; the same command with --resume goes on from there"
         )
-        return 128 + signal.Signals[result["signal"]].value
+        return interrupted_status(result)
     from factorization_memory.experiments.report import write_report
 
     console().print(f"report: {write_report(options.run_dir)}")

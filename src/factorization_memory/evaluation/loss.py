@@ -98,7 +98,14 @@ def evaluate_loss(
         for first in range(0, len(starts), batch_size):
             rows = slice(first, first + batch_size)
             inputs, targets = _batch(tokens, starts[rows], lengths[rows], text_length)
-            losses, _ = model.loss(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), reduction="none")
+            real = np.arange(inputs.shape[1]) < lengths[rows, None]
+            losses, _ = model.loss(
+                torch.from_numpy(inputs).to(device),
+                torch.from_numpy(targets).to(device),
+                # Right padding changes no loss, but whoever observes the routing must not take it for text.
+                padding_mask=None if real.all() else torch.from_numpy(real).to(device),
+                reduction="none",
+            )
             nats += float(losses.double().sum())
             kept_targets = targets[targets != IGNORED]
             scored += kept_targets.size

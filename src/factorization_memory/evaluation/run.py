@@ -7,6 +7,10 @@ ngram            the yardstick, for small corpora: {orders, training_bytes, sour
                  total: {...}}
 position         {name: loss by position, see position.py, and "beyond": {"16": one bin for 8 to 16 training contexts, ...}}
 routing          use of the memory states, a list per layer: see RoutingHealth.summary
+
+The command line adds
+
+evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stretches}: what made it; null is the default
 """
 
 from __future__ import annotations

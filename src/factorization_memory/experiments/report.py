@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.evaluation.inspection_page import EXPLANATION, INSPECTION_STYLE, inspection_fragment
 from factorization_memory.evaluation.pages import page
 from factorization_memory.experiments import figures
@@ -60,11 +61,9 @@ figure svg { display: block; max-width: 100%; height: auto; }
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` and `plots/*.png` of the run in `run_dir` from its records; returns the report's path.
 
-    Raises ReportError where there is no run, or where a record cannot be read.
+    Raises ReportError where there is no run, or where a record cannot be read or its configuration is not a whole one.
     """
-    config = _read(run_dir / "config.json")
-    if config is None:
-        raise ReportError(f"{run_dir}: there is no run here (config.json is missing); give a run folder")
+    config = _read_config(run_dir)
     environment = _read(run_dir / "environment.json") or {}
     result = _read(run_dir / "result.json") or {}
     evaluation = _read(run_dir / "evaluation.json") or {}
@@ -119,6 +118,28 @@ def _read(path: Path) -> Any:
         return None
     except ValueError as error:
         raise ReportError(f"{path}: not JSON ({error}); write it again, or remove it to leave its section out") from None
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "config.json"
+    values = _read(path)
+    if values is None:
+        raise ReportError(f"{run_dir}: there is no run here (config.json is missing); give a run folder")
+    # Defaults in place of what is not there would describe a run that never was.
+    if missing := ", ".join(_missing(to_dict(RunConfig()), values)):
+        raise ReportError(f"{path}: {missing} missing; restore the file")
+    try:
+        return to_dict(from_dict(RunConfig, values))
+    except ConfigError as error:
+        raise ReportError(f"{path}: not the configuration of a run ({error}); restore the file") from None
+
+
+def _missing(whole: dict[str, Any], given: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in whole.items() if isinstance(given, dict) else ():
+        if name not in given:
+            yield prefix + name
+        elif isinstance(value, dict):
+            yield from _missing(value, given[name], f"{prefix}{name}.")
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from factorization_memory.config import ConfigError
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -31,7 +33,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, remedy: str) -> None:
             if not condition:
-                raise ValueError(f"sampling.{name}={getattr(self, name)!r}: {remedy}")
+                raise ConfigError(f"sampling.{name}={getattr(self, name)!r}: {remedy}")
 
         require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "use 0 (greedy) or a positive number")
         require(self.top_k is None or self.top_k >= 1, "top_k", "use 1 or more, or none for all tokens")

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from factorization_memory import ops
-from factorization_memory.config import ModelConfig
+from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.state import LayerState
@@ -93,7 +93,7 @@ class FactorizationMemory(nn.Module):
         conv_size: int = 0,
         output_gate: bool = False,
         norm_eps: float = 1e-6,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         # One place checks these fields, for the layer alone as for a whole model.
