@@ -63,8 +63,8 @@ class TestKinds:
         assert [document.text for document in read_documents(path)] == [row["text"] for row in ROWS]
 
     def test_text_file_is_one_document(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "story.TXT", "\ufeffCafe\u0301\r\nか\u3099\r\n".encode())
-        assert list(read_documents(path)) == [Document("Café\nが\n", "story.TXT", "story", None, None)]
+        path = write(tmp_path / "story.TXT", "\ufeffCafe\u0301\r\nか\u3099\rx\r\r\n".encode())
+        assert list(read_documents(path)) == [Document("Café\nが\nx\n\n", "story.TXT", "story", None, None)]
 
     def test_folder_is_read_sorted_and_only_its_texts(self, tmp_path: Path) -> None:
         (tmp_path / "b").mkdir()

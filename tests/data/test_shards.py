@@ -212,6 +212,25 @@ class TestInterrupted:
         assert not partial.exists()
         assert not (tmp_path / "out" / "stale.tokens").exists()
 
+    def test_second_pack_into_one_output_is_refused_and_harms_nothing(self, jsonl: Path, tmp_path: Path) -> None:
+        refused: list[str] = []
+
+        def second(documents: int, text_bytes: int) -> None:
+            if not refused:
+                with pytest.raises(CorpusError, match=r"out: another process is packing into it; wait") as caught:
+                    pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
+                refused.append(str(caught.value))
+
+        corpus = pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2, progress=second)
+        corpus.verify()
+        assert len(refused) == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+    def test_lock_that_a_killed_pack_left_does_not_count(self, jsonl: Path, tmp_path: Path) -> None:
+        (tmp_path / "out.lock").touch()
+        pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        assert not (tmp_path / "out.lock").exists()
+
     def test_corpus_being_replaced_survives_a_failing_rename(self, jsonl: Path, tmp_path: Path, monkeypatch) -> None:
         old = pack([("old", jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
         rename = shards.os.rename

@@ -247,3 +247,64 @@ def test_list_ignores_what_is_not_whole(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
     assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        ((), "random", ..., "'random' is missing"),
+        ((), "state", ..., "'state' is missing"),
+        ((), "state", [], "'state' cannot be"),
+        ((), "carried", 3, "'carried' cannot be 3"),
+        ((), "extra", 1, "'extra' is unknown"),
+        (("state",), "best_step", ..., r"'state\.best_step' is missing"),
+        (("state",), "step", "five", r"'state\.step' cannot be 'five'"),
+        (("state",), "extra", 1, r"'state\.extra' is unknown"),
+        (("random",), "cpu", ..., r"'random\.cpu' is missing"),
+    ],
+)
+def test_a_state_file_with_another_set_of_fields_is_refused_by_the_first(
+    tmp_path: Path, trained: Trained, where: tuple[str, ...], name: str, value: Any, message: str
+) -> None:
+    save(tmp_path, trained, 1)
+    path = save(tmp_path, trained, 2)
+    record = json.loads((path / "state.json").read_text())
+    part = record[where[0]] if where else record
+    part[name] = value
+    if value is ...:
+        del part[name]
+    (path / "state.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=rf"step-00000002/state\.json: the field {message}.*delete the folder"):
+        read_state(path)
+    model, optimizer = make(1)
+    with pytest.raises(CheckpointError, match="state\\.json: the field"):
+        load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
+
+
+def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path: Path, trained: Trained) -> None:
+    path = save(tmp_path, trained, 1)
+    record = json.loads((path / "state.json").read_text())
+    record["config"]["model"]["colour"] = "red"
+    (path / "state.json").write_text(json.dumps(record))
+    model, optimizer = make(1)
+    with pytest.raises(CheckpointError, match=r"state\.json: its configuration cannot be read .*colour"):
+        load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
+
+
+def test_every_field_of_the_state_is_checked() -> None:
+    fields = [each.name for each in dataclasses.fields(TrainingState)]
+    assert list(checkpoint_module._STATE_FIELDS) == fields
+
+
+def test_an_intact_best_is_loaded_although_another_checkpoint_is_damaged(tmp_path: Path, trained: Trained) -> None:
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    for step in (1, 2, 3):
+        save(tmp_path, trained, step, best_step=1)
+    (tmp_path / "checkpoints" / "step-00000003" / "state.json").write_text('{"format_ver')
+    with pytest.warns(UserWarning, match=r"step-00000003.*damaged.*Using step-00000001"):
+        model, _, _ = load_model(tmp_path)
+    assert torch.equal(model.embedding.weight, trained[0].embedding.weight)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step-0000000{step}" / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"step-00000003/state\.json: damaged"):
+        load_model(tmp_path)

@@ -45,8 +45,9 @@ def test_metrics_past_a_step_are_cut_and_a_torn_line_goes(tmp_path: Path) -> Non
         record.append("train", {"step": step, "loss": 0.1 * step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
-    record.cut_after(2)
+    record.cut_after(2, 2)
     record.append("evaluation", {"step": 3})
+    record.cut_after(3, 3)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("evaluation", 3)]
     assert lines[1]["loss"] == 0.2
@@ -82,3 +83,18 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: could not be written"):
         record.append("train", {"step": 1})
+
+
+def test_what_an_unfinished_observation_wrote_is_cut_and_its_step_kept(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    for kind in ("train", "evaluation", "routing"):
+        record.append(kind, {"step": 4})
+    record.cut_after(4, 3)
+    assert [values["kind"] for values in record.metrics()] == ["train"]
+
+
+@pytest.mark.parametrize("text", ['{"date": "20', "[]", '{"earlier": 3}'])
+def test_a_torn_environment_is_named_when_resuming(tmp_path: Path, text: str) -> None:
+    (tmp_path / "environment.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"environment\.json: damaged or cut short .*remove that file"):
+        RunRecord(tmp_path).begin(RunConfig(), Tokenizer.bytes_level(), torch.device("cpu"), resumed_at=5)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from factorization_memory.config import ConfigError, DataConfig, ModelConfig, Op
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.models import LanguageModel
 from factorization_memory.training import trainer as trainer_module
-from factorization_memory.training.checkpoint import find_checkpoint, list_checkpoints, load_model
+from factorization_memory.training.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, load_model
 from factorization_memory.training.guard import RunLockedError, TrainingDivergedError
 from factorization_memory.training.progress import TrainingObserver
 from factorization_memory.training.record import RunFolderError
@@ -322,3 +323,80 @@ def test_a_device_that_is_not_there_or_unknown_is_refused(
     with pytest.raises(ConfigError, match=rf"training\.device='{device}': .*use 'auto'"):
         Trainer(config(device=device), corpus, run_dir)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (DataConfig(context_length=65536), r"data\.context_length=65536"),
+        (DataConfig(context_length=16, weights={"fr": 1.0}), "fr"),
+    ],
+)
+def test_what_does_not_fit_the_corpus_leaves_nothing_behind(
+    corpus: PackedCorpus, run_dir: Path, data: DataConfig, named: str, there: bool
+) -> None:
+    if there:
+        run_dir.mkdir()
+    wrong = dataclasses.replace(config(tokens_per_step=data.context_length), data=data)
+    with pytest.raises(ConfigError, match=named):
+        Trainer(wrong, corpus, run_dir / "deeper").run()
+    assert run_dir.exists() is there
+    assert not there or list(run_dir.iterdir()) == []
+    assert Trainer(config(), corpus, run_dir / "deeper").run()["stopped"] == "finished"
+
+
+@pytest.mark.parametrize("broken", ["evaluate", "sample"])
+def test_a_failing_evaluation_or_sample_loses_no_step(corpus: PackedCorpus, tmp_path: Path, broken: str) -> None:
+    settings = config(sample_every=4, checkpoint_every=0)
+    whole, parts = Watcher(), Watcher()
+    Trainer(settings, corpus, tmp_path / "whole", evaluate=evaluate, sample=sample, observer=whole).run()
+
+    def fail(*_: Any) -> Any:
+        torch.rand(3)
+        raise RuntimeError("out of memory")
+
+    functions: dict[str, Any] = {"evaluate": evaluate, "sample": sample, broken: fail}
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        Trainer(settings, corpus, tmp_path / "parts", **functions, observer=parts).run()
+    assert "step-00000004. Resume" in caught.value.__notes__[0]
+    assert parts.messages == caught.value.__notes__
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Trainer(settings, corpus, tmp_path / "parts", **functions, observer=parts).run(resume=True)
+    Trainer(settings, corpus, tmp_path / "parts", evaluate=evaluate, sample=sample, observer=parts).run(resume=True)
+    assert parts.started == [(STEPS, 0), (STEPS, 4), (STEPS, 4)]
+    assert parts.curve == whole.curve
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_hide_the_failing_evaluation(
+    corpus: PackedCorpus, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Path:
+        raise CheckpointError("disk full")
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", full)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        Trainer(config(), corpus, run_dir, evaluate=fail).run()
+    assert caught.value.__notes__ == ["disk full"]
+
+
+@pytest.mark.parametrize("prompts", [(), ("It ", "")])
+def test_samples_without_a_prompt_are_refused(corpus: PackedCorpus, run_dir: Path, prompts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"training\.sample_prompts=.*sample_every to 0"):
+        Trainer(config(sample_every=4, sample_prompts=prompts), corpus, run_dir)
+    Trainer(config(sample_prompts=prompts), corpus, run_dir)
+
+
+def test_a_damaged_last_checkpoint_is_got_past_as_the_message_says(corpus: PackedCorpus, run_dir: Path) -> None:
+    whole = Trainer(config(), corpus, run_dir, evaluate=evaluate).run()
+    last = find_checkpoint(run_dir, "last")
+    (last / "state.json").write_text((last / "state.json").read_text()[:100])
+    with pytest.raises(CheckpointError, match=rf"delete the folder {last} and --resume goes on from step-00000010"):
+        Trainer(config(), corpus, run_dir, evaluate=evaluate).run(resume=True)
+    shutil.rmtree(last)
+    again = Trainer(config(), corpus, run_dir, evaluate=evaluate).run(resume=True)
+    assert again["evaluation"] == whole["evaluation"]

@@ -188,7 +188,7 @@ def _clean(text: str, place: str) -> str:
         raise CorpusError(
             f"{place}: character {error.start} is the lone surrogate U+{code:04X}, which is no character; remove it"
         ) from error
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _decode(data: bytes, path: Path, place: str = "", offset: int = 0) -> str:

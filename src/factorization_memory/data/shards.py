@@ -9,6 +9,8 @@ manifest, so that a file cut short is seen.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -132,8 +134,9 @@ def pack(
     document, cut at a line. `progress(documents, bytes)` is called with the totals so far.
 
     The result does not depend on anything but the arguments and the text. Raises `CorpusError` for bad text, a source whose
-    training or validation text would be empty, a full disk, or an `output` that exists (unless `overwrite`, which replaces a
-    packed corpus once the new one is whole). Interrupted, it leaves nothing under the name `output`; the next call starts anew.
+    training or validation text would be empty, a full disk, an `output` that another process is packing into, or one that
+    exists (unless `overwrite`, which replaces a packed corpus once the new one is whole). Interrupted, it leaves nothing under
+    the name `output`; the next call starts anew.
     """
     output = Path(output)
     if holdout not in get_args(Holdout):
@@ -145,20 +148,55 @@ def pack(
     _require_free(output, overwrite)
     documents = [read_documents(path, source=source) for source, path in inputs]
     aside = output.with_name(output.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with explain_full_disk(output), contextlib.ExitStack() as files:
-            aside.mkdir(parents=True)
-            packer = _Packer(aside, files, tokenizer, holdout, holdout_fraction)
-            for document in (document for some in documents for document in some):
-                packer.add(document)
-                if progress is not None:
-                    progress(packer.documents, packer.text_bytes)
-            packer.finish()
-        _move_into_place(aside, output)
-    finally:
+    with explain_full_disk(output), _only_packer(output):
+        # Again, now that no other process can write there.
+        _require_free(output, overwrite)
         shutil.rmtree(aside, ignore_errors=True)
+        try:
+            with contextlib.ExitStack() as files:
+                aside.mkdir()
+                packer = _Packer(aside, files, tokenizer, holdout, holdout_fraction)
+                for document in (document for some in documents for document in some):
+                    packer.add(document)
+                    if progress is not None:
+                        progress(packer.documents, packer.text_bytes)
+                packer.finish()
+            _move_into_place(aside, output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return PackedCorpus.open(output)
+
+
+@contextlib.contextmanager
+def _only_packer(output: Path) -> Iterator[None]:
+    """The exclusive right to pack into `output`: a lock of the operating system, which goes with the process that holds it."""
+    path = output.with_name(output.name + ".lock")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have removed the file meanwhile: a lock on a removed file protects nothing.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise CorpusError(
+                    f"{output}: another process is packing into it; wait for that one, or choose another folder"
+                ) from None
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                break  # a file system without locks
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 class _Packer:

@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,10 @@ MAY_CHANGE = frozenset(
 
 class CheckpointError(ValueError):
     """A checkpoint that is not there, is damaged, does not fit or cannot be written: the message says which, and what to do."""
+
+
+class _DamagedError(CheckpointError):
+    """One that cannot be read, where another of the same run may serve."""
 
 
 @dataclass
@@ -184,13 +189,29 @@ def find_checkpoint(run_dir: Path, which: str = "best") -> Path:
         return paths[-1]
     steps = {_step_of(path): path for path in paths}
     if which == "best":
-        best = read_state(paths[-1])["state"]["best_step"]
-        return steps.get(best, paths[-1])
+        return _best(paths)
     number = which.removeprefix("step-")
     if number.isascii() and number.isdigit() and int(number) in steps:
         return steps[int(number)]
     present = ", ".join(path.name for path in paths)
     raise CheckpointError(f"{run_dir}: no checkpoint {which!r}; use 'best', 'last' or one of {present}")
+
+
+def _best(paths: list[Path]) -> Path:
+    """The best as the newest readable one knows it."""
+    first: CheckpointError | None = None
+    for path in reversed(paths):
+        try:
+            best = read_state(path)["state"]["best_step"]
+        except _DamagedError as error:
+            first = first or error
+            continue
+        found = next((each for each in paths if _step_of(each) == best), path)
+        if first is not None:
+            warnings.warn(f"{first}. Using {found.name}, the best that {path.name} knows of", stacklevel=3)
+        return found
+    assert first is not None
+    raise first
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -199,15 +220,64 @@ def read_state(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
         version = record["format_version"]
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no checkpoint here ({_STATE} is missing); {_present(path)}") from None
+        raise _DamagedError(f"{path}: no checkpoint here ({_STATE} is missing); {_present(path)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / _STATE}: damaged or cut short ({error}); {_present(path)}") from None
+        raise _DamagedError(f"{path / _STATE}: damaged or cut short ({error}); {_present(path)}") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version!r} is newer than this package reads ({FORMAT_VERSION}); "
             "upgrade factorization-memory"
         )
+    wrong = _first_wrong_field(record)
+    if wrong is not None:
+        raise _DamagedError(f"{path / _STATE}: {wrong}; the file was changed or damaged; {_present(path)}")
     return record
+
+
+_TEXT, _OBJECT, _WHOLE, _NUMBER = (str,), (dict,), (int,), (int, float)
+_NOTHING = type(None)
+_RECORD_FIELDS: dict[str, tuple[type, ...]] = {
+    "format_version": _WHOLE,
+    "state": _OBJECT,
+    "config": _OBJECT,
+    "tokenizer_fingerprint": _TEXT,
+    "corpus_fingerprint": _TEXT,
+    "random": _OBJECT,
+    "carried": (list, _NOTHING),
+}
+_STATE_FIELDS: dict[str, tuple[type, ...]] = {
+    "step": _WHOLE,
+    "tokens": _WHOLE,
+    "seconds": _NUMBER,
+    "step_seconds": _NUMBER,
+    "observed_step": _WHOLE,
+    "best_step": (int, _NOTHING),
+    "interval": _OBJECT,
+    "last_train": (dict, _NOTHING),
+    "last_evaluation": (dict, _NOTHING),
+    "best_evaluation": (dict, _NOTHING),
+}
+
+
+def _first_wrong_field(record: dict[str, Any]) -> str | None:
+    """What is missing from `state.json`, unknown in it or of the wrong kind; None when all is there."""
+    for prefix, values, fields in (("", record, _RECORD_FIELDS), ("state.", record.get("state"), _STATE_FIELDS)):
+        assert isinstance(values, dict)  # the first round has seen to it
+        for name in sorted(fields.keys() | values.keys()):
+            if name not in values:
+                return f"the field {prefix + name!r} is missing"
+            if name not in fields:
+                return f"the field {prefix + name!r} is unknown"
+            if not isinstance(values[name], fields[name]):
+                return f"the field {prefix + name!r} cannot be {values[name]!r}"
+    return None if "cpu" in record["random"] else "the field 'random.cpu' is missing"
+
+
+def _read_config(record: dict[str, Any], path: Path) -> RunConfig:
+    try:
+        return from_dict(RunConfig, record["config"])
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / _STATE}: its configuration cannot be read ({error}); {_present(path)}") from None
 
 
 def load_checkpoint(
@@ -219,7 +289,7 @@ def load_checkpoint(
     `CheckpointError` when the checkpoint is damaged, or of another configuration than `config`.
     """
     record = read_state(path)
-    saved = from_dict(RunConfig, record["config"])
+    saved = _read_config(record, path)
     difference = first_difference(saved, config)
     if difference is not None:
         name, old, new = difference
@@ -249,10 +319,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[La
             raise CheckpointError(f"{path}: no such folder; give a run folder or a checkpoint's folder")
         path = find_checkpoint(path, "best")
     record = read_state(path)
-    try:
-        config = from_dict(RunConfig, record["config"])
-    except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / _STATE}: its configuration cannot be read ({error})") from None
+    config = _read_config(record, path)
     places = (path / TOKENIZER_NAME, path.resolve().parent.parent / TOKENIZER_NAME)
     tokenizer_path = next((place for place in places if place.exists()), None)
     if tokenizer_path is None:
@@ -326,7 +393,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _present(path: Path) -> str:
     """What to use instead of the checkpoint at `path`."""
     others = [other.name for other in list_checkpoints(path.parent.parent) if other.name != path.name]
-    return f"checkpoints beside it: {', '.join(others)}" if others else "there is no other checkpoint beside it"
+    if not others:
+        return "there is no other checkpoint beside it; restore it, or start the run anew in another folder"
+    listed = f"checkpoints beside it: {', '.join(others)}"
+    return f"{listed}; delete the folder {path} and --resume goes on from {others[-1]}" if path.is_dir() else listed
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

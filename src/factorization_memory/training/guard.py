@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -38,9 +39,12 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / LOCK_NAME
         self._descriptor: int | None = None
+        self._created: list[Path] = []
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        self._created = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -68,6 +72,10 @@ class RunLock:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
+        # A run that was refused before it wrote anything leaves no folder either; one with something in it stays.
+        with contextlib.suppress(OSError):
+            for folder in self._created:
+                folder.rmdir()
 
     def _locked_message(self, holder: bytes) -> str:
         try:

@@ -67,8 +67,14 @@ class RunRecord:
         if resumed_at is not None:
             environment["resumed_at_step"] = resumed_at
             if path.exists():
-                before = json.loads(path.read_text(encoding="utf-8"))
-                environment["earlier"] = [*before.pop("earlier", []), before]
+                try:
+                    before = json.loads(path.read_text(encoding="utf-8"))
+                    environment["earlier"] = [*before.pop("earlier", []), before]
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise RunFolderError(
+                        f"{path}: damaged or cut short ({error}); remove that file (it only describes the run's earlier "
+                        "machines), then resume again"
+                    ) from None
         write_json(path, environment)
         tokenizer.save(self.run_dir / TOKENIZER_NAME)
         # Last, since its presence is what says that there is a run.
@@ -96,9 +102,13 @@ class RunRecord:
                 except ValueError:
                     continue
 
-    def cut_after(self, step: int) -> None:
-        """Drop the metrics of later steps, which a resumed run takes again."""
-        kept = [strict_json(values) + "\n" for values in self.metrics() if values["step"] <= step]
+    def cut_after(self, step: int, observed_step: int) -> None:
+        """Drop what a resumed run does again: steps after `step`, and evaluations, routing, samples after `observed_step`."""
+        kept = [
+            strict_json(values) + "\n"
+            for values in self.metrics()
+            if values["step"] <= (step if values["kind"] == "train" else observed_step)
+        ]
         _replace_text(self.run_dir / METRICS_NAME, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import RoutingHealth
 from factorization_memory.training.checkpoint import (
+    CheckpointError,
     TrainingState,
     checkpoint_path,
     find_checkpoint,
@@ -54,7 +55,8 @@ class Trainer:
     """Trains one model on one device, into the run folder `run_dir`.
 
     `evaluate` and `sample` are called as often as the configuration says; `observer` is told of everything that happens.
-    Raises ConfigError for a device that is not there and for a `model.vocab_size` that is not the tokenizer's (0 takes it).
+    Raises ConfigError for a device that is not there, for a `model.vocab_size` that is not the tokenizer's (0 takes it), and
+    for samples without prompts.
     """
 
     def __init__(
@@ -68,6 +70,12 @@ class Trainer:
         observer: TrainingObserver | None = None,
     ) -> None:
         self.config = complete_config(config, corpus.tokenizer.vocab_size)
+        prompts = self.config.training.sample_prompts
+        if self.config.training.sample_every > 0 and (not prompts or "" in prompts):
+            raise ConfigError(
+                f"training.sample_prompts={prompts!r}: a sample needs text to go on from; give prompts that are not empty, "
+                "or set training.sample_every to 0"
+            )
         self.corpus = corpus
         self.run_dir = Path(run_dir)
         self.evaluate = evaluate
@@ -141,7 +149,9 @@ class _Run:
             self.state, self.carried = load_checkpoint(
                 self.checkpoint, model=self.model, optimizer=self.optimizer, config=self.config
             )
-        self.record.cut_after(self.state.step)
+        # Before anything is written: what does not fit the corpus must leave no run behind.
+        self.loader = self._loader(self.state.step)
+        self.record.cut_after(self.state.step, self.state.observed_step)
         self.record.remove_result()
         self.record.begin(self.config, trainer.corpus.tokenizer, self.device, self.state.step if resume else None)
         self.clock = time.perf_counter() - self.state.seconds
@@ -155,17 +165,17 @@ class _Run:
             # The last stop came between a step and what was due after it.
             with self._loader(state.step - 1) as loader:
                 batches = next(iter(loader))
-            if self._observe(batches[-1]):
+            if self._observe_or_save(batches[-1]):
                 self._save()
         stopping = stop.requested is not None
-        with self._loader(state.step) as loader:
+        with self.loader as loader:
             batches_of_step = iter(loader)
             while state.step < steps and not stopping:
                 started, waited = time.perf_counter(), loader.wait_seconds
                 batches = next(batches_of_step)
                 metrics = self._step(batches)
                 self._log(metrics, time.perf_counter() - started, loader.wait_seconds - waited)
-                improved = stop.requested is None and self._observe(batches[-1])
+                improved = stop.requested is None and self._observe_or_save(batches[-1])
                 stopping = stop.requested is not None
                 if improved or stopping or state.step == steps or (every and state.step % every == 0):
                     self._save()
@@ -235,6 +245,22 @@ class _Run:
             state.last_train = {**metrics, **means, **timing}
             self.record.append("train", state.last_train)
             state.interval = {}
+
+    def _observe_or_save(self, batch: Batch) -> bool:
+        """`_observe`; if it raises, the steps since the last checkpoint are saved before the error goes on."""
+        try:
+            return self._observe(batch)
+        except Exception as error:
+            if self.checkpoint != checkpoint_path(self.run_dir, self.state.step):
+                try:
+                    self._save()
+                except CheckpointError as full:
+                    error.add_note(str(full))
+                    raise error from None
+            message = f"step {self.state.step}: its evaluation or sample failed; kept {self.checkpoint}. Resume with --resume"
+            error.add_note(message)
+            self.observer.on_message(message)
+            raise
 
     def _observe(self, batch: Batch) -> bool:
         """Evaluate and sample, where due, in the arithmetic of training; whether this evaluation is the best yet."""
