@@ -140,7 +140,7 @@ def _peers(benchmark: TrainingBenchmark, device: torch.device, parameters: int) 
 
     def llama(intermediate_size: int) -> nn.Module:
         return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(  # type: ignore[call-arg]
+            transformers.LlamaConfig(
                 vocab_size=config.vocab_size,
                 hidden_size=config.hidden_size,
                 num_hidden_layers=config.num_layers,
