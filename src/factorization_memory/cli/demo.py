@@ -121,7 +121,7 @@ def _corpus(folder: Path) -> PackedCorpus:
     from factorization_memory.data.tokenizer import Tokenizer
 
     books = list(read_documents(builtin_corpus()))
-    # A little less than the training part, so that no held-out line is seen wherever the cut falls.
+    # A little less than the training part: in these two books the held-out end begins after it.
     texts = [book.text[: int(len(book.text) * (1 - 1.2 * HELD_OUT))] for book in books]
     tokenizer: Tokenizer = Tokenizer.train(texts, VOCABULARY)
     return pack([(None, builtin_corpus())], tokenizer, folder, holdout="tail", holdout_fraction=HELD_OUT)
