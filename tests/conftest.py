@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels are interpreted where there is no GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Tests are small, and threads that wait for each other on busy cores make them many times slower.
 torch.set_num_threads(1)

@@ -33,9 +33,9 @@ OUTSIDE = {
     "tokenizers": {"data/tokenizer.py"},
     "pyarrow": {"data/corpora.py"},
     "zstandard": {"data/corpora.py"},
-    "matplotlib": {"experiments/figures.py"},
+    "matplotlib": {"experiments/figures.py", "benchmarks/plot.py"},
     "transformers": {"benchmarks/training.py"},
-    "triton": set(),
+    "triton": {"ops/triton/"},
     "tyro": {"cli/"},
 }
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-Backend = Literal["auto", "reference", "chunked"]
+Backend = Literal["auto", "reference", "chunked", "triton"]
 
 
 class ConfigError(ValueError):
@@ -82,7 +82,7 @@ class ModelConfig:
     output_gate: bool = False
     """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
     backend: Backend = "auto"
-    """Backend of the recurrence: the fastest that runs here, the plain loop, or the one that is parallel over time."""
+    """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
 
     def __post_init__(self) -> None:
         _require_finite(self, "model")

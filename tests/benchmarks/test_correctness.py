@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from factorization_memory.benchmarks import correctness
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape, check, check_backend
+from factorization_memory.config import ConfigError
 from factorization_memory.ops import chunked
 
 SMALL = Shape(batch=2, length=70, heads=2, num_states=5, value_size=4)
@@ -80,3 +82,30 @@ def test_a_problem_is_the_same_on_each_call_and_looks_like_a_layers() -> None:
     assert one.update.shape == one.indices.shape == (2, 70, 2, 3)
     assert 0 < float(one.update.min()) <= float(one.update.max()) < 1
     assert one.to(torch.float64).indices.dtype == torch.int64
+
+
+def test_truth_does_not_depend_on_its_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape in (SMALL, dataclasses.replace(SMALL, top_k=3)):
+        problem = Problem.random(shape, initial_state=True)
+        whole = problem.to(torch.float64).solve("reference")
+        monkeypatch.setattr(correctness, "TRUTH_BYTES", 3 * 70 * 2 * 2 * 5 * 8 * correctness.TRUTH_COPIES)  # 3 of 4 columns
+        blocks = correctness.truth(problem)
+        assert blocks.keys() == whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(blocks[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", ["16x2048x1x64x2048", "1x7x2x64x8x4"])
+def test_shapes_are_written_as_they_are_read(text: str) -> None:
+    shape = Shape.parse(text)
+    assert str(shape) == text
+    assert shape.top_k == (4 if text.endswith("x4") else None)
+    assert shape.num_states == 64
+
+
+@pytest.mark.parametrize(
+    "text", ["", "16x2048", "1x2x3x4x0", "1x2x3x4x5x6x7", "1x2x3xax5", "1x2x3x-4x5", "1x2x3x4x5x6", "1x2x3x٤x5"]
+)
+def test_what_is_no_shape(text: str) -> None:
+    with pytest.raises(ConfigError, match="shapes="):
+        Shape.parse(text)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from factorization_memory.benchmarks import timing
-from factorization_memory.cli import dispatch
+from factorization_memory.cli import bench, dispatch
 from factorization_memory.ops import chunked
 
 OP = (
@@ -33,9 +34,50 @@ def test_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.out.count("\n") == 1
     result = json.loads(shown.out)
     assert result["benchmark"] == "op"
-    assert [record["backend"] for record in result["comparison"]] == ["reference", "chunked"]
-    for heading in ("correctness gate green", "speed-up", "over inputs + outputs"):
+    assert [record["contender"] for record in result["comparison"]] == ["reference", "chunked", "attention"]
+    assert result["command"] == f"fmem {OP}"
+    assert set(result["missing"]) == {"gla", "ssd"}
+    for heading in ("correctness gate green", "speed-up", "to floor", "over inputs + outputs", "without gla"):
         assert heading in shown.err
+
+
+def test_op_at_several_shapes_with_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "times.png"
+    arguments = (
+        f"bench op --device cpu --shapes 1x20x1x4x8 2x16x2x4x8x2 --lengths 16 --length-tokens 32 --memory-length 0 --repeats 1 "
+        f"--peers --json --plot {path}"
+    )
+    assert dispatch(arguments.split()) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert [record["shape"] for record in result["comparison"]] == ["1x20x1x4x8"] * 2 + ["2x16x2x4x8x2"] * 2
+    assert [(record["batch"], record["length"]) for record in result["lengths"]] == [(1, 16), (2, 16)]
+    assert "B=2, T=16, H=2, M=4, D=8, K=2" in shown.err
+    assert "constant tokens: slowest over fastest" in shown.err
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_outlive_a_plot_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert dispatch([*OP.split(), "--plot", str(tmp_path / "file" / "times.png")]) == 1
+    assert json.loads(capsys.readouterr().out)["benchmark"] == "op"
+
+
+def test_a_backend_that_fails_later_is_told_and_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = chunked.forward
+
+    def failing(update: Any, *rest: Any) -> Any:
+        if update.shape[1] == 64:
+            raise RuntimeError("not at this length")
+        return forward(update, *rest)
+
+    monkeypatch.setattr(chunked, "forward", failing)
+    assert dispatch(OP.split()) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["lengths"][0]["error"] == "forward: RuntimeError: not at this length"
+    assert "chunked: forward: RuntimeError: not at this length" in shown.err
 
 
 def test_a_red_gate_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +94,32 @@ def test_a_red_gate_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "ns/token" not in shown.err
 
 
+def test_the_tables_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    def figures(graph: float | None, floor: float | None) -> dict[str, float | None]:
+        rates = dict.fromkeys(("gigabytes_per_second", "teraflops_per_second"), floor and 12.3)
+        times = {"ns_per_token": 4.04, "graph_ns_per_token": graph, "ratio_to_floor": floor, "time_over_first": 2.9}
+        return rates | times
+
+    shape = {"batch": 16, "length": 2048, "heads": 1, "num_states": 64, "value_size": 2048, "top_k": None}
+    common = {"error": None, "peer": False, "note": "", "extra_ratio": 0.25} | shape
+    records = [
+        common | {"contender": "triton", "forward": figures(3.91, 2.1), "forward_backward": figures(None, 2.2)},
+        common | {"contender": "gla", "peer": True, "error": "forward: too large", "forward": None, "forward_backward": None},
+        common
+        | {"contender": "attention", "peer": True, "note": "heads", "forward": figures(1, None), "forward_backward": None},
+    ]
+    tables = bench._OpTables(bench._wide_console())
+    tables.show("comparison", records)
+    tables.show("lengths", [record | {"sweep": "one sequence"} for record in records])
+    shown = capsys.readouterr().err
+    assert "to triton" in shown
+    (ours,) = [line for line in shown.splitlines() if line.split()[:2] == ["triton", "fwd"]]
+    assert ours.split() == ["triton", "fwd", "4.04", "3.91", "12.3", "12.3", "2.10x", "2.90x"]
+    assert "gla: forward: too large" in shown
+    assert "attention: heads" in shown
+    assert ["triton", "16", "2,048", "4.04", "3.91", "4.04"] in [line.split() for line in shown.splitlines()]
+
+
 def test_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert dispatch(TRAINING.split()) == 0
@@ -61,6 +129,8 @@ def test_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert result["model"]["hidden_size"] == 16
     assert len(result["records"]) == 1
     assert "pip install transformers" in shown.err
+    assert "MFU" in shown.err
+    assert result["command"] == f"fmem {TRAINING}"
 
 
 @pytest.mark.parametrize(
@@ -70,8 +140,13 @@ def test_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         ("op --batch 0", "batch=0"),
         ("op --top-k 65", "top_k=65"),
         ("op --lengths 0", "lengths=(0,)"),
+        ("op --length-tokens -1", "length_tokens=-1"),
+        ("op --shapes 16x2048", "write BxTxHxMxD"),
+        ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: not together with shapes"),
+        ("op --plot times.pdf", "times.pdf"),
         ("op --device gpu", "'gpu'"),
         ("training --model.vocab-size 0", "vocab_size=0"),
+        ("training --peak-tflops nan", "peak_tflops=nan"),
     ],
 )
 def test_bad_usage(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

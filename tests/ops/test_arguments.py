@@ -42,7 +42,7 @@ PACKED = {"update": U[:1], "merge": U[:1], "value": V[:1]}
         ),
         (PACKED | {"cu_seqlens": torch.tensor([0, 4, 3, 5])}, r"cu_seqlens: got \[0, 4, 3, 5\]"),
         (PACKED | {"cu_seqlens": torch.tensor([0.0, 5.0])}, "cu_seqlens: got torch.float32"),
-        ({"backend": "cuda"}, "backend='cuda': use one of auto, reference, chunked"),
+        ({"backend": "cuda"}, "backend='cuda': use one of auto, reference, chunked, triton"),
         ({"value": V.to("meta")}, "update: is on cpu, value on meta"),
     ],
 )

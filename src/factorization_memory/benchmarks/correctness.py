@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from factorization_memory.config import ConfigError
 from factorization_memory.ops import factorization_memory
 from factorization_memory.ops.precision import state_dtype
+
+TRUTH_BYTES = 1 << 30
+"""About the most that the reference loop may keep for its backward pass at one time; a quarter of what is free on a GPU."""
+TRUTH_COPIES = 5
+"""Tensors of the memory's size that autograd keeps for each token of the loop, about."""
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Largest relative error (of a whole tensor, in norm) by dtype of the values; float32 products on a GPU must not be TF32."""
@@ -41,6 +47,28 @@ class Shape:
         """B * T."""
         return self.batch * self.length
 
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """A size written BxTxHxMxD, or BxTxHxMxDxK with K selected states, as `16x2048x1x64x2048`.
+
+        Raises ConfigError if it is anything else, a number is not positive, or K is larger than M.
+        """
+        parts = text.split("x")
+        if len(parts) not in (5, 6) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+            raise ConfigError(
+                f"shapes={text!r}: write BxTxHxMxD (or BxTxHxMxDxK), positive whole numbers as in 16x2048x1x64x2048: "
+                "sequences, tokens of each, heads, memory states, value width of a head (states selected)"
+            )
+        shape = cls(*map(int, parts))
+        if shape.top_k is not None and shape.top_k > shape.num_states:
+            raise ConfigError(f"shapes={text!r}: K={shape.top_k} selected states of M={shape.num_states}; use K of M or fewer")
+        return shape
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        sizes = (self.batch, self.length, self.heads, self.num_states, self.value_size, self.top_k)
+        return "x".join(str(size) for size in sizes if size is not None)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -66,22 +94,26 @@ class Problem:
         initial_state: bool = False,
         borders: list[int] | None = None,
         seed: int = 0,
+        drawn_on: torch.device | str = "cpu",
     ) -> Problem:
         """A problem as a layer poses it: affinities sum to 1 over the states, rates anywhere between 0 and 1; weights and
-        states are float32 (float64 with float64 values), values are of `dtype`. The same numbers on every device."""
-        random = torch.Generator().manual_seed(seed)
+        states are float32 (float64 with float64 values), values are of `dtype`. Numbers drawn on the CPU are the same on every
+        device; a GPU draws its own much faster."""
+        random = torch.Generator(drawn_on).manual_seed(seed)
         wide = state_dtype(torch.empty(0, dtype=dtype))
         sequences = shape.batch if borders is None else len(borders) - 1
         tokens = (shape.batch, shape.length, shape.heads)
         states = (sequences, shape.heads, shape.num_states, shape.value_size)
-        logits = torch.randn(*tokens, shape.num_states, generator=random, dtype=wide)
+        logits = torch.randn(*tokens, shape.num_states, generator=random, dtype=wide, device=drawn_on)
         indices = None
         if shape.top_k is not None:
             logits, indices = logits.topk(shape.top_k, dim=-1)
         affinity = logits.softmax(-1)
-        update, merge = (affinity * torch.rand(affinity.shape, generator=random, dtype=wide) for _ in range(2))
-        value, d_output = (torch.randn(*tokens, shape.value_size, generator=random, dtype=wide).to(dtype) for _ in range(2))
-        initial, d_final = (torch.randn(states, generator=random, dtype=wide) for _ in range(2))
+        update, merge = (affinity * torch.rand(affinity.shape, generator=random, dtype=wide, device=drawn_on) for _ in range(2))
+        value, d_output = (
+            torch.randn(*tokens, shape.value_size, generator=random, dtype=wide, device=drawn_on).to(dtype) for _ in range(2)
+        )
+        initial, d_final = (torch.randn(states, generator=random, dtype=wide, device=drawn_on) for _ in range(2))
         return cls(
             update, merge, value, indices, shape.num_states, initial if initial_state else None,
             None if borders is None else torch.tensor(borders, dtype=torch.int32), d_output, d_final,
@@ -115,6 +147,17 @@ class Problem:
         )
         return (output,) if final is None else (output, final)
 
+    def columns(self, part: slice) -> Problem:
+        """The problem of some columns of the values alone. Columns meet only in the gradients of both weights, which are sums
+        over them."""
+        return replace(
+            self,
+            value=self.value[..., part],
+            d_output=self.d_output[..., part],
+            d_final=self.d_final[..., part],
+            initial_state=None if self.initial_state is None else self.initial_state[..., part],
+        )
+
     def solve(self, backend: str) -> dict[str, Tensor]:
         """Output, final state and every gradient, by name."""
         leaves = self.leaves()
@@ -122,6 +165,26 @@ class Problem:
         gradients = torch.autograd.grad(results, leaves, (self.d_output, self.d_final))
         names = ("output", "final state", "d_update", "d_merge", "d_value", "d_initial_state")
         return dict(zip(names, (*(x.detach() for x in results), *gradients), strict=False))
+
+
+def truth(problem: Problem) -> dict[str, Tensor]:
+    """Output, final state and every gradient by the reference loop in float64, where the problem lies; on the CPU.
+
+    The loop goes over blocks of columns, so that what it keeps for its backward pass stays near `TRUTH_BYTES`.
+    """
+    problem = problem.to(torch.float64)
+    width = problem.value.shape[-1]
+    token_bytes = problem.d_final.numel() // width * 8 * problem.value.shape[1] * TRUTH_COPIES
+    limit = TRUTH_BYTES
+    if problem.value.is_cuda:  # few long blocks: the loop's time on a GPU is that of its steps, whatever their width
+        limit = max(limit, torch.cuda.mem_get_info(problem.value.device)[0] // 4)
+    block = max(1, min(width, limit // max(token_bytes, 1)))
+    parts = [problem.columns(slice(start, start + block)).solve("reference") for start in range(0, width, block)]
+    result = {}
+    for name in parts[0]:
+        pieces = [part[name].cpu() for part in parts]
+        result[name] = sum(pieces[1:], pieces[0]) if name in ("d_update", "d_merge") else torch.cat(pieces, dim=-1)
+    return result
 
 
 def check(backend: str, problem: Problem) -> dict[str, Any]:
@@ -140,7 +203,7 @@ def check(backend: str, problem: Problem) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {error}"
         return result | {"seconds": time.perf_counter() - start, "reason": reason}
     result["seconds"] = time.perf_counter() - start
-    expected = problem.to("cpu").to(torch.float64).solve("reference")
+    expected = truth(problem)
     unfinite = [name for name, x in got.items() if not bool(x.isfinite().all())]
     if unfinite:
         return result | {"worst": unfinite[0], "reason": f"{unfinite[0]} is not finite"}

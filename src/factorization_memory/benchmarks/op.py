@@ -1,34 +1,57 @@
-"""The recurrence alone: time per token of each backend, its ratio to the reference loop, and the memory it takes.
+"""The recurrence alone: time per token of each backend and of peers, against each other and against the floor, and memory.
 
-Nothing is timed before every backend has been found right at the shapes in question: `run` raises `IncorrectBackendError`.
+Nothing is timed before every backend has been found right at the widths in question: `run` raises `IncorrectBackendError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+import importlib.util
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from factorization_memory.benchmarks import peers
 from factorization_memory.benchmarks.correctness import Problem, Shape, check
-from factorization_memory.benchmarks.timing import interleaved_seconds, machine, paired_ratio, peak_bytes, summary
+from factorization_memory.benchmarks.floor import PASSES, Rates, floor, measure_rates
+from factorization_memory.benchmarks.peers import Contender
+from factorization_memory.benchmarks.timing import (
+    graph_seconds,
+    interleaved_seconds,
+    machine,
+    on_device,
+    paired_ratio,
+    peak_bytes,
+    reason,
+    release,
+    summary,
+    tensor_bytes,
+)
+from factorization_memory.config import ConfigError
 
+REFERENCE = "reference"
 GATE_TOKENS = 150
 """Tokens of each sequence in the correctness gate: a few chunks, and few enough for the loop in float64."""
 GATE_BATCH = 2
 """Sequences in the gate."""
+GATE_LONG = 1100
+"""Tokens of the one sequence of the gate's second part, at the longest size: there time may be cut differently."""
+ONE_SEQUENCE, CONSTANT_TOKENS = "one sequence", "constant tokens"
+
+Records = list[dict[str, Any]]
+Show = Callable[[str, Records], None]
 
 
 class IncorrectBackendError(RuntimeError):
     """A backend that does not compute the recurrence; its speed means nothing. `checks` are the gate's results."""
 
-    def __init__(self, checks: list[dict[str, Any]]) -> None:
+    def __init__(self, checks: Records) -> None:
         self.checks = checks
         red = [
-            f"{result['backend']} ({result['reason'] or 'relative error ' + format(result['error'], '.1e')})"
+            f"{result['backend']} at {result['shape']} "
+            f"({result['reason'] or 'relative error ' + format(result['error'], '.1e') + ' of ' + result['worst']})"
             for result in checks
             if not result["passed"]
         ]
@@ -39,127 +62,331 @@ class IncorrectBackendError(RuntimeError):
 class OpBenchmark:
     """What to measure."""
 
-    shape: Shape = field(default_factory=Shape)
-    """Size at which the backends are compared."""
+    shapes: tuple[Shape, ...] = (Shape(),)
+    """Sizes at which all contenders are compared; lengths and memory are measured at the first one's widths."""
     backends: tuple[str, ...] = ("chunked",)
-    """Backends, next to the reference."""
+    """Backends; on a CPU the reference joins them, on a GPU, where it is a loop of tiny kernels, it cannot."""
+    peers: tuple[str, ...] = ()
+    """Of `peers.PEERS`, to compare with."""
     dtype: torch.dtype = torch.float32
     """Of values and output; weights and states are float32 (float64 with float64)."""
     lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
-    """Tokens of one sequence (B = 1) for the time per token over length; the reference takes no part."""
+    """Tokens of one sequence (B = 1) for the time per token over length; the reference and peers take no part."""
+    length_tokens: int = 0
+    """If positive, the lengths are also measured in batches of this many tokens (at least one sequence)."""
     memory_length: int = 16384
     """Tokens of the one sequence whose memory is measured; 0 for none."""
     repeats: int = 5
     """Rounds; medians are taken over them."""
 
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            raise ConfigError("shapes=(): use one size or more")
+        if not self.backends:
+            raise ConfigError("backends=(): use one backend or more")
+        for peer in self.peers:
+            if peer not in peers.PEERS:
+                raise ConfigError(f"peers={peer!r}: use some of {', '.join(peers.PEERS)}")
 
-def run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
+
+def default_backends(device: torch.device) -> tuple[str, ...]:
+    """Backends worth measuring on `device`: the kernels and the plain PyTorch form on a GPU, the latter alone on a CPU."""
+    kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return ("triton", "chunked") if kernels else ("chunked",)
+
+
+def run(
+    benchmark: OpBenchmark,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda what: None,
+    show: Show = lambda section, records: None,
+) -> dict[str, Any]:
     """All measurements.
 
     Args:
         benchmark: what to measure.
         device: where.
         progress: called with what comes next, for people.
+        show: called with "checks", "comparison" (once for each shape), "lengths" or "memory" and the records of that part as
+            soon as they are there.
 
     Returns:
-        `machine`, `dtype`, `checks` (the gate's), `comparison` (one record per backend at `shape`), `lengths` (one per backend
-        and length), `memory` (one per backend).
+        `machine`; `dtype`; `checks` (the gate's); `rates` of the device; `baseline`, the contender that all are compared with;
+        `floors`, by shape; `comparison`, one record per shape and contender; `missing`, why a peer is not there, by name;
+        `same_maths`, how far peers that compute the recurrence are from it; `lengths`, one record per sweep, length and
+        backend; `length_spread`, the slowest over the fastest time per token of each sweep and backend; `memory`, one
+        record per backend.
 
     Raises:
         IncorrectBackendError: a backend is wrong or cannot run.
+        ConfigError: the reference is to be timed on a GPU.
     """
+    if device.type == "cuda" and REFERENCE in benchmark.backends:
+        raise ConfigError(f"backends={benchmark.backends}: the reference is not timed on a GPU; drop it, or use --device cpu")
+    with on_device(device):
+        return _run(benchmark, device, progress, show)
+
+
+def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str], None], show: Show) -> dict[str, Any]:
     progress("correctness gate")
     checks = gate(benchmark, device)
     if not all(result["passed"] for result in checks):
         raise IncorrectBackendError(checks)
-    contenders = ("reference", *(backend for backend in benchmark.backends if backend != "reference"))
-    progress(f"{', '.join(contenders)} at T={benchmark.shape.length}")
+    show("checks", checks)
+    progress("speed of copies and matrix products")
+    rates = measure_rates(device)
+    backends = tuple(backend for backend in dict.fromkeys(benchmark.backends) if backend != REFERENCE)
+    contenders = backends if device.type == "cuda" else (REFERENCE, *backends)
     result: dict[str, Any] = {
         "machine": machine(device),
         "dtype": str(benchmark.dtype).removeprefix("torch."),
         "checks": checks,
-        "comparison": measure(benchmark.shape, contenders, benchmark.dtype, device, benchmark.repeats),
+        "rates": rates.asdict(),
+        "baseline": contenders[0],
+        "floors": {str(shape): floor(shape, benchmark.dtype, rates) for shape in benchmark.shapes},
     }
-    by_length = []
-    for length in benchmark.lengths:
-        progress(f"time per token at T={length}")
-        shape = replace(benchmark.shape, batch=1, length=length)
-        by_length += measure(shape, contenders[1:], benchmark.dtype, device, benchmark.repeats)
+    comparison: Records = []
+    missing: dict[str, str] = {}
+    for shape in dict.fromkeys(benchmark.shapes):
+        progress(f"{', '.join((*contenders, *benchmark.peers))} at {shape}")
+        comparison += measure(shape, contenders, benchmark.dtype, device, benchmark.repeats, rates, benchmark.peers, missing)
+        show("comparison", [record for record in comparison if record["shape"] == str(shape)])
+    # After the peers were timed, not before: see `peers.same_maths`.
+    measured = [name for name in benchmark.peers if name not in missing]
+    same_maths = []
+    if peers.GLA in measured:
+        progress("what the peers compute")
+        for shape in _gate_shapes(benchmark.shapes):
+            problem = Problem.random(shape, benchmark.dtype, device)
+            same_maths.append({"shape": str(shape)} | peers.same_maths(peers.GLA, problem))
+    lengths: Records = []
+    swept: dict[Shape, Records] = {}
+    for sweep, shape in _sweep(benchmark):
+        if shape not in swept:
+            progress(f"time per token at B={shape.batch}, T={shape.length}")
+            swept[shape] = measure(shape, backends, benchmark.dtype, device, benchmark.repeats, rates, memory=False)
+        lengths += [{"sweep": sweep} | record for record in swept[shape]]
+    if lengths:
+        show("lengths", lengths)
     memory = []
     if benchmark.memory_length:
         progress(f"memory at T={benchmark.memory_length}")
-        shape = replace(benchmark.shape, batch=1, length=benchmark.memory_length)
-        memory = [measure_memory(shape, backend, benchmark.dtype, device) for backend in contenders[1:]]
-    return result | {"lengths": by_length, "memory": memory}
+        shape = replace(benchmark.shapes[0], batch=1, length=benchmark.memory_length)
+        memory = [measure_memory(shape, backend, benchmark.dtype, device) for backend in backends]
+        show("memory", memory)
+    return result | {
+        "comparison": comparison,
+        "missing": missing,
+        "same_maths": same_maths,
+        "lengths": lengths,
+        "length_spread": _spread(lengths),
+        "memory": memory,
+    }
 
 
-def gate(benchmark: OpBenchmark, device: torch.device) -> list[dict[str, Any]]:
-    """`check` of each backend at the benchmark's widths."""
-    shape = replace(
-        benchmark.shape, batch=min(benchmark.shape.batch, GATE_BATCH), length=min(benchmark.shape.length, GATE_TOKENS)
-    )
-    problem = Problem.random(shape, benchmark.dtype, device, initial_state=True)
-    return [{"backend": backend} | check(backend, problem) for backend in dict.fromkeys(("reference", *benchmark.backends))]
+def gate(benchmark: OpBenchmark, device: torch.device) -> Records:
+    """`check` of each backend at the widths of each shape, and over a longer sequence at the longest; each result with its
+    `backend` and `shape`."""
+    backends = tuple(dict.fromkeys(benchmark.backends))
+    if device.type != "cuda":
+        backends = tuple(dict.fromkeys((REFERENCE, *backends)))
+    sizes = [(shape, backends) for shape in _gate_shapes(benchmark.shapes)]
+    every = [*benchmark.shapes, *(shape for _, shape in _sweep(benchmark))]
+    longest = max(every, key=lambda shape: shape.length)
+    if longest.length > GATE_TOKENS:
+        long = replace(longest, batch=1, length=min(longest.length, GATE_LONG))
+        sizes.append((long, tuple(backend for backend in backends if backend != REFERENCE)))
+    results = []
+    for shape, tested in sizes:
+        release(device)
+        problem = Problem.random(shape, benchmark.dtype, device, initial_state=True)
+        results += [{"backend": backend, "shape": str(shape)} | check(backend, problem) for backend in tested]
+    return results
+
+
+def _gate_shapes(shapes: Iterable[Shape]) -> list[Shape]:
+    small = (replace(x, batch=min(x.batch, GATE_BATCH), length=min(x.length, GATE_TOKENS)) for x in shapes)
+    return list({(x.heads, x.num_states, x.value_size, x.top_k): x for x in small}.values())
+
+
+def _sweep(benchmark: OpBenchmark) -> list[tuple[str, Shape]]:
+    """Sizes of the sweeps over length, by name of the sweep."""
+    first = benchmark.shapes[0]
+    sizes = [(ONE_SEQUENCE, replace(first, batch=1, length=length)) for length in benchmark.lengths]
+    if benchmark.length_tokens:
+        batches = [(max(1, benchmark.length_tokens // length), length) for length in benchmark.lengths]
+        sizes += [(CONSTANT_TOKENS, replace(first, batch=batch, length=length)) for batch, length in batches]
+    return sizes
 
 
 def measure(
-    shape: Shape, backends: Sequence[str], dtype: torch.dtype, device: torch.device, repeats: int
-) -> list[dict[str, Any]]:
-    """Time of `backends` at `shape`, forward without gradients and forward with backward, taking turns.
+    shape: Shape,
+    backends: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    rates: Rates,
+    peer_names: Sequence[str] = (),
+    missing: dict[str, str] | None = None,
+    memory: bool = True,
+) -> Records:
+    """Time of backends and peers at `shape`, forward without gradients and forward with backward, taking turns.
 
-    Returns one record per backend: the shape's fields; `forward` and `forward_backward`, each with `seconds` (median, min,
-    max), `ns_per_token` (of the median) and, where the reference is among the backends, `speedup` over it (the median of the
-    rounds' ratios).
+    Args:
+        shape: the size.
+        backends: names of backends; the first is the baseline.
+        dtype: of values.
+        device: where; on a GPU times are the device's own, with cold caches, and also those of a replayed CUDA graph.
+        repeats: rounds.
+        rates: of the device, for the floor.
+        peer_names: of `peers.PEERS`.
+        missing: takes the reasons of peers that are not here, which get no record.
+        memory: whether to measure that too.
+
+    Returns:
+        One record per contender: `contender`, `peer`, `note`, `shape`, the shape's fields, `error` (None, or what it raised
+        and in which pass), for each pass (`forward`, `forward_backward`) None or a dict: `seconds` (median, min, max),
+        `ns_per_token` (of the median), `graph_ns_per_token` (None where not captured) and `graph_error`,
+        `gigabytes_per_second` and `teraflops_per_second` (compulsory bytes and least FLOPs over the time) and
+        `ratio_to_floor` (None where the maths are another), and `speedup` over the reference, if that is the baseline,
+        otherwise `time_over_first` (over the first backend): medians of the rounds' ratios, None without the baseline;
+        `extra_bytes` and `extra_ratio` (None if not measured): peak of forward and backward beyond inputs, output and
+        gradients, and that over the bytes of v and y.
     """
-    problem = Problem.random(shape, dtype, device)
-    calls = {"forward": _forward, "forward_backward": _forward_backward}
-    timings = {
-        name: interleaved_seconds({backend: partial(call, problem, backend) for backend in backends}, repeats, device)
-        for name, call in calls.items()
-    }
-    records = []
-    for backend in backends:
-        record: dict[str, Any] = {"backend": backend} | asdict(shape)
-        for name, seconds in timings.items():
-            spread = summary(seconds[backend])
-            record[name] = {"seconds": spread, "ns_per_token": spread["median"] / shape.tokens * 1e9} | (
-                {"speedup": paired_ratio(seconds["reference"], seconds[backend])} if "reference" in seconds else {}
-            )
-        records.append(record)
-    return records
+    release(device)
+    problem = Problem.random(shape, dtype, device, drawn_on=device)
+    contenders = [backend_contender(backend, problem) for backend in backends]
+    records = {backend: _record(backend, shape) for backend in backends}
+    for name in peer_names:
+        try:
+            contender = peers.build(name, problem)
+        except peers.MissingPeerError as error:
+            if missing is not None:
+                missing[name] = str(error)
+        except Exception as error:  # a peer's trouble is its own
+            records[name] = _record(name, shape, peer=True) | {"error": reason(error)}
+        else:
+            contenders.append(contender)
+            records[name] = _record(name, shape, peer=True, note=contender.note)
+    floors = floor(shape, dtype, rates)
+    for part in PASSES:
+        calls = {contender.name: getattr(contender, part) for contender in contenders}
+        failures: dict[str, str] = {}
+        seconds = interleaved_seconds(calls, repeats, device, cold=True, failures=failures)
+        for contender in contenders:
+            record = records[contender.name]
+            if contender.name in failures:
+                record["error"] = record["error"] or f"{part}: {failures[contender.name]}"
+                continue
+            figures = _figures(seconds, contender.name, backends[0], shape, floors[part] if contender.same_maths else None)
+            record[part] = figures | _graph_figures(calls[contender.name], repeats, shape, device)
+    if memory:
+        for contender in contenders:
+            record = records[contender.name]
+            if record["forward_backward"] is None or contender.name == REFERENCE:
+                continue
+            try:
+                record["extra_bytes"] = extra = _extra_bytes(contender, device)
+            except Exception as error:
+                record["error"] = f"memory: {reason(error)}"
+            else:
+                record["extra_ratio"] = extra / (2 * tensor_bytes(problem.value))
+    return list(records.values())
+
+
+def backend_contender(backend: str, problem: Problem) -> Contender:
+    """A backend of the recurrence on `problem`."""
+    return Contender(backend, lambda *leaves: problem.forward(backend, leaves)[0], problem.leaves(), problem.d_output)
+
+
+def _record(contender: str, shape: Shape, peer: bool = False, note: str = "") -> dict[str, Any]:
+    who = {"contender": contender, "peer": peer, "note": note, "shape": str(shape)}
+    return who | asdict(shape) | dict.fromkeys(("error", *PASSES, "extra_bytes", "extra_ratio"))
+
+
+def _figures(
+    seconds: dict[str, list[float]], name: str, baseline: str, shape: Shape, least: dict[str, Any] | None
+) -> dict[str, Any]:
+    spread = summary(seconds[name])
+    figures: dict[str, Any] = {"seconds": spread, "ns_per_token": spread["median"] / shape.tokens * 1e9}
+    figures |= dict.fromkeys(("gigabytes_per_second", "teraflops_per_second", "ratio_to_floor"))
+    if least is not None:
+        ns = figures["ns_per_token"]
+        figures["gigabytes_per_second"] = least["bytes_per_token"] / ns
+        figures["teraflops_per_second"] = least["flops_per_token"] / ns / 1000
+        figures["ratio_to_floor"] = ns / least["ns_per_token"]
+    base = seconds.get(baseline)
+    if baseline == REFERENCE:
+        figures["speedup"] = None if base is None else paired_ratio(base, seconds[name])
+    else:
+        figures["time_over_first"] = None if base is None else paired_ratio(seconds[name], base)
+    return figures
+
+
+def _graph_figures(call: Callable[[], Any], repeats: int, shape: Shape, device: torch.device) -> dict[str, Any]:
+    figures: dict[str, Any] = {"graph_ns_per_token": None, "graph_error": None}
+    if device.type != "cuda":
+        return figures
+    try:
+        figures["graph_ns_per_token"] = statistics.median(graph_seconds(call, repeats, device)) / shape.tokens * 1e9
+    except Exception as error:  # not every call can be captured, which is worth knowing and no more
+        figures["graph_error"] = reason(error)
+    return figures
+
+
+def _extra_bytes(contender: Contender, device: torch.device) -> int:
+    """Peak of forward and backward beyond what stands before (inputs, the output's gradient), the output and the gradients."""
+    returned = tensor_bytes(contender.d_output, *contender.leaves)
+    return max(0, peak_bytes(contender.forward_backward, device) - returned)
+
+
+def _spread(lengths: Records) -> Records:
+    """The slowest over the fastest time per token of each sweep and backend, by pass, and of graphs under `graph_` and that."""
+    grouped: dict[tuple[str, str], Records] = {}
+    for record in lengths:
+        grouped.setdefault((record["sweep"], record["contender"]), []).append(record)
+    result: Records = []
+    for (sweep, contender), records in grouped.items():
+        spread: dict[str, Any] = {"sweep": sweep, "contender": contender}
+        for part in PASSES:
+            figures = [record[part] for record in records if record[part] is not None]
+            for prefix in ("", "graph_"):
+                times = [figure[f"{prefix}ns_per_token"] for figure in figures]
+                there = [time for time in times if time is not None]
+                spread[prefix + part] = max(there) / min(there) if there else None
+        result.append(spread)
+    return result
 
 
 def measure_memory(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Peak memory of forward and backward of `backend` at `shape`, inputs included.
 
     Returns the shape's fields; `peak_bytes`; `input_output_bytes` (update, merge, value, indices, output) and
-    `gradient_bytes` (theirs); `ratio` of the peak to inputs and outputs alone, and `ratio_with_gradients` to both.
+    `gradient_bytes` (theirs); `ratio` of the peak to inputs and outputs alone, and `ratio_with_gradients` to both;
+    `extra_bytes` and `extra_ratio` as in `measure`. If the backend raises, `error` says what, and these are None.
     """
-    problem = Problem.random(shape, dtype, device)
-    differentiable = _bytes(problem.update, problem.merge, problem.value) + _bytes(problem.value)
-    standing = differentiable + (0 if problem.indices is None else _bytes(problem.indices))
-    # The call allocates the output and the gradients of the inputs; the inputs and the output's gradient stand before.
-    before = standing - _bytes(problem.value) + _bytes(problem.d_output)
-    peak = before + peak_bytes(partial(_forward_backward, problem, backend), device)
-    return {"backend": backend} | asdict(shape) | {
-        "peak_bytes": peak,
-        "input_output_bytes": standing,
-        "gradient_bytes": differentiable,
-        "ratio": peak / standing,
-        "ratio_with_gradients": peak / (standing + differentiable),
-    }  # fmt: skip
-
-
-def _forward(problem: Problem, backend: str) -> Tensor:
-    with torch.no_grad():
-        return problem.forward(backend, problem.leaves())[0]
-
-
-def _forward_backward(problem: Problem, backend: str) -> tuple[Tensor, ...]:
-    leaves = problem.leaves()
-    (output,) = problem.forward(backend, leaves)
-    return torch.autograd.grad(output, leaves, problem.d_output)
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    release(device)
+    problem = Problem.random(shape, dtype, device, drawn_on=device)
+    contender = backend_contender(backend, problem)
+    differentiable = tensor_bytes(*contender.leaves, problem.value)
+    standing = differentiable + (0 if problem.indices is None else tensor_bytes(problem.indices))
+    record: dict[str, Any] = {"backend": backend, "error": None} | asdict(shape)
+    record |= {"input_output_bytes": standing, "gradient_bytes": differentiable}
+    record |= dict.fromkeys(("peak_bytes", "ratio", "ratio_with_gradients", "extra_bytes", "extra_ratio"))
+    try:
+        contender.forward_backward()  # what is made once, on a first call, is none of a call's memory
+        beyond = peak_bytes(contender.forward_backward, device)
+    except Exception as error:
+        record["error"] = reason(error)
+    else:
+        # The call allocates the output and the gradients of the inputs; the inputs and the output's gradient stand before.
+        peak = beyond + standing - tensor_bytes(problem.value) + tensor_bytes(problem.d_output)
+        extra = max(0, beyond - tensor_bytes(problem.d_output, *contender.leaves))
+        record |= {
+            "peak_bytes": peak,
+            "ratio": peak / standing,
+            "ratio_with_gradients": peak / (standing + differentiable),
+            "extra_bytes": extra,
+            "extra_ratio": extra / (2 * tensor_bytes(problem.value)),
+        }
+    return record

@@ -1,41 +1,89 @@
-"""Durations and allocation peaks that can be compared: contenders take turns, so that all see the same machine."""
+"""Durations and allocation peaks that can be compared: contenders take turns, so that all see the same machine.
+
+On a GPU a call can be timed in three ways, which answer different questions: by the host's clock (what a training loop
+waits for), by the device's events with the cache emptied before each call (what the call costs between others), and as a
+replayed CUDA graph (what its kernels cost, the host's work left out).
+"""
 
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import platform
 import statistics
 import time
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 SHORTEST_SECONDS = 0.02
 """A measurement repeats its call until it lasts this long, so that the clock and the interpreter's hiccups do not show."""
+MOST_CALLS = 500
+"""Calls of one measurement on a device's clock at most; each has two events."""
+FLUSH_BYTES = 256 << 20
+"""Written before each call that is timed on the device's clock: several times the largest L2 cache there is, so that a call
+finds none of its inputs in it. It also keeps the device busy while the host prepares the call."""
+PACKAGES = ("triton", "transformers", "fla-core", "flash-linear-attention", "mamba-ssm")
+"""Packages that figures depend on, next to torch."""
 
 
 def interleaved_seconds(
-    contenders: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+    contenders: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    cold: bool = False,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each contender, `repeats` times, in rounds in which each takes its turn.
 
-    Each is called once or more before, untimed: memory is touched, caches are filled, kernels compiled.
+    Each is called twice before, untimed: memory is touched, caches are filled, kernels compiled.
+
+    Args:
+        contenders: what to call, by name.
+        repeats: rounds.
+        device: where the calls compute.
+        cold: on a GPU, take the device's own time of each call, with the L2 cache emptied before it; without, and on a CPU,
+            the host's time of calls one after the other.
+        failures: if given, takes the message of a contender that raises, which then drops out; otherwise the error goes on.
     """
-    calls = {}
-    for name, call in contenders.items():
-        _seconds(call, 1, device)
-        once = _seconds(call, 1, device)
-        calls[name] = max(1, round(SHORTEST_SECONDS / max(once, 1e-9)))
+    clock = device_clock(device) if cold and device.type == "cuda" else _seconds
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, call in contenders.items():
-            gc.collect()
-            seconds[name].append(_seconds(call, calls[name], device))
+
+    def timed(name: str, calls: int) -> float | None:
+        try:
+            return clock(contenders[name], calls, device)
+        except Exception as error:
+            if failures is None:
+                raise
+            failures[name] = reason(error)
+            del seconds[name]
+        release(device)  # here, where the error no longer holds what the call had allocated
+        return None
+
+    gc.collect()
+    gc.freeze()  # what is there now need not be looked at again in each turn
+    try:
+        calls = {}
+        for name in contenders:
+            once = None if timed(name, 1) is None else timed(name, 1)
+            if once is not None:
+                calls[name] = min(MOST_CALLS, max(1, round(SHORTEST_SECONDS / max(once, 1e-9))))
+        for _ in range(repeats):
+            for name, number in calls.items():
+                gc.collect()
+                spent = timed(name, number) if name in seconds else None
+                if spent is not None:
+                    seconds[name].append(spent)
+    finally:
+        gc.unfreeze()
     return seconds
 
 
@@ -46,6 +94,74 @@ def _seconds(call: Callable[[], Any], calls: int, device: torch.device) -> float
         call()
     synchronise(device)
     return (time.perf_counter() - start) / calls
+
+
+def device_clock(device: torch.device) -> Callable[[Callable[[], Any], int, torch.device], float]:
+    """A function of a call, a number of calls and the device: the mean seconds of a call by the device's events, its L2 cache
+    emptied before each. It holds the buffer that empties the cache."""
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def seconds(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        synchronise(device)
+        for start, end in events:
+            buffer.zero_()
+            start.record()
+            call()
+            end.record()
+        synchronise(device)
+        return sum(start.elapsed_time(end) for start, end in events) / calls / 1000  # from milliseconds
+
+    return seconds
+
+
+def graph_seconds(call: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
+    """Seconds of one replay of `call` captured as a CUDA graph, `repeats` times, each on the device's clock.
+
+    Raises whatever the capture raises: a call that waits for the device cannot be captured.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()  # what is set up on a first call must not be captured
+        with _waiting_is_an_error():
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    seconds = interleaved_seconds({"replay": graph.replay}, repeats, device, cold=True)["replay"]
+    graph.reset()
+    return seconds
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """A block in which a call that waits for the GPU raises: a capture that fails half-way leaves the allocator in disorder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch remarks that it does not see all kinds of waiting
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which a GPU is the current one, which events, streams and graphs are made for."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def release(device: torch.device) -> None:
+    """Give memory that nothing refers to back to a GPU."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def synchronise(device: torch.device) -> None:
@@ -116,13 +232,34 @@ def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
-    return {
+    result: dict[str, Any] = {
         "device": str(device),
         "name": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "packages": {package: version for package in PACKAGES if (version := _version(package)) is not None},
     }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        result |= {
+            "cuda": torch.version.cuda,
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return result
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def tensor_bytes(*tensors: Tensor) -> int:
+    """Bytes of the numbers of `tensors`."""
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def cpu_model() -> str:

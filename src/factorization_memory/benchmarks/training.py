@@ -1,10 +1,13 @@
-"""Tokens per second of whole training steps: our model beside `transformers`' Llama and Mamba-2 of equal parameters.
+"""Tokens per second, MFU and memory of whole training steps: our model beside `transformers`' Llama and Mamba-2 of equal
+parameters.
 
-A step is forward, loss, backward and AdamW on random tokens, with the same optimizer for all.
+A step is forward, loss, backward and AdamW on random tokens, with the same optimizer for all. MFU is the FLOPs of the model
+by `floor.training_flops` times tokens per second, over the device's peak; it is given for our model alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,9 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from factorization_memory.benchmarks.timing import interleaved_seconds, machine, paired_ratio, peak_bytes, summary
+from factorization_memory.benchmarks.floor import measure_rates, peak_teraflops, training_flops
+from factorization_memory.benchmarks.timing import (
+    interleaved_seconds,
+    machine,
+    on_device,
+    paired_ratio,
+    peak_bytes,
+    release,
+    summary,
+    tensor_bytes,
+)
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.models import LanguageModel
+from factorization_memory.models.counting import count
 
 Loss = Callable[[Tensor], Tensor]
 """Tokens `[B, T]` to the mean loss of predicting each from those before it."""
@@ -43,6 +57,11 @@ class TrainingBenchmark:
     """Chunk of Mamba-2's scan: 64 is the fastest on a CPU (transformers' own default of 256 takes nearly twice as long)."""
     bfloat16: bool = False
     """Autocast to bfloat16 instead of float32 throughout."""
+    compile: bool = False
+    """Compile each model's loss with `torch.compile`; ours as one graph, or not at all."""
+    peak_tflops: float = 0
+    """The device's peak in TFLOP/s, which MFU is relative to; 0 takes the data sheet's for dense bfloat16 if the device is
+    known, otherwise the measured rate of a large matrix product."""
     repeats: int = 5
     """Rounds; medians are taken over them."""
 
@@ -50,6 +69,8 @@ class TrainingBenchmark:
         for peer in self.peers:
             if peer not in PEERS:
                 raise ConfigError(f"peers={peer!r}: use some of {', '.join(PEERS)}")
+        if not 0 <= self.peak_tflops < math.inf:
+            raise ConfigError(f"peak_tflops={self.peak_tflops}: use a positive number of TFLOP/s, or 0 for the device's own")
 
 
 def run(
@@ -63,13 +84,26 @@ def run(
         progress: called with what comes next, for people.
 
     Returns:
-        `machine`, `dtype`, `missing` (why peers were left out, or None), and `records`, one per length and model: `model`,
-        `parameters`, `batch`, `length`, `seconds` of a step (median, min, max), `tokens_per_second` (of the median),
-        `peak_bytes` of a step beyond weights and optimizer state, and for peers `ours_over_this`, the ratio of our tokens per
-        second to the peer's (the median of the rounds' ratios).
+        `machine`; `dtype`; `compiled`; `flops_per_token` of our model's training; `peak`, what MFU is relative to, as
+        `tflops` and its `source`; `missing`, why peers were left out, or None; and `records`, one per length and model:
+        `model`, `parameters`, `batch`, `length`, `seconds` of a step (median, min, max), `tokens_per_second` (of the median),
+        `mfu` (None for peers), `held_bytes` of weights and optimizer state, `peak_bytes` of a step beyond those (gradients
+        included; None for a compiled step on a CPU), `total_bytes` of both together, `error` (None, or why a peer has no
+        figures), and for peers `ours_over_this`, the ratio of our tokens per second to the peer's (the median of the rounds'
+        ratios).
+
+    Raises:
+        RuntimeError: a step of our model fails.
     """
+    with on_device(device):
+        return _run(benchmark, device, progress)
+
+
+def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[[str], None]) -> dict[str, Any]:
     models: dict[str, tuple[nn.Module, Loss]] = {}
     missing = None
+    peak = _peak(benchmark, device, progress)
+    flops = training_flops(benchmark.model, count(benchmark.model))
     torch.manual_seed(0)
     ours = LanguageModel(benchmark.model).to(device)
     models[OURS] = ours, partial(_our_loss, ours)
@@ -79,28 +113,68 @@ def run(
             models |= _peers(benchmark, device, _parameters(ours))
         except ImportError as error:
             missing = f"no peers: {error}; pip install transformers"
-    steps = {name: _Step(model, loss, benchmark.bfloat16) for name, (model, loss) in models.items()}
+    steps = {
+        name: _Step(model, _compiled(loss, whole=name == OURS) if benchmark.compile else loss, benchmark.bfloat16)
+        for name, (model, loss) in models.items()
+    }
     records: list[dict[str, Any]] = []
     for length in benchmark.lengths:
+        release(device)
         tokens = torch.randint(0, benchmark.model.vocab_size, (benchmark.batch, length), device=device)
         progress(f"T={length}: {', '.join(steps)}")
-        seconds = interleaved_seconds({name: partial(step, tokens) for name, step in steps.items()}, benchmark.repeats, device)
+        failures: dict[str, str] = {}
+        calls = {name: partial(step, tokens) for name, step in steps.items()}
+        seconds = interleaved_seconds(calls, benchmark.repeats, device, failures=failures)
+        if OURS in failures:
+            remedy = "; try without compile, or with model.backend=triton" if benchmark.compile else ""
+            raise RuntimeError(f"a step of our model at T={length} failed: {failures[OURS]}{remedy}")
         for name, step in steps.items():
+            record: dict[str, Any] = {
+                "model": name,
+                "parameters": _parameters(step.model),
+                "batch": benchmark.batch,
+                "length": length,
+            }
+            record |= dict.fromkeys(("error", "seconds", "tokens_per_second", "mfu", "held_bytes", "peak_bytes", "total_bytes"))
+            records.append(record)
+            if name in failures:
+                record["error"] = failures[name]
+                continue
             spread = summary(seconds[name])
-            records.append(
-                {
-                    "model": name,
-                    "parameters": _parameters(step.model),
-                    "batch": benchmark.batch,
-                    "length": length,
-                    "seconds": spread,
-                    "tokens_per_second": tokens.numel() / spread["median"],
-                    "peak_bytes": peak_bytes(partial(step, tokens), device),
-                }
-                | ({} if name == OURS else {"ours_over_this": paired_ratio(seconds[name], seconds[OURS])})
-            )
-    dtype = "bfloat16" if benchmark.bfloat16 else "float32"
-    return {"machine": machine(device), "dtype": dtype, "missing": missing, "records": records}
+            speed = tokens.numel() / spread["median"]
+            record |= {"seconds": spread, "tokens_per_second": speed, "held_bytes": step.held_bytes()}
+            if device.type == "cuda" or not benchmark.compile:  # on a CPU bytes are counted where a compiler lets nobody look
+                record["peak_bytes"] = peak_bytes(calls[name], device)
+                record["total_bytes"] = record["held_bytes"] + record["peak_bytes"]
+            if name == OURS:
+                record["mfu"] = flops * speed / (peak["tflops"] * 1e12)
+            else:
+                record["ours_over_this"] = paired_ratio(seconds[name], seconds[OURS])
+    return {
+        "machine": machine(device),
+        "dtype": "bfloat16" if benchmark.bfloat16 else "float32",
+        "compiled": benchmark.compile,
+        "flops_per_token": flops,
+        "peak": peak,
+        "missing": missing,
+        "records": records,
+    }
+
+
+def _peak(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[[str], None]) -> dict[str, Any]:
+    if benchmark.peak_tflops:
+        return {"tflops": benchmark.peak_tflops, "source": "given"}
+    sheet = peak_teraflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if sheet is not None:
+        return {"tflops": sheet, "source": "data sheet, dense bfloat16"}
+    progress("speed of matrix products")
+    rates = measure_rates(device)
+    return {"tflops": rates.matmul_flops_per_second / 1e12, "source": f"measured, {rates.matmul}"}
+
+
+def _compiled(loss: Loss, whole: bool) -> Loss:
+    # Each length is compiled on its own: a graph for any length would be slower at each of them.
+    return torch.compile(loss, fullgraph=whole, dynamic=False)
 
 
 class _Step:
@@ -116,6 +190,11 @@ class _Step:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def held_bytes(self) -> int:
+        """Bytes of weights, buffers and optimizer state, which stand between steps."""
+        state = [x for values in self.optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
+        return tensor_bytes(*self.model.parameters(), *self.model.buffers(), *state)
 
 
 def _parameters(model: nn.Module) -> int:

@@ -1,8 +1,13 @@
-"""`fmem bench`: the speed and memory of the recurrence (`op`) and of whole training steps (`training`) on this machine."""
+"""`fmem bench`: the speed and memory of the recurrence (`op`) and of whole training steps (`training`) on this machine.
+
+Tables go to stderr as soon as their figures are there, the whole result to stdout as one JSON line at the end.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import shlex
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -12,15 +17,25 @@ from factorization_memory.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+
+    from factorization_memory.benchmarks.correctness import Shape
 
 
 @dataclass(frozen=True)
 class Op:
-    """The recurrence alone: each backend beside the reference loop, time per token over length, memory of training. A backend
-    that is not right is not timed: status 1."""
+    """The recurrence alone: each backend beside others' kernels and the floor (on a CPU also the reference loop), time per
+    token over length, memory of training. If a backend is not right, nothing is timed: status 1."""
 
-    backends: tuple[str, ...] = ("chunked",)
-    """Backends to measure next to the reference."""
+    backends: tuple[str, ...] = ()
+    """Backends to measure; none takes triton and chunked on a GPU, chunked on a CPU. On a GPU ratios are to the first, on a CPU
+    to the reference."""
+    peers: tuple[Literal["gla", "attention", "ssd"], ...] = ("gla", "attention", "ssd")
+    """To compare with: fla's chunk_gla on the same maths, PyTorch's attention and Mamba-2's scan of equal width (all but
+    attention on a GPU only, where installed); may be empty."""
+    shapes: tuple[str, ...] = ()
+    """Sizes to compare at, each written BxTxHxMxD or BxTxHxMxDxK, as 16x2048x1x64x2048; none takes the one of the six options
+    that follow. Lengths and memory are measured at the first one's widths."""
     batch: int = 4
     """Sequences."""
     length: int = 1024
@@ -35,6 +50,8 @@ class Op:
     """States each token selects; none is the dense form."""
     lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
     """Lengths of one sequence for the time per token over length; may be empty."""
+    length_tokens: int = 0
+    """If positive, those lengths are also measured in batches of this many tokens in all."""
     memory_length: int = 16384
     """Length of the one sequence whose memory is measured; 0 for none."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
@@ -45,14 +62,16 @@ class Op:
     """cpu, cuda, cuda:N, or auto."""
     threads: int = 0
     """Threads of the CPU; 0 takes PyTorch's number, which suits a machine that does nothing else."""
+    plot: Path | None = None
+    """Draw the times per token into this .png or .svg file."""
     json: bool = False
     """Write the result to stdout as one JSON line."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Tokens per second of whole training steps, beside transformers' Llama and Mamba-2 of equal parameters where that is
-    installed."""
+    """Tokens per second, MFU and memory of whole training steps, beside transformers' Llama and Mamba-2 of equal parameters
+    where that is installed."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
     """Our model."""
@@ -70,6 +89,11 @@ class Training:
     """Chunk of Mamba-2's scan; 64 is the fastest on a CPU."""
     bfloat16: bool = False
     """Autocast to bfloat16."""
+    compile: bool = False
+    """Compile the losses with torch.compile, ours as one graph (which the backend chunked does not allow)."""
+    peak_tflops: float = 0
+    """The device's peak in TFLOP/s that MFU is relative to; 0 takes the data sheet's for dense bfloat16 where the device is
+    known (H100, H200, A100), otherwise the measured rate of a large matrix product."""
     repeats: int = 5
     """Rounds, of which medians are taken."""
     device: str = "auto"
@@ -97,92 +121,201 @@ def run(arguments: list[str]) -> int:
         import torch
 
         torch.set_num_threads(options.threads)
-    return _op(options) if isinstance(options, Op) else _training(options)
+    command = shlex.join(["fmem", "bench", *arguments])
+    return _op(options, command) if isinstance(options, Op) else _training(options, command)
 
 
-def _op(options: Op) -> int:
+def _op(options: Op, command: str) -> int:
     import torch
 
     from factorization_memory.benchmarks import op
-    from factorization_memory.benchmarks.correctness import Shape
     from factorization_memory.cli.common import choose
     from factorization_memory.ops import BACKENDS
     from factorization_memory.training.device import resolve_device
 
+    for name in ("memory_length", "length_tokens"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"{name}={getattr(options, name)}: use 0 (none) or more tokens")
+    for backend in options.backends:
+        choose(backend, dict.fromkeys(BACKENDS), "backend")
+    if options.plot is not None:
+        from factorization_memory.benchmarks.plot import check_path
+
+        check_path(options.plot)
+    device = resolve_device(options.device, "device")
+    benchmark = op.OpBenchmark(
+        shapes=_shapes(options),
+        backends=options.backends or op.default_backends(device),
+        peers=options.peers,
+        dtype=getattr(torch, options.dtype),
+        lengths=options.lengths,
+        length_tokens=options.length_tokens,
+        memory_length=options.memory_length,
+        repeats=options.repeats,
+    )
+    people = _wide_console()
+    with people.status("") as status:
+        result = op.run(benchmark, device, status.update, _OpTables(people).show)
+    _show_machine(result, people)
+    for spread in result["length_spread"]:
+        labels = PASSES | {f"graph_{part}": f"{label} graph" for part, label in PASSES.items()}
+        ratios = ", ".join(f"{label} {_number(spread[part], 'x')}" for part, label in labels.items() if spread[part])
+        people.print(f"{spread['contender']}, {spread['sweep']}: slowest over fastest length {ratios}", soft_wrap=True)
+    for name, why in result["missing"].items():
+        people.print(f"without {name}: {why}", soft_wrap=True)
+    for record in result["same_maths"]:
+        error = record["reason"] or f"relative error {record['error']:.1e}"
+        people.print(f"{record['peer']} at {record['shape']} beside the float64 reference: {error}", soft_wrap=True)
+    try:
+        if options.plot is not None:
+            from factorization_memory.benchmarks.plot import save
+
+            save(result, options.plot)
+    finally:  # hours of measuring are not lost to a full disk
+        emit({"benchmark": "op", "command": command} | result, options.json)
+    failed = [record for record in (*result["comparison"], *result["lengths"]) if record["error"] and not record["peer"]]
+    return 1 if failed or any(record["error"] for record in result["memory"]) else 0
+
+
+SIZES = ("batch", "length", "heads", "num_states", "value_size", "top_k")
+
+
+def _shapes(options: Op) -> tuple[Shape, ...]:
+    from factorization_memory.benchmarks.correctness import Shape
+
+    if options.shapes:
+        for option in fields(Op):
+            value = getattr(options, option.name)
+            if option.name in SIZES and value != option.default:
+                raise ConfigError(f"{option.name}={value}: not together with shapes, which give every size; drop one of both")
+        return tuple(Shape.parse(text) for text in options.shapes)
     for name in ("length", "heads", "num_states", "value_size"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}={getattr(options, name)}: use 1 or more")
     if options.top_k is not None and not 1 <= options.top_k <= options.num_states:
         raise ConfigError(f"top_k={options.top_k}: use 1 to num_states={options.num_states}")
-    if options.memory_length < 0:
-        raise ConfigError(f"memory_length={options.memory_length}: use 0 (none) or more tokens")
-    for backend in options.backends:
-        choose(backend, dict.fromkeys(BACKENDS), "backend")
+    return (Shape(*(getattr(options, name) for name in SIZES)),)
+
+
+TABLE_WIDTH = 110
+PASSES = {"forward": "fwd", "forward_backward": "fwd+bwd"}
+
+
+class _OpTables:
+    """The tables of the recurrence's figures."""
+
+    def __init__(self, people: Console) -> None:
+        self.people = people
+
+    def show(self, section: str, records: list[dict[str, Any]]) -> None:
+        """Print a part of the result."""
+        getattr(self, f"_{section}")(records)
+
+    def _checks(self, records: list[dict[str, Any]]) -> None:
+        worst = max(records, key=lambda check: check["error"])
+        where = f"{worst['worst']} of {worst['backend']} at {worst['shape']}"
+        self.people.print(f"correctness gate green: largest relative error {worst['error']:.1e} ({where})", soft_wrap=True)
+        self.people.print(
+            "graph: the same as a replayed CUDA graph; GB/s, TFLOP/s, floor: of what the formula must move and compute; "
+            "extra: memory of fwd+bwd beyond inputs, output and gradients, over the bytes of v and y",
+            soft_wrap=True,
+        )
+
+    def _comparison(self, records: list[dict[str, Any]]) -> None:
+        first = next(record for record in records if not record["peer"])
+        size = ", ".join(
+            f"{letter}={first[name]}" for letter, name in zip("BTHMDK", SIZES, strict=True) if first[name] is not None
+        )
+        figures = [record[part] for record in records for part in PASSES if record[part] is not None]
+        graphs = any(figure["graph_ns_per_token"] is not None for figure in figures)
+        reference = any("speedup" in figure for figure in figures)
+        ratio = "speed-up" if reference else f"to {first['contender']}"
+        columns = ("", "pass", "ns/token", *(["graph"] if graphs else []), "GB/s", "TFLOP/s", "to floor", ratio, "extra")
+        table = _table(size, *columns)
+        for record in records:
+            if record["error"]:
+                self.people.print(f"[yellow]{record['contender']}: {record['error']}[/]", soft_wrap=True)
+            for part, label in PASSES.items():
+                figure = record[part]
+                if figure is None:
+                    continue
+                over = figure["speedup"] if reference else figure["time_over_first"]
+                table.add_row(
+                    record["contender"] if part == "forward" else "",
+                    label,
+                    _number(figure["ns_per_token"]),
+                    *([_number(figure["graph_ns_per_token"])] if graphs else []),
+                    _number(figure["gigabytes_per_second"]),
+                    _number(figure["teraflops_per_second"]),
+                    _number(figure["ratio_to_floor"], "x"),
+                    _number(over, "x"),
+                    _number(record["extra_ratio"], "x") if part == "forward_backward" else "",
+                )
+            table.add_section()
+        self.people.print(table)
+        for record in records:
+            if record["note"]:
+                self.people.print(f"{record['contender']}: {record['note']}", soft_wrap=True)
+
+    def _lengths(self, records: list[dict[str, Any]]) -> None:
+        kinds = ["ns_per_token"]
+        if any(record[part] and record[part]["graph_ns_per_token"] is not None for record in records for part in PASSES):
+            kinds.append("graph_ns_per_token")
+        heads = ("forward ns/token", "forward+backward ns/token")
+        columns = [head if kind == "ns_per_token" else "graph" for head in heads for kind in kinds]
+        for sweep in dict.fromkeys(record["sweep"] for record in records):
+            table = _table(f"{sweep}, by length", "backend", "B", "T", *columns)
+            for record in records:
+                if record["sweep"] == sweep:
+                    times = [record[part] and record[part][kind] for part in PASSES for kind in kinds]
+                    table.add_row(record["contender"], f"{record['batch']:,}", f"{record['length']:,}", *map(_number, times))
+            self.people.print(table)
+        for error in dict.fromkeys(f"{record['contender']}: {record['error']}" for record in records if record["error"]):
+            self.people.print(f"[yellow]{error}[/]", soft_wrap=True)
+
+    def _memory(self, records: list[dict[str, Any]]) -> None:
+        columns = ("backend", "T", "peak MB", "over inputs + outputs", "with their gradients", "extra")
+        table = _table("memory of forward and backward of one sequence, inputs included", *columns)
+        for record in records:
+            if record["error"]:
+                self.people.print(f"[yellow]{record['backend']}: {record['error']}[/]", soft_wrap=True)
+                continue
+            table.add_row(
+                record["backend"],
+                f"{record['length']:,}",
+                _number(record["peak_bytes"] / 1e6),
+                *(f"{record[name]:.2f}x" for name in ("ratio", "ratio_with_gradients", "extra_ratio")),
+            )
+        self.people.print(table)
+
+
+def _wide_console() -> Console:
+    """A console that gives tables room where nobody's terminal sets the width."""
     people = console()
-    benchmark = op.OpBenchmark(
-        Shape(options.batch, options.length, options.heads, options.num_states, options.value_size, options.top_k),
-        options.backends,
-        getattr(torch, options.dtype),
-        options.lengths,
-        options.memory_length,
-        options.repeats,
-    )
-    with people.status("") as status:
-        result = op.run(benchmark, resolve_device(options.device, "device"), status.update)
-    _show_op(result, people)
-    emit({"benchmark": "op"} | result, options.json)
-    return 0
+    if not people.is_terminal:
+        people.width = max(people.width, TABLE_WIDTH)
+    return people
 
 
-def _show_op(result: dict[str, Any], people: Console) -> None:
+def _table(title: str, *columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left")
-        for i, column in enumerate(columns):
-            made.add_column(column, justify="left" if i == 0 else "right")
-        return made
-
-    _show_machine(result, people)
-    worst = max(result["checks"], key=lambda check: check["error"])
-    people.print(f"correctness gate green: largest relative error {worst['error']:.1e} ({worst['backend']})")
-    first = result["comparison"][0]
-    size = ", ".join(
-        f"{letter}={first[name]}"
-        for letter, name in zip("BTHMDK", ("batch", "length", "heads", "num_states", "value_size", "top_k"), strict=True)
-        if first[name] is not None
-    )
-    comparison = table(size, "backend", "forward ns/token", "speed-up", "forward+backward ns/token", "speed-up")
-    for record in result["comparison"]:
-        cells = [record["backend"]]
-        for part in ("forward", "forward_backward"):
-            cells += [f"{record[part]['ns_per_token']:,.0f}", f"{record[part]['speedup']:.1f}x"]
-        comparison.add_row(*cells)
-    people.print(comparison)
-    if result["lengths"]:
-        lengths = table("one sequence, by length", "backend", "T", "forward ns/token", "forward+backward ns/token")
-        for record in result["lengths"]:
-            lengths.add_row(
-                record["backend"],
-                f"{record['length']:,}",
-                *(f"{record[part]['ns_per_token']:,.0f}" for part in ("forward", "forward_backward")),
-            )
-        people.print(lengths)
-    if result["memory"]:
-        columns = ("backend", "T", "peak MB", "over inputs + outputs", "with their gradients")
-        memory = table("memory of forward+backward of one sequence, inputs included", *columns)
-        for record in result["memory"]:
-            memory.add_row(
-                record["backend"],
-                f"{record['length']:,}",
-                f"{record['peak_bytes'] / 1e6:,.0f}",
-                f"{record['ratio']:.2f}x",
-                f"{record['ratio_with_gradients']:.2f}x",
-            )
-        people.print(memory)
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 or column == "pass" else "right")
+    return made
 
 
-def _training(options: Training) -> int:
+def _number(value: float | None, unit: str = "") -> str:
+    """Three figures or more; nothing where there is no number."""
+    if value is None:
+        return ""
+    places = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{places}f}{unit}"
+
+
+def _training(options: Training, command: str) -> int:
     from factorization_memory.benchmarks import training
     from factorization_memory.training.device import resolve_device
 
@@ -190,40 +323,58 @@ def _training(options: Training) -> int:
         raise ConfigError("lengths=(): use one length or more")
     if options.model.vocab_size < 1:
         raise ConfigError(f"model.vocab_size={options.model.vocab_size}: a model needs one or more token ids")
-    people = console()
+    people = _wide_console()
     settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "json")}
+    benchmark = training.TrainingBenchmark(**settings)
     with people.status("") as status:
-        device = resolve_device(options.device, "device")
-        result = training.run(training.TrainingBenchmark(**settings), device, status.update)
+        result = training.run(benchmark, resolve_device(options.device, "device"), status.update)
     _show_training(result, people)
-    emit({"benchmark": "training", "model": asdict(options.model)} | result, options.json)
+    emit({"benchmark": "training", "command": command, "model": asdict(options.model)} | result, options.json)
     return 0
 
 
 def _show_training(result: dict[str, Any], people: Console) -> None:
-    from rich.table import Table
+    from factorization_memory.benchmarks.training import OURS
 
     _show_machine(result, people)
-    table = Table(title=f"training step of {result['records'][0]['batch']} sequences", title_justify="left")
-    table.add_column("model")
-    for column in ("parameters", "T", "ms", "tokens/s", "peak MB", "ours to it"):
-        table.add_column(column, justify="right")
+    compiled = ", compiled" if result["compiled"] else ""
+    title = f"training step of {result['records'][0]['batch']} sequences{compiled}"
+    table = _table(title, "", "params", "T", "ms", "tokens/s", "MFU", "step MB", "all MB", "ours to it")
     for record in result["records"]:
+        name = "ours" if record["model"] == OURS else record["model"]
+        if record["error"]:
+            people.print(f"[yellow]{name} at T={record['length']}: {record['error']}[/]", soft_wrap=True)
+            continue
         table.add_row(
-            record["model"] if "ours_over_this" in record else "ours",
+            name,
             f"{record['parameters'] / 1e6:.2f} M",
             f"{record['length']:,}",
-            f"{1000 * record['seconds']['median']:,.0f}",
+            _number(1000 * record["seconds"]["median"]),
             f"{record['tokens_per_second']:,.0f}",
-            f"{record['peak_bytes'] / 1e6:,.0f}",
-            f"{record['ours_over_this']:.2f}x" if "ours_over_this" in record else "",
+            "" if record["mfu"] is None else f"{record['mfu']:.1%}",
+            *(_number(size and size / 1e6) for size in (record["peak_bytes"], record["total_bytes"])),
+            _number(record.get("ours_over_this"), "x"),
         )
     people.print(table)
+    people.print(
+        f"MFU: {result['flops_per_token'] / 1e6:,.1f} MFLOP a token, of {_number(result['peak']['tflops'])} TFLOP/s "
+        f"({result['peak']['source']}); step MB: beyond weights and optimizer state",
+        soft_wrap=True,
+    )
     if result["missing"]:
         people.print(f"[yellow]{result['missing']}[/]", soft_wrap=True)
 
 
 def _show_machine(result: dict[str, Any], people: Console) -> None:
     where = result["machine"]
-    text = f"{where['name']} ({where['device']}), {where['threads']} threads, torch {where['torch']}, {result['dtype']}"
+    packages = "".join(f", {package} {version}" for package, version in where["packages"].items())
+    text = (
+        f"{where['name']} ({where['device']}), {where['threads']} threads, torch {where['torch']}{packages}, {result['dtype']}"
+    )
+    if "rates" in result:
+        rates = result["rates"]
+        text += (
+            f"; copies {rates['copy_bytes_per_second'] / 1e9:,.0f} GB/s, "
+            f"products {_number(rates['matmul_flops_per_second'] / 1e12)} TFLOP/s ({rates['matmul']})"
+        )
     people.print(text, soft_wrap=True)

@@ -39,21 +39,27 @@ def run(arguments: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The findings: `versions` (None if absent), `cpu`, `gpus`, `no_gpu` (why there is none, or None), `checks`, `passed`."""
+    """The findings: `versions` (None if absent), `cpu`, `gpus`, `no_gpu` (why there is none, or None), `checks`, `skipped`
+    (what cannot run on a device, and why), `passed`."""
     import torch
 
     from factorization_memory import __version__
     from factorization_memory.benchmarks.correctness import check_backend
     from factorization_memory.benchmarks.timing import cpu_model
-    from factorization_memory.ops import BACKENDS
+    from factorization_memory.ops import BACKENDS, obstacle
 
     no_gpu = None
     if not torch.cuda.is_available():
         no_gpu = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
     devices = ["cpu"] if no_gpu else ["cpu", "cuda"]
-    checks = [
-        result for backend in BACKENDS if backend != "auto" for device in devices for result in check_backend(backend, device)
-    ]
+    checks, skipped = [], []
+    for backend in BACKENDS[1:]:
+        for device in devices:
+            reason = obstacle(backend, torch.empty(0, device=device))
+            if reason is None:
+                checks += check_backend(backend, device)
+            else:
+                skipped.append({"backend": backend, "device": device, "reason": reason})
     return {
         "versions": {"factorization_memory": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in REQUIRED + OPTIONAL},
@@ -61,6 +67,7 @@ def examine() -> dict[str, Any]:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if no_gpu is None else [],
         "no_gpu": no_gpu,
         "checks": checks,
+        "skipped": skipped,
         "passed": all(result["passed"] for result in checks),
     }
 
@@ -127,5 +134,7 @@ def _show(findings: dict[str, Any], people: Console) -> None:
             "[green]pass[/]" if result["passed"] else f"[red]fail[/]: {escape(result['reason'] or result['worst'])}",
         )
     people.print(table)
+    for one in findings["skipped"]:
+        people.print(f"[dim]{one['backend']} not on {one['device']}: {escape(one['reason'])}[/]", soft_wrap=True)
     failed = sum(not result["passed"] for result in findings["checks"])
     people.print("[green]all backends run and are right here[/]" if not failed else f"[red]{failed} checks failed[/]")

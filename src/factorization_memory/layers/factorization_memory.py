@@ -208,7 +208,7 @@ class FactorizationMemory(nn.Module):
         Raises:
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
-        borders = self._check(x, state, cu_seqlens, padding_mask)
+        self._check(x, state, cu_seqlens, padding_mask)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
@@ -219,13 +219,11 @@ class FactorizationMemory(nn.Module):
         if self.convolution is not None:
             value, tail = self.convolution(value, None if state is None else state.convolution, cu_seqlens, padding_mask)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
-        y, memory = self._recurrence(routing, value, None if state is None else state.memory, borders)
+        y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens)
         return self._output(y, x), LayerState(memory, tail)
 
-    def _check(
-        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
-    ) -> list[int] | None:
-        """Checks the arguments of `forward`; returns the borders of packed sequences."""
+    def _check(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
+        """Checks the arguments of `forward`."""
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
             raise ValueError(f"x: got shape {tuple(x.shape)}, takes [B, T, {self.hidden_size}]")
         if padding_mask is not None:
@@ -235,14 +233,14 @@ class FactorizationMemory(nn.Module):
                 raise ValueError(
                     f"padding_mask: got {padding_mask.dtype} {tuple(padding_mask.shape)}, takes torch.bool {tuple(x.shape[:2])}"
                 )
-        borders = None if cu_seqlens is None else ops.check_borders(cu_seqlens, x.shape[0], x.shape[1])
+        if cu_seqlens is not None:
+            ops.check_borders(cu_seqlens, x.shape[0], x.shape[1])
         if state is not None:
-            sequences = x.shape[0] if borders is None else len(borders) - 1
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             shape = (sequences, self.num_heads, self.num_states, self.head_size)
             ops.check_state(state.memory, "state.memory", shape, self.value.weight)
             if (state.convolution is None) != (self.convolution is None):
                 raise ValueError("state.convolution: the state is not of this layer; take one from initial_state or forward")
-        return borders
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
@@ -261,21 +259,22 @@ class FactorizationMemory(nn.Module):
         return self._output(y, x)
 
     def _recurrence(
-        self, routing: Routing, value: Tensor, memory: Tensor | None, borders: list[int] | None
+        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.norm == "state":
-            return self._state_norm_recurrence(routing, value, memory, borders)
+            return self._state_norm_recurrence(routing, value, memory, cu_seqlens)
         y, memory = ops.recurrence_unchecked(
             routing.update, routing.merge, value, routing.indices, self.num_states, memory, True,
-            borders, self.backend,
+            cu_seqlens, self.backend,
         )  # fmt: skip
         assert memory is not None
         return y, memory
 
     def _state_norm_recurrence(
-        self, routing: Routing, value: Tensor, memory: Tensor | None, borders: list[int] | None
+        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The loop that sees every state of every token, a piece of time at once so that backward holds one piece's states."""
+        borders = None if cu_seqlens is None else ops.check_borders(cu_seqlens, value.shape[0], value.shape[1])
         sequences = value.shape[0] if borders is None else len(borders) - 1
         memory = (self.initial_state(sequences).memory if memory is None else memory).clone()
         outputs, finals = [value.new_zeros(value.shape[0], 0, *value.shape[2:])], []

@@ -140,8 +140,6 @@ class LanguageModel(nn.Module):
     def _hidden(
         self, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
     ) -> tuple[Tensor, ModelState]:
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.cpu()  # read once here, not by every layer
         x = self.embedding(tokens)
         states: list[LayerState] = []
         for i, block in enumerate(self.blocks):

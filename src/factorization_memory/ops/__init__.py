@@ -13,11 +13,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from factorization_memory.ops import chunked, reference
+from factorization_memory.ops import chunked, reference, triton
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
 def factorization_memory(
@@ -42,24 +43,26 @@ def factorization_memory(
         initial_state: h_0, `[B, H, M, D]`, or `[N, H, M, D]` with `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state starts anew at each.
-        backend: "auto", "reference" (one loop, the truth) or "chunked" (parallel over time).
+        backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch), "triton" (kernels for
+            GPUs; not for float64), or "auto": triton where it can run, chunked elsewhere.
 
     Returns:
         y `[B, T, H, D]` in value's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 values),
         or None.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, indices out of range or repeated, or an unknown backend;
-            names the argument, what it got and what it takes.
+        ValueError: an argument of the wrong shape, dtype or device, indices out of range or repeated, an unknown backend, or
+            one that cannot run here; names the argument, what it got and what it takes.
     """
     states = _check(update, merge, value, indices, num_states, time=True)
-    borders = None if cu_seqlens is None else check_borders(cu_seqlens, value.shape[0], value.shape[1])
+    if cu_seqlens is not None:
+        check_borders(cu_seqlens, value.shape[0], value.shape[1])
     if initial_state is not None:
-        sequences = value.shape[0] if borders is None else len(borders) - 1
+        sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(initial_state, "initial_state", (sequences, value.shape[2], states, value.shape[3]), value)
-    if indices is not None:
+    if indices is not None and not torch.compiler.is_compiling():
         _check_indices(indices, states)
-    return recurrence_unchecked(update, merge, value, indices, states, initial_state, output_final_state, borders, backend)
+    return recurrence_unchecked(update, merge, value, indices, states, initial_state, output_final_state, cu_seqlens, backend)
 
 
 def factorization_memory_step(
@@ -104,17 +107,36 @@ def recurrence_unchecked(
     num_states: int,
     initial_state: Tensor | None,
     output_final_state: bool,
-    borders: list[int] | None,
+    cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """`factorization_memory` on arguments known to be right."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
+    backend = _choose(backend, value)
     if backend == "reference":
+        borders = None if cu_seqlens is None else check_borders(cu_seqlens, value.shape[0], value.shape[1])
         return _reference(update, merge, value, indices, num_states, initial_state, output_final_state, borders)
     if indices is not None:
         update, merge = (_scatter(x, indices, num_states) for x in (update, merge))
+    if backend == "triton":
+        return triton.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
+    borders = None if cu_seqlens is None else check_borders(cu_seqlens, value.shape[0], value.shape[1])
     return chunked.forward(update, merge, value, initial_state, output_final_state, borders)
+
+
+def obstacle(backend: str, value: Tensor) -> str | None:
+    """Why `backend` cannot compute with values like `value`; None if it can."""
+    return triton.obstacle(value) if backend == "triton" else None
+
+
+def _choose(backend: str, value: Tensor) -> str:
+    """The backend that computes; ValueError if it is none, or cannot."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if value.is_cuda and triton.obstacle(value) is None else "chunked"
+    if (reason := obstacle(backend, value)) is not None:
+        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'chunked', which runs everywhere")
+    return backend
 
 
 def _scatter(weights: Tensor, indices: Tensor, num_states: int) -> Tensor:
@@ -200,15 +222,28 @@ def _check_indices(indices: Tensor, num_states: int) -> None:
         raise ValueError("indices: got the same state twice for one token, takes distinct states")
 
 
+_CHECKED = WeakTensorKeyDictionary()
+"""Borders that were found right: tensor -> its version, T and the borders, so that a GPU is waited for once."""
+
+
 def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
-    """The borders of packed sequences, `[N + 1]`, as a list; ValueError if they do not fit B = `batch`, T = `length`."""
+    """The borders of packed sequences, `[N + 1]`, as a list; ValueError if they do not fit B = `batch`, T = `length`.
+
+    Under `torch.compile` values are not looked at, and the list is empty.
+    """
     if batch != 1:
         raise ValueError(f"cu_seqlens: B = {batch}, packed sequences take B = 1")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 integers")
+    if torch.compiler.is_compiling():
+        return []
+    known = _CHECKED.get(cu_seqlens)
+    if known is not None and known[:2] == (cu_seqlens._version, length):
+        return known[2]
     borders = [int(border) for border in cu_seqlens.tolist()]
     if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in pairwise(borders)):
         raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {length}")
+    _CHECKED[cu_seqlens] = cu_seqlens._version, length, borders
     return borders
 
 

@@ -1,0 +1,170 @@
+"""The picture of a benchmark of the recurrence: time per token of each contender at each size, over the floor."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from factorization_memory.benchmarks.floor import PASSES
+from factorization_memory.config import ConfigError
+
+SUFFIXES = (".png", ".svg")
+INK, SOFT, LINE = "#1d2127", "#59616c", "#e3e4e0"
+COLOURS = ("#2257c4", "#c2541d", "#1f8a5b", "#8a4fc4", "#b8860b", "#59616c", "#b23a6f", "#2a8fa3")
+MARKERS = "osD^vPX*"
+LEAST_SPAN = 8.0
+"""Of the axis of times, top over bottom: nearly equal times are to look equal."""
+TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "svg.fonttype": "none",
+}
+
+
+def check_path(path: Path) -> None:
+    """ConfigError unless `path` can become a plot: its suffix one of `SUFFIXES`, and no folder in its place."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"plot={str(path)!r}: name a file that ends in {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise ConfigError(f"plot={str(path)!r}: is a folder; name a file in it")
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Draw the result of `op.run` into a .png or .svg file, written aside and renamed; folders are made.
+
+    Raises ConfigError as `check_path`.
+    """
+    check_path(path)
+    drawn = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        draw(result).savefig(drawn, format=path.suffix.lower().removeprefix("."), dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_bytes(drawn.getvalue())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """The figure: a panel for each pass with the sizes side by side; below, where lengths were measured, time over length."""
+    with matplotlib.rc_context(_STYLE):
+        names = list(dict.fromkeys(record["contender"] for record in (*result["comparison"], *result["lengths"])))
+        rows = 2 if result["lengths"] else 1
+        figure = Figure(figsize=(max(9.0, 3.2 * len(result["floors"])), 4.2 * rows + 0.6), layout="constrained")
+        axes = figure.subplots(rows, len(PASSES), squeeze=False)
+        for column, part in enumerate(PASSES):
+            _compare(axes[0][column], result, part, names)
+            if rows > 1:
+                _lengths(axes[1][column], result, part, names)
+            for row in range(rows):
+                _scale(axes[row][column])
+        for row in range(rows):
+            axes[row][0].set_ylabel("ns per token")
+        labels: dict[str, Artist] = {}
+        for panel in axes.flat:
+            handles, texts = panel.get_legend_handles_labels()
+            labels |= dict(zip(texts, handles, strict=True))
+        figure.legend(
+            list(labels.values()),
+            list(labels),
+            loc="outside lower center",
+            ncols=min(len(labels), int(figure.get_figwidth() / 2.2)),
+            frameon=False,
+        )
+        where = result["machine"]
+        figure.suptitle(
+            f"{where['name']}, {result['dtype']}, torch {where['torch']}", x=0.01, ha="left", fontsize=10, color=SOFT
+        )
+    return figure
+
+
+def _compare(axes: Axes, result: dict[str, Any], part: str, names: list[str]) -> None:
+    shapes = list(result["floors"])
+    axes.set_title(TITLES[part])
+    for position, shape in enumerate(shapes):
+        label = "floor" if position == 0 else None
+        least = result["floors"][shape][part]["ns_per_token"]
+        axes.plot((position - 0.42, position + 0.42), (least, least), color=INK, linewidth=1.6, label=label, zorder=1)
+        there = [r for r in result["comparison"] if r["shape"] == shape and r[part] is not None]
+        for slot, record in enumerate(there):
+            # Contenders stand beside each other in their order, so that equal times do not hide one another.
+            x = position + (slot - (len(there) - 1) / 2) * min(0.16, 0.8 / max(len(there), 1))
+            index, y = names.index(record["contender"]), record[part]["ns_per_token"]
+            axes.plot(x, y, **_look(index), linestyle="none", label=record["contender"])
+            axes.annotate(_number(y), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7.5, color=SOFT)
+    axes.set_xticks(range(len(shapes)), [_title(shape) for shape in shapes])
+    axes.set_xlim(-0.6, len(shapes) - 0.4)
+
+
+def _lengths(axes: Axes, result: dict[str, Any], part: str, names: list[str]) -> None:
+    axes.set_title(f"{TITLES[part]}, by length")
+    groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for record in result["lengths"]:
+        if record[part] is not None:
+            point = (record["length"], record[part]["ns_per_token"])
+            groups.setdefault((record["contender"], record["sweep"]), []).append(point)
+    sweeps = list(dict.fromkeys(sweep for _, sweep in groups))
+    for (contender, sweep), points in groups.items():
+        second = sweeps.index(sweep) > 0
+        look = _look(names.index(contender)) | ({"markerfacecolor": "white"} if second else {})
+        label = contender if len(sweeps) == 1 else f"{contender}, {sweep}"
+        axes.plot(*zip(*sorted(points), strict=True), linestyle="--" if second else "-", linewidth=1.5, label=label, **look)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("tokens of a sequence (k = 1024)")
+
+
+def _scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    low, high = low / 1.1, high * 1.25  # room for the numbers
+    spread = max(1.0, math.sqrt(LEAST_SPAN / (high / low)))
+    axes.set_ylim(low / spread, high * spread)
+
+
+def _look(index: int) -> dict[str, Any]:
+    colour = COLOURS[index % len(COLOURS)]
+    return {"color": colour, "marker": MARKERS[index % len(MARKERS)], "markersize": 6, "zorder": 2}
+
+
+def _title(shape: str) -> str:
+    batch, length, heads, states, width, *selected = shape.split("x")
+    lines = [f"M={states}, D={width}" + (f", K={selected[0]}" if selected else ""), f"B={batch}, T={length}"]
+    return "\n".join(lines if heads == "1" else [*lines, f"H={heads}"])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,68 @@
+"""The recurrence as Triton kernels: for NVIDIA GPUs and, in Triton's interpreter (TRITON_INTERPRET=1), for tests on a CPU.
+
+Nothing here imports Triton before the first call.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+CAPABILITY = (8, 0)
+"""The least compute capability: that of the first GPUs with bfloat16 and TF32."""
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in Python, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def obstacle(value: Tensor) -> str | None:
+    """Why the kernels cannot run for `value`; None if they can."""
+    if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"value has dtype {value.dtype}, the kernels take bfloat16, float16 or float32"
+    return _obstacle(value.device)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _obstacle(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        if interpreted():
+            return None
+        return (
+            "value is on the CPU, the kernels need a GPU (or TRITON_INTERPRET=1, set before Python starts, to be interpreted)"
+        )
+    if device.type != "cuda":
+        return f"value is on {device}, the kernels need an NVIDIA GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability {'.'.join(map(str, CAPABILITY))}"
+    return None
+
+
+def forward(
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor | None, keep_final: bool, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The dense recurrence over whole sequences.
+
+    Args:
+        update: theta, `[B, T, H, M]`.
+        merge: phi, same shape.
+        value: v, `[B, T, H, D]`, bfloat16, float16 or float32.
+        state: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), or None for zeros.
+        keep_final: whether to return the final state.
+        cu_seqlens: `[N + 1]` integers, the borders of packed sequences (B = 1).
+
+    Returns:
+        y `[B, T, H, D]` in value's dtype and the final state, shaped as `state`, in float32.
+    """
+    from factorization_memory.ops.triton.dense import dense
+
+    output, final, _ = dense(update, merge, value, state, cu_seqlens, keep_final)
+    return output, final if keep_final else None

@@ -1,0 +1,119 @@
+"""How a call is cut and computed, from its shapes alone.
+
+Shapes: B sequences, T tokens, H heads, M memory states, D value width of a head, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from factorization_memory.ops.triton import interpreted
+from factorization_memory.ops.triton.layout import Layout, packed_chunks
+from factorization_memory.ops.triton.tuning import Tile, tile
+
+SEGMENT_STATES = 4
+"""A segment has at least this many tokens for each state, so that states kept at its border weigh little beside its values."""
+SEGMENT_LEAST = 256
+"""A segment has at least this many tokens."""
+PROGRAMS = 2
+"""Programs for each processor of the GPU that segments aim at, where there is not one for each without them."""
+LONGEST_CHUNK = 128
+"""Tokens of the longest chunk; segments begin at multiples of it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is computed."""
+
+    layout: Layout
+    heads: int
+    states: int
+    """M."""
+    padded: int
+    """MP."""
+    width: int
+    """D."""
+    dtype: torch.dtype
+    """Of the operands of matrix products, and of workspaces."""
+    precision: str
+    """`input_precision` of matrix products."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether all states fit on chip beside a block of columns."""
+        return self.padded <= 128
+
+    @property
+    def carried(self) -> bool:
+        """Whether rows are cut into several segments."""
+        return self.layout.segments > 1
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a kernel."""
+        return tile(kernel, self.layout.chunk, self.padded, self.width, self.dtype)
+
+
+def padded_states(states: int) -> int:
+    """M, padded to whole blocks."""
+    return max(16, triton.next_power_of_2(states)) if states <= 128 else -(-states // 128) * 128
+
+
+def operands(dtype: torch.dtype, exact: bool) -> tuple[torch.dtype, str]:
+    """Dtype and precision of the operands of matrix products for values of `dtype`.
+
+    bfloat16 values are multiplied as they are. float16 values are multiplied as TF32, which has float16's digits and
+    float32's range. float32 values are multiplied in three TF32 products, which is as exact as float32, or, if not `exact`,
+    in one.
+    """
+    if interpreted():
+        return torch.float32, "ieee"
+    if dtype == torch.bfloat16:
+        return torch.bfloat16, "tf32"
+    return torch.float32, "tf32x3" if exact and dtype == torch.float32 else "tf32"
+
+
+def longest_chunk(padded: int, dtype: torch.dtype, backward: bool) -> int:
+    """Tokens of a chunk in long sequences. Short ones suit the walk that holds all states on chip; where states go through
+    memory, long ones halve their traffic."""
+    return 128 if dtype == torch.bfloat16 and (backward or padded > 128) else 64
+
+
+def plan(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward: bool) -> Plan:
+    """The plan for weights `[B, T, H, M]` and values `[B, T, H, D]`, of N packed sequences if `cu_seqlens` `[N + 1]` is given;
+    their table is not computed yet."""
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    exact = torch.get_float32_matmul_precision() == "highest"
+    shape = tuple(int(size) for size in update.shape)  # a traced size becomes a fixed one
+    return _plan(shape, int(value.shape[3]), value.dtype, exact, value.device, sequences, backward)
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...], width: int, dtype: torch.dtype, exact: bool, device: torch.device, sequences: int | None,
+    backward: bool,
+) -> Plan:  # fmt: skip
+    batch, length, heads, states = shape
+    padded = padded_states(states)
+    dtype, precision = operands(dtype, exact)
+    mean = length if sequences is None else length // sequences
+    chunk = min(longest_chunk(padded, dtype, backward), max(16, triton.next_power_of_2(mean)))
+    chunks = -(-length // chunk) if sequences is None else packed_chunks(length, sequences, chunk)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    made = Plan(Layout(chunk, batch, length, chunks, 1, chunks, None), heads, states, padded, width, dtype, precision)
+
+    # Segments of whole chunks, the same forward and backward, so that states at their borders serve both.
+    at = made.tile("walk" if made.resident else "states")
+    programs = batch * heads * triton.cdiv(width, at.width) * (1 if made.resident else padded // at.states)
+    if programs >= PROGRAMS * processors // 2:
+        return made
+    segments = min(triton.cdiv(PROGRAMS * processors, programs), length // max(SEGMENT_LEAST, SEGMENT_STATES * padded))
+    if segments < 2:
+        return made
+    segment = -(-length // (segments * LONGEST_CHUNK)) * LONGEST_CHUNK
+    layout = Layout(chunk, batch, length, chunks, -(-chunks * chunk // segment), segment // chunk, None)
+    return replace(made, layout=layout)

@@ -1,0 +1,78 @@
+"""The benchmark's picture: drawn whole, with gaps where there are no figures, and written aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factorization_memory.benchmarks import plot
+from factorization_memory.config import ConfigError
+
+
+def record(contender: str, shape: str, forward: float | None, both: float | None, **more: Any) -> dict[str, Any]:
+    def time(ns: float | None) -> dict[str, float] | None:
+        return None if ns is None else {"ns_per_token": ns}
+
+    return {"contender": contender, "shape": shape, "forward": time(forward), "forward_backward": time(both)} | more
+
+
+SHAPES = ("16x2048x1x64x2048", "1x131072x2x64x2048x8")
+RESULT: dict[str, Any] = {
+    "machine": {"name": "a machine", "torch": "2.99"},
+    "dtype": "bfloat16",
+    "floors": {
+        shape: {"forward": {"ns_per_token": 2.0}, "forward_backward": {"ns_per_token": 5.0}} for shape in SHAPES
+    },
+    "comparison": [record("triton", SHAPES[0], 4.0, 15.0), record("gla", SHAPES[0], 11.0, None)],
+    "lengths": [
+        record("triton", "", 4.0 + batch, 15.0, sweep=sweep, length=length)
+        for sweep, batch in (("one sequence", 1), ("constant tokens", 2))
+        for length in (1024, 4096)
+    ],
+}  # fmt: skip
+
+
+def test_what_is_drawn() -> None:
+    figure = plot.draw(RESULT)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["forward", "forward + backward", "forward, by length", "forward + backward, by length"]
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert names == {"floor", "triton", "gla", "triton, one sequence", "triton, constant tokens"}
+    numbers = [{text.get_text() for text in axes.texts} for axes in figure.axes[:2]]
+    assert numbers == [{"4", "11"}, {"15"}]
+    labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert labels == ["M=64, D=2048\nB=16, T=2048", "M=64, D=2048, K=8\nB=1, T=131072\nH=2"]
+    assert len(plot.draw(RESULT | {"lengths": []}).axes) == 2
+
+
+@pytest.mark.parametrize(("name", "start"), [("times.png", b"\x89PNG"), ("times.SVG", b"<?xml")])
+def test_files(name: str, start: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "made" / name
+    plot.save(RESULT, path)
+    assert path.read_bytes().startswith(start)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "times.png"
+    path.write_bytes(b"old")
+
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="disk full"):
+        plot.save(RESULT, path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_paths(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"times\.pdf.*\.png or \.svg"):
+        plot.check_path(tmp_path / "times.pdf")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ConfigError, match="is a folder"):
+        plot.check_path(tmp_path / "folder.png")

@@ -1,0 +1,312 @@
+"""The Triton backend: in the interpreter where there is no GPU, at small sizes; on a GPU at real ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape
+from factorization_memory.layers import FactorizationMemory
+from factorization_memory.ops import factorization_memory, triton
+from factorization_memory.ops.triton import dense, launch, plan
+from factorization_memory.ops.triton.layout import chunk_table, packed_chunks
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def adversarial(problem: Problem) -> Problem:
+    """The problem with update weights at and next to 0 and 1, and merge weights anywhere."""
+    random = torch.Generator().manual_seed(1)
+    update, merge = (torch.rand(problem.update.shape, generator=random) for _ in range(2))
+    which = torch.randint(0, 8, update.shape, generator=random)
+    for i, level in enumerate((0.0, 1.0, 1e-12, 1 - 1e-7, 1e-4, 0.9999)):
+        update = torch.where(which == i, level, update)
+    return replace(problem, update=update.to(problem.update), merge=merge.to(problem.merge))
+
+
+def right(problem: Problem) -> None:
+    """Output, final state and gradients within the tolerances of the values' dtype; strong writes on their own."""
+    got = {name: x.cpu().double() for name, x in problem.solve("triton").items()}
+    expected = problem.to("cpu").to(torch.float64).solve("reference")
+    close(got, expected, TOLERANCES[problem.value.dtype], problem.update)
+
+
+def close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, update: Tensor) -> None:
+    for name, x in got.items():
+        assert torch.isfinite(x).all(), name
+        error = float((x - expected[name]).norm() / expected[name].norm().clamp(min=1e-300))
+        assert error <= tolerance, f"{name}: {error:.1e}"
+    strong = (update >= 0.99).to(got["d_update"].device)
+    if strong.any() and update.shape == got["d_update"].shape:
+        a, b = got["d_update"][strong], expected["d_update"][strong]
+        assert (a - b).norm() <= 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "borders"),
+    [
+        (Shape(1, 70, 1, 5, 9), None),
+        (Shape(2, 37, 2, 20, 40), None),
+        (Shape(3, 1, 1, 16, 16), None),
+        (Shape(1, 17, 1, 130, 33), None),
+        (Shape(1, 60, 2, 5, 9), [0, 3, 3, 30, 60]),
+        (Shape(1, 20, 1, 130, 16), [0, 0, 17, 20]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "adversarial"])
+def test_shapes(shape: Shape, borders: list[int] | None, kind: str) -> None:
+    problem = Problem.random(shape, device=DEVICE, initial_state=kind == "plain", borders=borders)
+    right(adversarial(problem) if kind == "adversarial" else problem)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    lengths = draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))
+    lengths[-1] = max(lengths[-1], 1)
+    packed = draw(st.booleans())
+    borders = [0, *torch.tensor(lengths).cumsum(0).tolist()] if packed else None
+    shape = Shape(
+        1 if packed else draw(st.integers(1, 2)), sum(lengths), draw(st.integers(1, 2)), draw(st.integers(1, 20)),
+        draw(st.integers(1, 20)),
+    )  # fmt: skip
+    problem = Problem.random(shape, device=DEVICE, initial_state=draw(st.booleans()), borders=borders)
+    return adversarial(problem) if draw(st.booleans()) else problem
+
+
+@settings(max_examples=6, deadline=None)
+@given(problems())
+def test_equals_reference(problem: Problem) -> None:
+    right(problem)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many segments and slices, as at sizes that tests cannot afford."""
+    monkeypatch.setattr(plan, "SEGMENT_STATES", 0)
+    monkeypatch.setattr(plan, "SEGMENT_LEAST", 128)
+    monkeypatch.setattr(plan, "PROGRAMS", 1000)
+    monkeypatch.setattr(launch, "WORKSPACE_SHARE", 0)
+    monkeypatch.setattr(launch, "WORKSPACE_LEAST", 1)
+    plan._plan.cache_clear()
+    yield
+    plan._plan.cache_clear()
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("borders", [None, [0, 3, 3, 150, 260]])
+@pytest.mark.parametrize("resident", [True, False])
+def test_segments_and_slices(borders: list[int] | None, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not resident:
+        monkeypatch.setattr(plan.Plan, "resident", False)
+    shape = Shape(1 if borders else 2, 260, 1, 5, 16)
+    problem = adversarial(Problem.random(shape, device=DEVICE, initial_state=True, borders=borders))
+    made = plan.plan(problem.update, problem.value, problem.cu_seqlens, backward=False)
+    assert made.layout.segments > 1
+    right(problem)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_chunks_of_128(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
+    """As bfloat16 takes them on a GPU; forward and backward may differ."""
+    monkeypatch.setattr(plan, "longest_chunk", lambda padded, dtype, of_backward: 128 if of_backward == backward else 64)
+    plan._plan.cache_clear()
+    right(adversarial(Problem.random(Shape(1, 200, 1, 5, 9), device=DEVICE, initial_state=True)))
+    plan._plan.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_values(dtype: torch.dtype) -> None:
+    right(Problem.random(Shape(1, 70, 1, 5, 9), dtype, DEVICE, initial_state=True))
+
+
+def test_strided_arguments() -> None:
+    problem = Problem.random(Shape(2, 20, 2, 5, 8), device=DEVICE)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (problem.update, problem.merge, problem.value)]
+    assert not any(x.is_contiguous() for x in strided)
+    right(replace(problem, update=strided[0], merge=strided[1], value=strided[2]))
+
+
+def test_low_precision_weights() -> None:
+    """bfloat16 weights mean what they say; their gradients come back in bfloat16."""
+    problem = Problem.random(Shape(1, 40, 1, 5, 8), device=DEVICE)
+    leaves = [x.detach().bfloat16().requires_grad_() for x in (problem.update, problem.merge)]
+    y, _ = factorization_memory(*leaves, problem.value, backend="triton")
+    wide = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    expected, _ = factorization_memory(*wide, problem.value.double().cpu(), backend="reference")
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(y, leaves, problem.d_output)
+    assert all(x.dtype == torch.bfloat16 for x in got)
+    for a, b in zip(got, torch.autograd.grad(expected, wide, problem.d_output.double().cpu()), strict=True):
+        assert (a.cpu().double() - b).norm() <= 5e-3 * b.norm()
+
+
+def test_same_bits() -> None:
+    problem = adversarial(Problem.random(Shape(2, 70, 1, 20, 24), device=DEVICE, initial_state=True))
+    first, second = problem.solve("triton"), problem.solve("triton")
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+def test_batch_equals_single() -> None:
+    problem = Problem.random(Shape(3, 30, 1, 5, 8), device=DEVICE)
+    arguments = (problem.update, problem.merge, problem.value)
+    whole, _ = factorization_memory(*arguments, backend="triton")
+    for b in range(3):
+        one, _ = factorization_memory(*(x[b : b + 1] for x in arguments), backend="triton")
+        torch.testing.assert_close(one[0], whole[b])
+
+
+def test_prefixes_and_rest() -> None:
+    """The state after a prefix, and the rest from it, are the whole."""
+    problem = Problem.random(Shape(1, 90, 1, 5, 8), device=DEVICE)
+    arguments = (problem.update, problem.merge, problem.value)
+    whole, final = factorization_memory(*arguments, output_final_state=True, backend="triton")
+    for cut in (1, 64):
+        y, state = factorization_memory(*(x[:, :cut] for x in arguments), output_final_state=True, backend="triton")
+        z, state = factorization_memory(
+            *(x[:, cut:] for x in arguments), initial_state=state, output_final_state=True, backend="triton"
+        )
+        torch.testing.assert_close(torch.cat((y, z), 1), whole)
+        torch.testing.assert_close(state, final)
+
+
+def test_sparse_equals_masked_dense() -> None:
+    right(Problem.random(Shape(1, 40, 1, 8, 8, top_k=3), device=DEVICE, initial_state=True))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_no_sequences_and_no_tokens(batch: int, length: int) -> None:
+    problem = Problem.random(Shape(batch, length, 2, 3, 4), device=DEVICE, initial_state=True)
+    leaves = problem.leaves()
+    y, final = problem.forward("triton", leaves, output_final_state=True)
+    assert y.shape == problem.value.shape
+    assert torch.equal(final, problem.initial_state)
+    gradients = torch.autograd.grad((y, final), leaves, (problem.d_output, problem.d_final))
+    assert torch.equal(gradients[3], problem.d_final)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # where infinite numbers are meant to be
+def test_nothing_comes_through_from_another_sequence() -> None:
+    """Not even what is not finite, nor from behind a sequence's end."""
+    problem = Problem.random(Shape(1, 40, 1, 3, 4), device=DEVICE, borders=[0, 3, 40])
+    problem.value[0, :3] = torch.inf
+    y, _ = problem.forward("triton", problem.leaves(), output_final_state=True)
+    assert torch.isfinite(y[:, 3:]).all()
+
+
+def test_table_of_chunks() -> None:
+    """Every token is in one chunk, in order, and sequences begin and end where they should."""
+    borders = [0, 0, 5, 37, 37, 53, 53]
+    table = chunk_table(torch.tensor(borders, dtype=torch.int32), 53, 16)
+    assert len(table) == packed_chunks(53, 6, 16)
+    there = [row for row in table.tolist() if row[1]]
+    assert [token for first, count, *_ in there for token in range(first, first + count)] == list(range(53))
+    lengths = [b - a for a, b in pairwise(borders)]
+    assert [row[2] for row in there if row[2] >= 0] == [n for n, length in enumerate(lengths) if length]
+    assert [row[3] for row in there if row[3] >= 0] == [n for n, length in enumerate(lengths) if length]
+    assert [row[0] for row in there if row[2] >= 0] == [0, 5, 37]
+
+
+@pytest.mark.parametrize("borders", [None, [0, 3, 20]])
+def test_operators_keep_their_promises(borders: list[int] | None) -> None:
+    """Schema, fake kernels, autograd registration, and tracing with static and dynamic shapes."""
+    problem = Problem.random(Shape(1, 20, 1, 4, 8), device=DEVICE, initial_state=True, borders=borders)
+    update, merge, value, initial = problem.leaves()
+    torch.library.opcheck(
+        dense.dense,
+        (update, merge, value, initial, problem.cu_seqlens, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
+    )
+    carry = value.new_empty(0)
+    torch.library.opcheck(
+        torch.ops.factorization_memory.dense_backward.default,
+        (problem.d_output, problem.d_final, *(x.detach() for x in (update, merge, value, initial)), problem.cu_seqlens, carry),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("keep_final", [True, False])
+def test_compiles_as_one_graph(keep_final: bool) -> None:
+    problem = Problem.random(Shape(1, 20, 1, 4, 8), device=DEVICE, initial_state=True)
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return problem.forward("triton", leaves, output_final_state=keep_final)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    for function in (call, compiled):
+        leaves = problem.leaves()
+        results = function(*leaves)
+        gradients = torch.autograd.grad(results, leaves, (problem.d_output, problem.d_final)[: len(results)])
+        if function is call:
+            expected = (*results, *gradients)
+        else:
+            for a, b in zip((*results, *gradients), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_layer_compiles_and_checkpoints() -> None:
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, num_states=4, backend="triton").to(DEVICE)
+    x = torch.randn(1, 20, 16, device=DEVICE)
+    plain = layer(x)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0]
+    torch.testing.assert_close(compiled, plain)
+    recomputed = torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
+    wanted, got = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (plain, recomputed))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    u, v = torch.rand(1, 3, 1, 4), torch.randn(1, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"backend='triton': value has dtype torch.float64, the kernels take"):
+        factorization_memory(u.double(), u.double(), v.double(), backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton._obstacle.cache_clear()
+    with pytest.raises(ValueError, match=r"backend='triton': value is on the CPU, the kernels need a GPU.*use 'auto'"):
+        factorization_memory(u, u, v, backend="triton")
+    y, _ = factorization_memory(u, u, v)
+    assert y.shape == v.shape
+    triton._obstacle.cache_clear()
+
+
+REAL = [
+    (Shape(2, 2048, 1, 64, 2048), None),
+    (Shape(1, 1021, 3, 48, 200), None),
+    (Shape(1, 1500, 1, 256, 1024), None),
+    (Shape(1, 777, 1, 1024, 136), None),
+    (Shape(1, 3000, 1, 100, 64), [0, 3, 3, 1300, 3000]),
+    (Shape(1, 20011, 1, 16, 64), None),
+    (Shape(1, 9001, 1, 300, 64), [0, 5000, 9001]),
+    (Shape(3, 17, 16, 16, 64), None),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "adversarial"])
+@pytest.mark.parametrize(("shape", "borders"), REAL, ids=str)
+def test_real_sizes(shape: Shape, borders: list[int] | None, kind: str, dtype: torch.dtype) -> None:
+    """Against the chunked backend in float64, which equals the reference to 1e-10 and can afford these sizes."""
+    problem = Problem.random(shape, dtype, "cuda", initial_state=True, borders=borders)
+    if kind == "adversarial":
+        problem = adversarial(problem)
+    expected = problem.to(torch.float64).solve("chunked")
+    got = {name: x.double() for name, x in problem.solve("triton").items()}
+    close(got, expected, TOLERANCES[dtype], problem.update)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernels() -> None:
+    problem = Problem.random(Shape(2, 100, 1, 16, 64), torch.bfloat16, "cuda")
+    arguments = (problem.update, problem.merge, problem.value)
+    assert torch.equal(factorization_memory(*arguments)[0], factorization_memory(*arguments, backend="triton")[0])
