@@ -43,7 +43,7 @@ def test_last_only(model: LanguageModel, tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_equals_cross_entropy_of_the_logits(tokens: torch.Tensor, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "PIECE_LOGITS", 7 * 30)
+    monkeypatch.setattr(cross_entropy, "PIECE_LOGITS", {"cpu": 7 * 30})
     model = LanguageModel(
         ModelConfig(vocab_size=30, hidden_size=16, num_layers=1, num_states=8, tie_word_embeddings=tied)
     ).double()
@@ -62,7 +62,7 @@ def test_loss_equals_cross_entropy_of_the_logits(tokens: torch.Tensor, tied: boo
 
 
 def test_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "PIECE_LOGITS", 64 * 100)
+    monkeypatch.setattr(cross_entropy, "PIECE_LOGITS", {"cpu": 64 * 100})
     hidden, weight = torch.randn(1000, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
     largest = 0
 

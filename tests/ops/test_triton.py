@@ -224,10 +224,16 @@ def test_operators_keep_their_promises(borders: list[int] | None) -> None:
         (update, merge, value, initial, problem.cu_seqlens, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )
-    carry = value.new_empty(0)
+    nothing = [value.new_empty(0)] * 4
     torch.library.opcheck(
         torch.ops.factorization_memory.dense_backward.default,
-        (problem.d_output, problem.d_final, *(x.detach() for x in (update, merge, value, initial)), problem.cu_seqlens, carry),
+        (
+            problem.d_output,
+            problem.d_final,
+            *(x.detach() for x in (update, merge, value, initial)),
+            problem.cu_seqlens,
+            *nothing,
+        ),
         test_utils=("test_schema", "test_faketensor"),
     )
 

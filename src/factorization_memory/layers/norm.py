@@ -31,8 +31,9 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x `[..., size]`, normalised over the last dimension and multiplied by weight `[size]`."""
-    # PyTorch's kernel is fused on GPUs only; elsewhere it strings a dozen passes over memory together and keeps what they make.
-    if x.is_cuda or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
+    # PyTorch's kernel is fused on GPUs and by compilation; elsewhere it strings a dozen passes over memory together and keeps
+    # what they make.
+    if x.is_cuda or torch.compiler.is_compiling() or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 

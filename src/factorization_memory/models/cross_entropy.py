@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from factorization_memory.ops.precision import no_autocast, outside_autocast
+from factorization_memory.ops.precision import no_autocast
 
 IGNORE = -100
 """The target of a position that has no loss."""
-PIECE_LOGITS = 1 << 22
-"""Logits computed at a time."""
+PIECE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Logits computed at a time: few enough for a CPU's cache, enough to fill a GPU."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -44,62 +43,91 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'none'")
     if torch.amp.is_autocast_available(hidden.device.type) and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
+    needs = torch.is_grad_enabled()
+    return torch.ops.factorization_memory.linear_cross_entropy.default(
+        hidden, weight, targets, needs and hidden.requires_grad, needs and weight.requires_grad
+    )[0]
 
 
 def _pieces(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    rows = max(1, PIECE_LOGITS // weight.shape[0])
+    rows = max(1, PIECE_LOGITS.get(hidden.device.type, PIECE_LOGITS["cpu"]) // weight.shape[0])
     return list(zip(hidden.split(rows), targets.split(rows), strict=True)) if len(targets) else []
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The mean loss; both gradients are computed with the forward pass, while a piece's logits are at hand."""
+def _mean_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss; both gradients are computed with it, while a piece's logits are at hand (empty where not asked for)."""
+    count = (targets != IGNORE).sum().clamp(min=1)
+    total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if for_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=total.dtype) if for_weight else None
+    pieces = _pieces(hidden, targets, weight)
+    # One buffer for all pieces: fresh memory for each costs more than what is computed in it.
+    buffer = total.new_empty(max((len(t) for _, t in pieces), default=0), weight.shape[0])
+    start = 0
+    with no_autocast(hidden.device):
+        for h, t in pieces:
+            logits = buffer[: len(t)]
+            if h.dtype == logits.dtype:
+                torch.mm(h, weight.T, out=logits)
+            else:
+                logits.copy_(h @ weight.T)
+            counts = (t != IGNORE)[:, None]
+            # Only -100 is without a loss: any other id that is none fails in the look-up, as in PyTorch.
+            target = t.masked_fill(t == IGNORE, 0)[:, None]
+            logits.sub_(logits.amax(-1, keepdim=True))
+            chosen = logits.gather(1, target)
+            exponentials = logits.exp_()
+            partition = exponentials.sum(-1, keepdim=True)
+            total += ((partition.log() - chosen) * counts).sum()
+            if d_hidden is not None or d_weight is not None:
+                share = counts.to(total.dtype) / count
+                d_logits = exponentials.mul_(share / partition).scatter_add_(1, target, -share).to(h.dtype)
+                if d_hidden is not None:
+                    torch.mm(d_logits, weight, out=d_hidden[start : start + len(t)])
+                if d_weight is not None and h.dtype == d_weight.dtype:
+                    d_weight.addmm_(d_logits.T, h)
+                elif d_weight is not None:
+                    d_weight += d_logits.T @ h
+            start += len(t)
+    nothing = (total.new_empty(0) for _ in range(2))
+    return (
+        total / count,
+        next(nothing) if d_hidden is None else d_hidden,
+        next(nothing) if d_weight is None else d_weight.to(weight.dtype),
+    )
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        count = (targets != IGNORE).sum().clamp(min=1)
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=total.dtype) if ctx.needs_input_grad[1] else None
-        pieces = _pieces(hidden, targets, weight)
-        # One buffer for all pieces: fresh memory for each costs more than what is computed in it.
-        buffer = total.new_empty(max((len(t) for _, t in pieces), default=0), weight.shape[0])
-        start = 0
-        with no_autocast(hidden.device):
-            for h, t in pieces:
-                logits = buffer[: len(t)]
-                if h.dtype == logits.dtype:
-                    torch.mm(h, weight.T, out=logits)
-                else:
-                    logits.copy_(h @ weight.T)
-                counts = (t != IGNORE)[:, None]
-                # Only -100 is without a loss: any other id that is none fails in the look-up, as in PyTorch.
-                target = t.masked_fill(t == IGNORE, 0)[:, None]
-                logits.sub_(logits.amax(-1, keepdim=True))
-                chosen = logits.gather(1, target)
-                exponentials = logits.exp_()
-                partition = exponentials.sum(-1, keepdim=True)
-                total += ((partition.log() - chosen) * counts).sum()
-                if d_hidden is not None or d_weight is not None:
-                    share = counts.to(total.dtype) / count
-                    d_logits = exponentials.mul_(share / partition).scatter_add_(1, target, -share).to(h.dtype)
-                    if d_hidden is not None:
-                        torch.mm(d_logits, weight, out=d_hidden[start : start + len(t)])
-                    if d_weight is not None and h.dtype == d_weight.dtype:
-                        d_weight.addmm_(d_logits.T, h)
-                    elif d_weight is not None:
-                        d_weight += d_logits.T @ h
-                start += len(t)
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        return total / count
 
-    @staticmethod
-    @once_differentiable
-    @outside_autocast
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
-            None if d_weight is None else d_weight * d_loss.to(d_weight.dtype),
-            None,
-        )
+def _fake_mean_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        torch.empty_like(hidden) if for_hidden else hidden.new_empty(0, dtype=wide),
+        torch.empty_like(weight) if for_weight else hidden.new_empty(0, dtype=wide),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.needed = inputs[3:]
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = (
+        gradient * d_loss.to(gradient.dtype) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
+    )
+    return *gradients, None, None, None
+
+
+# One operator, so that a compiled model has it in its graph as it is.
+torch.library.define(
+    "factorization_memory::linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor targets, bool for_hidden, bool for_weight) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("factorization_memory::linear_cross_entropy", "default", _mean_loss)
+torch.library.register_fake("factorization_memory::linear_cross_entropy", _fake_mean_loss)
+torch.library.register_autograd("factorization_memory::linear_cross_entropy", _backward, setup_context=_setup_context)

@@ -25,20 +25,23 @@ def obstacle(value: Tensor) -> str | None:
     """Why the kernels cannot run for `value`; None if they can."""
     if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"value has dtype {value.dtype}, the kernels take bfloat16, float16 or float32"
-    return _obstacle(value.device)
+    return _device_obstacle(str(value.device))
 
 
 @torch.compiler.assume_constant_result
+def _device_obstacle(name: str) -> str | None:
+    return _obstacle(name)
+
+
 @lru_cache(maxsize=64)
-def _obstacle(device: torch.device) -> str | None:
+def _obstacle(name: str) -> str | None:
+    device = torch.device(name)
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if device.type == "cpu":
         if interpreted():
             return None
-        return (
-            "value is on the CPU, the kernels need a GPU (or TRITON_INTERPRET=1, set before Python starts, to be interpreted)"
-        )
+        return "value is on the CPU, the kernels need a GPU (for tests, TRITON_INTERPRET=1 interprets them)"
     if device.type != "cuda":
         return f"value is on {device}, the kernels need an NVIDIA GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
@@ -64,5 +67,5 @@ def forward(
     """
     from factorization_memory.ops.triton.dense import dense
 
-    output, final, _ = dense(update, merge, value, state, cu_seqlens, keep_final)
+    output, final, *_ = dense(update, merge, value, state, cu_seqlens, keep_final)
     return output, final if keep_final else None

@@ -50,7 +50,7 @@ def _standing(initial: Tensor | None, value: Tensor, shape: tuple[int, int, int,
 
 def _dense(
     update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, keep_final: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The recurrence.
 
     Args:
@@ -62,8 +62,8 @@ def _dense(
         keep_final: whether to return final states.
 
     Returns:
-        y `[B, T, H, D]`; final states `[N, H, M, D]` float32, empty unless asked for; the states at the beginning of segments,
-        for backward, empty if rows are not cut or hold packed sequences.
+        y `[B, T, H, D]`; final states `[N, H, M, D]` float32, empty unless asked for; and for backward, each empty where it is
+        computed anew there: the states at the beginning of segments, and the weights of chunks (P and Q, P^T and K, G).
     """
     update, merge = update.contiguous(), merge.contiguous()
     rows = value.contiguous().to(_operand_dtype(value))
@@ -71,10 +71,12 @@ def _dense(
     output = torch.empty_like(rows)
     shape = _state_shape(value, update.shape[3], cu_seqlens)
     final = _standing(initial, value, shape) if keep_final else None
-    carry = None
+    carry: Tensor | None = None
+    weights: tuple[Tensor | None, ...] = (None, None, None)
     if value.numel() > 0:
         made = _planned(update, value, cu_seqlens, backward=False)
         call = Call(made, update, merge)
+        weights = call.weights if made.keeps_weights else weights
         begins = call.carry(rows, initial, reverse=False) if made.carried else None
         if made.resident:
             call.walk(rows, output, initial, begins, final)
@@ -86,29 +88,35 @@ def _dense(
                 call.states(rows, False, first, count, states, begins, initial, final)
                 call.outputs(rows, states, output, first * slots, count * slots, transposed=False)
         carry = None if made.layout.packed else begins
-    final, carry = (value.new_empty(0, dtype=torch.float32) if x is None else x for x in (final, carry))
-    return output.to(value.dtype), final, carry
+    nothing = (value.new_empty(0, dtype=torch.float32) for _ in range(5))
+    final, carry, read, write, total = (next(nothing) if x is None else x for x in (final, carry, *weights))
+    return output.to(value.dtype), final, carry, read, write, total
 
 
 def _fake_dense(
     update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, keep_final: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float32
     final = value.new_empty(_state_shape(value, update.shape[3], cu_seqlens) if keep_final else 0, dtype=wide)
-    carry = value.new_empty(0, dtype=wide)
+    carry, read, write, total = (value.new_empty(0, dtype=wide) for _ in range(4))
     if value.numel() > 0:
         made = plan(update, value, cu_seqlens, backward=False)
         if made.carried and cu_seqlens is None:
             carry = value.new_empty(len(value) * made.layout.segments, made.heads, made.padded, made.width, dtype=wide)
-    return torch.empty_like(value, memory_format=torch.contiguous_format), final, carry
+        if made.keeps_weights:
+            lead = (made.layout.slots, made.heads)
+            side = (*lead, made.layout.chunk, made.layout.chunk + made.padded)
+            read, write = (value.new_empty(side, dtype=made.dtype) for _ in range(2))
+            total = value.new_empty(*lead, made.padded, dtype=wide)
+    return torch.empty_like(value, memory_format=torch.contiguous_format), final, carry, read, write, total
 
 
 def _dense_backward(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
-    cu_seqlens: Tensor | None, carry: Tensor,
+    cu_seqlens: Tensor | None, carry: Tensor, read: Tensor, write: Tensor, total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and of
-    the final states `[N, H, M, D]` (None for zero), and `dense`'s arguments and third result."""
+    the final states `[N, H, M, D]` (None for zero), and `dense`'s arguments and last four results."""
     update, merge = update.contiguous(), merge.contiguous()
     rows, d_rows = (x.contiguous().to(_operand_dtype(value)) for x in (value, d_output))
     initial = None if initial is None else initial.contiguous()
@@ -119,7 +127,7 @@ def _dense_backward(
     if value.numel() > 0:
         made = _planned(update, value, cu_seqlens, backward=True)
         layout = made.layout
-        call = Call(made, update, merge)
+        call = Call(made, update, merge, (read, write, total) if made.keeps_weights else None)
         begins = None
         if made.carried:
             # Chunks of packed sequences, and so segments, differ from those of the forward pass.
@@ -128,43 +136,45 @@ def _dense_backward(
         slices = call.slices(rows, 2)
         states, d_states = call.state_workspace(slices[0][1]), call.state_workspace(slices[0][1])
         d_weights = call.weight_workspace(slices[0][1])
+        d_inner = call.inner_gradient(rows, d_rows)
         for first, count in slices:
             call.states(rows, False, first, count, states, begins, initial, None)
             call.states(d_rows, True, first, count, d_states, ends, d_final, d_initial)
             first_slot, slots = first * layout.segment_chunks, count * layout.segment_chunks
             call.gradients(rows, d_rows, states, d_states, d_weights, d_value, first_slot, slots)
+            if d_inner is not None:
+                d_weights[0] = d_inner[first_slot:]
             call.weight_gradients(update, merge, d_weights, d_update, d_merge, first_slot, slots)
-    return (
-        d_update,
-        d_merge,
-        d_value.to(value.dtype),
-        value.new_empty(0, dtype=torch.float32) if d_initial is None else d_initial,
-    )
+            if d_inner is not None:
+                d_weights[0] = None
+    if d_initial is None:
+        d_initial = value.new_empty(0, dtype=torch.float32)
+    return d_update, d_merge, d_value.to(value.dtype), d_initial
 
 
 def _fake_dense_backward(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
-    cu_seqlens: Tensor | None, carry: Tensor,
+    cu_seqlens: Tensor | None, carry: Tensor, read: Tensor, write: Tensor, total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (update, merge, value)]
     empty = value.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
     return like[0], like[1], like[2], empty
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     update, merge, value, initial, cu_seqlens, keep_final = inputs
-    ctx.save_for_backward(update, merge, value, initial, cu_seqlens, output[2])
+    ctx.save_for_backward(update, merge, value, initial, cu_seqlens, *output[2:])
     ctx.keep_final = keep_final
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, d_carry: None) -> tuple[Tensor | None, ...]:
-    update, merge, value, initial, cu_seqlens, carry = ctx.saved_tensors
+def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    update, merge, value, initial, cu_seqlens, *kept = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(value)
     d_final = d_final if ctx.keep_final else None
     d_update, d_merge, d_value, d_initial = torch.ops.factorization_memory.dense_backward.default(
-        d_output, d_final, update, merge, value, initial, cu_seqlens, carry
+        d_output, d_final, update, merge, value, initial, cu_seqlens, *kept
     )
     return d_update, d_merge, d_value, None if initial is None else d_initial.to(initial.dtype), None, None
 
@@ -173,12 +183,12 @@ def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, d_carry
 torch.library.define(
     "factorization_memory::dense",
     "(Tensor update, Tensor merge, Tensor value, Tensor? initial, Tensor? cu_seqlens, bool keep_final)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "factorization_memory::dense_backward",
     "(Tensor d_output, Tensor? d_final, Tensor update, Tensor merge, Tensor value, Tensor? initial, Tensor? cu_seqlens,"
-    " Tensor carry) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor carry, Tensor read, Tensor write, Tensor total) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("factorization_memory::dense", ("cpu", "cuda"), _dense)
 torch.library.impl("factorization_memory::dense_backward", ("cpu", "cuda"), _dense_backward)

@@ -59,9 +59,11 @@ def gradients_kernel(
     base = (first * heads + head) * width
     value += base
     d_output += base
-    d_value += base
-    states += to * MP * width
-    d_states += to * MP * width
+    if STATES:
+        states += to * MP * width
+        d_states += to * MP * width
+    if VALUE:
+        d_value += base
     lines = c[:, None] * (heads * width)
     held = j[:, None] * width
     if VALUE:

@@ -6,8 +6,10 @@ the padded number of states, S slots (see `layout`).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-import triton
 from torch import Tensor
 
 from factorization_memory.ops.triton.gates import gates_backward, gates_forward
@@ -26,16 +28,19 @@ WORKSPACE_LEAST = 256 * 2**20
 class Call:
     """Launches the kernels of one call: first, here, that of the weights of chunks."""
 
-    def __init__(self, plan: Plan, update: Tensor, merge: Tensor) -> None:
+    def __init__(self, plan: Plan, update: Tensor, merge: Tensor, weights: tuple[Tensor, ...] | None = None) -> None:
         self.plan = plan
         layout = plan.layout
-        self.read, self.write, self.total = gates_forward(update, merge, layout, plan.padded, plan.dtype, plan.precision)
+        if weights is None:
+            weights = gates_forward(update, merge, layout, plan.padded, plan.dtype, plan.precision)
+        self.weights = weights
+        self.read, self.write, self.total = weights
         self.table = self.total if layout.table is None else layout.table
         self.size = (layout.length, layout.chunks, layout.segments, layout.segment_chunks)
         self.segments = layout.rows * layout.segments
 
     def _tiles(self, count: int, tile: Tile, blocks: int) -> tuple[int, int]:
-        return count * blocks * triton.cdiv(self.plan.width, tile.width), self.plan.heads
+        return count * blocks * -(-self.plan.width // tile.width), self.plan.heads
 
     def carry(self, rows: Tensor, enter: Tensor | None, reverse: bool) -> Tensor:
         """States at the beginning of segments (gradients at their end, in reverse), `[segments, H, MP, D]`."""
@@ -66,6 +71,8 @@ class Call:
     ) -> None:  # fmt: skip
         plan = self.plan
         at = plan.tile("states")
+        if math.prod(self._tiles(count, at, plan.padded // at.states)) < plan.processors:
+            at = plan.tile("narrow_states")
         local, decay = (None, None) if summary is None else summary
         states_kernel[self._tiles(count, at, plan.padded // at.states)](
             rows, self.read if reverse else self.write, self.total, enter, leave, carry, out, local, decay, self.table, first,
@@ -98,29 +105,40 @@ class Call:
             PRECISION=plan.precision, STAGES=at.stages, num_warps=at.warps,
         )  # fmt: skip
 
+    def inner_gradient(self, value: Tensor, d_output: Tensor) -> Tensor | None:
+        """Gradient of P, `[slots, H, C, C]`, where `gradients` has not all sums at hand to compute it too."""
+        plan = self.plan
+        if plan.tile("gradients").states == plan.padded:
+            return None
+        d_inner = self.total.new_empty(plan.layout.slots, plan.heads, plan.layout.chunk, plan.layout.chunk)
+        at = plan.tile("inner_gradient")
+        self._gradients(at, value, d_output, None, (d_inner, None, None, None), 0, plan.layout.slots, None, None)
+        return d_inner
+
     def gradients(
-        self, value: Tensor, d_output: Tensor, states: Tensor, d_states: Tensor, d_weights: tuple[Tensor, ...],
+        self, value: Tensor, d_output: Tensor, states: Tensor, d_states: Tensor, d_weights: Sequence[Tensor | None],
         d_value: Tensor, first_slot: int, slots: int,
     ) -> None:  # fmt: skip
-        """Gradients of P, Q, K, G and of values, of `slots` chunks."""
+        """Gradients of Q, K, G and of values, of `slots` chunks; of P too where there is room for it."""
+        at = self.plan.tile("gradients")
+        whole = at.states == self.plan.padded
+        self._gradients(at, value, d_output, d_value if whole else None, d_weights, first_slot, slots, states, d_states)
+        if not whole:
+            self.outputs(d_output, d_states, d_value, first_slot, slots, transposed=True)
+
+    def _gradients(
+        self, at: Tile, value: Tensor, d_output: Tensor, d_value: Tensor | None, d_weights: Sequence[Tensor | None],
+        first_slot: int, slots: int, states: Tensor | None, d_states: Tensor | None,
+    ) -> None:  # fmt: skip
         plan = self.plan
-
-        def launch(at: Tile, inner: bool, of_states: bool, of_value: bool) -> None:
-            blocks = plan.padded // at.states if of_states else 1
-            gradients_kernel[(slots * blocks, plan.heads)](
-                value, d_output, states, d_states, self.write, *d_weights, d_value, self.table, first_slot,
-                plan.heads, plan.width, *self.size,
-                C=plan.layout.chunk, MP=plan.padded, BM=at.states, BD=at.width, INNER=inner, STATES=of_states, VALUE=of_value,
-                PACKED=plan.layout.packed, PRECISION=plan.precision, STAGES=at.stages, num_warps=at.warps,
-            )  # fmt: skip
-
-        at = plan.tile("gradients")
-        if at.states == plan.padded:
-            launch(at, True, True, True)
-            return
-        launch(plan.tile("inner_gradient"), True, False, False)
-        launch(at, False, True, False)
-        self.outputs(d_output, d_states, d_value, first_slot, slots, transposed=True)
+        blocks = 1 if states is None else plan.padded // at.states
+        gradients_kernel[(slots * blocks, plan.heads)](
+            value, d_output, states, d_states, self.write, *d_weights, d_value, self.table, first_slot,
+            plan.heads, plan.width, *self.size,
+            C=plan.layout.chunk, MP=plan.padded, BM=at.states, BD=at.width, INNER=d_weights[0] is not None,
+            STATES=states is not None, VALUE=d_value is not None, PACKED=plan.layout.packed, PRECISION=plan.precision,
+            STAGES=at.stages, num_warps=at.warps,
+        )  # fmt: skip
 
     def slices(self, values: Tensor, buffers: int) -> list[tuple[int, int]]:
         """First segment and number of segments of each slice, so that `buffers` workspaces of states stay small."""
@@ -136,18 +154,20 @@ class Call:
         plan = self.plan
         return self.read.new_empty(count * plan.layout.segment_chunks, plan.heads, plan.padded, plan.width)
 
+    def weight_workspace(self, count: int) -> list[Tensor | None]:
+        """Room for the gradients of P, Q, K and G of `count` segments; of P only where `inner_gradient` gives none."""
+        plan = self.plan
+        chunk, padded = plan.layout.chunk, plan.padded
+        lead = (count * plan.layout.segment_chunks, plan.heads)
+        read, write, total = (self.total.new_empty(*lead, *size) for size in ((chunk, padded), (chunk, padded), (padded,)))
+        whole = plan.tile("gradients").states == padded
+        return [self.total.new_empty(*lead, chunk, chunk) if whole else None, read, write, total]
+
     def weight_gradients(
-        self, update: Tensor, merge: Tensor, d_weights: tuple[Tensor, ...], d_update: Tensor, d_merge: Tensor, first_slot: int,
-        slots: int,
+        self, update: Tensor, merge: Tensor, d_weights: Sequence[Tensor | None], d_update: Tensor, d_merge: Tensor,
+        first_slot: int, slots: int,
     ) -> None:  # fmt: skip
         """Gradients of update and merge weights from those of P, Q, K, G of `slots` chunks."""
-        inner, read, write, total = (x[:slots] for x in d_weights)
+        inner, read, write, total = (x[:slots] for x in d_weights if x is not None)
         layout, precision = self.plan.layout, self.plan.precision
         gates_backward(update, merge, layout, (first_slot, slots), inner, read, write, total, d_update, d_merge, precision)
-
-    def weight_workspace(self, count: int) -> tuple[Tensor, ...]:
-        """Room for the gradients of P, Q, K and G of `count` segments."""
-        chunk, padded = self.plan.layout.chunk, self.plan.padded
-        sizes = ((chunk, chunk), (chunk, padded), (chunk, padded), (padded,))
-        lead = (count * self.plan.layout.segment_chunks, self.plan.heads)
-        return tuple(self.total.new_empty(*lead, *size) for size in sizes)

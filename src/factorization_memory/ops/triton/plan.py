@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from factorization_memory.ops.triton import interpreted
@@ -42,6 +41,10 @@ class Plan:
     """Of the operands of matrix products, and of workspaces."""
     precision: str
     """`input_precision` of matrix products."""
+    processors: int
+    """Multiprocessors of the GPU."""
+    keeps_weights: bool
+    """Whether P, Q, K and G are kept for backward: if it cuts time into the same chunks, and they weigh less than values."""
 
     @property
     def resident(self) -> bool:
@@ -54,13 +57,19 @@ class Plan:
         return self.layout.segments > 1
 
     def tile(self, kernel: str) -> Tile:
-        """The tile of a kernel."""
-        return tile(kernel, self.layout.chunk, self.padded, self.width, self.dtype)
+        """The tile of a kernel, no wider than the values."""
+        found = tile(kernel, self.layout.chunk, self.padded, self.dtype)
+        return found if found.width <= self.width else replace(found, width=min(found.width, power_of_two(self.width, 16)))
+
+
+def power_of_two(number: int, least: int) -> int:
+    """The smallest power of two that is not less than either."""
+    return max(least, 1 << (number - 1).bit_length())
 
 
 def padded_states(states: int) -> int:
     """M, padded to whole blocks."""
-    return max(16, triton.next_power_of_2(states)) if states <= 128 else -(-states // 128) * 128
+    return power_of_two(states, 16) if states <= 128 else -(-states // 128) * 128
 
 
 def operands(dtype: torch.dtype, exact: bool) -> tuple[torch.dtype, str]:
@@ -78,9 +87,9 @@ def operands(dtype: torch.dtype, exact: bool) -> tuple[torch.dtype, str]:
 
 
 def longest_chunk(padded: int, dtype: torch.dtype, backward: bool) -> int:
-    """Tokens of a chunk in long sequences. Short ones suit the walk that holds all states on chip; where states go through
+    """Tokens of a chunk in long sequences. Short ones suit kernels that hold all states on chip; where states go through
     memory, long ones halve their traffic."""
-    return 128 if dtype == torch.bfloat16 and (backward or padded > 128) else 64
+    return 128 if dtype == torch.bfloat16 and (padded > 128 or (backward and padded <= 64)) else 64
 
 
 def plan(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward: bool) -> Plan:
@@ -101,17 +110,20 @@ def _plan(
     padded = padded_states(states)
     dtype, precision = operands(dtype, exact)
     mean = length if sequences is None else length // sequences
-    chunk = min(longest_chunk(padded, dtype, backward), max(16, triton.next_power_of_2(mean)))
+    short = power_of_two(mean, 16)
+    chunk = min(longest_chunk(padded, dtype, backward), short)
     chunks = -(-length // chunk) if sequences is None else packed_chunks(length, sequences, chunk)
+    keeps = chunk == min(longest_chunk(padded, dtype, not backward), short) and chunk + padded <= width
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    made = Plan(Layout(chunk, batch, length, chunks, 1, chunks, None), heads, states, padded, width, dtype, precision)
+    layout = Layout(chunk, batch, length, chunks, 1, chunks, None)
+    made = Plan(layout, heads, states, padded, width, dtype, precision, processors, keeps)
 
     # Segments of whole chunks, the same forward and backward, so that states at their borders serve both.
     at = made.tile("walk" if made.resident else "states")
-    programs = batch * heads * triton.cdiv(width, at.width) * (1 if made.resident else padded // at.states)
+    programs = batch * heads * -(-width // at.width) * (1 if made.resident else padded // at.states)
     if programs >= PROGRAMS * processors // 2:
         return made
-    segments = min(triton.cdiv(PROGRAMS * processors, programs), length // max(SEGMENT_LEAST, SEGMENT_STATES * padded))
+    segments = min(PROGRAMS * processors // programs, length // max(SEGMENT_LEAST, SEGMENT_STATES * padded))
     if segments < 2:
         return made
     segment = -(-length // (segments * LONGEST_CHUNK)) * LONGEST_CHUNK

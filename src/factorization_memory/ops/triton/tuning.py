@@ -1,4 +1,4 @@
-"""Tiles of the kernels, found by measurement on an H200."""
+"""Tiles of the kernels, found by measurement on an H200 (docs/kernels.md; `fmem bench op --tune` searches again)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,64 @@ class Tile:
     """The part of a problem that one program computes."""
 
     states: int
-    """Memory states; a power of two that divides their padded number."""
+    """Memory states; divides their padded number. In `outputs`, the depth of a step of the product instead."""
     width: int
-    """Value columns."""
+    """Value columns; a power of two."""
     warps: int
+    """Warps of a program."""
     stages: int
     """Depth of the software pipeline of loads."""
 
 
-def tile(kernel: str, chunk: int, padded: int, width: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel for chunks of `chunk` tokens, `padded` states and values of `width` columns."""
-    small = dtype == torch.float32
-    if kernel == "walk":
-        if padded <= 64:
-            return Tile(padded, 64 if small else 128, 4, 2)
-        return Tile(padded, 32 if small else 64, 8 if padded > 128 else 4, 2)
-    if kernel == "states":
-        return Tile(min(padded, 128), 64 if small else 128, 4 if padded <= 64 else 8, 3)
+KERNELS = ("walk", "states", "narrow_states", "carry", "outputs", "gradients", "inner_gradient")
+CHOSEN: dict[tuple[str, int, int, torch.dtype], Tile] = {}
+"""Tiles that are taken instead of the ones below, by kernel, tokens of a chunk, padded states and operand dtype."""
+
+
+def tile(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel for chunks of `chunk` tokens and `padded` states, with operands of `dtype`."""
+    return CHOSEN.get((kernel, chunk, padded, dtype)) or candidates(kernel, chunk, padded, dtype)[0]
+
+
+def candidates(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> list[Tile]:
+    """The tiles worth trying, at most eight, the one found fastest first."""
+    if kernel not in KERNELS:
+        raise KeyError(kernel)
     if kernel == "carry":
-        return Tile(16, 128, 4, 1)
+        return [Tile(16, 128, 4, 1)]
+    found = _single(kernel, chunk, padded) if dtype == torch.float32 else _half(kernel, chunk, padded)
+    return [Tile(min(one.states, padded), one.width, one.warps, one.stages) for one in found]
+
+
+def _half(kernel: str, chunk: int, padded: int) -> list[Tile]:
+    """For operands of two bytes."""
+    if kernel == "walk":
+        return [Tile(padded, 64, 4, 3), Tile(padded, 128, 4, 3), Tile(padded, 64, 4, 2), Tile(padded, 128, 8, 2)]
+    if kernel == "states":
+        if padded <= 64:
+            return [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 2)]
+        return [Tile(128, 256, 8, 2), Tile(128, 128, 8, 3), Tile(64, 128, 4, 2), Tile(128, 128, 8, 2)]
+    if kernel == "narrow_states":  # where wide ones would leave processors idle
+        if padded <= 64:
+            return [Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)]
+        return [Tile(64, 128, 4, 2), Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)]
     if kernel == "outputs":
-        return Tile(min(padded, 64), 64 if small else 128, 4 if chunk <= 64 else 8, 4)
-    if kernel == "gradients":
-        return Tile(min(padded, 64 if small else 128), 64, 8, 2)
+        return [Tile(64, 128, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(32, 128, 8, 4), Tile(64, 256, 8, 3)]
     if kernel == "inner_gradient":
-        return Tile(16, 64, 4, 3)
-    raise KeyError(kernel)
+        return [Tile(16, 64, 4, 3), Tile(16, 64, 8, 3), Tile(16, 128, 8, 2)]
+    if chunk <= 64 and padded <= 64:
+        return [Tile(64, 64, 4, 4), Tile(64, 64, 4, 3), Tile(64, 64, 8, 3)]
+    return [Tile(128, 64, 8, 3 if padded != 128 or chunk <= 64 else 2), Tile(64, 64, 8, 3), Tile(128, 64, 8, 2)]
+
+
+def _single(kernel: str, chunk: int, padded: int) -> list[Tile]:
+    """For operands of four bytes."""
+    if kernel == "walk":
+        return [Tile(padded, 64 if padded <= 64 else 32, 4, 2)]
+    if kernel in ("states", "narrow_states"):
+        return [Tile(128, 64, 4 if padded <= 64 else 8, 2)]
+    if kernel == "outputs":
+        return [Tile(64, 64, 4 if chunk <= 64 else 8, 3)]
+    if kernel == "inner_gradient":
+        return [Tile(16, 64, 4, 3)]
+    return [Tile(64, 64, 8, 2)]
