@@ -62,6 +62,8 @@ class Op:
     """cpu, cuda, cuda:N, or auto."""
     threads: int = 0
     """Threads of the CPU; 0 takes PyTorch's number, which suits a machine that does nothing else."""
+    tune: bool = False
+    """First search the fastest tiles of the Triton kernels on this device, and measure with them."""
     plot: Path | None = None
     """Draw the times per token into this .png or .svg file."""
     json: bool = False
@@ -154,6 +156,16 @@ def _op(options: Op, command: str) -> int:
         repeats=options.repeats,
     )
     people = _wide_console()
+    tuned: list[dict[str, Any]] = []
+    if options.tune:
+        from factorization_memory.benchmarks.tuning import tune
+
+        with people.status("") as status:
+            tuned = tune(benchmark.shapes, benchmark.dtype, device, options.repeats, status.update)
+        for record in tuned:
+            of = f"{record['kernel']}, chunks of {record['chunk']}, {record['padded']} states"
+            kept = "as shipped" if record["shipped"] else "another than ships"
+            people.print(f"{of}: {record['tile']} ({kept})", soft_wrap=True)
     with people.status("") as status:
         result = op.run(benchmark, device, status.update, _OpTables(people).show)
     _show_machine(result, people)
@@ -172,7 +184,7 @@ def _op(options: Op, command: str) -> int:
 
             save(result, options.plot)
     finally:  # hours of measuring are not lost to a full disk
-        emit({"benchmark": "op", "command": command} | result, options.json)
+        emit({"benchmark": "op", "command": command, "tuned": tuned} | result, options.json)
     failed = [record for record in (*result["comparison"], *result["lengths"]) if record["error"] and not record["peer"]]
     return 1 if failed or any(record["error"] for record in result["memory"]) else 0
 

@@ -57,8 +57,10 @@ def _half(kernel: str, chunk: int, padded: int) -> list[Tile]:
         return [Tile(64, 128, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(32, 128, 8, 4), Tile(64, 256, 8, 3)]
     if kernel == "inner_gradient":
         return [Tile(16, 64, 4, 3), Tile(16, 64, 8, 3), Tile(16, 128, 8, 2)]
-    if chunk <= 64 and padded <= 64:
-        return [Tile(64, 64, 4, 4), Tile(64, 64, 4, 3), Tile(64, 64, 8, 3)]
+    if chunk < 64:
+        return [Tile(64, 64, 4, 3)]
+    if chunk == 64 and padded <= 64:
+        return [Tile(64, 64, 4, 4), Tile(64, 64, 4, 3), *([Tile(64, 64, 8, 3)] if padded == 64 else [])]
     return [Tile(128, 64, 8, 3 if padded != 128 or chunk <= 64 else 2), Tile(64, 64, 8, 3), Tile(128, 64, 8, 2)]
 
 
@@ -72,4 +74,5 @@ def _single(kernel: str, chunk: int, padded: int) -> list[Tile]:
         return [Tile(64, 64, 4 if chunk <= 64 else 8, 3)]
     if kernel == "inner_gradient":
         return [Tile(16, 64, 4, 3)]
-    return [Tile(64, 64, 8, 2)]
+    # Eight warps on 64 tokens and fewer than 64 states: Triton 3.6 compiles that to accesses outside of shared memory.
+    return [Tile(64, 64, 8 if chunk >= 64 and padded >= 64 else 4, 2)]
