@@ -12,6 +12,12 @@ from factorization_memory.cli import dispatch
 from factorization_memory.ops import chunked
 
 
+@pytest.fixture(autouse=True)
+def as_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are not interpreted on the CPU, as tests otherwise have it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def test_findings(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["doctor", "--json"]) == 0
     shown = capsys.readouterr()
@@ -22,6 +28,8 @@ def test_findings(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(check["passed"] for check in findings["checks"])
     assert bool(findings["gpus"]) == torch.cuda.is_available() == (findings["no_gpu"] is None)
     assert "all backends run and are right here" in shown.err
+    assert [(one["backend"], one["device"]) for one in findings["skipped"]] == [("triton", "cpu")]
+    assert "triton not on cpu: value is on the CPU" in shown.err
 
 
 def test_people_alone_get_nothing_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,16 +30,16 @@ def obstacle(value: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _device_obstacle(name: str) -> str | None:
-    return _obstacle(name)
+    return _obstacle(name, interpreted())
 
 
 @lru_cache(maxsize=64)
-def _obstacle(name: str) -> str | None:
+def _obstacle(name: str, in_python: bool) -> str | None:
     device = torch.device(name)
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if device.type == "cpu":
-        if interpreted():
+        if in_python:
             return None
         return "value is on the CPU, the kernels need a GPU (for tests, TRITON_INTERPRET=1 interprets them)"
     if device.type != "cuda":
