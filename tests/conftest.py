@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are interpreted where there is no GPU.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Where there is no Triton, as on a Mac, there are no kernels to test.
+collect_ignore = [] if find_spec("triton") else ["ops/test_triton.py", "ops/test_triton_gates.py", "benchmarks/test_tuning.py"]
 
 # Tests are small, and threads that wait for each other on busy cores make them many times slower.
 torch.set_num_threads(1)

@@ -13,7 +13,9 @@ the padded number of states, S slots (see `layout`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -32,6 +34,20 @@ def _planned(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward:
     return replace(made, layout=replace(made.layout, table=table))
 
 
+def _on_device_of(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device: make it that of the arguments, the first of which is a tensor."""
+
+    @wraps(operator)
+    def launched(*arguments: Any) -> Any:
+        device = arguments[0].device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return operator(*arguments)
+        with torch.cuda.device(device):
+            return operator(*arguments)
+
+    return launched
+
+
 def _operand_dtype(value: Tensor) -> torch.dtype:
     return operands(value.dtype, exact=True)[0]
 
@@ -48,6 +64,7 @@ def _standing(initial: Tensor | None, value: Tensor, shape: tuple[int, int, int,
     return initial.to(torch.float32, copy=True).contiguous()
 
 
+@_on_device_of
 def _dense(
     update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, keep_final: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -111,6 +128,7 @@ def _fake_dense(
     return torch.empty_like(value, memory_format=torch.contiguous_format), final, carry, read, write, total
 
 
+@_on_device_of
 def _dense_backward(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
     cu_seqlens: Tensor | None, carry: Tensor, read: Tensor, write: Tensor, total: Tensor,
@@ -179,7 +197,7 @@ def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: Non
     return d_update, d_merge, d_value, None if initial is None else d_initial.to(initial.dtype), None, None
 
 
-# Not `torch.library.custom_op`, whose wrapper costs each call more host time than all its kernels' launches.
+# By hand: `torch.library.custom_op` would wrap every call once more.
 torch.library.define(
     "factorization_memory::dense",
     "(Tensor update, Tensor merge, Tensor value, Tensor? initial, Tensor? cu_seqlens, bool keep_final)"
