@@ -617,7 +617,7 @@ def gates_forward(
     read, write = (update.new_empty(layout.slots, heads, chunk, chunk + states, dtype=dtype) for _ in range(2))
     total = update.new_empty(layout.slots, heads, states, dtype=torch.float32)
     constants = _constants(layout, update, states, precision)
-    block = block_states or min(BLOCK_STATES, triton.next_power_of_2(states))
+    block = block_states or min(BLOCK_STATES, 1 << (states - 1).bit_length())
     # One number for each of 128 threads: of all states of a block first, then of as many parts of the tokens as that leaves.
     forward_kernel[(layout.slots * (chunk // constants["C"]), heads)](
         update,
@@ -667,7 +667,7 @@ def gates_backward(
     first, count = slots
     constants = _constants(layout, update, d_read.shape[-1], precision)
     tiles = layout.chunk // constants["C"]
-    backward_kernel[(count * tiles, update.shape[2], triton.cdiv(update.shape[3], BLOCK_STATES))](
+    backward_kernel[(count * tiles, update.shape[2], -(-update.shape[3] // BLOCK_STATES))](
         update,
         merge,
         d_inner,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -31,14 +32,15 @@ def tile(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> Tile:
     return CHOSEN.get((kernel, chunk, padded, dtype)) or candidates(kernel, chunk, padded, dtype)[0]
 
 
-def candidates(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> list[Tile]:
+@cache
+def candidates(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The tiles worth trying, at most eight, the one found fastest first."""
     if kernel not in KERNELS:
         raise KeyError(kernel)
     if kernel == "carry":
-        return [Tile(16, 128, 4, 1)]
+        return (Tile(16, 128, 4, 1),)
     found = _single(kernel, chunk, padded) if dtype == torch.float32 else _half(kernel, chunk, padded)
-    return [Tile(min(one.states, padded), one.width, one.warps, one.stages) for one in found]
+    return tuple(Tile(min(one.states, padded), one.width, one.warps, one.stages) for one in found)
 
 
 def _half(kernel: str, chunk: int, padded: int) -> list[Tile]:
@@ -74,5 +76,5 @@ def _single(kernel: str, chunk: int, padded: int) -> list[Tile]:
         return [Tile(64, 64, 4 if chunk <= 64 else 8, 3)]
     if kernel == "inner_gradient":
         return [Tile(16, 64, 4, 3)]
-    # Eight warps on 64 tokens and fewer than 64 states: Triton 3.6 compiles that to accesses outside of shared memory.
+    # Eight warps on 64 tokens and fewer than 64 states: an illegal memory access on an H200 (Triton 3.6).
     return [Tile(64, 64, 8 if chunk >= 64 and padded >= 64 else 4, 2)]
