@@ -80,6 +80,45 @@ def test_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest <= 1000 * 8
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_loss_without_a_state(tokens: torch.Tensor, backend: str) -> None:
+    """The same loss and gradients, and nothing else."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=8, num_layers=2, num_states=4, conv_size=3, backend=backend))
+    kept, state = model.loss(tokens, tokens)
+    alone, nothing = model.loss(tokens, tokens, keep_state=False)
+    assert len(state.layers) == 2
+    assert nothing is None
+    assert torch.equal(kept, alone)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(kept, parameters), torch.autograd.grad(alone, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_as_one_graph(tokens: torch.Tensor, packed: bool) -> None:
+    """With everything a model can have around the memory, and with the kernels (interpreted where there is no GPU)."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=30, hidden_size=8, num_layers=1, num_states=4, top_k=2, num_heads=2, conv_size=3, output_gate=True,
+        backend="triton",
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokens = LanguageModel(config).to(device), tokens.reshape(1, -1).to(device)
+    cu_seqlens = torch.tensor([0, 5, tokens.numel()], device=device) if packed else None
+
+    def loss() -> torch.Tensor:
+        return model.loss(tokens, tokens, cu_seqlens=cu_seqlens)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(compiled, loss())
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(compiled, parameters), torch.autograd.grad(loss(), parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_loss_without_targets_is_zero() -> None:
     hidden = torch.randn(5, 8, requires_grad=True)
     loss = linear_cross_entropy(hidden, torch.randn(10, 8), torch.full((5,), -100))

@@ -204,7 +204,7 @@ def _parameters(model: nn.Module) -> int:
 def _our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
     targets = tokens.roll(-1, 1)
     targets[:, -1] = -100
-    return model.loss(tokens, targets)[0]
+    return model.loss(tokens, targets, keep_state=False)[0]
 
 
 def _peers(benchmark: TrainingBenchmark, device: torch.device, parameters: int) -> dict[str, tuple[nn.Module, Loss]]:

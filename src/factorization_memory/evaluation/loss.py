@@ -105,6 +105,7 @@ def evaluate_loss(
                 # Right padding changes no loss, but whoever observes the routing must not take it for text.
                 padding_mask=None if real.all() else torch.from_numpy(real).to(device),
                 reduction="none",
+                keep_state=False,
             )
             nats += float(losses.double().sum())
             kept_targets = targets[targets != IGNORED]

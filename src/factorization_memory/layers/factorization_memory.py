@@ -192,7 +192,8 @@ class FactorizationMemory(nn.Module):
         state: LayerState | None = None,
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, LayerState]:
+        keep_state: bool = True,
+    ) -> tuple[Tensor, LayerState | None]:
         """A stretch of whole sequences, from their beginning or from a carried state.
 
         Args:
@@ -201,9 +202,10 @@ class FactorizationMemory(nn.Module):
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is,
                 and its output is to be ignored. Not with `cu_seqlens`.
+            keep_state: whether to return the state; without, its memory is not taken either.
 
         Returns:
-            y `[B, T, d]` and the state after the last token.
+            y `[B, T, d]`, and the state after the last token or None.
 
         Raises:
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
@@ -219,8 +221,8 @@ class FactorizationMemory(nn.Module):
         if self.convolution is not None:
             value, tail = self.convolution(value, None if state is None else state.convolution, cu_seqlens, padding_mask)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
-        y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens)
-        return self._output(y, x), LayerState(memory, tail)
+        y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens, keep_state)
+        return self._output(y, x), None if memory is None else LayerState(memory, tail)
 
     def _check(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
         """Checks the arguments of `forward`."""
@@ -259,16 +261,14 @@ class FactorizationMemory(nn.Module):
         return self._output(y, x)
 
     def _recurrence(
-        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None, keep_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
         if self.norm == "state":
-            return self._state_norm_recurrence(routing, value, memory, cu_seqlens)
-        y, memory = ops.recurrence_unchecked(
-            routing.update, routing.merge, value, routing.indices, self.num_states, memory, True,
-            cu_seqlens, self.backend,
-        )  # fmt: skip
-        assert memory is not None
-        return y, memory
+            y, memory = self._state_norm_recurrence(routing, value, memory, cu_seqlens)
+            return y, memory if keep_state else None
+        return ops.recurrence_unchecked(
+            routing.update, routing.merge, value, routing.indices, self.num_states, memory, keep_state, cu_seqlens, self.backend
+        )
 
     def _state_norm_recurrence(
         self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,15 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
-        """x `[B, T, d]` to the same shape, and the new state."""
-        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask)
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        cu_seqlens: Tensor | None,
+        padding_mask: Tensor | None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, LayerState | None]:
+        """x `[B, T, d]` to the same shape, and the new state if asked for."""
+        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask, keep_state)
         x = x + y
         return x + self.feed_forward(self.feed_forward_norm(x)), state
 
@@ -102,8 +108,33 @@ class LanguageModel(nn.Module):
         Returns:
             logits `[B, T, V]` (`[B, 1, V]` with `last_only`) and the state after the last token.
         """
-        x, state = self._hidden(tokens, state, cu_seqlens, padding_mask)
-        return self.head(self.final_norm(x[:, -1:] if last_only else x)), state
+        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask)
+        return self.head(self.final_norm(x[:, -1:] if last_only else x)), ModelState(final)
+
+    @overload
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        reduction: str = "mean",
+        keep_state: Literal[True] = True,
+    ) -> tuple[Tensor, ModelState]: ...
+
+    @overload
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        reduction: str = "mean",
+        *,
+        keep_state: bool,
+    ) -> tuple[Tensor, ModelState | None]: ...
 
     def loss(
         self,
@@ -113,21 +144,23 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
         reduction: str = "mean",
-    ) -> tuple[Tensor, ModelState]:
+        keep_state: bool = True,
+    ) -> tuple[Tensor, ModelState | None]:
         """Cross-entropy in nats per token, without ever holding all logits.
 
         Args:
             tokens, state, cu_seqlens, padding_mask: as in `forward`.
             targets: int64 `[B, T]`, the token after each; -100 where there is none.
             reduction: "mean" over the targets, or "none".
+            keep_state: whether to return the state; of many packed sequences it takes much memory.
 
         Returns:
             float32 scalar, or `[B, T]` (not differentiable, 0 where there is no target) with "none"; and the state after the
-            last token.
+            last token, or None.
         """
-        x, state = self._hidden(tokens, state, cu_seqlens, padding_mask)
+        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask, keep_state)
         losses = linear_cross_entropy(self.final_norm(x).flatten(0, 1), self.head.weight, targets.flatten(), reduction)
-        return (losses.view(targets.shape) if reduction == "none" else losses), state
+        return (losses.view(targets.shape) if reduction == "none" else losses), ModelState(final) if keep_state else None
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
@@ -138,11 +171,18 @@ class LanguageModel(nn.Module):
         return self.head(self.final_norm(x)), state
 
     def _hidden(
-        self, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
-    ) -> tuple[Tensor, ModelState]:
+        self,
+        tokens: Tensor,
+        state: ModelState | None,
+        cu_seqlens: Tensor | None,
+        padding_mask: Tensor | None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, list[LayerState]]:
+        """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
         x = self.embedding(tokens)
         states: list[LayerState] = []
         for i, block in enumerate(self.blocks):
-            x, layer_state = block(x, None if state is None else state.layers[i], cu_seqlens, padding_mask)
-            states.append(layer_state)
-        return x, ModelState(states)
+            x, layer_state = block(x, None if state is None else state.layers[i], cu_seqlens, padding_mask, keep_state)
+            if layer_state is not None:
+                states.append(layer_state)
+        return x, states

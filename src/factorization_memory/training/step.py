@@ -56,13 +56,14 @@ def accumulate_gradient(
                 batch.targets.to(device),
                 state=state,
                 cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device),
+                keep_state=carried is not None,
             )
         (loss * (count / total)).backward()
         if count:
             losses.append(loss.detach())
             targets.append(count)
             windows.append(batch.windows)
-        if carried is not None:
+        if final is not None:
             finals.append(final_state(final, batch))
     return Gradient(losses, targets, windows, None if carried is None else finals)
 

@@ -302,6 +302,7 @@ class _Run:
                 batch.tokens.to(self.device),
                 batch.targets.to(self.device),
                 cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.device),
+                keep_state=False,
             )
         layers = health.summary()
         routing = {
