@@ -275,3 +275,27 @@ def test_many_short_sequences_waste_little() -> None:
     """Chunks fit the sequences, so that packing many short ones beside a long one stays near their sum."""
     layout = chunked._Layout.plan([64, *[3] * 300], (301, 1, 4, 4), torch.float32)
     assert layout.num_chunks * layout.chunk <= 1.5 * (64 + 900)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_packed_sequences_in_inference_mode_and_compiled(backend: str) -> None:
+    case = make(1, 20, 1, 3, 4, borders=[0, 3, 20], with_initial=False)
+    expected, _ = factorization_memory(case.update, case.merge, case.value, cu_seqlens=case.borders, backend=backend)
+    with torch.inference_mode():
+        borders = torch.tensor([0, 3, 20])
+        y, _ = factorization_memory(case.update, case.merge, case.value, cu_seqlens=borders, backend=backend)
+    torch.testing.assert_close(y, expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(factorization_memory, backend="eager")
+    y, _ = compiled(case.update, case.merge, case.value, cu_seqlens=case.borders, backend=backend)
+    torch.testing.assert_close(y, expected)
+
+
+def test_borders_may_change_between_calls() -> None:
+    case = make(1, 20, 1, 3, 4, borders=[0, 3, 20])
+    factorization_memory(case.update, case.merge, case.value, cu_seqlens=case.borders)
+    case.borders[1] = 7
+    changed, _ = factorization_memory(case.update, case.merge, case.value, cu_seqlens=case.borders)
+    fresh, _ = factorization_memory(case.update, case.merge, case.value, cu_seqlens=torch.tensor([0, 7, 20]))
+    assert torch.equal(changed, fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape
 from factorization_memory.layers import FactorizationMemory
 from factorization_memory.ops import factorization_memory
-from factorization_memory.ops.triton import dense, launch, plan
+from factorization_memory.ops.triton import dense, plan, tuning
 from factorization_memory.ops.triton.layout import chunk_table, packed_chunks
 
 CUDA = torch.cuda.is_available()
@@ -87,13 +88,13 @@ def test_equals_reference(problem: Problem) -> None:
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many segments and slices, as at sizes that tests cannot afford."""
     monkeypatch.setattr(plan, "SEGMENT_STATES", 0)
     monkeypatch.setattr(plan, "SEGMENT_LEAST", 128)
     monkeypatch.setattr(plan, "PROGRAMS", 1000)
-    monkeypatch.setattr(launch, "WORKSPACE_SHARE", 0)
-    monkeypatch.setattr(launch, "WORKSPACE_LEAST", 1)
+    monkeypatch.setattr(plan, "WORKSPACE_SHARE", 0)
+    monkeypatch.setattr(plan, "WORKSPACE_LEAST", 1)
     plan._plan.cache_clear()
     yield
     plan._plan.cache_clear()
@@ -112,13 +113,56 @@ def test_segments_and_slices(borders: list[int] | None, resident: bool, monkeypa
     right(problem)
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_chunks_of_128(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
+@pytest.fixture(params=[False, True], ids=["long forward", "long backward"])
+def chunks_of_128(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """As bfloat16 takes them on a GPU; forward and backward may differ."""
-    monkeypatch.setattr(plan, "longest_chunk", lambda padded, dtype, of_backward: 128 if of_backward == backward else 64)
+    monkeypatch.setattr(plan, "longest_chunk", lambda padded, dtype, backward: 128 if backward == request.param else 64)
     plan._plan.cache_clear()
+    yield
+    plan._plan.cache_clear()
+
+
+@pytest.mark.usefixtures("chunks_of_128")
+def test_chunks_of_128() -> None:
     right(adversarial(Problem.random(Shape(1, 200, 1, 5, 9), device=DEVICE, initial_state=True)))
+
+
+@pytest.mark.usefixtures("small_pieces", "chunks_of_128")
+def test_segments_of_different_chunks() -> None:
+    right(adversarial(Problem.random(Shape(1, 260, 1, 5, 9), device=DEVICE, initial_state=True)))
+
+
+SIZES = [
+    (16, 2048, 1, 64, 2048), (16, 2048, 1, 1024, 4096), (1, 131072, 1, 64, 2048), (1, 131072, 1, 1024, 4096),
+    (1, 131072, 1, 1024, 8192), (1, 2**20, 1, 1024, 8192), (1, 2**20, 16, 1024, 512), (4, 131072, 1, 1024, 2048),
+    (1, 2048, 1, 256, 2048), (2, 8192, 1, 100, 300),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_plans(shape: tuple[int, int, int, int, int], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward begin segments at the same tokens, whatever tiles were chosen, and a slice of states stays small."""
+    batch, length, heads, states, width = shape
+    if packed:
+        batch = 1
+    update = torch.empty(batch, length, heads, states, device="meta")
+    value = torch.empty(batch, length, heads, width, dtype=torch.bfloat16, device="meta")
+    borders = torch.empty(8, dtype=torch.int32) if packed else None
+    monkeypatch.setattr(plan, "operands", lambda dtype, exact: (torch.bfloat16, "tf32"))  # also in the interpreter
     plan._plan.cache_clear()
+    monkeypatch.setitem(tuning.CHOSEN, ("walk", 64, 64, torch.bfloat16), tuning.Tile(64, 128, 4, 3))
+    forward, backward = (plan.plan(update, value, borders, which) for which in (False, True))
+    plan._plan.cache_clear()
+    if not packed:
+        assert forward.layout.segments == backward.layout.segments
+        if forward.carried:
+            tokens = {made.layout.segment_chunks * made.layout.chunk for made in (forward, backward)}
+            assert len(tokens) == 1
+            assert tokens.pop() >= plan.SEGMENT_STATES * forward.padded
+    segment = backward.layout.segment_chunks * backward.layout.chunk
+    if segment > 2 * max(plan.SEGMENT_LEAST, plan.SEGMENT_STATES * backward.padded):
+        assert 2 * backward.state_bytes(segment) <= 1.1 * backward.workspace_room
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -181,6 +225,22 @@ def test_sparse_equals_masked_dense() -> None:
     right(Problem.random(Shape(1, 40, 1, 8, 8, top_k=3), device=DEVICE, initial_state=True))
 
 
+def test_no_width() -> None:
+    problem = Problem.random(Shape(1, 5, 1, 3, 1), device=DEVICE)
+    leaves = [x.detach().requires_grad_() for x in (problem.update, problem.merge, problem.value[..., :0])]
+    y, _ = factorization_memory(*leaves, backend="triton")
+    assert all(not gradient.any() for gradient in torch.autograd.grad(y.sum(), leaves))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    problem = Problem.random(Shape(1, 5, 1, 3, 4), device=DEVICE)
+    leaves = problem.leaves()
+    (y,) = problem.forward("triton", leaves)
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
 def test_no_sequences_and_no_tokens(batch: int, length: int) -> None:
     problem = Problem.random(Shape(batch, length, 2, 3, 4), device=DEVICE, initial_state=True)
@@ -193,12 +253,21 @@ def test_no_sequences_and_no_tokens(batch: int, length: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # where infinite numbers are meant to be
-def test_nothing_comes_through_from_another_sequence() -> None:
-    """Not even what is not finite, nor from behind a sequence's end."""
-    problem = Problem.random(Shape(1, 40, 1, 3, 4), device=DEVICE, borders=[0, 3, 40])
-    problem.value[0, :3] = torch.inf
-    y, _ = problem.forward("triton", problem.leaves(), output_final_state=True)
-    assert torch.isfinite(y[:, 3:]).all()
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("border", [3, 200])
+def test_nothing_comes_through_from_another_sequence(border: int) -> None:
+    """Not even what is not finite, neither forward nor backward, nor over the borders of segments."""
+    problem = Problem.random(Shape(1, 400, 1, 3, 4), device=DEVICE, borders=[0, border, 400])
+    problem.value[0, :border] = torch.inf
+    y, final = problem.forward("triton", problem.leaves(), output_final_state=True)
+    assert torch.isfinite(y[:, border:]).all()
+    assert torch.isfinite(final[1]).all()
+    problem = Problem.random(Shape(1, 400, 1, 3, 4), device=DEVICE, borders=[0, border, 400])
+    problem.d_output[0, border:] = torch.inf
+    for name, gradient in problem.solve("triton").items():
+        if name in ("d_update", "d_merge", "d_value"):
+            assert torch.isfinite(gradient[:, :border]).all(), name
 
 
 def test_table_of_chunks() -> None:
@@ -216,7 +285,7 @@ def test_table_of_chunks() -> None:
 
 @pytest.mark.parametrize("borders", [None, [0, 3, 20]])
 def test_operators_keep_their_promises(borders: list[int] | None) -> None:
-    """Schema, fake kernels, autograd registration, and tracing with static and dynamic shapes."""
+    """Schema, fake kernels, autograd registration, and tracing."""
     problem = Problem.random(Shape(1, 20, 1, 4, 8), device=DEVICE, initial_state=True, borders=borders)
     update, merge, value, initial = problem.leaves()
     torch.library.opcheck(

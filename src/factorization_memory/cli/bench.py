@@ -177,7 +177,11 @@ def _op(options: Op, command: str) -> int:
         people.print(f"without {name}: {why}", soft_wrap=True)
     for record in result["same_maths"]:
         error = record["reason"] or f"relative error {record['error']:.1e}"
-        people.print(f"{record['peer']} at {record['shape']} beside the float64 reference: {error}", soft_wrap=True)
+        text = f"{record['peer']} at {record['shape']} beside the float64 reference: {error}"
+        if not record["passed"]:
+            tolerance = f"{record['tolerance']:.0e}"
+            text = f"[yellow]{text}; NOT the same maths (more than {tolerance} off): its times compare nothing[/]"
+        people.print(text, soft_wrap=True)
     try:
         if options.plot is not None:
             from factorization_memory.benchmarks.plot import save

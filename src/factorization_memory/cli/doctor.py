@@ -137,4 +137,4 @@ def _show(findings: dict[str, Any], people: Console) -> None:
     for one in findings["skipped"]:
         people.print(f"[dim]{one['backend']} not on {one['device']}: {escape(one['reason'])}[/]", soft_wrap=True)
     failed = sum(not result["passed"] for result in findings["checks"])
-    people.print("[green]all backends run and are right here[/]" if not failed else f"[red]{failed} checks failed[/]")
+    people.print("[green]all backends that can run here are right[/]" if not failed else f"[red]{failed} checks failed[/]")

@@ -274,7 +274,7 @@ class FactorizationMemory(nn.Module):
         self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The loop that sees every state of every token, a piece of time at once so that backward holds one piece's states."""
-        borders = None if cu_seqlens is None else ops.check_borders(cu_seqlens, value.shape[0], value.shape[1])
+        borders = None if cu_seqlens is None else ops.read_borders(cu_seqlens)
         sequences = value.shape[0] if borders is None else len(borders) - 1
         memory = (self.initial_state(sequences).memory if memory is None else memory).clone()
         outputs, finals = [value.new_zeros(value.shape[0], 0, *value.shape[2:])], []

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from factorization_memory.ops.precision import no_autocast
 
 IGNORE = -100
 """The target of a position that has no loss."""
-PIECE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+PIECE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits computed at a time: few enough for a CPU's cache, enough to fill a GPU."""
 
 
@@ -113,11 +114,13 @@ def _fake_mean_loss(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.needed = inputs[3:]
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+@once_differentiable
+def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     gradients = (
-        gradient * d_loss.to(gradient.dtype) if needed else None
+        gradient * d_loss.to(gradient.dtype) if needed and d_loss is not None else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
     )
     return *gradients, None, None, None

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from factorization_memory.ops import chunked, reference, triton
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
@@ -113,13 +114,13 @@ def recurrence_unchecked(
     """`factorization_memory` on arguments known to be right."""
     backend = _choose(backend, value)
     if backend == "reference":
-        borders = None if cu_seqlens is None else check_borders(cu_seqlens, value.shape[0], value.shape[1])
+        borders = None if cu_seqlens is None else read_borders(cu_seqlens)
         return _reference(update, merge, value, indices, num_states, initial_state, output_final_state, borders)
     if indices is not None:
         update, merge = (_scatter(x, indices, num_states) for x in (update, merge))
     if backend == "triton":
         return triton.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
-    borders = None if cu_seqlens is None else check_borders(cu_seqlens, value.shape[0], value.shape[1])
+    borders = None if cu_seqlens is None else read_borders(cu_seqlens)
     return chunked.forward(update, merge, value, initial_state, output_final_state, borders)
 
 
@@ -188,12 +189,12 @@ def _check(update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None,
                 f"{name}: got shape {tuple(tensor.shape)}, takes [{letters}, M] (or K) with [{letters}] = "
                 f"{list(value.shape[:-1])} as in value"
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: got dtype {tensor.dtype}, takes a floating-point dtype")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, takes float64, float32, bfloat16 or float16")
         if tensor.device != value.device:
             raise ValueError(f"{name}: is on {tensor.device}, value on {value.device}; move them to one device")
-    if not value.is_floating_point():
-        raise ValueError(f"value: got dtype {value.dtype}, takes a floating-point dtype")
+    if value.dtype not in FLOATS:
+        raise ValueError(f"value: got dtype {value.dtype}, takes float64, float32, bfloat16 or float16")
     if merge.shape != update.shape:
         raise ValueError(f"merge: got shape {tuple(merge.shape)}, takes that of update, {tuple(update.shape)}")
     if indices is None:
@@ -222,29 +223,37 @@ def _check_indices(indices: Tensor, num_states: int) -> None:
         raise ValueError("indices: got the same state twice for one token, takes distinct states")
 
 
-_CHECKED = WeakTensorKeyDictionary()
-"""Borders that were found right: tensor -> its version, T and the borders, so that a GPU is waited for once."""
+_READ = WeakTensorKeyDictionary()
+"""Borders read from a GPU: tensor -> its version and the borders, so that the GPU is waited for once and not by every layer."""
 
 
-def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
-    """The borders of packed sequences, `[N + 1]`, as a list; ValueError if they do not fit B = `batch`, T = `length`.
+def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """ValueError if the borders of packed sequences, `[N + 1]`, do not fit B = `batch`, T = `length`.
 
-    Under `torch.compile` values are not looked at, and the list is empty.
+    Under `torch.compile` their values are not looked at.
     """
     if batch != 1:
         raise ValueError(f"cu_seqlens: B = {batch}, packed sequences take B = 1")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 integers")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 int32 or int64 numbers"
+        )
     if torch.compiler.is_compiling():
-        return []
-    known = _CHECKED.get(cu_seqlens)
-    if known is not None and known[:2] == (cu_seqlens._version, length):
-        return known[2]
-    borders = [int(border) for border in cu_seqlens.tolist()]
+        return
+    borders = read_borders(cu_seqlens)
     if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in pairwise(borders)):
         raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {length}")
-    _CHECKED[cu_seqlens] = cu_seqlens._version, length, borders
-    return borders
+
+
+def read_borders(cu_seqlens: Tensor) -> list[int]:
+    """The borders of packed sequences as a list."""
+    # Only what a GPU holds is worth remembering, and only what counts its versions can be.
+    if torch.compiler.is_compiling() or not cu_seqlens.is_cuda or cu_seqlens.is_inference():
+        return cu_seqlens.tolist()
+    known = _READ.get(cu_seqlens)
+    if known is None or known[0] != cu_seqlens._version:
+        known = _READ[cu_seqlens] = cu_seqlens._version, cu_seqlens.tolist()
+    return known[1]
 
 
 def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor) -> None:

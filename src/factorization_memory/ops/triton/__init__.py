@@ -5,15 +5,19 @@ Nothing here imports Triton before the first call.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-CAPABILITY = (8, 0)
-"""The least compute capability: that of the first GPUs with bfloat16 and TF32."""
+VERSION = (3, 6)
+"""The oldest Triton that compiles the kernels."""
+CAPABILITIES = (9, 10)
+"""Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
+that ship may take; others give 163 KiB or 99."""
 
 
 def interpreted() -> bool:
@@ -36,16 +40,22 @@ def _device_obstacle(name: str) -> str | None:
 @lru_cache(maxsize=64)
 def _obstacle(name: str, in_python: bool) -> str | None:
     device = torch.device(name)
-    if find_spec("triton") is None:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         return "Triton is not installed (pip install triton)"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < VERSION:
+        return f"Triton is {version}, the kernels need {'.'.join(map(str, VERSION))} or newer"
     if device.type == "cpu":
         if in_python:
             return None
         return "value is on the CPU, the kernels need a GPU (for tests, TRITON_INTERPRET=1 interprets them)"
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return f"value is on {device}, the kernels need an NVIDIA GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability {'.'.join(map(str, CAPABILITY))}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] not in CAPABILITIES:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 9.x or 10.x (H100, H200, B200)"
     return None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from factorization_memory.ops.triton.launch import Call
 from factorization_memory.ops.triton.layout import chunk_table
@@ -139,7 +140,8 @@ def _dense_backward(
     rows, d_rows = (x.contiguous().to(_operand_dtype(value)) for x in (value, d_output))
     initial = None if initial is None else initial.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
-    d_update, d_merge, d_value = torch.empty_like(update), torch.empty_like(merge), torch.empty_like(rows)
+    fill = torch.empty_like if value.numel() > 0 else torch.zeros_like
+    d_update, d_merge, d_value = fill(update), fill(merge), fill(rows)
     shape = _state_shape(value, update.shape[3], cu_seqlens)
     d_initial = None if initial is None else _standing(d_final, value, shape)
     if value.numel() > 0:
@@ -149,7 +151,8 @@ def _dense_backward(
         begins = None
         if made.carried:
             # Chunks of packed sequences, and so segments, differ from those of the forward pass.
-            begins = call.carry(rows, initial, reverse=False) if layout.packed else carry
+            known = not layout.packed and len(carry) == call.segments
+            begins = carry if known else call.carry(rows, initial, reverse=False)
         ends = call.carry(d_rows, d_final, reverse=True) if made.carried else None
         slices = call.slices(rows, 2)
         states, d_states = call.state_workspace(slices[0][1]), call.state_workspace(slices[0][1])
@@ -186,6 +189,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     update, merge, value, initial, cu_seqlens, *kept = ctx.saved_tensors
     if d_output is None:

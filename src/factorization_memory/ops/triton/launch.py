@@ -19,11 +19,6 @@ from factorization_memory.ops.triton.plan import Plan
 from factorization_memory.ops.triton.states import carry_kernel, states_kernel
 from factorization_memory.ops.triton.tuning import Tile
 
-WORKSPACE_SHARE = 0.5
-"""Bytes of the states in memory at a time, over those of values and outputs."""
-WORKSPACE_LEAST = 256 * 2**20
-"""Bytes of states in memory at a time that are never worth saving."""
-
 
 class Call:
     """Launches the kernels of one call: first, here, that of the weights of chunks."""
@@ -144,8 +139,7 @@ class Call:
         """First segment and number of segments of each slice, so that `buffers` workspaces of states stay small."""
         plan = self.plan
         of_one = plan.layout.segment_chunks * plan.heads * plan.padded * plan.width * self.read.element_size() * buffers
-        room = max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * 2 * values.numel() * values.element_size()))
-        count = max(1, min(self.segments, room // of_one))
+        count = max(1, min(self.segments, plan.workspace_room // of_one))
         count = -(-self.segments // -(-self.segments // count))
         return [(first, min(count, self.segments - first)) for first in range(0, self.segments, count)]
 

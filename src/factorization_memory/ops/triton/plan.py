@@ -21,6 +21,10 @@ SEGMENT_LEAST = 256
 """A segment has at least this many tokens."""
 PROGRAMS = 2
 """Programs for each processor of the GPU that segments aim at, where there is not one for each without them."""
+WORKSPACE_SHARE = 0.5
+"""Bytes of the states in memory at a time, over those of values and outputs."""
+WORKSPACE_LEAST = 256 * 2**20
+"""Bytes of states in memory at a time that are never worth saving."""
 LONGEST_CHUNK = 128
 """Tokens of the longest chunk; segments begin at multiples of it."""
 
@@ -44,7 +48,8 @@ class Plan:
     processors: int
     """Multiprocessors of the GPU."""
     keeps_weights: bool
-    """Whether P, Q, K and G are kept for backward: if it cuts time into the same chunks, and they weigh less than values."""
+    """Whether P, Q, K and G are kept for backward: if it cuts time into the same chunks, and they weigh less than values
+    and outputs."""
 
     @property
     def resident(self) -> bool:
@@ -55,6 +60,18 @@ class Plan:
     def carried(self) -> bool:
         """Whether rows are cut into several segments."""
         return self.layout.segments > 1
+
+    @property
+    def workspace_room(self) -> int:
+        """Bytes of states in memory at a time."""
+        size = self.dtype.itemsize
+        values = self.layout.rows * self.layout.length * self.heads * self.width * size
+        return max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * 2 * values))
+
+    def state_bytes(self, tokens: int) -> int:
+        """Bytes of the states before each chunk of so many tokens, in the backward pass's chunks."""
+        chunk = longest_chunk(self.padded, self.dtype, backward=True)
+        return -(-tokens // chunk) * self.heads * self.padded * self.width * self.dtype.itemsize
 
     def tile(self, kernel: str) -> Tile:
         """The tile of a kernel, no wider than the values."""
@@ -96,9 +113,17 @@ def plan(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward: boo
     """The plan for weights `[B, T, H, M]` and values `[B, T, H, D]`, of N packed sequences if `cu_seqlens` `[N + 1]` is given;
     their table is not computed yet."""
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    exact = torch.get_float32_matmul_precision() == "highest"
+    exact = value.dtype == torch.bfloat16 or _exact_products()
     shape = tuple(int(size) for size in update.shape)  # a traced size becomes a fixed one
     return _plan(shape, int(value.shape[3]), value.dtype, exact, value.device, sequences, backward)
+
+
+def _exact_products() -> bool:
+    """Whether PyTorch is told to multiply float32 as such, by either of its ways to say so."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the newer way was used
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 @lru_cache(maxsize=1024)
@@ -118,12 +143,13 @@ def _plan(
     layout = Layout(chunk, batch, length, chunks, 1, chunks, None)
     made = Plan(layout, heads, states, padded, width, dtype, precision, processors, keeps)
 
-    # Segments of whole chunks, the same forward and backward, so that states at their borders serve both.
-    at = made.tile("walk" if made.resident else "states")
-    programs = batch * heads * -(-width // at.width) * (1 if made.resident else padded // at.states)
-    if programs >= PROGRAMS * processors // 2:
-        return made
-    segments = min(PROGRAMS * processors // programs, length // max(SEGMENT_LEAST, SEGMENT_STATES * padded))
+    # Segments are the same forward and backward, whatever the chunks and tiles, so that states at their borders serve both.
+    blocks = 1 if made.resident else -(-padded // 128)
+    programs = batch * heads * -(-width // (64 if made.resident else 256)) * blocks
+    parallel = PROGRAMS * processors // programs if programs < PROGRAMS * processors // 2 else 1
+    of_row = made.state_bytes(length) * 2
+    small = -(-of_row // made.workspace_room)
+    segments = min(max(parallel, small), length // max(SEGMENT_LEAST, SEGMENT_STATES * padded))
     if segments < 2:
         return made
     segment = -(-length // (segments * LONGEST_CHUNK)) * LONGEST_CHUNK

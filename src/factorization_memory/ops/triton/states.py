@@ -153,4 +153,5 @@ def carry_kernel(
         end = tl.load(local + at * MP * width + tile, mask=inside & follows, other=0.0)
         g = tl.load(decay + at * MP + j, mask=(j < MP) & follows, other=0.0)
         tl.store(local + at * MP * width + tile, state, mask=inside)
-        state = end + g[:, None] * state
+        # Where a sequence begins within the segment, nothing comes through, not even what is not finite.
+        state = tl.where((g == 0)[:, None], end, end + g[:, None] * state)
