@@ -120,7 +120,7 @@ def test_generate_streams_to_stdout(workplace: Path, capsys: pytest.CaptureFixtu
 
 
 def test_generate_from_a_file(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "prompt.txt").write_text("The wise", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("\ufeffThe wise", encoding="utf-8")  # as some editors write it
     file = tmp_path / "prompt.txt"
     status, out, _ = call(capsys, "generate", workplace / "run", "--prompt-file", file, "--max-tokens", 5, "--device", "cpu")
     assert status == 0
@@ -189,6 +189,8 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["inspect", "nowhere"], 2, "exactly one of --text TEXT and --file FILE"),
         (["inspect", "nowhere", "--text", ""], 2, "text: it is empty"),
         (["generate", "nowhere", "--prompt", "x", "--top-k", "0"], 2, "--top-k=0: use 1 or more"),
+        (["generate", "nowhere", "--prompt", "x", "--max-tokens", "0"], 2, "--max-tokens=0: use 1 or more"),
+        (["generate", "nowhere", "--prompt", "x", "--num-samples", "-1"], 2, "--num-samples=-1: use 1 or more"),
         (["generate", "nowhere", "--prompt-file", "."], 2, ".: cannot be read"),
         (["evaluate", "nowhere", "--max-tokens", "0"], 2, "--max-tokens=0: use 1 or more"),
         (["evaluate", "nowhere", "--stretches", "0"], 2, "--stretches=0: use 1 or more"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from factorization_memory.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig, to_dict
 from factorization_memory.data.tokenizer import Tokenizer
@@ -166,6 +166,19 @@ def test_a_damaged_file_is_named_and_others_are_listed(tmp_path: Path, trained: 
         (path / name).write_bytes(whole[: len(whole) - 5 if damage == "cut" else 0])
     model, optimizer = make(1)
     with pytest.raises(CheckpointError, match=rf"{name}.*step-00000001"):
+        load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
+
+
+def test_a_carried_memory_that_is_not_whole(tmp_path: Path, trained: Trained) -> None:
+    model, optimizer = trained
+    memory = train(model, optimizer)
+    save(tmp_path, trained, 1)
+    path = save(tmp_path, trained, 2, carried=[memory])
+    tensors = load_file(path / "carried.safetensors")
+    tensors.pop("0/0")
+    save_file(tensors, path / "carried.safetensors")
+    model, optimizer = make(1)
+    with pytest.raises(CheckpointError, match=r"carried.safetensors: 0/0 should be .*there is nothing; .*step-00000001"):
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
 
 

@@ -61,7 +61,7 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file's text, or that of stdin for "-"."""
+    """A UTF-8 file's text, or that of stdin for "-", without the byte order mark that some editors put before it."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a readable text file") from None
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: byte {error.start} ({raw[error.start]:#04x}) is not UTF-8; convert the text first"

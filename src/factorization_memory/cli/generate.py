@@ -47,6 +47,9 @@ def run(arguments: list[str]) -> int:
     except ConfigError as error:
         # The library names its field; here it is a flag.
         raise ConfigError(re.sub(r"^sampling\.(\w+)", lambda field: "--" + field[1].replace("_", "-"), str(error))) from None
+    for name in ("max_tokens", "num_samples", "prefill_chunk"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: use 1 or more")
     if (options.prompt is None) == (options.prompt_file is None):
         raise ConfigError("prompt: give exactly one of --prompt TEXT and --prompt-file FILE (- for stdin)")
     prompt = options.prompt if options.prompt is not None else read_text(options.prompt_file or "")

@@ -432,7 +432,17 @@ def _load_carried(model: LanguageModel, rows: int, begun: list[bool], path: Path
 
     def load(index: int) -> ModelState:
         numbers = itertools.count()
-        return model.initial_state(rows).apply(lambda empty: empty.copy_(tensors[f"{index}/{next(numbers)}"]))
+
+        def fill(empty: Tensor) -> Tensor:
+            name = f"{index}/{next(numbers)}"
+            if name not in tensors or tensors[name].shape != empty.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise _DamagedError(
+                    f"{path / _CARRIED}: {name} should be {tuple(empty.shape)}, there is {found}; {_present(path)}"
+                )
+            return empty.copy_(tensors[name])
+
+        return model.initial_state(rows).apply(fill)
 
     return [load(index) if each else None for index, each in enumerate(begun)]
 

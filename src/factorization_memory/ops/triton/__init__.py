@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import re
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -40,9 +41,8 @@ def _device_obstacle(name: str) -> str | None:
 @lru_cache(maxsize=64)
 def _obstacle(name: str, in_python: bool) -> str | None:
     device = torch.device(name)
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    version = _version()
+    if version is None:
         return "Triton is not installed (pip install triton)"
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < VERSION:
         return f"Triton is {version}, the kernels need {'.'.join(map(str, VERSION))} or newer"
@@ -57,6 +57,18 @@ def _obstacle(name: str, in_python: bool) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 9.x or 10.x (H100, H200, B200)"
     return None
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if find_spec("triton") is None:
+        return None
+    import triton  # a build of another name
+
+    return getattr(triton, "__version__", None)
 
 
 def forward(
