@@ -1,11 +1,12 @@
-"""The dense recurrence on a GPU: custom operators `factorization_memory::dense` and its gradient.
+"""The dense recurrence on a GPU: the operators `factorization_memory::dense` and `factorization_memory::dense_backward`.
 
 Forward: weights of each chunk (`gates`), then outputs and states. With few states a program holds all of them for a block of
 columns and walks through time (`walk_kernel`); with many, states at chunk borders go through memory (`states_kernel`,
 `outputs_kernel`), a slice of the segments at a time, so that the workspace stays small beside values and outputs. A row that
-is cut into several segments, because batch and width alone cannot fill the chip, first gets the states at their beginnings.
+is cut into several segments, because batch and width alone cannot fill the chip or its states would fill memory, first gets the
+states at their beginnings.
 
-Backward keeps the inputs and those states; it recomputes the weights and, slice by slice, the states of each chunk.
+Backward keeps the inputs, those states and, where they are small, the weights; it recomputes the rest, slice by slice.
 
 Shapes: B sequences, T tokens, H heads, M memory states, D value width of a head, N packed sequences; C tokens of a chunk, MP
 the padded number of states, S slots (see `layout`).
