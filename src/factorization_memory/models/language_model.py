@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -110,31 +109,6 @@ class LanguageModel(nn.Module):
         """
         x, final = self._hidden(tokens, state, cu_seqlens, padding_mask)
         return self.head(self.final_norm(x[:, -1:] if last_only else x)), ModelState(final)
-
-    @overload
-    def loss(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        state: ModelState | None = None,
-        cu_seqlens: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        reduction: str = "mean",
-        keep_state: Literal[True] = True,
-    ) -> tuple[Tensor, ModelState]: ...
-
-    @overload
-    def loss(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        state: ModelState | None = None,
-        cu_seqlens: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        reduction: str = "mean",
-        *,
-        keep_state: bool,
-    ) -> tuple[Tensor, ModelState | None]: ...
 
     def loss(
         self,

@@ -164,11 +164,7 @@ def _dense_backward(
             call.states(d_rows, True, first, count, d_states, ends, d_final, d_initial)
             first_slot, slots = first * layout.segment_chunks, count * layout.segment_chunks
             call.gradients(rows, d_rows, states, d_states, d_weights, d_value, first_slot, slots)
-            if d_inner is not None:
-                d_weights[0] = d_inner[first_slot:]
-            call.weight_gradients(update, merge, d_weights, d_update, d_merge, first_slot, slots)
-            if d_inner is not None:
-                d_weights[0] = None
+            call.weight_gradients(update, merge, d_inner, d_weights, d_update, d_merge, first_slot, slots)
     if d_initial is None:
         d_initial = value.new_empty(0, dtype=torch.float32)
     return d_update, d_merge, d_value.to(value.dtype), d_initial

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from factorization_memory.ops.triton.gates import gates_backward, gates_forward
+from factorization_memory.ops.triton.gate_gradients import gates_backward
+from factorization_memory.ops.triton.gates import gates_forward
 from factorization_memory.ops.triton.gradients import gradients_kernel
 from factorization_memory.ops.triton.outputs import outputs_kernel, walk_kernel
 from factorization_memory.ops.triton.plan import Plan
@@ -43,7 +44,7 @@ class Call:
         shape = (self.segments, plan.heads, plan.padded)
         local = rows.new_empty(*shape, plan.width, dtype=torch.float32)
         decay = rows.new_empty(shape, dtype=torch.float32)
-        self._walk_states(rows, reverse, 0, self.segments, enter=enter, summary=(local, decay))
+        self.states(rows, reverse, 0, self.segments, enter=enter, summary=(local, decay))
         at = plan.tile("carry")
         packed = plan.layout.packed
         carry_kernel[self._tiles(plan.layout.rows, at, plan.padded // at.states)](
@@ -54,16 +55,11 @@ class Call:
         return local
 
     def states(
-        self, rows: Tensor, reverse: bool, first: int, count: int, out: Tensor, carry: Tensor | None, enter: Tensor | None,
-        leave: Tensor | None,
-    ) -> None:  # fmt: skip
-        """States before each chunk of `count` segments (gradients after it, in reverse) to `out`."""
-        self._walk_states(rows, reverse, first, count, out=out, carry=carry, enter=enter, leave=leave)
-
-    def _walk_states(
         self, rows: Tensor, reverse: bool, first: int, count: int, out: Tensor | None = None, carry: Tensor | None = None,
         enter: Tensor | None = None, leave: Tensor | None = None, summary: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
+        """States before each chunk of `count` segments (gradients after it, in reverse) to `out`; or each segment's `summary`:
+        the state that it leaves if it begins with none, and its decay."""
         plan = self.plan
         at = plan.tile("states")
         if math.prod(self._tiles(count, at, plan.padded // at.states)) < plan.processors:
@@ -158,10 +154,15 @@ class Call:
         return [self.total.new_empty(*lead, chunk, chunk) if whole else None, read, write, total]
 
     def weight_gradients(
-        self, update: Tensor, merge: Tensor, d_weights: Sequence[Tensor | None], d_update: Tensor, d_merge: Tensor,
-        first_slot: int, slots: int,
+        self, update: Tensor, merge: Tensor, d_inner: Tensor | None, d_weights: Sequence[Tensor | None], d_update: Tensor,
+        d_merge: Tensor, first_slot: int, slots: int,
     ) -> None:  # fmt: skip
-        """Gradients of update and merge weights from those of P, Q, K, G of `slots` chunks."""
-        inner, read, write, total = (x[:slots] for x in d_weights if x is not None)
+        """Gradients of update and merge weights from those of P, Q, K, G of `slots` chunks; `d_inner` is P's, of all chunks,
+        if not among `d_weights`."""
+        read, write, total = (x[:slots] for x in d_weights[1:] if x is not None)
+        inner = d_weights[0] if d_inner is None else d_inner[first_slot : first_slot + slots]
+        assert inner is not None
         layout, precision = self.plan.layout, self.plan.precision
-        gates_backward(update, merge, layout, (first_slot, slots), inner, read, write, total, d_update, d_merge, precision)
+        gates_backward(
+            update, merge, layout, (first_slot, slots), inner[:slots], read, write, total, d_update, d_merge, precision
+        )

@@ -1,4 +1,4 @@
-"""How a call is cut and computed, from its shapes alone.
+"""How a call is cut and computed: from its shapes, its dtype and the device.
 
 Shapes: B sequences, T tokens, H heads, M memory states, D value width of a head, N packed sequences.
 """
