@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from factorization_memory.ops.precision import no_autocast
+from factorization_memory.ops.precision import has_autocast, no_autocast
 
 IGNORE = -100
 """The target of a position that has no loss."""
@@ -42,7 +42,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
         return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
     if reduction != "mean":
         raise ValueError(f"reduction={reduction!r}: use 'mean' or 'none'")
-    if torch.amp.is_autocast_available(hidden.device.type) and torch.is_autocast_enabled(hidden.device.type):
+    if has_autocast(hidden.device) and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     needs = torch.is_grad_enabled()
     return torch.ops.factorization_memory.linear_cross_entropy.default(

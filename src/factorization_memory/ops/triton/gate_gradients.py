@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorization_memory.ops.triton.launcher import launch
 from factorization_memory.ops.triton.layout import Layout, locate
 from factorization_memory.ops.triton.tree import (
     BLOCK_STATES,
@@ -406,7 +407,9 @@ def gates_backward(
     first, count = slots
     constants = constants_of(layout, update, d_read.shape[-1], precision)
     tiles = layout.chunk // constants["C"]
-    backward_kernel[(count * tiles, update.shape[2], -(-update.shape[3] // BLOCK_STATES))](
+    launch(
+        backward_kernel,
+        (count * tiles, update.shape[2], -(-update.shape[3] // BLOCK_STATES)),
         update,
         merge,
         d_inner,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorization_memory.ops.triton.launcher import launch
 from factorization_memory.ops.triton.layout import Layout, locate
 from factorization_memory.ops.triton.tree import (
     BLOCK_STATES,
@@ -157,7 +158,9 @@ def gates_forward(
     constants = constants_of(layout, update, states, precision)
     block = block_states or min(BLOCK_STATES, 1 << (states - 1).bit_length())
     # One number for each of 128 threads: of all states of a block first, then of as many parts of the tokens as that leaves.
-    forward_kernel[(layout.slots * (chunk // constants["C"]), heads)](
+    launch(
+        forward_kernel,
+        (layout.slots * (chunk // constants["C"]), heads),
         update,
         merge,
         read,

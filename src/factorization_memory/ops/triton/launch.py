@@ -15,6 +15,7 @@ from torch import Tensor
 from factorization_memory.ops.triton.gate_gradients import gates_backward
 from factorization_memory.ops.triton.gates import gates_forward
 from factorization_memory.ops.triton.gradients import gradients_kernel
+from factorization_memory.ops.triton.launcher import launch
 from factorization_memory.ops.triton.outputs import outputs_kernel, walk_kernel
 from factorization_memory.ops.triton.plan import Plan
 from factorization_memory.ops.triton.states import carry_kernel, states_kernel
@@ -47,7 +48,8 @@ class Call:
         self.states(rows, reverse, 0, self.segments, enter=enter, summary=(local, decay))
         at = plan.tile("carry")
         packed = plan.layout.packed
-        carry_kernel[self._tiles(plan.layout.rows, at, plan.padded // at.states)](
+        launch(
+            carry_kernel, self._tiles(plan.layout.rows, at, plan.padded // at.states),
             local, decay, None if packed else enter, plan.heads, plan.states, plan.width, plan.layout.segments,
             MP=plan.padded, BM=at.states, BD=at.width, REVERSE=reverse, HAS_ENTER=enter is not None and not packed,
             num_warps=at.warps,
@@ -65,7 +67,8 @@ class Call:
         if math.prod(self._tiles(count, at, plan.padded // at.states)) < plan.processors:
             at = plan.tile("narrow_states")
         local, decay = (None, None) if summary is None else summary
-        states_kernel[self._tiles(count, at, plan.padded // at.states)](
+        launch(
+            states_kernel, self._tiles(count, at, plan.padded // at.states),
             rows, self.read if reverse else self.write, self.total, enter, leave, carry, out, local, decay, self.table, first,
             plan.heads, plan.states, plan.width, *self.size,
             C=plan.layout.chunk, MP=plan.padded, BM=at.states, BD=at.width, REVERSE=reverse, PACKED=plan.layout.packed,
@@ -77,7 +80,8 @@ class Call:
         """Outputs `[B, T, H, D]` and final states, of few states."""
         plan = self.plan
         at = plan.tile("walk")
-        walk_kernel[self._tiles(self.segments, at, 1)](
+        launch(
+            walk_kernel, self._tiles(self.segments, at, 1),
             value, self.read, self.write, self.total, initial, carry, output, final, self.table,
             plan.heads, plan.states, plan.width, *self.size,
             C=plan.layout.chunk, MP=plan.padded, BD=at.width, PACKED=plan.layout.packed, HAS_INITIAL=initial is not None,
@@ -89,7 +93,8 @@ class Call:
         """`P v + Q h` of `slots` chunks to `output`, or, `transposed`, `P^T dy + K dh'`."""
         plan = self.plan
         at = plan.tile("outputs")
-        outputs_kernel[self._tiles(slots, at, 1)](
+        launch(
+            outputs_kernel, self._tiles(slots, at, 1),
             rows, self.write if transposed else self.read, states, output, self.table, first_slot,
             plan.heads, plan.width, *self.size,
             C=plan.layout.chunk, MP=plan.padded, BK=min(at.states, plan.layout.chunk), BD=at.width, PACKED=plan.layout.packed,
@@ -123,7 +128,8 @@ class Call:
     ) -> None:  # fmt: skip
         plan = self.plan
         blocks = 1 if states is None else plan.padded // at.states
-        gradients_kernel[(slots * blocks, plan.heads)](
+        launch(
+            gradients_kernel, (slots * blocks, plan.heads),
             value, d_output, states, d_states, self.write, *d_weights, d_value, self.table, first_slot,
             plan.heads, plan.width, *self.size,
             C=plan.layout.chunk, MP=plan.padded, BM=at.states, BD=at.width, INNER=d_weights[0] is not None,
