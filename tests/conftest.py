@@ -14,7 +14,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Where there is no Triton, as on a Mac, there are no kernels to test.
-collect_ignore = [] if find_spec("triton") else ["ops/test_triton.py", "ops/test_triton_gates.py", "benchmarks/test_tuning.py"]
+collect_ignore = (
+    []
+    if find_spec("triton")
+    else ["ops/test_triton.py", "ops/test_triton_gates.py", "ops/test_sparse.py", "benchmarks/test_tuning.py"]
+)
 
 # Tests are small, and threads that wait for each other on busy cores make them many times slower.
 torch.set_num_threads(1)

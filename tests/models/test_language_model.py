@@ -39,6 +39,9 @@ def test_prefill_then_steps_equal_the_whole(model: LanguageModel, tokens: torch.
 
 def test_last_only(model: LanguageModel, tokens: torch.Tensor) -> None:
     torch.testing.assert_close(model(tokens, last_only=True)[0], model(tokens)[0][:, -1:])
+    packed, borders = tokens.reshape(1, -1)[:, :11], torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+    expected = model(packed, cu_seqlens=borders)[0][:, [3, 4, 10]]
+    torch.testing.assert_close(model(packed, cu_seqlens=borders, last_only=True)[0], expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -46,18 +46,20 @@ def examine() -> dict[str, Any]:
     from factorization_memory import __version__
     from factorization_memory.benchmarks.correctness import check_backend
     from factorization_memory.benchmarks.timing import cpu_model
-    from factorization_memory.ops import BACKENDS, obstacle
+    from factorization_memory.ops import obstacle
 
     no_gpu = None
     if not torch.cuda.is_available():
         no_gpu = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
     devices = ["cpu"] if no_gpu else ["cpu", "cuda"]
     checks, skipped = [], []
-    for backend in BACKENDS[1:]:
+    for backend in ("reference", "chunked", "triton"):
         for device in devices:
             reason = obstacle(backend, torch.empty(0, device=device))
             if reason is None:
                 checks += check_backend(backend, device)
+                if backend == "triton":
+                    checks += check_backend("triton-sparse", device)
             else:
                 skipped.append({"backend": backend, "device": device, "reason": reason})
     return {

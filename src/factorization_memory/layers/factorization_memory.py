@@ -21,9 +21,10 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.norm import rms_norm
-from factorization_memory.layers.state import LayerState
+from factorization_memory.layers.state import LayerState, Undo
 from factorization_memory.ops import reference
 from factorization_memory.ops.precision import no_autocast, state_dtype
+from factorization_memory.ops.routing import route
 
 STATE_NORM_PIECE = 64
 """Tokens whose states norm="state" holds at a time."""
@@ -165,26 +166,23 @@ class FactorizationMemory(nn.Module):
             padding_mask: bool `[...]`; False makes a token's update and merge weights zero.
         """
         logits = self.affinity(x).unflatten(-1, (self.num_heads, self.num_states))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        indices = None
-        if self.top_k is not None:
-            logits, indices = logits.topk(self.top_k, dim=-1)
-        affinity = logits.softmax(-1)
-        if self.affinity_threshold is not None:
-            least = affinity.amax(-1, keepdim=True).clamp(max=self.affinity_threshold)
-            affinity = logits.masked_fill(affinity < least, -torch.inf).softmax(-1)
-        update, merge = (
-            self._rate(rate, x, indices).to(affinity.dtype) * affinity for rate in (self.update_rate, self.merge_rate)
+        update_logits, merge_logits = (
+            rate(x).unflatten(-1, (self.num_heads, self.rates_per_head)) for rate in (self.update_rate, self.merge_rate)
         )
+        if self.affinity_threshold is not None:
+            logits = self._above_threshold(logits)
+        backend = "auto" if self.backend in ("auto", "triton") else "plain"
+        affinity, update, merge, indices = route(logits, update_logits, merge_logits, self.top_k, self.temperature, backend)
         if padding_mask is not None:
             update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
         return Routing(affinity, update, merge, indices, self.num_states, padding_mask)
 
-    def _rate(self, projection: nn.Linear, x: Tensor, indices: Tensor | None) -> Tensor:
-        logits = projection(x).unflatten(-1, (self.num_heads, self.rates_per_head))
-        if indices is not None and self.rates_per_head > 1:
-            logits = logits.gather(-1, indices)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    def _above_threshold(self, logits: Tensor) -> Tensor:
+        """Affinity logits `[..., H, M]`, minus infinity where the affinity is below the threshold and not the largest."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        affinity = (logits / self.temperature).softmax(-1)
+        least = affinity.amax(-1, keepdim=True).clamp(max=self.affinity_threshold)
+        return logits.masked_fill(affinity < least, -torch.inf)
 
     def forward(
         self,
@@ -249,16 +247,42 @@ class FactorizationMemory(nn.Module):
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
         routing = self.route(x)
         value = self.value(x)
+        undo = state.undo
+        if undo is not None:
+            undo.put_aside(routing.indices, state.convolution)
         if self.convolution is not None and state.convolution is not None:
             value = self.convolution.step(value, state.convolution)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         if self.norm == "state":
+            if undo is not None:
+                reference.put_aside(state.memory, routing.indices, undo.rows, undo.position)
             with no_autocast(x.device):
                 y = reference.step(routing.update, routing.merge, value, routing.indices, state.memory, self.norm_eps)
             y = y.to(value.dtype)
         else:
-            y, _ = ops.step_unchecked(routing.update, routing.merge, value, state.memory, routing.indices)
+            rows, position = (None, None) if undo is None else (undo.rows, undo.position)
+            y = ops.step_unchecked(
+                routing.update, routing.merge, value, state.memory, routing.indices, undo=rows, position=position
+            )
         return self._output(y, x)
+
+    def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
+        """The same state, keeping what the next steps overwrite; `position` as in `Undo`."""
+        memory, convolution = state.memory, state.convolution
+        batch, heads, _, width = memory.shape
+        chosen = self.top_k or self.num_states
+        return LayerState(
+            memory,
+            convolution,
+            Undo(
+                memory.new_empty(steps, batch, heads, chosen, width),
+                None
+                if self.top_k is None
+                else torch.zeros(steps, batch, heads, chosen, dtype=torch.int64, device=memory.device),
+                None if convolution is None else convolution.new_empty(steps, *convolution.shape),
+                position,
+            ),
+        )
 
     def _recurrence(
         self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None, keep_state: bool

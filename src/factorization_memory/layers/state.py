@@ -1,6 +1,9 @@
 """What a memory layer carries from one token to the next, and what a whole model carries: constant in the length read.
 
-Shapes: B sequences, H heads, M memory states, D value width of a head.
+A state that is stepped token by token can keep what its last steps overwrote, and be rolled back to the bit: for drafts that
+are not accepted, and prefixes that are used again. That costs as much as the steps wrote: K states of M where memory is sparse.
+
+Shapes: B sequences, H heads, M memory states, K states that a step writes, D value width of a head.
 """
 
 from __future__ import annotations
@@ -11,6 +14,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from factorization_memory import ops
+
+
+@dataclass
+class Undo:
+    """What the last steps of one layer overwrote, in a ring of so many places.
+
+    Attributes:
+        rows: memory states as they were, `[places, B, H, K, D]`; K = M in the dense form.
+        indices: which they are, int64 `[places, B, H, K]`; None in the dense form.
+        convolution: `LayerState.convolution` as it was, `[places, B, taps - 1, H * D]`, or None.
+        position: int64 `[1]`, where the next step goes: one tensor for all layers, so that a CUDA graph can hold the steps.
+    """
+
+    rows: Tensor
+    indices: Tensor | None
+    convolution: Tensor | None
+    position: Tensor
+
+    def put_aside(self, indices: Tensor | None, convolution: Tensor | None) -> None:
+        """What the next step selects `[B, H, K]`, and the convolution's values before it."""
+        if self.indices is not None and indices is not None:
+            self.indices.index_copy_(0, self.position, indices[None])
+        if self.convolution is not None and convolution is not None:
+            self.convolution.index_copy_(0, self.position, convolution[None])
+
+    def roll_back(self, state: LayerState, steps: int) -> None:
+        """Take the last steps back; `position` still stands after them."""
+        chosen = None if self.indices is None else self.indices[:, :, None]
+        ops.undo_unchecked(state.memory, self.rows[:, :, None], chosen, None, self.position, steps)
+        if self.convolution is not None and state.convolution is not None:
+            place = (self.position - steps) % len(self.rows)
+            state.convolution.copy_(self.convolution.index_select(0, place)[0])
+
 
 @dataclass
 class LayerState:
@@ -20,10 +57,12 @@ class LayerState:
         memory: `[B, H, M, D]`, float32 (float64 in a float64 model).
         convolution: the last values that the causal convolution still needs, oldest first, `[B, taps - 1, H * D]`; None
             without convolution.
+        undo: takes what steps overwrite, if that is kept. Of this very state: copies have none.
     """
 
     memory: Tensor
     convolution: Tensor | None = None
+    undo: Undo | None = None
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> LayerState:
         """The state with `function` applied to each tensor."""
@@ -34,11 +73,77 @@ class LayerState:
         return [self.memory] if self.convolution is None else [self.memory, self.convolution]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a `ModelState` stood."""
+
+    steps: int
+    """Steps that it had taken."""
+    copy: ModelState | None
+    """A copy, if it does not keep what steps overwrite."""
+
+
 class ModelState:
-    """The states of all layers of a model, first layer first. Every operation but `copy_` leaves it as it is."""
+    """The states of all layers of a model, first layer first. Every operation but `restore` and `rollback` leaves it as it
+    is."""
 
     def __init__(self, layers: Iterable[LayerState]) -> None:
         self.layers = tuple(layers)
+        self._steps = self._kept = 0
+
+    @property
+    def undo_steps(self) -> int:
+        """How many steps can be kept for `rollback`; 0 if none are (see `LanguageModel.keep_undo`)."""
+        undo = self.layers[0].undo
+        return 0 if undo is None else len(undo.rows)
+
+    def step_done(self, replayed: bool = False) -> None:
+        """A step of the model has changed all layers. `replayed` by a CUDA graph, which holds the GPU's part of this."""
+        self._steps += 1
+        undo = self.layers[0].undo
+        if undo is not None:
+            self._kept = min(self._kept + 1, len(undo.rows))
+            if not replayed:
+                undo.position.add_(1).remainder_(len(undo.rows))
+
+    def forget_steps(self) -> None:
+        """Steps done so far cannot be rolled back: other numbers were written into the tensors."""
+        self._kept = 0
+
+    def rollback(self, steps: int) -> None:
+        """Take back the last `steps` steps, to the bit, in place.
+
+        Raises:
+            ValueError: so many are not kept.
+        """
+        if not 0 <= steps <= self._kept:
+            remedy = "keep more with LanguageModel.keep_undo" if self.undo_steps else "call LanguageModel.keep_undo first"
+            raise ValueError(f"steps={steps}: the last {self._kept} steps can be rolled back; {remedy}")
+        undo = self.layers[0].undo
+        if steps and undo is not None:
+            for layer in self.layers:
+                assert layer.undo is not None
+                layer.undo.roll_back(layer, steps)
+            undo.position.sub_(steps).remainder_(len(undo.rows))
+        self._steps -= steps
+        self._kept -= steps
+
+    def snapshot(self) -> Snapshot:
+        """Where the state stands, for `restore`: a number if what steps overwrite is kept, otherwise a copy."""
+        return Snapshot(self._steps, None if self.undo_steps else self.clone())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to where `snapshot` was taken of this state, to the bit, in place.
+
+        Raises:
+            ValueError: more steps were taken since than are kept.
+        """
+        if snapshot.copy is None:
+            self.rollback(self._steps - snapshot.steps)
+            return
+        for mine, copy in zip(self.tensors(), snapshot.copy.tensors(), strict=True):
+            mine.copy_(copy)
+        self._steps = snapshot.steps
 
     def __iter__(self) -> Iterator[LayerState]:
         return iter(self.layers)

@@ -102,13 +102,17 @@ class LanguageModel(nn.Module):
             state: where the sequences stand (N of them with `cu_seqlens`); None begins anew. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False for padding, which leaves the state as it is.
-            last_only: compute the logits of the last position alone, as a prefill needs.
+            last_only: compute the logits of the last position alone, as a prefill needs; of packed sequences, of which none may
+                then be empty, those of the last position of each.
 
         Returns:
-            logits `[B, T, V]` (`[B, 1, V]` with `last_only`) and the state after the last token.
+            logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` of packed sequences) and the state after the last
+            token.
         """
         x, final = self._hidden(tokens, state, cu_seqlens, padding_mask)
-        return self.head(self.final_norm(x[:, -1:] if last_only else x)), ModelState(final)
+        if last_only:
+            x = x[:, -1:] if cu_seqlens is None else x[:, cu_seqlens[1:].to(x.device, torch.long) - 1]
+        return self.head(self.final_norm(x)), ModelState(final)
 
     def loss(
         self,
@@ -142,7 +146,21 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             x = block.step(x, layer_state)
+        state.step_done()
         return self.head(self.final_norm(x)), state
+
+    def keep_undo(self, state: ModelState, steps: int) -> ModelState:
+        """The same state, in the same tensors, keeping what the last `steps` steps overwrite, so that `ModelState.rollback`,
+        and `snapshot` and `restore`, cost as little as those steps.
+
+        Raises:
+            ValueError: `steps` is not positive.
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps}: use 1 or more steps to keep")
+        position = torch.zeros(1, dtype=torch.int64, device=state.layers[0].memory.device)
+        layers = zip(self.blocks, state, strict=True)
+        return ModelState(block.mixer.keep_undo(layer, steps, position) for block, layer in layers)
 
     def _hidden(
         self,

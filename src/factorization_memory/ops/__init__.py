@@ -19,7 +19,7 @@ from factorization_memory.ops import chunked, reference, triton
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("auto", "reference", "chunked", "triton")
+BACKENDS = ("auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse")
 
 
 def factorization_memory(
@@ -45,7 +45,9 @@ def factorization_memory(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state starts anew at each.
         backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch), "triton" (kernels for
-            GPUs; not for float64), or "auto": triton where it can run, chunked elsewhere.
+            GPUs; not for float64), or "auto": triton where it can run, chunked elsewhere. With `indices`, "triton" takes
+            kernels that compute with the selected states alone where that is faster by measurement, and otherwise those of
+            the dense form; "triton-sparse" and "triton-dense" insist on either.
 
     Returns:
         y `[B, T, H, D]` in value's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 values),
@@ -67,37 +69,149 @@ def factorization_memory(
 
 
 def factorization_memory_step(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None = None
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    state: Tensor,
+    indices: Tensor | None = None,
+    places: Tensor | None = None,
+    undo: Tensor | None = None,
+    seed: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence, for generation: `state` is updated in place. Not differentiable.
+    """One token of the recurrence, or a few, for generation: `state` is updated in place. Not differentiable.
+
+    On a GPU nothing is waited for or allocated beside the output, so that a CUDA graph can hold it; there neither the
+    values of `indices` nor those of `places` are checked.
 
     Args:
-        update: theta, `[B, H, M]`, or `[B, H, K]` with `indices`.
+        update: theta, `[B, H, M]`, or `[B, H, K]` with `indices`; `[B, T, H, M]` (or K) for T tokens one after the other.
         merge: phi, same shape as `update`.
-        value: v, `[B, H, D]`.
-        state: h, `[B, H, M, D]`, float32 (float64 for float64 values); a sparse step reads and writes K rows of it.
-        indices: integers `[B, H, K]`, distinct.
+        value: v, `[B, H, D]`, or `[B, T, H, D]`.
+        state: h, `[B, H, M, D]`, contiguous, float32 (float64 for float64 values; bfloat16 with `seed`); a sparse step reads
+            and writes K rows of it for each token.
+        indices: integers shaped as `update`, distinct for each token.
+        places: integers `[B]`: where in `state`, then `[S, H, M, D]`, each sequence's is; -1 for a sequence that is not there,
+            whose output is 0. No two may share a place. None is one after the other, S = B.
+        undo: takes the rows of `state` as they were before they were written, `[B, H, K, D]` (M in the dense form), or
+            `[B, T, H, K, D]`, of state's dtype, contiguous: for `factorization_memory_undo`.
+        seed: int64 `[1]` on state's device: `state` is bfloat16, and rounded to at random with this seed, to be changed from
+            step to step; Triton kernels only.
+        backend: "reference" (PyTorch), "triton" (one kernel), or "auto": triton on a GPU where it can run.
 
     Returns:
-        y `[B, H, D]` in value's dtype, and `state`.
+        y `[B, H, D]` (or `[B, T, H, D]`) in value's dtype, and `state`.
 
     Raises:
         ValueError: as `factorization_memory`.
     """
-    states = _check(update, merge, value, indices, state.shape[2] if state.dim() == 4 else None, time=False)
-    check_state(state, "state", (value.shape[0], value.shape[1], states, value.shape[2]), value)
-    if indices is not None:
-        _check_indices(indices, states)
-    return step_unchecked(update, merge, value, state, indices)
+    several = value.dim() == 4
+    states = _check(update, merge, value, indices, state.shape[2] if state.dim() == 4 else None, time=several)
+    sequences = value.shape[0]
+    if places is not None:
+        if places.shape != (sequences,) or places.dtype not in (torch.int64, torch.int32) or places.device != value.device:
+            got = f"{places.dtype} {tuple(places.shape)} on {places.device}"
+            raise ValueError(f"places: got {got}, takes int32 or int64 ({sequences},) on {value.device}")
+        sequences = state.shape[0] if state.dim() == 4 else sequences
+    rounded = state_dtype(value) if seed is None else torch.bfloat16
+    check_state(state, "state", (sequences, value.shape[-2], states, value.shape[-1]), value, rounded)
+    if not state.is_contiguous():
+        raise ValueError(f"state: got strides {state.stride()}, takes a contiguous tensor, as it is updated in place")
+    if undo is not None:
+        wanted = (*update.shape, value.shape[-1])
+        if undo.shape != wanted or undo.dtype != state.dtype or undo.device != state.device or not undo.is_contiguous():
+            got = f"{undo.dtype} {tuple(undo.shape)} on {undo.device}, strides {undo.stride()}"
+            raise ValueError(f"undo: got {got}, takes a contiguous {state.dtype} {wanted} on {state.device}")
+    if not value.is_cuda:
+        if indices is not None:
+            _check_indices(indices, states)
+        if places is not None:
+            _check_places(places, sequences)
+    if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != state.device):
+        got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        raise ValueError(f"seed: got {got}, takes int64 (1,) on {state.device}")
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"backend={backend!r}: use one of auto, reference, triton")
+    if backend == "triton" and (reason := obstacle("triton", value)) is not None:
+        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'reference', which runs everywhere")
+    if seed is not None and not _steps_in_triton(backend, value):
+        raise ValueError("seed: only Triton kernels round at random, and they do not run here; use a float32 state")
+    y = step_unchecked(update, merge, value, state, indices, places, undo, seed=seed, backend=backend)
+    return y, state
+
+
+def factorization_memory_undo(
+    state: Tensor, undo: Tensor, indices: Tensor | None = None, places: Tensor | None = None
+) -> Tensor:
+    """Take back a step, to the bit: `state` in place.
+
+    Args:
+        state: as `factorization_memory_step` left it.
+        undo: what that step put aside.
+        indices: its indices.
+        places: its places.
+
+    Returns:
+        `state`.
+    """
+    width = undo.shape[-1]
+    if state.dim() != 4 or undo.dim() not in (4, 5) or undo.dtype != state.dtype or width != state.shape[3]:
+        got = f"{undo.dtype} {tuple(undo.shape)}"
+        raise ValueError(f"undo: got {got}, takes what a step of this state, {state.dtype} {tuple(state.shape)}, put aside")
+    if indices is not None and indices.shape != undo.shape[:-1]:
+        raise ValueError(f"indices: got shape {tuple(indices.shape)}, takes the step's, {tuple(undo.shape[:-1])}")
+    rows = undo if undo.dim() == 5 else undo[:, None]
+    chosen = None if indices is None else indices.reshape(rows.shape[:-1])[None]
+    undo_unchecked(state, rows[None], chosen, places, state.new_zeros(1, dtype=torch.int64), 1)
+    return state
+
+
+def _steps_in_triton(backend: str, value: Tensor) -> bool:
+    return backend == "triton" or (backend == "auto" and value.is_cuda and triton.obstacle(value) is None)
 
 
 @torch.no_grad()
 def step_unchecked(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`factorization_memory_step` on arguments known to be right."""
-    with no_autocast(value.device):
-        return reference.step(update, merge, value, indices, state).to(value.dtype), state
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    state: Tensor,
+    indices: Tensor | None,
+    places: Tensor | None = None,
+    undo: Tensor | None = None,
+    position: Tensor | None = None,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`factorization_memory_step` on arguments known to be right; returns y.
+
+    With `position`, int64 `[1]`, `undo` is `[depth, ...]`, and that one of its depth is taken.
+    """
+    one = value.dim() == 3
+    if undo is not None and position is None:
+        undo, position = undo[None], torch.zeros(1, dtype=torch.int64, device=state.device)
+    if one:
+        update, merge, value = (x[:, None] for x in (update, merge, value))
+        indices = None if indices is None else indices[:, None]
+        undo = None if undo is None else undo[:, :, None]
+    if _steps_in_triton(backend, value):
+        y = triton.step_in_place(update, merge, value, state, indices, places, undo, position, seed)
+    else:
+        with no_autocast(value.device):
+            y = reference.steps(update, merge, value, indices, state, places, undo, position).to(value.dtype)
+    return y[:, 0] if one else y
+
+
+@torch.no_grad()
+def undo_unchecked(
+    state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int
+) -> None:
+    """Take back the last `count` steps that were put aside in `undo` `[depth, B, T, H, K, D]`, with their `indices`
+    `[depth, B, T, H, K]`; the next would be put aside at `position`, `[1]`."""
+    if state.is_cuda and triton.obstacle(state.new_empty(0, dtype=torch.float32)) is None:
+        triton.undo_in_place(state, undo, indices, places, position, count)
+    else:
+        reference.undo(state, undo, indices, places, position, count)
 
 
 def recurrence_unchecked(
@@ -112,13 +226,15 @@ def recurrence_unchecked(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """`factorization_memory` on arguments known to be right."""
-    backend = _choose(backend, value)
+    backend = _choose(backend, value, indices, num_states, initial_state is None and not output_final_state)
     if backend == "reference":
         borders = None if cu_seqlens is None else read_borders(cu_seqlens)
         return _reference(update, merge, value, indices, num_states, initial_state, output_final_state, borders)
+    if backend == "triton-sparse" and indices is not None:
+        return triton.forward_sparse(update, merge, value, indices, num_states, initial_state, output_final_state, cu_seqlens)
     if indices is not None:
         update, merge = (_scatter(x, indices, num_states) for x in (update, merge))
-    if backend == "triton":
+    if backend == "triton-dense":
         return triton.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
     borders = None if cu_seqlens is None else read_borders(cu_seqlens)
     return chunked.forward(update, merge, value, initial_state, output_final_state, borders)
@@ -126,17 +242,23 @@ def recurrence_unchecked(
 
 def obstacle(backend: str, value: Tensor) -> str | None:
     """Why `backend` cannot compute with values like `value`; None if it can."""
-    return triton.obstacle(value) if backend == "triton" else None
+    return triton.obstacle(value) if backend.startswith("triton") else None
 
 
-def _choose(backend: str, value: Tensor) -> str:
-    """The backend that computes; ValueError if it is none, or cannot."""
+def _choose(backend: str, value: Tensor, indices: Tensor | None, num_states: int, alone: bool) -> str:
+    """The backend that computes, "triton" made one of its two forms; ValueError if it is none, or cannot. `alone` if no
+    memory comes in or is asked for."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "triton" if value.is_cuda and triton.obstacle(value) is None else "chunked"
-    if (reason := obstacle(backend, value)) is not None:
+        backend = "triton" if value.is_cuda and triton.obstacle(value) is None else "chunked"
+    elif (reason := obstacle(backend, value)) is not None:
         raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'chunked', which runs everywhere")
+    elif backend == "triton-sparse" and indices is None:
+        raise ValueError(f"backend={backend!r}: it computes with indices, which are None; use 'triton'")
+    if backend == "triton":
+        sparse = indices is not None and triton.sparse_pays(value, indices.shape[3], num_states, alone)
+        backend = "triton-sparse" if sparse else "triton-dense"
     return backend
 
 
@@ -212,14 +334,22 @@ def _check(update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None,
     return num_states
 
 
+COMPARED = 2**28
+"""Pairs of indices that are compared in memory; where there are more, they are sorted."""
+
+
 def _check_indices(indices: Tensor, num_states: int) -> None:
     if indices.numel() == 0:
         return
-    low, high = int(indices.min()), int(indices.max())
+    if indices.numel() * indices.shape[-1] <= COMPARED:
+        repeated = (indices[..., None] == indices[..., None, :]).sum() - indices.numel()
+    else:
+        ordered = indices.sort(dim=-1).values
+        repeated = (ordered[..., 1:] == ordered[..., :-1]).sum()
+    low, high, repeats = torch.stack((indices.min(), indices.max(), repeated)).tolist()  # a GPU is waited for once
     if low < 0 or high >= num_states:
         raise ValueError(f"indices: got values from {low} to {high}, takes 0 to num_states - 1 = {num_states - 1}")
-    ordered = indices.sort(dim=-1).values
-    if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+    if repeats:
         raise ValueError("indices: got the same state twice for one token, takes distinct states")
 
 
@@ -256,15 +386,21 @@ def read_borders(cu_seqlens: Tensor) -> list[int]:
     return known[1]
 
 
-def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor) -> None:
-    """ValueError if a memory is not of this shape, or not of the dtype and device that go with `value`."""
+def _check_places(places: Tensor, count: int) -> None:
+    there = places[places >= 0]
+    if there.numel() and (int(there.max()) >= count or int(places.min()) < -1 or len(there.unique()) < len(there)):
+        raise ValueError(f"places: got {places.tolist()}, takes distinct numbers from 0 to {count - 1}, or -1")
+
+
+def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """ValueError if a memory is not of this shape, or not of the dtype (or the given one) and device that go with `value`."""
     if tuple(state.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(state.shape)}, takes {shape}")
-    dtype = state_dtype(value)
+    dtype = dtype or state_dtype(value)
     if state.dtype != dtype:
         raise ValueError(f"{name}: got dtype {state.dtype}, takes {dtype} with values of {value.dtype}")
     if state.device != value.device:
         raise ValueError(f"{name}: is on {state.device}, value on {value.device}; move them to one device")
 
 
-__all__ = ["factorization_memory", "factorization_memory_step"]
+__all__ = ["factorization_memory", "factorization_memory_step", "factorization_memory_undo"]

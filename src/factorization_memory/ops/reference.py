@@ -57,5 +57,61 @@ def step(
     return (phi @ _normalise(selected, state_norm_eps))[:, :, 0]
 
 
+def steps(
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, state: Tensor, places: Tensor | None,
+    undo: Tensor | None, position: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """T tokens of each sequence one after the other, `state` updated in place.
+
+    Args:
+        update, merge, value, indices: as in `forward`.
+        state: `[S, H, M, D]`.
+        places: int `[B]`, each sequence's place in `state`, -1 for none; None is one after the other.
+        undo: `[depth, B, T, H, K, D]`, takes the rows as they were.
+        position: `[1]`, which of its depth.
+
+    Returns:
+        y `[B, T, H, D]` in the dtype of `state`.
+    """
+    own = state if places is None else state[places.clamp(min=0)]
+    outputs = []
+    for t in range(value.shape[1]):
+        chosen = None if indices is None else indices[:, t].long()
+        if undo is not None and position is not None:
+            put_aside(own, chosen, undo[:, :, t], position)
+        outputs.append(step(update[:, t], merge[:, t], value[:, t], chosen, own))
+    y = torch.stack(outputs, 1) if outputs else own.new_zeros(value.shape)
+    if places is not None:
+        there = places >= 0
+        state.index_copy_(0, places[there].long(), own[there])
+        y = y * there[:, None, None, None]
+    return y
+
+
+def put_aside(state: Tensor, indices: Tensor | None, undo: Tensor, position: Tensor) -> None:
+    """Copy the states `[B, H, M, D]` that a token selects (`indices`, `[B, H, K]`, or None for all) to `undo`
+    `[depth, B, H, K, D]` at `position`, `[1]`."""
+    rows = state if indices is None else state.gather(2, indices.long()[..., None].expand(-1, -1, -1, state.shape[3]))
+    undo.index_copy_(0, position, rows[None])
+
+
+def undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int) -> None:
+    """Take back the last `count` steps that `undo` `[depth, B, T, H, K, D]` holds, with `indices` `[depth, B, T, H, K]`; the
+    next would be at `position`. `state` `[S, H, M, D]` in place."""
+    own = state if places is None else state[places.clamp(min=0)]
+    for back in range(count):
+        layer = (position - 1 - back) % len(undo)
+        rows = undo.index_select(0, layer)[0]
+        chosen = None if indices is None else indices.index_select(0, layer)[0].long()
+        for t in reversed(range(rows.shape[1])):
+            if chosen is None:
+                own.copy_(rows[:, t])
+            else:
+                own.scatter_(2, chosen[:, t, ..., None].expand(-1, -1, -1, own.shape[3]), rows[:, t])
+    if places is not None:
+        there = places >= 0
+        state.index_copy_(0, places[there].long(), own[there])
+
+
 def _normalise(states: Tensor, eps: float | None) -> Tensor:
     return states if eps is None else torch.nn.functional.rms_norm(states, states.shape[-1:], eps=eps)

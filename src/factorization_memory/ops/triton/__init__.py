@@ -20,6 +20,11 @@ CAPABILITIES = (9, 10)
 """Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
 that ship may take; others give 163 KiB or 99."""
 
+SPARSE_STATES = 512
+"""M from which on the form that computes with the selected states alone can pay."""
+SPARSE_RATIO = 16
+"""M / K from which on it pays."""
+
 
 def interpreted() -> bool:
     """Whether Triton interprets kernels in Python, on the CPU."""
@@ -91,3 +96,59 @@ def forward(
 
     output, final, *_ = dense(update, merge, value, state, cu_seqlens, keep_final)
     return output, final if keep_final else None
+
+
+def sparse_pays(value: Tensor, chosen: int, num_states: int, alone: bool) -> bool:
+    """Whether `forward_sparse` is faster than the dense form, forward and backward, by measurement (docs/kernels.md).
+
+    Args:
+        value: v, `[B, T, H, D]`.
+        chosen: K.
+        num_states: M.
+        alone: whether no memory comes into the sequences or leaves them.
+    """
+    return num_states >= SPARSE_STATES and num_states >= SPARSE_RATIO * chosen and alone
+
+
+def forward_sparse(
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor, num_states: int, state: Tensor | None, keep_final: bool,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The sparse recurrence over whole sequences.
+
+    Args:
+        update: theta, `[B, T, H, K]`.
+        merge: phi, same shape.
+        value: v, `[B, T, H, D]`, bfloat16, float16 or float32.
+        indices: the distinct states of each token, int `[B, T, H, K]`.
+        num_states: M.
+        state: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), or None for zeros.
+        keep_final: whether to return the final state.
+        cu_seqlens: `[N + 1]` integers, the borders of packed sequences (B = 1).
+
+    Returns:
+        y `[B, T, H, D]` in value's dtype and the final state, shaped as `state`, in float32.
+    """
+    from factorization_memory.ops.triton.sparse import sparse
+
+    output, final, _ = sparse(update, merge, value, indices, state, cu_seqlens, num_states, keep_final)
+    return output, final if keep_final else None
+
+
+def step_in_place(
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, places: Tensor | None,
+    undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """A few tokens of each sequence, `state` in place: see `step._step`."""
+    from factorization_memory.ops.triton import step as kernels
+
+    return kernels.step(update, merge, value, state, indices, places, undo, position, seed)
+
+
+def undo_in_place(
+    state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int
+) -> None:
+    """Take back steps, `state` in place: see `step._undo`."""
+    from factorization_memory.ops.triton import step as kernels
+
+    kernels.undo(state, undo, indices, places, position, count)

@@ -36,7 +36,7 @@ def _planned(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward:
     return replace(made, layout=replace(made.layout, table=table))
 
 
-def _on_device_of(operator: Callable[..., Any]) -> Callable[..., Any]:
+def on_device_of(operator: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device: make it that of the arguments, the first of which is a tensor."""
 
     @wraps(operator)
@@ -66,7 +66,7 @@ def _standing(initial: Tensor | None, value: Tensor, shape: tuple[int, int, int,
     return initial.to(torch.float32, copy=True).contiguous()
 
 
-@_on_device_of
+@on_device_of
 def _dense(
     update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, keep_final: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _fake_dense(
     return torch.empty_like(value, memory_format=torch.contiguous_format), final, carry, read, write, total
 
 
-@_on_device_of
+@on_device_of
 def _dense_backward(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
     cu_seqlens: Tensor | None, carry: Tensor, read: Tensor, write: Tensor, total: Tensor,

@@ -1,0 +1,254 @@
+"""One token, or a few, of the recurrence in place: what decoding runs. The operators `factorization_memory::step` and
+`factorization_memory::undo`.
+
+A step moves the states it touches to the chip and back, and little else: all M in the dense form, K in the sparse one. Before
+it overwrites them it can put them aside, so that it can be undone to the bit.
+
+Shapes: B sequences, T tokens of each, H heads, M memory states, K selected states (M in the dense form), D value width of a
+head; S places for sequences in the state.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from factorization_memory.ops.triton.dense import on_device_of
+from factorization_memory.ops.triton.launcher import launch
+from factorization_memory.ops.triton.plan import power_of_two
+
+TILE = 4096
+"""Numbers of a tile of states."""
+WIDEST = 512
+"""Columns of a tile at most."""
+NARROWEST = 32
+"""Columns of a tile at least, where there are more: 128 bytes of a state."""
+PROGRAMS = 2
+"""Programs for each processor of the GPU that tiles aim at."""
+
+
+@triton.jit
+def step_kernel(
+    update,  # [B, T, H, K]
+    merge,  # [B, T, H, K]
+    value,  # [B, T, H, D]
+    state,  # in and out: [S, H, M, D]
+    indices,  # [B, T, H, K]
+    places,  # [B]
+    undo,  # out: [depth, B, T, H, K, D]
+    position,  # [1]: which of the depth
+    seed,  # int64 [1]
+    output,  # out: [splits, B, T, H, D]
+    batch,
+    tokens,
+    heads,
+    num_states,
+    chosen,
+    width,
+    split_rows,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    SPARSE: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+    HAS_UNDO: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    blocks = tl.cdiv(width, BD)
+    column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    unit = tl.program_id(0) // blocks
+    sequence, head = (unit // heads).to(tl.int64), unit % heads
+    there = column < width
+    split = tl.program_id(1)
+    kept_in = sequence
+    if HAS_PLACES:
+        kept_in = tl.load(places + sequence).to(tl.int64)
+    memory = state + (kept_in * heads + head) * num_states * width
+    first, end = split * split_rows, tl.minimum((split + 1) * split_rows, chosen)
+    for t in range(tokens):
+        token = (sequence * tokens + t) * heads + head
+        merged = tl.zeros([BD], tl.float32)
+        if kept_in >= 0:
+            v = tl.load(value + token * width + column, mask=there, other=0).to(tl.float32)
+            for start in range(first, end, ROWS):
+                row = start + tl.arange(0, ROWS)
+                real = row < end
+                theta = tl.load(update + token * chosen + row, mask=real, other=0).to(tl.float32)
+                phi = tl.load(merge + token * chosen + row, mask=real, other=0).to(tl.float32)
+                chosen_state = row.to(tl.int64)
+                if SPARSE:
+                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0).to(tl.int64)
+                at = chosen_state[:, None] * width + column[None, :]
+                both = real[:, None] & there[None, :]
+                held = tl.load(memory + at, mask=both, other=0)
+                if HAS_UNDO:
+                    layer = tl.load(position).to(tl.int64) * batch * tokens * heads
+                    aside = ((layer + token) * chosen + row[:, None]) * width + column[None, :]
+                    tl.store(undo + aside, held, mask=both)
+                new = held.to(tl.float32) * (1 - theta[:, None]) + theta[:, None] * v[None, :]
+                if ROUNDS:
+                    # To one of the two nearest bfloat16 numbers, to the nearer one more often: right on average.
+                    number = ((token * chosen + row[:, None]) * width + column[None, :]).to(tl.int32)
+                    noise = tl.randint(tl.load(seed), number).to(tl.uint32, bitcast=True) >> 16
+                    bits = (new.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+                    rounded = bits.to(tl.float32, bitcast=True)
+                    new = tl.where(tl.abs(new) < float("inf"), rounded, new)
+                tl.store(memory + at, new.to(state.dtype.element_ty), mask=both)
+                merged += tl.sum(tl.where(real[:, None], phi[:, None] * new, 0.0), 0)
+        target = (split.to(tl.int64) * batch * tokens * heads + token) * width + column
+        tl.store(output + target, merged.to(output.dtype.element_ty), mask=there)
+        tl.debug_barrier()  # the next token may read what this one wrote
+
+
+@triton.jit
+def undo_kernel(
+    state,  # in and out: [S, H, M, D]
+    undo,  # [depth, B, T, H, K, D]
+    indices,  # [depth, B, T, H, K]
+    places,  # [B]
+    position,  # [1]: one after the last that was put aside
+    count,
+    depth,
+    batch,
+    tokens,
+    heads,
+    num_states,
+    chosen,
+    width,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    SPARSE: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+):
+    blocks = tl.cdiv(width, BD)
+    column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    unit = tl.program_id(0) // blocks
+    sequence, head = (unit // heads).to(tl.int64), unit % heads
+    there = column < width
+    kept_in = sequence
+    if HAS_PLACES:
+        kept_in = tl.load(places + sequence).to(tl.int64)
+    if kept_in >= 0:
+        memory = state + (kept_in * heads + head) * num_states * width
+        last = tl.load(position).to(tl.int64) + depth - 1
+        for back in range(count):
+            layer = (last - back) % depth
+            for reverse in range(tokens):
+                token = ((layer * batch + sequence) * tokens + tokens - 1 - reverse) * heads + head
+                for start in range(0, chosen, ROWS):
+                    row = start + tl.arange(0, ROWS)
+                    real = row < chosen
+                    chosen_state = row.to(tl.int64)
+                    if SPARSE:
+                        chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0).to(tl.int64)
+                    both = real[:, None] & there[None, :]
+                    aside = (token * chosen + row[:, None]) * width + column[None, :]
+                    held = tl.load(undo + aside, mask=both, other=0)
+                    tl.store(memory + chosen_state[:, None] * width + column[None, :], held, mask=both)
+                tl.debug_barrier()
+
+
+@lru_cache(maxsize=256)
+def _tiles(units: int, rows: int, width: int, device: torch.device) -> tuple[int, int, int]:
+    """Columns and rows of a tile, and parts into which rows are split, so that programs fill the GPU."""
+    wanted = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    columns = min(WIDEST, power_of_two(width, 16))
+    while columns > NARROWEST and units * -(-width // columns) < wanted:
+        columns //= 2
+    high = min(power_of_two(rows, 1), TILE // columns)
+    programs = units * -(-width // columns)
+    splits = min(-(-rows // high), max(1, wanted // programs))
+    return columns, high, splits
+
+
+@on_device_of
+def _step(
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, places: Tensor | None,
+    undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """A few tokens of each sequence; `state` is updated in place.
+
+    Args:
+        update: theta, `[B, T, H, K]`.
+        merge: phi, likewise.
+        value: v, `[B, T, H, D]`.
+        state: h, contiguous `[S, H, M, D]`, float32 or bfloat16.
+        indices: the distinct states of each token, int `[B, T, H, K]`; None is the dense form.
+        places: which place of `state` each sequence has, int `[B]`, -1 for none (its output is 0); None is one after the other.
+        undo: takes the states as they were, contiguous `[depth, B, T, H, K, D]` of state's dtype.
+        position: int `[1]`, which of `undo`'s depth to take.
+        seed: int64 `[1]`: round to a bfloat16 state at random, with these random numbers.
+
+    Returns:
+        y `[B, T, H, D]` in value's dtype.
+    """
+    update, merge, value = update.contiguous(), merge.contiguous(), value.contiguous()
+    indices = None if indices is None else indices.contiguous()
+    batch, tokens, heads, chosen = update.shape
+    num_states, width = state.shape[2:]
+    output = torch.empty_like(value)
+    if value.numel() == 0:
+        return output
+    columns, rows, splits = _tiles(batch * heads, chosen, width, value.device)
+    parts = output if splits == 1 else value.new_empty(splits, *value.shape, dtype=torch.float32)
+    split_rows = -(-chosen // (splits * rows)) * rows
+    launch(
+        step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices, places, undo,
+        position, seed, parts, batch, tokens, heads, num_states, chosen, width, split_rows,
+        ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, HAS_UNDO=undo is not None,
+        ROUNDS=seed is not None, num_warps=4,
+    )  # fmt: skip
+    return output if splits == 1 else parts.sum(0).to(value.dtype)
+
+
+def _fake_step(
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, places: Tensor | None,
+    undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+@on_device_of
+def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int) -> None:
+    """Take back the last `count` steps, the latest first.
+
+    Args:
+        state: h, contiguous `[S, H, M, D]`, in place.
+        undo: what steps put aside, contiguous `[depth, B, T, H, K, D]`.
+        indices: their selected states, contiguous int `[depth, B, T, H, K]`; None of dense steps.
+        places: as the steps had them.
+        position: int `[1]`: where the next step would put aside.
+        count: at most depth.
+    """
+    depth, batch, tokens, heads, chosen, width = undo.shape
+    if undo.numel() == 0 or count == 0:
+        return
+    columns, rows, _ = _tiles(batch * heads, chosen, width, state.device)
+    launch(
+        undo_kernel, (batch * heads * -(-width // columns),), state, undo, indices, places, position, count, depth, batch,
+        tokens, heads, state.shape[2], chosen, width,
+        ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, num_warps=4,
+    )  # fmt: skip
+
+
+torch.library.define(
+    "factorization_memory::step",
+    "(Tensor update, Tensor merge, Tensor value, Tensor(a!) state, Tensor? indices, Tensor? places, Tensor(b!)? undo,"
+    " Tensor? position, Tensor? seed) -> Tensor",
+)
+torch.library.define(
+    "factorization_memory::undo",
+    "(Tensor(a!) state, Tensor undo, Tensor? indices, Tensor? places, Tensor position, int count) -> ()",
+)
+torch.library.impl("factorization_memory::step", ("cpu", "cuda"), _step)
+torch.library.impl("factorization_memory::undo", ("cpu", "cuda"), _undo)
+torch.library.register_fake("factorization_memory::step", _fake_step)
+torch.library.register_fake("factorization_memory::undo", lambda *arguments: None)
+
+step = torch.ops.factorization_memory.step.default
+"""The operator; `_step` says what it takes and returns."""
+undo = torch.ops.factorization_memory.undo.default
+"""The operator; `_undo` says what it takes."""

@@ -1,0 +1,86 @@
+"""Steps of a whole model taken back to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from factorization_memory.config import ModelConfig
+from factorization_memory.models import LanguageModel
+
+PURE = {"vocab_size": 30, "hidden_size": 16, "num_layers": 2, "num_states": 6}
+CONFIGS = {
+    "dense": ModelConfig(**PURE),
+    "sparse": ModelConfig(**PURE, top_k=2, num_heads=2, conv_size=3, output_gate=True),
+    "state norm": ModelConfig(**PURE, top_k=2, norm="state"),
+    "threshold": ModelConfig(**PURE, affinity_threshold=0.2),
+}
+
+
+def model_of(name: str) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(CONFIGS[name]).eval()
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data(), st.sampled_from(sorted(CONFIGS)))
+def test_any_steps_and_rollbacks(data: st.DataObject, name: str) -> None:
+    """The state is, to the bit, that of the steps that stand."""
+    model = model_of(name)
+    _, begun = model(torch.randint(0, 30, (2, 5)))
+    state = model.keep_undo(begun, 3)
+    history = [[x.clone() for x in state.tensors()]]
+    kept = 0
+    for _ in range(data.draw(st.integers(1, 8))):
+        back = data.draw(st.integers(0, kept))
+        state.rollback(back)
+        del history[len(history) - back :]
+        kept -= back
+        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), history[-1], strict=True))
+        model.step(torch.randint(0, 30, (2,)), state)
+        history.append([x.clone() for x in state.tensors()])
+        kept = min(3, kept + 1)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_snapshots(keeps: bool) -> None:
+    model = model_of("sparse")
+    state = model.initial_state(2)
+    if keeps:
+        state = model.keep_undo(state, 4)
+    model.step(torch.tensor([1, 2]), state)
+    snapshot, before = state.snapshot(), [x.clone() for x in state.tensors()]
+    assert (snapshot.copy is None) == keeps
+    first = [model.step(torch.tensor([t, t]), state)[0] for t in (3, 4, 5)]
+    state.restore(snapshot)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before, strict=True))
+    again = [model.step(torch.tensor([t, t]), state)[0] for t in (3, 4, 5)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_undoing_costs_as_much_as_the_selected_states() -> None:
+    model = model_of("sparse")
+    state = model.keep_undo(model.initial_state(2), 4)
+    undo = state.layers[0].undo
+    assert undo is not None
+    assert undo.rows.shape == (4, 2, 2, 2, 16)
+    assert state.undo_steps == 4
+    assert state.clone().undo_steps == 0  # what is kept belongs to one state
+
+
+def test_no_further_back_than_kept() -> None:
+    model = model_of("sparse")
+    plain = model.initial_state(1)
+    model.step(torch.tensor([1]), plain)
+    with pytest.raises(ValueError, match=r"steps=1: the last 0 steps can be rolled back; call LanguageModel.keep_undo first"):
+        plain.rollback(1)
+    state = model.keep_undo(plain, 2)
+    snapshot = state.snapshot()
+    for _ in range(3):
+        model.step(torch.tensor([1]), state)
+    with pytest.raises(ValueError, match=r"steps=3: the last 2 steps can be rolled back; keep more"):
+        state.restore(snapshot)
+    with pytest.raises(ValueError, match="steps=0: use 1 or more"):
+        model.keep_undo(state, 0)
