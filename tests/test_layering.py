@@ -22,7 +22,8 @@ ROOMS = {
     "generation": {"config", "data", "layers", "models"},
     # experiments read records on disk; the pages they make share a style with the inspection page of evaluation.
     "experiments": {"config", "presets", "models", "evaluation"},
-    "benchmarks": {"config", "presets", "ops", "layers", "models"},
+    # benchmarks read and write as generation does.
+    "benchmarks": {"config", "presets", "ops", "layers", "models", "generation"},
     "cli": {
         "config", "presets", "data", "ops", "layers", "models", "training", "evaluation", "generation", "experiments",
         "benchmarks",
@@ -34,7 +35,7 @@ OUTSIDE = {
     "pyarrow": {"data/corpora.py"},
     "zstandard": {"data/corpora.py"},
     "matplotlib": {"experiments/figures.py", "benchmarks/plot.py"},
-    "transformers": {"benchmarks/training.py"},
+    "transformers": {"benchmarks/training.py", "benchmarks/inference_peers.py"},
     "triton": {"ops/triton/"},
     "tyro": {"cli/"},
 }

@@ -55,6 +55,43 @@ def test_files(name: str, start: bytes, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def inference_record(contender: str, batch: int, context: int, **modes: float) -> dict[str, Any]:
+    figures = {mode: {"seconds": {"median": seconds}, "tokens_per_second": batch / seconds} for mode, seconds in modes.items()}
+    return {"contender": contender, "batch": batch, "context": context, "decode": figures}
+
+
+INFERENCE: dict[str, Any] = {
+    "machine": RESULT["machine"],
+    "dtype": "bfloat16",
+    "records": [
+        inference_record("ours", batch, context, eager=0.002 * batch, graph=0.001 * batch)
+        for batch in (1, 4)
+        for context in (1024, 65536)
+    ]
+    + [inference_record("llama", 1, 1024, eager=0.003), inference_record("llama", 4, 65536)],
+}
+
+
+def test_what_is_drawn_of_whole_models() -> None:
+    figure = plot.draw_inference(INFERENCE)
+    latency, speed = figure.axes
+    assert speed.get_title(loc="left") == "tokens per second, after 64k tokens"
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"ours, B=1", "ours, B=4", "llama, B=1"}
+    lines = {line.get_label(): line.get_xydata().tolist() for line in latency.lines}
+    assert lines["ours, B=4"] == [[1024, 4.0], [65536, 4.0]]
+    (line,) = speed.lines
+    assert line.get_xydata().tolist() == [[1, 1000.0], [4, 1000.0]]
+    one = INFERENCE | {"records": INFERENCE["records"][:1]}
+    assert [text.get_text() for text in plot.draw_inference(one).legends[0].get_texts()] == ["ours"]
+    assert len(plot.draw_inference(INFERENCE | {"records": INFERENCE["records"][-1:]}).axes) == 2
+
+
+def test_a_file_of_whole_models(tmp_path: Path) -> None:
+    path = tmp_path / "speed.svg"
+    plot.save(INFERENCE, path, plot.draw_inference)
+    assert "tokens per second" in path.read_text(encoding="utf-8")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "times.png"
     path.write_bytes(b"old")

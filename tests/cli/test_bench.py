@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from factorization_memory.benchmarks import timing
+from factorization_memory.benchmarks import inference, timing
 from factorization_memory.cli import bench, dispatch
 from factorization_memory.ops import chunked
 
@@ -108,7 +108,7 @@ def test_the_tables_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         common
         | {"contender": "attention", "peer": True, "note": "heads", "forward": figures(1, None), "forward_backward": None},
     ]
-    tables = bench._OpTables(bench._wide_console())
+    tables = bench._OpTables(bench.wide_console())
     tables.show("comparison", records)
     tables.show("lengths", [record | {"sweep": "one sequence"} for record in records])
     shown = capsys.readouterr().err
@@ -133,6 +133,45 @@ def test_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert result["command"] == f"fmem {TRAINING}"
 
 
+INFERENCE = (
+    "bench inference --device cpu --contexts 8 32 --batches 1 2 --top-k 0 2 --decode-tokens 3 --repeats 1 --json "
+    "--model.vocab-size 20 --model.hidden-size 16 --model.num-layers 1 --model.num-states 4"
+)
+
+
+def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "speed.png"
+    assert dispatch([*INFERENCE.split(), "--plot", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    result = json.loads(shown.out)
+    assert result["benchmark"] == "inference"
+    assert result["command"] == f"fmem {INFERENCE} --plot {path}"
+    assert result["model"]["hidden_size"] == 16
+    assert len(result["records"]) == 8
+    for heading in ("ours dense", "ours K=2", "first token ms", "p99 ms", "to floor", "flat within"):
+        assert heading in shown.err
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inference_that_reads_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch([*INFERENCE.split(), "--prefill-seconds", "0"]) == 0
+    assert "random numbers in place of a state" in capsys.readouterr().err
+
+
+def test_a_size_of_ours_that_fails_is_told_and_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(self: inference.Ours, batch: int, steps: int) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(inference.Ours, "begin", failing)
+    assert dispatch(INFERENCE.split()) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["records"][0]["error"] == "RuntimeError: no room"
+    assert "ours dense at 1 x 8 tokens: RuntimeError: no room" in shown.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,6 +184,13 @@ def test_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: not together with shapes"),
         ("op --plot times.pdf", "times.pdf"),
         ("op --device gpu", "'gpu'"),
+        ("inference --contexts 0", "contexts=(0,)"),
+        ("inference --batches 0", "batches=(0,)"),
+        ("inference --top-k 65", "top_k=(65,)"),
+        ("inference --plot speed.pdf", "speed.pdf"),
+        ("inference --device gpu", "'gpu'"),
+        ("inference --threads -1", "threads=-1"),
+        ("inference --model.vocab-size 0", "vocab_size=0"),
         ("training --model.vocab-size 0", "vocab_size=0"),
         ("training --peak-tflops nan", "peak_tflops=nan"),
     ],

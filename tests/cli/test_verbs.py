@@ -119,6 +119,32 @@ def test_generate_streams_to_stdout(workplace: Path, capsys: pytest.CaptureFixtu
     assert err.startswith(out.removesuffix("\n"))
 
 
+def test_generate_from_several_prompts(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--max-tokens", 8, "--device", "cpu", "--seed", 3, "--json"]
+    prompts = ["The 3rd", "それは", "The wise man said"]
+    arguments = [word for prompt in prompts for word in ("--prompt", prompt)]
+    status, out, err = call(capsys, "generate", *arguments, workplace / "run", *options)
+    assert status == 0
+    results = json.loads(out)
+    assert [result["prompt"] for result in results] == prompts
+    assert err.count("--- 2 ---") == err.count("--- 3 ---") == 1
+    assert "tokens/s" in err
+    for prompt, result in zip(prompts, results, strict=True):
+        alone = json.loads(call(capsys, "generate", workplace / "run", "--prompt", prompt, *options)[1])
+        assert alone[0]["text"] == result["text"]
+    first = results[0]
+    read = sum(result["prompt_tokens"] for result in results)
+    assert first["prefill_tokens_per_second"] == pytest.approx(read / first["prefill_seconds"])
+    assert first["total_tokens_per_second"] > 0
+
+
+def test_generate_in_bfloat16(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "The wise", "--max-tokens", 5, "--device", "cpu", "--precision", "bfloat16"]
+    status, out, _ = call(capsys, "generate", workplace / "run", *arguments)
+    assert status == 0
+    assert out.startswith("The wise")
+
+
 def test_generate_from_a_file(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompt.txt").write_text("\ufeffThe wise", encoding="utf-8")  # as some editors write it
     file = tmp_path / "prompt.txt"
@@ -183,7 +209,9 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["train", "demo", "--data.corpus", "nowhere"], 1, "nowhere"),
         (["evaluate", "nowhere"], 1, "nowhere: no such folder"),
         (["generate", "nowhere", "--prompt", "x"], 1, "nowhere: no such folder"),
-        (["generate", "nowhere"], 2, "exactly one of --prompt TEXT and --prompt-file FILE"),
+        (["generate", "nowhere"], 2, "exactly one of --prompt TEXT (once or several times) and --prompt-file FILE"),
+        (["generate", "nowhere", "--prompt", "x", "--prompt-file", "x"], 2, "exactly one of --prompt TEXT"),
+        (["generate", "nowhere", "--prompt", "x", "--prefill-chunk", "-1"], 2, "--prefill-chunk=-1"),
         (["generate", "nowhere", "--prompt", ""], 2, "prompt: it is empty"),
         (["generate", "nowhere", "--prompt-file", "missing.txt"], 1, "missing.txt"),
         (["inspect", "nowhere"], 2, "exactly one of --text TEXT and --file FILE"),

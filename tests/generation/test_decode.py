@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from factorization_memory.config import ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.generation import SamplingConfig, generate, prefill
+from factorization_memory.generation import SamplingConfig, Steps, decode, generate, generate_batch, prefill, prefill_batch
 from factorization_memory.models import LanguageModel, ModelState
 
 TOKENIZER = Tokenizer.bytes_level()
@@ -82,6 +83,85 @@ def test_prefill_is_the_same_in_any_chunks(model: LanguageModel, chunk: int) -> 
         logits, chunked = prefill(model, tokens, chunk)
     torch.testing.assert_close(logits, expected[:, -1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(chunked.layers[1].memory, state.layers[1].memory, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 12, 25, 26, 1000])
+def test_prompts_of_any_lengths_are_read_in_any_chunks(model: LanguageModel, chunk: int) -> None:
+    prompts = [torch.randint(0, 256, (length,)) for length in (9, 1, 12, 3, 1)]
+    logits, state = prefill_batch(model, prompts, chunk)
+    assert logits.shape == (5, model.config.vocab_size)
+    for row, prompt in enumerate(prompts):
+        with torch.no_grad():
+            expected, alone = model(prompt[None])
+        torch.testing.assert_close(logits[row], expected[0, -1], rtol=1e-4, atol=1e-5)
+        for mine, one in zip(state.tensors(), alone.tensors(), strict=True):
+            torch.testing.assert_close(mine[row], one[0], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_prompts_take_as_many_forwards_as_their_tokens_fill(model: LanguageModel) -> None:
+    sizes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].shape[1]))
+    try:
+        prefill_batch(model, [torch.arange(length) for length in (9, 1, 12, 3)], chunk=10)
+    finally:
+        hook.remove()
+    assert sizes == [10, 10, 5]
+
+
+PROMPTS = [
+    "It was a dark and stormy night",
+    "x",
+    "雨が降る",
+    "It was",
+    "a much longer prompt than the others are, of more words",
+]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.5, top_p=0.9, repetition_penalty=1.2, seed=7)])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_batch_of_prompts_is_each_prompt_alone(model: LanguageModel, sampling: SamplingConfig, num_samples: int) -> None:
+    # Some end early, so that batches shrink.
+    options: dict[str, Any] = {"max_tokens": 24, "sampling": sampling, "num_samples": num_samples, "stop": ["e", "\x00", "q"]}
+    pieces = [""] * (num_samples * len(PROMPTS))
+
+    def on_text(index: int, piece: str) -> None:
+        pieces[index] += piece
+
+    together = generate_batch(model, TOKENIZER, PROMPTS, prefill_chunk=16, on_text=on_text, **options)
+    alone = [one for prompt in PROMPTS for one in generate(model, TOKENIZER, prompt, **options)]
+    for field in ("tokens", "text", "stop_reason", "prompt_tokens"):
+        assert [getattr(one, field) for one in together] == [getattr(one, field) for one in alone]
+    assert pieces == [one.text for one in together]
+
+
+def test_where_a_new_size_costs_a_capture_the_ended_stay_until_half_are(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingConfig(temperature=5.0)
+    options: dict[str, Any] = {"max_tokens": 64, "sampling": sampling, "num_samples": 12, "stop": ["e", "t", "\x00", "q"]}
+    expected = generate_batch(model, TOKENIZER, ["a", "bc"], **options)
+    made: list[int] = []
+
+    class Costly(Steps):
+        captured = True
+
+        def __init__(self, model: LanguageModel, batch_size: int) -> None:
+            super().__init__(model, batch_size)
+            made.append(batch_size)
+            self.logits = torch.empty(batch_size, model.config.vocab_size)
+
+        def step(self, tokens: torch.Tensor) -> torch.Tensor:
+            assert len(tokens) == self.batch_size
+            return self.logits.copy_(super().step(tokens))
+
+    monkeypatch.setattr(decode, "steps_for", Costly)
+    results = generate_batch(model, TOKENIZER, ["a", "bc"], **options)
+    assert [one.tokens for one in results] == [one.tokens for one in expected]
+    assert made[0] > 12
+    assert len(made) >= 2
+    assert all(later <= earlier // 2 for earlier, later in pairwise(made))
+    assert max(one.capture_seconds for one in results) > 0
+    assert all(one.capture_seconds == 0 for one in expected)
 
 
 def test_only_text_and_the_document_end_are_drawn(model: LanguageModel) -> None:
@@ -195,3 +275,12 @@ def test_mode_and_gradients_are_as_before(model: LanguageModel) -> None:
 def test_bad_arguments_name_themselves(model: LanguageModel, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, TOKENIZER, **{"prompt": "a", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([], r"prompts=\[\]"), ("abc", "prompts='abc': give a list"), (["a", ""], r"prompts\[1\]='': it holds no token")],
+)
+def test_bad_lists_of_prompts_name_themselves(model: LanguageModel, prompts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate_batch(model, TOKENIZER, prompts)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from factorization_memory.generation import SamplingConfig, sample, sample_generators
+from factorization_memory.generation.sampling import Uniforms
 
 
 def draws(logits: list[float], count: int = 2000, history: torch.Tensor | None = None, **fields: float) -> torch.Tensor:
@@ -83,6 +84,13 @@ def test_a_barred_token_is_never_drawn(
     drawn = sample(row.expand(32, -1), config, sample_generators(1, 32))
     assert ((drawn >= 0) & (drawn < len(logits))).all()
     assert (drawn != barred % len(logits)).all()
+
+
+def test_numbers_drawn_in_blocks_are_those_drawn_one_by_one() -> None:
+    config, logits = SamplingConfig(temperature=1.0), torch.randn(3, 50)
+    generators, uniforms = sample_generators(7, 3), Uniforms(sample_generators(7, 3), torch.device("cpu"))
+    for _ in range(2 * Uniforms.block + 3):
+        assert torch.equal(sample(logits, config, generators), sample(logits, config, uniforms.take()))
 
 
 def test_a_sample_depends_on_the_seed_and_its_index_only() -> None:

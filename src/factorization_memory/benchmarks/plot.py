@@ -1,9 +1,11 @@
-"""The picture of a benchmark of the recurrence: time per token of each contender at each size, over the floor."""
+"""Pictures of benchmarks: of the recurrence, time per token of each contender at each size, over the floor; of whole models,
+latency over what was read and tokens per second over the sequences at once."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +56,15 @@ def check_path(path: Path) -> None:
         raise ConfigError(f"plot={str(path)!r}: is a folder; name a file in it")
 
 
-def save(result: dict[str, Any], path: Path) -> None:
-    """Draw the result of `op.run` into a .png or .svg file, written aside and renamed; folders are made.
+def save(result: dict[str, Any], path: Path, drawing: Callable[[dict[str, Any]], Figure] | None = None) -> None:
+    """Draw a result into a .png or .svg file, written aside and renamed; folders are made. `drawing` is `draw` unless given.
 
     Raises ConfigError as `check_path`.
     """
     check_path(path)
     drawn = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-        draw(result).savefig(drawn, format=path.suffix.lower().removeprefix("."), dpi=150)
+        (drawing or draw)(result).savefig(drawn, format=path.suffix.lower().removeprefix("."), dpi=150)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".partial")
     try:
@@ -87,22 +89,66 @@ def draw(result: dict[str, Any]) -> Figure:
                 _scale(axes[row][column])
         for row in range(rows):
             axes[row][0].set_ylabel("ns per token")
-        labels: dict[str, Artist] = {}
-        for panel in axes.flat:
-            handles, texts = panel.get_legend_handles_labels()
-            labels |= dict(zip(texts, handles, strict=True))
-        figure.legend(
-            list(labels.values()),
-            list(labels),
-            loc="outside lower center",
-            ncols=min(len(labels), int(figure.get_figwidth() / 2.2)),
-            frameon=False,
-        )
-        where = result["machine"]
-        figure.suptitle(
-            f"{where['name']}, {result['dtype']}, torch {where['torch']}", x=0.01, ha="left", fontsize=10, color=SOFT
-        )
+        _frame(figure, result)
     return figure
+
+
+def draw_inference(result: dict[str, Any]) -> Figure:
+    """The figure of a result of `inference.run`: latency of a token over the context, with the fewest and the most sequences;
+    tokens per second over the number of sequences, after the longest context. Of a step's two modes, the graph where there is
+    one."""
+    with matplotlib.rc_context(_STYLE):
+        records = [record | {"figures": _fastest(record)} for record in result["records"] if record["decode"]]
+        names = list(dict.fromkeys(record["contender"] for record in result["records"]))
+        batches = sorted({record["batch"] for record in result["records"]})
+        longest = max(record["context"] for record in result["records"])
+        figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+        latency, speed = figure.subplots(1, 2)
+        latency.set_title("latency of a token, ms, by context")
+        latency.set_xlabel("tokens read (k = 1024)")
+        speed.set_title(f"tokens per second, after {_thousands(longest)} tokens")
+        speed.set_xlabel("sequences at once")
+        for index, name in enumerate(names):
+            mine = [record for record in records if record["contender"] == name]
+            for batch in dict.fromkeys((batches[0], batches[-1])):
+                points = [(r["context"], 1000 * r["figures"]["seconds"]["median"]) for r in mine if r["batch"] == batch]
+                second = batch != batches[0]
+                look = _look(index) | ({"markerfacecolor": "white"} if second else {})
+                label = f"{name}, B={batch}" if len(batches) > 1 else name
+                _line(latency, points, label, linestyle="--" if second else "-", **look)
+            last = [(r["batch"], r["figures"]["tokens_per_second"]) for r in mine if r["context"] == longest]
+            _line(speed, last, name if len(batches) == 1 else None, linestyle="-", **_look(index))
+        for axes, written in ((latency, _thousands), (speed, lambda value: f"{value:g}")):
+            _powers_of_two(axes, written)
+            _scale(axes)
+        _frame(figure, result)
+    return figure
+
+
+def _fastest(record: dict[str, Any]) -> dict[str, Any]:
+    return record["decode"].get("graph") or record["decode"]["eager"]
+
+
+def _line(axes: Axes, points: list[tuple[int, float]], label: str | None, **look: Any) -> None:
+    if points:
+        axes.plot(*zip(*sorted(points), strict=True), linewidth=1.5, label=label, **look)
+
+
+def _frame(figure: Figure, result: dict[str, Any]) -> None:
+    """One legend of all panels, and where the figures come from."""
+    labels: dict[str, Artist] = {}
+    for panel in figure.axes:
+        handles, texts = panel.get_legend_handles_labels()
+        labels |= dict(zip(texts, handles, strict=True))
+    figure.legend(
+        list(labels.values()),
+        list(labels),
+        loc="outside lower center",
+        ncols=max(1, min(len(labels), int(figure.get_figwidth() / 2.2))),
+        frameon=False,
+    )
+    where = result["machine"]
+    figure.suptitle(f"{where['name']}, {result['dtype']}, torch {where['torch']}", x=0.01, ha="left", fontsize=10, color=SOFT)
 
 
 def _compare(axes: Axes, result: dict[str, Any], part: str, names: list[str]) -> None:
@@ -136,11 +182,19 @@ def _lengths(axes: Axes, result: dict[str, Any], part: str, names: list[str]) ->
         look = _look(names.index(contender)) | ({"markerfacecolor": "white"} if second else {})
         label = contender if len(sweeps) == 1 else f"{contender}, {sweep}"
         axes.plot(*zip(*sorted(points), strict=True), linestyle="--" if second else "-", linewidth=1.5, label=label, **look)
+    _powers_of_two(axes, _thousands)
+    axes.set_xlabel("tokens of a sequence (k = 1024)")
+
+
+def _powers_of_two(axes: Axes, written: Callable[[float], str]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("tokens of a sequence (k = 1024)")
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1024:g}k"
 
 
 def _scale(axes: Axes) -> None:

@@ -1,4 +1,5 @@
-"""`fmem bench`: the speed and memory of the recurrence (`op`) and of whole training steps (`training`) on this machine.
+"""`fmem bench`: the speed and memory of the recurrence (`op`), of whole training steps (`training`) and of reading and writing
+with whole models (`inference`) on this machine.
 
 Tables go to stderr as soon as their figures are there, the whole result to stdout as one JSON line at the end.
 """
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, parse
+from factorization_memory.cli import bench_inference
+from factorization_memory.cli.bench_inference import Inference
+from factorization_memory.cli.common import emit, parse
+from factorization_memory.cli.tables import number, show_machine, table, wide_console
 from factorization_memory.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from factorization_memory.benchmarks.correctness import Shape
 
@@ -106,17 +109,22 @@ class Training:
     """Write the result to stdout as one JSON line."""
 
 
-Bench = Annotated[Op, tyro.conf.subcommand("op")] | Annotated[Training, tyro.conf.subcommand("training")]
+Bench = (
+    Annotated[Op, tyro.conf.subcommand("op")]
+    | Annotated[Training, tyro.conf.subcommand("training")]
+    | Annotated[Inference, tyro.conf.subcommand("inference")]
+)
 
 
 def run(arguments: list[str]) -> int:
     """`fmem bench` with `arguments`; returns the exit status."""
-    options: Op | Training = parse(Bench, arguments, "bench")  # type: ignore[arg-type]
-    for name in ("batch", "repeats"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name}={getattr(options, name)}: use 1 or more")
-    if any(length < 1 for length in options.lengths):
-        raise ConfigError(f"lengths={options.lengths}: use lengths of 1 or more tokens")
+    options: Op | Training | Inference = parse(Bench, arguments, "bench")  # type: ignore[arg-type]
+    if not isinstance(options, Inference):
+        for name in ("batch", "repeats"):
+            if getattr(options, name) < 1:
+                raise ConfigError(f"{name}={getattr(options, name)}: use 1 or more")
+        if any(length < 1 for length in options.lengths):
+            raise ConfigError(f"lengths={options.lengths}: use lengths of 1 or more tokens")
     if options.threads < 0:
         raise ConfigError(f"threads={options.threads}: use 0 (PyTorch's number) or more")
     if options.threads:
@@ -124,6 +132,8 @@ def run(arguments: list[str]) -> int:
 
         torch.set_num_threads(options.threads)
     command = shlex.join(["fmem", "bench", *arguments])
+    if isinstance(options, Inference):
+        return bench_inference.run(options, command)
     return _op(options, command) if isinstance(options, Op) else _training(options, command)
 
 
@@ -155,7 +165,7 @@ def _op(options: Op, command: str) -> int:
         memory_length=options.memory_length,
         repeats=options.repeats,
     )
-    people = _wide_console()
+    people = wide_console()
     tuned: list[dict[str, Any]] = []
     if options.tune:
         from factorization_memory.benchmarks.tuning import tune
@@ -168,10 +178,10 @@ def _op(options: Op, command: str) -> int:
             people.print(f"{of}: {record['tile']} ({kept})", soft_wrap=True)
     with people.status("") as status:
         result = op.run(benchmark, device, status.update, _OpTables(people).show)
-    _show_machine(result, people)
+    show_machine(result, people)
     for spread in result["length_spread"]:
         labels = PASSES | {f"graph_{part}": f"{label} graph" for part, label in PASSES.items()}
-        ratios = ", ".join(f"{label} {_number(spread[part], 'x')}" for part, label in labels.items() if spread[part])
+        ratios = ", ".join(f"{label} {number(spread[part], 'x')}" for part, label in labels.items() if spread[part])
         people.print(f"{spread['contender']}, {spread['sweep']}: slowest over fastest length {ratios}", soft_wrap=True)
     for name, why in result["missing"].items():
         people.print(f"without {name}: {why}", soft_wrap=True)
@@ -213,7 +223,6 @@ def _shapes(options: Op) -> tuple[Shape, ...]:
     return (Shape(*(getattr(options, name) for name in SIZES)),)
 
 
-TABLE_WIDTH = 110
 PASSES = {"forward": "fwd", "forward_backward": "fwd+bwd"}
 
 
@@ -247,7 +256,7 @@ class _OpTables:
         reference = any("speedup" in figure for figure in figures)
         ratio = "speed-up" if reference else f"to {first['contender']}"
         columns = ("", "pass", "ns/token", *(["graph"] if graphs else []), "GB/s", "TFLOP/s", "to floor", ratio, "extra")
-        table = _table(size, *columns)
+        shown = table(size, *columns)
         for record in records:
             if record["error"]:
                 self.people.print(f"[yellow]{record['contender']}: {record['error']}[/]", soft_wrap=True)
@@ -256,19 +265,19 @@ class _OpTables:
                 if figure is None:
                     continue
                 over = figure["speedup"] if reference else figure["time_over_first"]
-                table.add_row(
+                shown.add_row(
                     record["contender"] if part == "forward" else "",
                     label,
-                    _number(figure["ns_per_token"]),
-                    *([_number(figure["graph_ns_per_token"])] if graphs else []),
-                    _number(figure["gigabytes_per_second"]),
-                    _number(figure["teraflops_per_second"]),
-                    _number(figure["ratio_to_floor"], "x"),
-                    _number(over, "x"),
-                    _number(record["extra_ratio"], "x") if part == "forward_backward" else "",
+                    number(figure["ns_per_token"]),
+                    *([number(figure["graph_ns_per_token"])] if graphs else []),
+                    number(figure["gigabytes_per_second"]),
+                    number(figure["teraflops_per_second"]),
+                    number(figure["ratio_to_floor"], "x"),
+                    number(over, "x"),
+                    number(record["extra_ratio"], "x") if part == "forward_backward" else "",
                 )
-            table.add_section()
-        self.people.print(table)
+            shown.add_section()
+        self.people.print(shown)
         for record in records:
             if record["note"]:
                 self.people.print(f"{record['contender']}: {record['note']}", soft_wrap=True)
@@ -280,55 +289,29 @@ class _OpTables:
         heads = ("forward ns/token", "forward+backward ns/token")
         columns = [head if kind == "ns_per_token" else "graph" for head in heads for kind in kinds]
         for sweep in dict.fromkeys(record["sweep"] for record in records):
-            table = _table(f"{sweep}, by length", "backend", "B", "T", *columns)
+            shown = table(f"{sweep}, by length", "backend", "B", "T", *columns)
             for record in records:
                 if record["sweep"] == sweep:
                     times = [record[part] and record[part][kind] for part in PASSES for kind in kinds]
-                    table.add_row(record["contender"], f"{record['batch']:,}", f"{record['length']:,}", *map(_number, times))
-            self.people.print(table)
+                    shown.add_row(record["contender"], f"{record['batch']:,}", f"{record['length']:,}", *map(number, times))
+            self.people.print(shown)
         for error in dict.fromkeys(f"{record['contender']}: {record['error']}" for record in records if record["error"]):
             self.people.print(f"[yellow]{error}[/]", soft_wrap=True)
 
     def _memory(self, records: list[dict[str, Any]]) -> None:
         columns = ("backend", "T", "peak MB", "over inputs + outputs", "with their gradients", "extra")
-        table = _table("memory of forward and backward of one sequence, inputs included", *columns)
+        shown = table("memory of forward and backward of one sequence, inputs included", *columns)
         for record in records:
             if record["error"]:
                 self.people.print(f"[yellow]{record['backend']}: {record['error']}[/]", soft_wrap=True)
                 continue
-            table.add_row(
+            shown.add_row(
                 record["backend"],
                 f"{record['length']:,}",
-                _number(record["peak_bytes"] / 1e6),
+                number(record["peak_bytes"] / 1e6),
                 *(f"{record[name]:.2f}x" for name in ("ratio", "ratio_with_gradients", "extra_ratio")),
             )
-        self.people.print(table)
-
-
-def _wide_console() -> Console:
-    """A console that gives tables room where nobody's terminal sets the width."""
-    people = console()
-    if not people.is_terminal:
-        people.width = max(people.width, TABLE_WIDTH)
-    return people
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 or column == "pass" else "right")
-    return made
-
-
-def _number(value: float | None, unit: str = "") -> str:
-    """Three figures or more; nothing where there is no number."""
-    if value is None:
-        return ""
-    places = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{places}f}{unit}"
+        self.people.print(shown)
 
 
 def _training(options: Training, command: str) -> int:
@@ -339,7 +322,7 @@ def _training(options: Training, command: str) -> int:
         raise ConfigError("lengths=(): use one length or more")
     if options.model.vocab_size < 1:
         raise ConfigError(f"model.vocab_size={options.model.vocab_size}: a model needs one or more token ids")
-    people = _wide_console()
+    people = wide_console()
     settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "json")}
     benchmark = training.TrainingBenchmark(**settings)
     with people.status("") as status:
@@ -352,45 +335,30 @@ def _training(options: Training, command: str) -> int:
 def _show_training(result: dict[str, Any], people: Console) -> None:
     from factorization_memory.benchmarks.training import OURS
 
-    _show_machine(result, people)
+    show_machine(result, people)
     compiled = ", compiled" if result["compiled"] else ""
     title = f"training step of {result['records'][0]['batch']} sequences{compiled}"
-    table = _table(title, "", "params", "T", "ms", "tokens/s", "MFU", "step MB", "all MB", "ours to it")
+    shown = table(title, "", "params", "T", "ms", "tokens/s", "MFU", "step MB", "all MB", "ours to it")
     for record in result["records"]:
         name = "ours" if record["model"] == OURS else record["model"]
         if record["error"]:
             people.print(f"[yellow]{name} at T={record['length']}: {record['error']}[/]", soft_wrap=True)
             continue
-        table.add_row(
+        shown.add_row(
             name,
             f"{record['parameters'] / 1e6:.2f} M",
             f"{record['length']:,}",
-            _number(1000 * record["seconds"]["median"]),
+            number(1000 * record["seconds"]["median"]),
             f"{record['tokens_per_second']:,.0f}",
             "" if record["mfu"] is None else f"{record['mfu']:.1%}",
-            *(_number(size and size / 1e6) for size in (record["peak_bytes"], record["total_bytes"])),
-            _number(record.get("ours_over_this"), "x"),
+            *(number(size and size / 1e6) for size in (record["peak_bytes"], record["total_bytes"])),
+            number(record.get("ours_over_this"), "x"),
         )
-    people.print(table)
+    people.print(shown)
     people.print(
-        f"MFU: {result['flops_per_token'] / 1e6:,.1f} MFLOP a token, of {_number(result['peak']['tflops'])} TFLOP/s "
+        f"MFU: {result['flops_per_token'] / 1e6:,.1f} MFLOP a token, of {number(result['peak']['tflops'])} TFLOP/s "
         f"({result['peak']['source']}); step MB: beyond weights and optimizer state",
         soft_wrap=True,
     )
     if result["missing"]:
         people.print(f"[yellow]{result['missing']}[/]", soft_wrap=True)
-
-
-def _show_machine(result: dict[str, Any], people: Console) -> None:
-    where = result["machine"]
-    packages = "".join(f", {package} {version}" for package, version in where["packages"].items())
-    text = (
-        f"{where['name']} ({where['device']}), {where['threads']} threads, torch {where['torch']}{packages}, {result['dtype']}"
-    )
-    if "rates" in result:
-        rates = result["rates"]
-        text += (
-            f"; copies {rates['copy_bytes_per_second'] / 1e9:,.0f} GB/s, "
-            f"products {_number(rates['matmul_flops_per_second'] / 1e12)} TFLOP/s ({rates['matmul']})"
-        )
-    people.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`fmem generate RUN`: continue a prompt with a trained model."""
+"""`fmem generate RUN`: continue prompts with a trained model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,23 +17,25 @@ from factorization_memory.generation.sampling import SamplingConfig
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue a prompt. The text streams to stdout (to stderr with --json)."""
+    """Continue one prompt or several, all at once. The text streams to stdout (to stderr with --json)."""
 
     run: tyro.conf.Positional[Path]
     """Run folder, or the folder of one of its checkpoints."""
-    prompt: str | None = None
-    """Text to continue."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; may be given several times."""
     prompt_file: str | None = None
     """File that holds the text to continue; - reads stdin."""
     max_tokens: int = 256
     """Tokens to generate at most."""
     num_samples: int = 1
-    """Continuations of the prompt; several are printed one after the other."""
+    """Continuations of each prompt; several are printed one after the other."""
     stop: tuple[str, ...] = ()
     """Strings that end a continuation, and are not part of it."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
-    prefill_chunk: int = 1024
-    """Prompt tokens read at a time."""
+    prefill_chunk: int = 0
+    """Prompt tokens read at a time; 0 takes 16384 on a GPU, 1024 on a CPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and arithmetic: auto takes bfloat16 on a GPU, float32 on a CPU. Memories are float32 in any case."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda or cuda:N."""
     json: bool = False
@@ -47,47 +49,69 @@ def run(arguments: list[str]) -> int:
     except ConfigError as error:
         # The library names its field; here it is a flag.
         raise ConfigError(re.sub(r"^sampling\.(\w+)", lambda field: "--" + field[1].replace("_", "-"), str(error))) from None
-    for name in ("max_tokens", "num_samples", "prefill_chunk"):
+    for name in ("max_tokens", "num_samples"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: use 1 or more")
-    if (options.prompt is None) == (options.prompt_file is None):
-        raise ConfigError("prompt: give exactly one of --prompt TEXT and --prompt-file FILE (- for stdin)")
-    prompt = options.prompt if options.prompt is not None else read_text(options.prompt_file or "")
-    if not prompt:
+    if options.prefill_chunk < 0:
+        raise ConfigError(f"--prefill-chunk={options.prefill_chunk}: use 1 or more tokens, or 0 (automatic)")
+    if bool(options.prompt) == (options.prompt_file is not None):
+        raise ConfigError(
+            "prompt: give exactly one of --prompt TEXT (once or several times) and --prompt-file FILE (- for stdin)"
+        )
+    prompts = options.prompt or (read_text(options.prompt_file or ""),)
+    if not all(prompts):
         raise ConfigError("prompt: it is empty; give at least one character to start from")
+    from factorization_memory.generation import weights_dtype, with_dtype
     from factorization_memory.training import load_model, resolve_device
 
-    model, tokenizer, _ = load_model(options.run, resolve_device(options.device, "--device"))
+    device = resolve_device(options.device, "--device")
+    model, tokenizer, _ = load_model(options.run, device)
+    model = with_dtype(model, weights_dtype(options.precision, device))
     results = stream(
-        model, tokenizer, prompt, to=sys.stderr if options.json else sys.stdout, max_tokens=options.max_tokens,
-        sampling=options.sampling, num_samples=options.num_samples, stop=options.stop, prefill_chunk=options.prefill_chunk,
+        model, tokenizer, *prompts,
+        to=sys.stderr if options.json else sys.stdout, max_tokens=options.max_tokens, sampling=options.sampling,
+        num_samples=options.num_samples, stop=options.stop, prefill_chunk=options.prefill_chunk or None,
     )  # fmt: skip
     emit(results, options.json)
     return 0
 
 
-def stream(model: Any, tokenizer: Any, prompt: str, *, to: Any, **options: Any) -> list[dict[str, Any]]:
+def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -> list[dict[str, Any]]:
     """Generate and write as it comes: the first continuation live, others after it; returns JSON-ready results."""
-    from factorization_memory.generation import generate
+    from factorization_memory.generation import generate_batch
 
     def write(text: str) -> None:
         to.write(text)
         to.flush()
 
-    write(prompt)
-    results = generate(model, tokenizer, prompt, on_text=lambda number, piece: write(piece) if number == 0 else None, **options)
+    write(prompts[0])
+    results = generate_batch(
+        model, tokenizer, prompts, on_text=lambda number, piece: write(piece) if number == 0 else None, **options
+    )
     write("\n")
-    for number, result in enumerate(results[1:], start=2):
+    samples = len(results) // len(prompts)
+    prompt_of = [prompts[number // samples] for number in range(len(results))]
+    for number, (prompt, result) in enumerate(zip(prompt_of[1:], results[1:], strict=True), start=2):
         write(f"\n--- {number} ---\n{prompt}{result.text}\n")
     first = results[0]
+    read, written = sum(result.prompt_tokens for result in results[::samples]), sum(len(result.tokens) for result in results)
+    seconds = max(result.seconds for result in results)
+    speeds = {
+        "prefill_tokens_per_second": read / first.prefill_seconds if first.prefill_seconds > 0 else 0.0,
+        "total_tokens_per_second": written / seconds if seconds > 0 else 0.0,
+    }
+    each = f" ({first.tokens_per_second:,.0f} of the first)" if len(results) > 1 else ""
     console().print(
-        f"[dim]{first.prompt_tokens:,} prompt tokens in {first.prefill_seconds:.2f} s; {sum(len(r.tokens) for r in results):,} "
-        f"tokens at {first.tokens_per_second:,.0f} tokens/s per sample; stopped by {first.stop_reason}[/dim]"
+        f"[dim]{read:,} prompt tokens in {first.prefill_seconds:.2f} s ({speeds['prefill_tokens_per_second']:,.0f} tokens/s); "
+        f"{written:,} tokens in {seconds:.2f} s, {speeds['total_tokens_per_second']:,.0f} tokens/s{each}; "
+        f"stopped by {first.stop_reason}[/dim]",
+        soft_wrap=True,
     )
     return [
         {
             "prompt": prompt, "text": r.text, "tokens": len(r.tokens), "stop_reason": r.stop_reason,
-            "prefill_seconds": r.prefill_seconds, "seconds": r.seconds, "tokens_per_second": r.tokens_per_second,
+            "prompt_tokens": r.prompt_tokens, "prefill_seconds": r.prefill_seconds, "capture_seconds": r.capture_seconds,
+            "seconds": r.seconds, "tokens_per_second": r.tokens_per_second, **speeds,
         }
-        for r in results
+        for prompt, r in zip(prompt_of, results, strict=True)
     ]  # fmt: skip

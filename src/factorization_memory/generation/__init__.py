@@ -1,6 +1,23 @@
-"""Text from a trained model: `generate` continues a prompt, `SamplingConfig` says how the next token is chosen."""
+"""Text from a trained model: `generate` continues a prompt, `generate_batch` many, `SamplingConfig` says how the next token is
+chosen, `steps_for` gives one step of a batch (on a GPU as a CUDA graph)."""
 
-from factorization_memory.generation.decode import Generation, generate, prefill
+from factorization_memory.generation.decode import Generation, default_chunk, generate, generate_batch, prefill, prefill_batch
+from factorization_memory.generation.graph import StepGraph, Steps, steps_for, weights_dtype, with_dtype
 from factorization_memory.generation.sampling import SamplingConfig, sample, sample_generators
 
-__all__ = ["Generation", "SamplingConfig", "generate", "prefill", "sample", "sample_generators"]
+__all__ = [
+    "Generation",
+    "SamplingConfig",
+    "StepGraph",
+    "Steps",
+    "default_chunk",
+    "generate",
+    "generate_batch",
+    "prefill",
+    "prefill_batch",
+    "sample",
+    "sample_generators",
+    "steps_for",
+    "weights_dtype",
+    "with_dtype",
+]

@@ -56,14 +56,41 @@ def sample_generators(seed: int, num_samples: int) -> list[torch.Generator]:
     return generators
 
 
+class Uniforms:
+    """The numbers that generators give one after the other, drawn for many tokens at a time: one by one they would cost as
+    much as a step of a large batch.
+
+    Args:
+        generators: CPU generators, one for each sample.
+        device: where the numbers are wanted.
+    """
+
+    block = 64
+    """Tokens that numbers are drawn for at a time."""
+
+    def __init__(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
+        self._generators, self._device = generators, device
+        self._drawn = torch.empty(0, len(generators), dtype=torch.float64, device=device)
+        self._used = 0
+
+    def take(self) -> Tensor:
+        """The next number of every sample, float64 `[N]`."""
+        if self._used == len(self._drawn):
+            drawn = [torch.rand(self.block, generator=generator, dtype=torch.float64) for generator in self._generators]
+            self._drawn, self._used = torch.stack(drawn, dim=1).to(self._device), 0
+        self._used += 1
+        return self._drawn[self._used - 1]
+
+
 def sample(
-    logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator], history: Tensor | None = None
+    logits: Tensor, config: SamplingConfig, generators: Sequence[torch.Generator] | Tensor, history: Tensor | None = None
 ) -> Tensor:
     """The next token of each row.
 
     Args:
         logits: [B, V], any float dtype; -inf bars a token.
-        generators: one CPU generator for each row; each gives one uniform number (none when greedy).
+        generators: one CPU generator for each row; each gives one uniform number (none when greedy). Or these numbers,
+            float64 [B].
         history: bool [B, V], True for the tokens that the repetition penalty holds against the row.
 
     Returns int64 [B], on the device of the logits.
@@ -77,7 +104,9 @@ def sample(
     # The best logit is taken off first and the rest is float64, so that a very small temperature gives no NaN.
     scores = (scores - scores.amax(dim=-1, keepdim=True)).double() / config.temperature
     weights = _filter(scores.softmax(dim=-1), config)
-    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(weights.device)
+    if not isinstance(generators, Tensor):
+        generators = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    uniform = generators.to(weights.device)
     cumulative = weights.cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
     # Rounding can put a draw past the last token: that draw is the likeliest one's.

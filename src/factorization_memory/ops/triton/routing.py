@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from factorization_memory.ops.triton.dense import on_device_of
-from factorization_memory.ops.triton.launcher import launch
+from factorization_memory.ops.triton.launcher import dependent, launch
 
 BLOCK, SELECTED_BLOCK = 1024, 256
 """Logits of a program, and those among them that are selected, if not a row has more."""
@@ -61,9 +62,12 @@ def forward_kernel(
     affinity_logits, update_logits, merge_logits, affinity, update, merge, indices, update_rate, merge_rate, count, temperature,
     affinity_token, affinity_head, update_token, update_head, merge_token, merge_head,
     HEADS: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr,
-    ROWS: tl.constexpr, ONE_RATE: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, ONE_RATE: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     LOWEST: tl.constexpr = -(2**31)
     MASK: tl.constexpr = -(2 ** (32 - BITS))
     row, token, head, known = _rows_of(count, HEADS, ROWS)
@@ -218,6 +222,7 @@ def _route(
             *logits, affinity, update, merge, indices, update_rate, merge_rate, rows, float(temperature),
             *(stride for x in logits for stride in x.stride()[:2]),
             HEADS=heads, ONE_RATE=update_logits.shape[-1] == 1, BITS=KEY_BITS[affinity_logits.dtype], **sizes,
+            **dependent(early=True),
         )  # fmt: skip
     return made
 

@@ -254,9 +254,8 @@ def _sparse(
     keeps = _keeps_inner(value, cu_seqlens, alone)
     kept = values.new_empty((slots, heads, keeps, keeps) if keeps else 0)
     for first, count in _groups(slots, heads, length):
-        inner = inner_weights(lists, indices, num_states, made.table, first, count).to(dtype)
-        if keeps:
-            kept[first : first + count] = inner
+        inner = inner_weights(lists, indices, num_states, made.table, first, count)
+        inner = kept[first : first + count].copy_(inner) if keeps else inner.to(dtype)
         here = slice(first * heads, (first + count) * heads)
         weights, v, y = inner.view(-1, length, length), values[here], output[here]
         for start, end in _parts(length):

@@ -26,6 +26,8 @@ from factorization_memory.ops.triton.lists import Lists
 
 BLOCK = 32
 """Entries of a list that are taken at a time."""
+GRADIENT_BLOCK, GRADIENT_WARPS = 16, 1
+"""Entries that `gradients_kernel` takes at a time, and its warps."""
 
 
 @triton.jit
@@ -290,6 +292,6 @@ def weight_gradients(
     launch(
         gradients_kernel, (slots * heads * num_states,), lists.begin, lists.count, lists.origin, lists.update, lists.merge,
         d_inner, d_read, d_write, d_total, kept, d_kept, d_update, d_merge, table, first_slot, heads, num_states,
-        L=length, K=chosen, N=BLOCK, HAS_READ=d_read is not None, HAS_WRITE=d_write is not None, PRECISION=precision,
-        num_warps=1,
+        L=length, K=chosen, N=GRADIENT_BLOCK, HAS_READ=d_read is not None, HAS_WRITE=d_write is not None, PRECISION=precision,
+        num_warps=GRADIENT_WARPS,
     )  # fmt: skip

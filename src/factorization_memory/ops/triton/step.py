@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from factorization_memory.ops.triton.dense import on_device_of
-from factorization_memory.ops.triton.launcher import launch
+from factorization_memory.ops.triton.launcher import dependent, launch
 from factorization_memory.ops.triton.plan import power_of_two
 
 TILE = 4096
@@ -35,7 +36,7 @@ PROGRAMS = 2
 def step_kernel(
     update,  # [B, T, H, K]
     merge,  # [B, T, H, K]
-    value,  # [B, T, H, D]
+    value,  # [B, T, H, D], `value_row` numbers from token to token
     state,  # in and out: [S, H, M, D]
     indices,  # [B, T, H, K]
     places,  # [B]
@@ -50,13 +51,18 @@ def step_kernel(
     chosen,
     width,
     split_rows,
+    value_row,
     ROWS: tl.constexpr,
     BD: tl.constexpr,
     SPARSE: tl.constexpr,
     HAS_PLACES: tl.constexpr,
     HAS_UNDO: tl.constexpr,
     ROUNDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     blocks = tl.cdiv(width, BD)
     column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     unit = tl.program_id(0) // blocks
@@ -72,7 +78,7 @@ def step_kernel(
         token = (sequence * tokens + t) * heads + head
         merged = tl.zeros([BD], tl.float32)
         if kept_in >= 0:
-            v = tl.load(value + token * width + column, mask=there, other=0).to(tl.float32)
+            v = tl.load(value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0).to(tl.float32)
             for start in range(first, end, ROWS):
                 row = start + tl.arange(0, ROWS)
                 real = row < end
@@ -151,6 +157,62 @@ def undo_kernel(
                 tl.debug_barrier()
 
 
+@triton.jit
+def weigh_kernel(
+    affinity_logits,  # [B, H, M]
+    update_logits,  # [B, H, R]
+    merge_logits,  # [B, H, R]
+    update,  # out: [B, H, M]
+    merge,  # out: [B, H, M]
+    temperature,
+    affinity_row,
+    update_row,
+    merge_row,
+    HEADS: tl.constexpr,
+    STATES: tl.constexpr,
+    PADDED: tl.constexpr,
+    RATES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    state = tl.arange(0, PADDED)
+    there = state < STATES
+    source = affinity_logits + sequence * affinity_row + head * STATES + state
+    logits = tl.load(source, mask=there, other=-float("inf")).to(tl.float32) / temperature
+    shares = tl.exp(logits - tl.max(logits, 0))
+    affinity = shares / tl.sum(shares, 0)
+    rate = head * RATES + tl.minimum(state, RATES - 1)
+    target = tl.program_id(0).to(tl.int64) * STATES + state
+    logits = tl.load(update_logits + sequence * update_row + rate, mask=there, other=0).to(tl.float32)
+    tl.store(update + target, affinity * tl.sigmoid(logits), mask=there)
+    logits = tl.load(merge_logits + sequence * merge_row + rate, mask=there, other=0).to(tl.float32)
+    tl.store(merge + target, affinity * tl.sigmoid(logits), mask=there)
+
+
+def weigh_all(affinity: Tensor, update: Tensor, merge: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Update and merge weights of the dense form, float32 `[B, H, M]`, of few tokens; not differentiable.
+
+    Args:
+        affinity: logits `[B, H, M]`, whose rows `[H, M]` may stand apart.
+        update: logits of the update rates, `[B, H, R]`, likewise; R is M or 1.
+        merge: logits of the merge rates, likewise.
+        temperature: divides the affinity logits.
+    """
+    batch, heads, states = affinity.shape
+    rates = update.shape[2]
+    theta, phi = (affinity.new_empty(batch, heads, states, dtype=torch.float32) for _ in range(2))
+    if batch:
+        launch(
+            weigh_kernel, (batch * heads,), affinity, update, merge, theta, phi, float(temperature), affinity.stride(0),
+            update.stride(0), merge.stride(0),
+            HEADS=heads, STATES=states, PADDED=power_of_two(states, 16), RATES=rates, num_warps=4, **dependent(early=True),
+        )  # fmt: skip
+    return theta, phi
+
+
 @lru_cache(maxsize=256)
 def _tiles(units: int, rows: int, width: int, device: torch.device) -> tuple[int, int, int]:
     """Columns and rows of a tile, and parts into which rows are split, so that programs fill the GPU."""
@@ -185,21 +247,24 @@ def _step(
     Returns:
         y `[B, T, H, D]` in value's dtype.
     """
-    update, merge, value = update.contiguous(), merge.contiguous(), value.contiguous()
+    update, merge = update.contiguous(), merge.contiguous()
     indices = None if indices is None else indices.contiguous()
     batch, tokens, heads, chosen = update.shape
     num_states, width = state.shape[2:]
-    output = torch.empty_like(value)
+    if tokens > 1 or value.stride(3) != 1 or (heads > 1 and value.stride(2) != width):
+        value = value.contiguous()
+    output = torch.empty_like(value, memory_format=torch.contiguous_format)
     if value.numel() == 0:
         return output
     columns, rows, splits = _tiles(batch * heads, chosen, width, value.device)
     parts = output if splits == 1 else value.new_empty(splits, *value.shape, dtype=torch.float32)
     split_rows = -(-chosen // (splits * rows)) * rows
+    value_row = value.stride(1) if tokens > 1 else value.stride(0)
     launch(
         step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices, places, undo,
-        position, seed, parts, batch, tokens, heads, num_states, chosen, width, split_rows,
+        position, seed, parts, batch, tokens, heads, num_states, chosen, width, split_rows, value_row,
         ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, HAS_UNDO=undo is not None,
-        ROUNDS=seed is not None, num_warps=4,
+        ROUNDS=seed is not None, num_warps=4, **dependent(early=True),
     )  # fmt: skip
     return output if splits == 1 else parts.sum(0).to(value.dtype)
 

@@ -1,0 +1,486 @@
+"""Reading prompts and writing tokens with whole models of random weights: time to the first token, and latency of each further
+one, over the tokens read, the sequences at once and the memory states that a token selects.
+
+A step takes one token of each sequence to the likeliest next one, which the next step reads; the host waits for it, as a
+program must that shows text. It is measured as `eager`, its kernels launched one by one from Python, and on a GPU also as
+`graph`, replayed as a CUDA graph, which is what `generate` does.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from factorization_memory.benchmarks.floor import Rates, measure_rates
+from factorization_memory.benchmarks.timing import machine, on_device, reason, release, summary, synchronise, tensor_bytes
+from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.generation import Steps, default_chunk, prefill_batch, steps_for, weights_dtype, with_dtype
+from factorization_memory.models import LanguageModel
+
+OURS = "ours"
+PEERS = ("llama",)
+PRECISIONS = ("auto", "float32", "bfloat16")
+WARM_UP = 2
+"""Steps before each series of steps that is timed."""
+
+Records = list[dict[str, Any]]
+Show = Callable[[Records], None]
+Step = Callable[[Tensor], Tensor]
+"""Tokens `[B]` to logits `[B, V]`, going on from where the sequences stand."""
+
+
+@dataclass(frozen=True)
+class InferenceBenchmark:
+    """What to measure: each model at each number of sequences, after each number of tokens."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
+    """Our model."""
+    contexts: tuple[int, ...] = (1024, 16384, 131072, 1048576)
+    """Tokens that each sequence has read when it starts to write."""
+    batches: tuple[int, ...] = (1, 16)
+    """Sequences at once."""
+    top_k: tuple[int, ...] = ()
+    """States that each token selects, one model for each number; 0 is the dense form. Empty takes the model's own."""
+    peers: tuple[str, ...] = ()
+    """Of `PEERS`, to compare with, if transformers is installed."""
+    llama_heads: int = 4
+    """Attention heads of Llama."""
+    precision: str = "auto"
+    """Of weights and arithmetic: float32, bfloat16, or auto (bfloat16 on a GPU). Our memory is float32 in any case."""
+    prefill_chunk: int = 0
+    """Tokens read in one forward, of all sequences together; 0 takes `generation.default_chunk`."""
+    prefill_seconds: float = 2.0
+    """A prompt that takes longer to read than this is not read; its steps go on from random numbers in place of its state."""
+    decode_tokens: int = 128
+    """Steps that are timed, at each size and in each mode."""
+    decode_seconds: float = 2.0
+    """They are fewer, but `repeats` at least, where they would take longer than this."""
+    repeats: int = 5
+    """Times that a prompt is read (fewer where that takes longer than `prefill_seconds`), and rounds of steps."""
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, name: str, remedy: str) -> None:
+            if not condition:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: {remedy}")
+
+        require(bool(self.contexts) and min(self.contexts) >= 1, "contexts", "use one number of tokens or more, each 1 or more")
+        require(bool(self.batches) and min(self.batches) >= 1, "batches", "use one number of sequences or more, each 1 or more")
+        states = self.model.num_states
+        require(all(0 <= k <= states for k in self.top_k), "top_k", f"use 0 (dense) to model.num_states={states}")
+        if self.top_k and self.model.top_k is not None:
+            raise ConfigError(f"model.top_k={self.model.top_k}: not together with top_k={self.top_k}; drop one of both")
+        if any(self.top_k) and self.model.affinity_threshold is not None:
+            raise ConfigError(f"top_k={self.top_k}: not together with model.affinity_threshold; drop one of both")
+        require(all(peer in PEERS for peer in self.peers), "peers", f"use some of {', '.join(PEERS)}")
+        for name in ("llama_heads", "decode_tokens", "repeats"):
+            require(getattr(self, name) >= 1, name, "use 1 or more")
+        if "llama" in self.peers:
+            size = self.model.hidden_size
+            require(size % (2 * self.llama_heads) == 0, "llama_heads", f"heads must be of one even width; divide {size} by it")
+        require(self.precision in PRECISIONS, "precision", f"use one of {', '.join(PRECISIONS)}")
+        require(self.prefill_chunk >= 0, "prefill_chunk", "use 1 or more tokens, or 0 (automatic)")
+        for name in ("prefill_seconds", "decode_seconds"):
+            require(0 <= getattr(self, name) < math.inf, name, "use a number of seconds, 0 or more")
+        if self.model.vocab_size < 1:
+            raise ConfigError(f"model.vocab_size={self.model.vocab_size}: a model needs one or more token ids")
+
+
+class Contender(Protocol):
+    """A model that reads and writes, as it is measured.
+
+    `begin` comes first; after `read` or `invent`, the steps of `modes` go on from there.
+    """
+
+    name: str
+    top_k: int | None
+    parameters: int
+    weight_bytes: int
+    growth: float
+    """Time to read a prompt grows with this power of its length."""
+
+    def begin(self, batch: int, steps: int) -> None:
+        """Get ready for `batch` sequences, with at most so many steps after each reading; nothing of it is timed."""
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read int64 `[B, context]` from the beginning; logits `[B, V]` of the next token."""
+
+    def invent(self, context: int) -> None:
+        """Random numbers in place of what `context` tokens would have left."""
+
+    def keep(self) -> Callable[[], None]:
+        """What takes the sequences back to where they stand now, or to as good a place."""
+
+    def modes(self) -> dict[str, Step]:
+        """The forms of a step, all of the same sequences."""
+
+    def state_bytes(self) -> int:
+        """Bytes of what all sequences carry."""
+
+    def step_bytes(self) -> int:
+        """Bytes that a step cannot but move: weights and what it needs of the state read, what it changes of that written."""
+
+    def end(self) -> None:
+        """Give the room back."""
+
+
+class Ours:
+    """`LanguageModel`, with `generation`'s way of reading and stepping."""
+
+    growth = 1.0
+
+    def __init__(self, benchmark: InferenceBenchmark, top_k: int | None, device: torch.device) -> None:
+        config = replace(benchmark.model, top_k=top_k)
+        torch.manual_seed(0)
+        self.model = with_dtype(LanguageModel(config).to(device).eval(), weights_dtype(benchmark.precision, device))
+        self.top_k = None if top_k == config.num_states else top_k
+        self.name = OURS if benchmark.model.top_k == top_k and not benchmark.top_k else f"{OURS} {_form(self.top_k)}"
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.weight_bytes = tensor_bytes(*self.model.parameters())
+        self.chunk = benchmark.prefill_chunk or default_chunk(device)
+        self.steps: Steps | None = None
+        self.invented: int | None = None
+
+    def begin(self, batch: int, steps: int) -> None:
+        self.steps = steps_for(self.model, batch)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        logits, state = prefill_batch(self.model, list(tokens), self.chunk)
+        # The prompt that a warm-up reads may be of fewer sequences.
+        room = self._room()
+        room.load(state, None if state.batch_size == room.batch_size else list(range(state.batch_size)))
+        self.invented = None
+        return logits
+
+    def invent(self, context: int) -> None:
+        for tensor in self._room().state.tensors():
+            tensor.normal_()
+        self.invented = context
+
+    def keep(self) -> Callable[[], None]:
+        if self.invented is not None:
+            return partial(self.invent, self.invented)
+        room = self._room()
+        return partial(room.load, room.state.clone())
+
+    def modes(self) -> dict[str, Step]:
+        steps = self._room()
+        eager: Step = lambda tokens: self.model.step(tokens, steps.state)[0]  # noqa: E731
+        return {"eager": eager, "graph": steps.step} if steps.captured else {"eager": eager}
+
+    def state_bytes(self) -> int:
+        return self._room().state.num_bytes
+
+    def step_bytes(self) -> int:
+        room, config = self._room(), self.model.config
+        weights = self.weight_bytes
+        if not config.tie_word_embeddings:  # a table to look B rows up in, and not also the head's weight
+            rows = self.model.embedding.weight
+            weights -= tensor_bytes(rows) - room.batch_size * tensor_bytes(rows[0])
+        moved = room.state.num_bytes - sum(tensor_bytes(layer.memory) for layer in room.state)
+        for layer in room.state:
+            moved += tensor_bytes(layer.memory) * (self.top_k or config.num_states) // config.num_states
+        return weights + 2 * moved
+
+    def end(self) -> None:
+        self.steps = None
+
+    def _room(self) -> Steps:
+        assert self.steps is not None, "begin comes first"
+        return self.steps
+
+
+def _form(top_k: int | None) -> str:
+    return "dense" if top_k is None else f"K={top_k}"
+
+
+def _our_contenders(benchmark: InferenceBenchmark, device: torch.device) -> Iterator[Contender]:
+    for top_k in dict.fromkeys(k or None for k in benchmark.top_k) if benchmark.top_k else [benchmark.model.top_k]:
+        yield Ours(benchmark, top_k, device)
+
+
+def _llama(benchmark: InferenceBenchmark, device: torch.device) -> Iterator[Contender]:
+    from factorization_memory.benchmarks.inference_peers import Llama
+
+    yield Llama(benchmark, device)
+
+
+CONTENDERS: dict[str, Callable[[InferenceBenchmark, torch.device], Iterator[Contender]]] = {
+    OURS: _our_contenders,
+    "llama": _llama,
+}
+"""By name, what makes the models to measure, one after the other."""
+
+
+def run(
+    benchmark: InferenceBenchmark,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda what: None,
+    show: Show = lambda records: None,
+) -> dict[str, Any]:
+    """All measurements.
+
+    Args:
+        benchmark: what to measure.
+        device: where.
+        progress: called with what comes next, for people.
+        show: called with the records of each model as soon as they are there.
+
+    Returns:
+        `machine`; `dtype` of the weights; `prefill_chunk`; `rates` of the device; `missing`, why a peer is not there, by name;
+        `spread`, one record per model, number of sequences and mode: `slowest_over_fastest` median latency over the
+        contexts; and `records`, one per model, number of sequences and context:
+
+        `contender`, `peer`, `top_k`, `parameters`, `weight_bytes`, `batch`, `context`, `error` (None, or what it raised);
+        `state`, "read" (the steps go on from `context` tokens that were read) or "random" (from random numbers);
+        `state_bytes` of all sequences, `step_bytes` (what a step cannot but move) and `floor_seconds`, these over the rate
+        of copies; `prefill`, None if nothing was read, or `seconds` (median, min, max) to the first token of every sequence,
+        `repeats` and `tokens_per_second`; `decode`, by mode: `tokens` timed, `seconds` of a step (median, min, max, p99),
+        `tokens_per_second` of all sequences (at the median) and `ratio_to_floor`.
+    """
+    with on_device(device), torch.no_grad():
+        return _run(benchmark, device, progress, show)
+
+
+def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable[[str], None], show: Show) -> dict[str, Any]:
+    progress("speed of copies and matrix products")
+    rates = measure_rates(device)
+    release(device)
+    records: Records = []
+    missing: dict[str, str] = {}
+    for kind in (OURS, *dict.fromkeys(benchmark.peers)):
+        contenders = CONTENDERS[kind](benchmark, device)
+        while True:
+            try:
+                contender = next(contenders, None)
+            except ImportError as error:
+                missing[kind] = f"{error}; pip install transformers"
+                break
+            if contender is None:
+                break
+            found = _measure(contender, kind != OURS, benchmark, device, rates, progress)
+            records += found
+            show(found)
+            del contender
+            release(device)
+    return {
+        "machine": machine(device),
+        "dtype": str(weights_dtype(benchmark.precision, device)).removeprefix("torch."),
+        "prefill_chunk": benchmark.prefill_chunk or default_chunk(device),
+        "rates": rates.asdict(),
+        "missing": missing,
+        "spread": _spread(records),
+        "records": records,
+    }
+
+
+def _measure(
+    contender: Contender,
+    peer: bool,
+    benchmark: InferenceBenchmark,
+    device: torch.device,
+    rates: Rates,
+    progress: Callable[[str], None],
+) -> Records:
+    """The records of one model."""
+    records: Records = []
+    for batch in sorted(dict.fromkeys(benchmark.batches)):
+        found = []
+        for context in sorted(dict.fromkeys(benchmark.contexts)):
+            record: dict[str, Any] = {
+                "contender": contender.name,
+                "peer": peer,
+                "top_k": contender.top_k,
+                "parameters": contender.parameters,
+                "weight_bytes": contender.weight_bytes,
+                "batch": batch,
+                "context": context,
+            }
+            record |= dict.fromkeys(("error", "state", "state_bytes", "step_bytes", "floor_seconds", "prefill"))
+            found.append(record | {"decode": {}})
+        records += found
+        try:
+            contender.begin(batch, _most_steps(benchmark))
+            _measure_batch(contender, found, benchmark, device, rates, progress)
+        except Exception as error:  # a size that does not fit is worth knowing, and others may
+            for record in found:
+                record["error"] = record["error"] or reason(error)
+        contender.end()
+        release(device)
+    return records
+
+
+def _measure_batch(
+    contender: Contender,
+    records: Records,
+    benchmark: InferenceBenchmark,
+    device: torch.device,
+    rates: Rates,
+    progress: Callable[[str], None],
+) -> None:
+    """Fills the records of one number of sequences, by context."""
+    reading = _Reading(contender, benchmark, device)
+    writing: list[tuple[dict[str, Any], _Writing]] = []
+    for record in records:
+        progress(f"{contender.name}: {record['batch']} x {record['context']:,} tokens")
+        with _failing_alone(record, device):
+            record["prefill"] = reading.prefill(record["batch"], record["context"])
+            if record["prefill"] is None:
+                contender.invent(record["context"])
+            record["state"] = "random" if record["prefill"] is None else "read"
+            record |= {"state_bytes": contender.state_bytes(), "step_bytes": contender.step_bytes()}
+            record["floor_seconds"] = record["step_bytes"] / rates.copy_bytes_per_second
+            writing.append((record, _Writing(contender, benchmark, record["batch"], device)))
+    # Contexts take turns, as the modes of a step do, so that a machine's slower minutes are not taken for a context's.
+    for number in range(benchmark.repeats):
+        progress(f"{contender.name}: {records[0]['batch']} sequences write, round {number + 1}")
+        for record, one in writing:
+            if record["error"] is None:
+                with _failing_alone(record, device):
+                    one.round()
+    for record, one in writing:
+        if record["error"] is None:
+            record["decode"] = one.figures(record["floor_seconds"])
+
+
+@contextmanager
+def _failing_alone(record: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """A block whose failure is written down and harms nothing else."""
+    try:
+        yield
+    except Exception as error:
+        record["error"] = reason(error)
+    if record["error"] is not None:
+        release(device)  # here, where the error no longer holds what was allocated
+
+
+class _Reading:
+    """Reads prompts of one number of sequences, as long as that is quick enough."""
+
+    def __init__(self, contender: Contender, benchmark: InferenceBenchmark, device: torch.device) -> None:
+        self.contender, self.benchmark, self.device = contender, benchmark, device
+        self.known: tuple[int, float] | None = None
+        """A number of tokens of a sequence, and the seconds that all sequences took to read as many."""
+
+    def prefill(self, batch: int, context: int) -> dict[str, Any] | None:
+        """Reads `context` tokens of each of `batch` sequences; its figures, or None if that would take too long."""
+        limit = self.benchmark.prefill_seconds
+        if limit == 0:
+            return None
+        if self.known is None:
+            self.known = self._try(batch, context)
+        length, seconds = self.known
+        expected = seconds * (context / length) ** self.contender.growth
+        if expected > limit:
+            return None
+        tokens = self._tokens(batch, context)
+        self._seconds(tokens)  # kernels for this size are compiled
+        spent: list[float] = []
+        while len(spent) < self.benchmark.repeats and sum(spent) + expected <= limit:
+            spent.append(self._seconds(tokens))
+            expected = min(spent)
+        self.known = context, expected
+        spread = summary(spent)
+        return {"seconds": spread, "repeats": len(spent), "tokens_per_second": tokens.numel() / spread["median"]}
+
+    def _try(self, batch: int, context: int) -> tuple[int, float]:
+        """Reads a piece, which is short at any size, and tells of it as `known`."""
+        chunk = 2 * (self.benchmark.prefill_chunk or default_chunk(self.device))
+        length = min(context, chunk)
+        rows = max(1, min(batch, chunk // length))
+        tokens = self._tokens(rows, length)
+        self._seconds(tokens)
+        return length, self._seconds(tokens) * batch / rows
+
+    def _seconds(self, tokens: Tensor) -> float:
+        synchronise(self.device)
+        start = time.perf_counter()
+        self.contender.read(tokens).argmax(-1).tolist()
+        synchronise(self.device)
+        return time.perf_counter() - start
+
+    def _tokens(self, batch: int, length: int) -> Tensor:
+        return torch.randint(0, self.benchmark.model.vocab_size, (batch, length), device=self.device)
+
+
+class _Writing:
+    """Steps from where a contender stands when this is made, in rounds."""
+
+    def __init__(self, contender: Contender, benchmark: InferenceBenchmark, batch: int, device: torch.device) -> None:
+        self.resume, self.modes = contender.keep(), contender.modes()
+        self.device, self.batch = device, batch
+        self.tokens = torch.randint(0, benchmark.model.vocab_size, (batch,), device=device)
+        self.seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
+        self.each: dict[str, int] = {}
+        for mode, step in self.modes.items():
+            tried = _series(step, self.tokens, WARM_UP + 1, device)[-1]
+            most = min(benchmark.decode_tokens, int(benchmark.decode_seconds / max(tried, 1e-9)))
+            self.each[mode] = max(1, -(-most // benchmark.repeats))
+
+    def round(self) -> None:
+        """Goes back to the beginning and times each mode's share of the steps."""
+        self.resume()
+        with _quiet():
+            for mode, step in self.modes.items():
+                self.seconds[mode] += _series(step, self.tokens, WARM_UP + self.each[mode], self.device)[WARM_UP:]
+
+    def figures(self, floor_seconds: float) -> dict[str, Any]:
+        """Of all rounds, by mode."""
+        result = {}
+        for mode, spent in self.seconds.items():
+            spread = summary(spent) | {"p99": sorted(spent)[math.ceil(0.99 * len(spent)) - 1]}
+            result[mode] = {
+                "tokens": len(spent),
+                "seconds": spread,
+                "tokens_per_second": self.batch / spread["median"],
+                "ratio_to_floor": spread["median"] / floor_seconds,
+            }
+        return result
+
+
+def _most_steps(benchmark: InferenceBenchmark) -> int:
+    """The most steps of one mode that follow a reading."""
+    return benchmark.decode_tokens + (WARM_UP + 1) * (benchmark.repeats + 1)
+
+
+def _series(step: Step, tokens: Tensor, count: int, device: torch.device) -> list[float]:
+    """Seconds of each of `count` steps one after the other, from `tokens`."""
+    seconds = []
+    synchronise(device)
+    for _ in range(count):
+        start = time.perf_counter()
+        tokens = step(tokens).argmax(-1)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A block in which the collector need not look at what was there before."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _spread(records: Records) -> Records:
+    """The slowest over the fastest median latency of each model, number of sequences and mode over the contexts."""
+    grouped: dict[tuple[str, int, str], list[float]] = {}
+    for record in records:
+        for mode, figures in record["decode"].items():
+            grouped.setdefault((record["contender"], record["batch"], mode), []).append(figures["seconds"]["median"])
+    return [
+        {"contender": contender, "batch": batch, "mode": mode, "slowest_over_fastest": max(times) / min(times)}
+        for (contender, batch, mode), times in grouped.items()
+    ]

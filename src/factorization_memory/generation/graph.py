@@ -1,0 +1,158 @@
+"""One step of a whole model for a batch of fixed size: as it is anywhere, and on a GPU as a CUDA graph.
+
+Launched one by one from Python, the hundreds of small kernels of a step keep a GPU waiting; a graph launches them at once.
+Shapes: B sequences, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from factorization_memory.models.decoding import DecodingModel, obstacle
+
+if TYPE_CHECKING:
+    from factorization_memory.models import LanguageModel, ModelState
+
+WARM_UP = 2
+"""Steps before the capture: kernels are compiled in the first, and nothing that is set up once is captured."""
+
+
+def steps_for(model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0) -> Steps:
+    """`StepGraph` on a GPU, `Steps` elsewhere."""
+    made = StepGraph if next(model.parameters()).is_cuda else Steps
+    return made(model, batch_size, dtype, undo_steps)
+
+
+def with_dtype(model: LanguageModel, dtype: torch.dtype | None) -> LanguageModel:
+    """A copy of the model with weights of `dtype`, or the model itself if it has them (or for None). Memories stay float32
+    (float64 with float64 weights)."""
+    if dtype is None or all(parameter.dtype == dtype for parameter in model.parameters()):
+        return model
+    return copy.deepcopy(model).to(dtype)
+
+
+def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that a precision stands for: "float32", "bfloat16", or "auto", bfloat16 on a GPU and float32 on a CPU."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+class Steps:
+    """One token after the other of `batch_size` sequences, each by a call of `LanguageModel.step`.
+
+    Args:
+        model: in evaluation mode.
+        batch_size: B.
+        dtype: of the weights; another than the model's makes a copy of it.
+        undo_steps: the last steps that `state` can roll back (`ModelState.rollback`), without a copy.
+
+    Attributes:
+        model: the model that steps.
+        batch_size: B.
+        state: where the sequences stand, changed in place by every step; empty at first.
+    """
+
+    captured = False
+    """Whether a new size costs a capture."""
+
+    def __init__(self, model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: use 1 or more sequences")
+        self.model = with_dtype(model, dtype)
+        self.batch_size = batch_size
+        self.state: ModelState = self.model.initial_state(batch_size)
+        if undo_steps:
+            self.state = self.model.keep_undo(self.state, undo_steps)
+
+    def load(self, state: ModelState, rows: Tensor | list[int] | None = None) -> None:
+        """Copy `state` in; steps done before cannot be rolled back.
+
+        Args:
+            state: of B sequences, or of as many as there are `rows`.
+            rows: its sequence i goes to row `rows[i]`, and the other rows stay as they are; None takes all in their order.
+
+        Raises:
+            ValueError: `state` is of another number of sequences, or not of this model.
+        """
+        places = None if rows is None else torch.as_tensor(rows, device=self.state.layers[0].memory.device)
+        expected = self.batch_size if places is None else len(places)
+        if state.batch_size != expected:
+            raise ValueError(f"state: got {state.batch_size} sequences, takes {expected}; use select or place first")
+        mine, given = self.state.tensors(), state.tensors()
+        if [x.shape[1:] for x in mine] != [x.shape[1:] for x in given]:
+            raise ValueError("state: it is not of this model; take one from its initial_state or forward")
+        with torch.no_grad():
+            for target, source in zip(mine, given, strict=True):
+                if places is None:
+                    target.copy_(source)
+                else:
+                    target.index_copy_(0, places, source.to(target))
+        self.state.forget_steps()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 `[B]` to logits `[B, V]`, which the next step may overwrite."""
+        logits, _ = self.model.step(tokens, self.state)
+        return logits
+
+
+class StepGraph(Steps):
+    """A step captured once as a CUDA graph and replayed for each token.
+
+    The capture fixes the size of the batch and where everything lies: `state` keeps its tensors, `load` copies into them, and
+    all logits are one tensor. It holds a `DecodingModel`, which has its own copies of some weights, where there is one of the
+    model and autocast is off; otherwise `LanguageModel.step`, with the bits of `Steps`, for which weights changed in place
+    count, and with autocast if the caller has it on.
+
+    Args:
+        model, batch_size, dtype, undo_steps: as of `Steps`.
+        fused: False never takes a `DecodingModel`.
+
+    Attributes:
+        fused: whether it took one.
+
+    Raises:
+        ValueError: the model is not on a GPU.
+    """
+
+    captured = True
+
+    def __init__(
+        self, model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0, fused: bool = True
+    ) -> None:
+        super().__init__(model, batch_size, dtype, undo_steps)
+        device = self.state.layers[0].memory.device
+        if device.type != "cuda":
+            raise ValueError(f"model: is on {device}, a CUDA graph takes a GPU; use Steps, which runs anywhere")
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # Weights that autocast has cast are not to be kept from one block to the next: a graph would go on reading them.
+        autocast = torch.autocast(
+            "cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
+        )
+        self.fused = fused and not torch.is_autocast_enabled("cuda") and obstacle(self.model) is None
+        step = DecodingModel(self.model).step if self.fused else self.model.step
+        stream = torch.cuda.Stream(device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.no_grad(), autocast:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    step(self.tokens, self.state)
+            torch.cuda.current_stream().wait_stream(stream)
+            # Of this thread alone: others, such as one that reads batches ahead, may go on allocating.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits, _ = step(self.tokens, self.state)
+            for tensor in self.state.tensors():
+                tensor.zero_()
+        self.state.forget_steps()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 `[B]` to logits `[B, V]`: one tensor, which the next step overwrites."""
+        self.tokens.copy_(tokens)
+        self._graph.replay()
+        self.state.step_done(replayed=True)
+        return self.logits

@@ -1,0 +1,312 @@
+"""A linear layer of few tokens, as in decoding, with what stands around it in one kernel: its time is that of reading the
+weights once.
+
+For up to `FEW` tokens a program multiplies some rows of the weight by the whole input and sums (`few_kernel`); for more, tiles
+of inputs and weights meet in matrix products (`many_kernel`). Each output is computed by one program, in one order.
+
+Shapes: B tokens, I inputs, O outputs, G inputs of a group of the normalisation.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from factorization_memory.ops.triton import interpreted
+from factorization_memory.ops.triton.launcher import dependent, launch
+
+FEW = 4
+"""Tokens up to which weights are multiplied by each token in turn."""
+MOST_INPUTS = 16384
+"""Inputs of all tokens, with groups padded to powers of two, that `few_kernel` takes: it holds them all."""
+THREAD_BYTES = 256
+"""Weights of a thread of `few_kernel` at most: sixteen loads of 16 bytes."""
+BLOCK_TOKENS = 64
+"""Tokens of a program of `many_kernel`."""
+SHARED_BYTES, MOST_STAGES = 160 * 1024, 8
+"""Shared memory for the tiles of `many_kernel` that are under way, and the longest pipeline."""
+PROCESSORS = 132
+"""Of the GPU over which outputs are spread (H100, H200)."""
+
+
+@triton.jit
+def _silu(gate, at, mask):
+    """The SiLU of gate at `at`."""
+    g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+    return g / (1.0 + tl.exp(-g))
+
+
+@triton.jit
+def _added(bias, residual, index, at, mask, OUTPUTS: tl.constexpr, GLU: tl.constexpr, HAS_BIAS: tl.constexpr,
+           HAS_RESIDUAL: tl.constexpr):  # fmt: skip
+    """What is added to the products of outputs `index`: two biases (the second with GLU) and the residual at `at`."""
+    first = tl.zeros(index.shape, tl.float32)
+    second = first
+    after = tl.zeros(at.shape, tl.float32)
+    if HAS_BIAS:
+        first = tl.load(bias + index, mask=index < OUTPUTS, other=0.0).to(tl.float32)
+        if GLU:
+            second = tl.load(bias + OUTPUTS + index, mask=index < OUTPUTS, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        after = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    return first, second, after
+
+
+@triton.jit
+def _finished(y, up, first, second, after, GLU: tl.constexpr):
+    """Outputs from products y (and, with GLU, `up`) and what `_added` gives."""
+    y += first
+    if GLU:
+        y = y / (1.0 + tl.exp(-y)) * (up + second)
+    return y + after
+
+
+@triton.jit
+def few_kernel(
+    x, weight, bias, norm_weight, residual, gate, out, eps, x_row, gate_row, residual_row, out_row,
+    TOKENS: tl.constexpr, TOKENS_PADDED: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, BO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BO outputs of all tokens. Inputs stand as groups, each padded to a power of two."""
+    INPUTS: tl.constexpr = GROUPS * GROUP
+    BI: tl.constexpr = GROUPS_PADDED * GROUP_PADDED
+    place = tl.arange(0, BI)
+    column = place // GROUP_PADDED * GROUP + place % GROUP_PADDED
+    inside = (place % GROUP_PADDED < GROUP) & (place // GROUP_PADDED < GROUPS)
+    index = tl.program_id(0) * BO + tl.arange(0, BO)
+    known = index < OUTPUTS
+    both = known[:, None] & inside[None, :]
+    # All loads first, those of the weights before all others: they are under way together.
+    at = index.to(tl.int64)[:, None] * INPUTS + column[None, :]
+    w = tl.load(weight + at, mask=both, other=0.0)
+    if GLU:
+        w_up = tl.load(weight + OUTPUTS * INPUTS + at, mask=both, other=0.0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.arange(0, TOKENS_PADDED)[:, None]
+    there = (token < TOKENS) & inside[None, :]
+    rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        factor = _silu(gate, token * gate_row + column[None, :], there)
+    mask = (token < TOKENS) & known[None, :]
+    first, second, after = _added(
+        bias, residual, index[None, :], token * residual_row + index[None, :], mask, OUTPUTS, GLU, HAS_BIAS, HAS_RESIDUAL
+    )
+    if HAS_NORM:
+        scale = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        grouped = tl.reshape(rows, [TOKENS_PADDED, GROUPS_PADDED, GROUP_PADDED])
+        inverse = tl.rsqrt(tl.sum(grouped * grouped, 2) / GROUP + eps)[:, :, None]
+        rows = tl.reshape(grouped * inverse, [TOKENS_PADDED, BI]) * scale
+    if HAS_GATE:
+        rows *= factor
+    rows = rows.to(weight.dtype.element_ty).to(tl.float32)
+    y = tl.zeros([TOKENS_PADDED, BO], tl.float32)
+    up = y
+    for t in tl.static_range(TOKENS):
+        # A thread holds its columns of all tokens: taking one costs nothing.
+        row = tl.sum(tl.where(token == t, rows, 0.0), 0)[None, :]
+        y = tl.where(token == t, tl.sum(w.to(tl.float32) * row, 1)[None, :], y)
+        if GLU:
+            up = tl.where(token == t, tl.sum(w_up.to(tl.float32) * row, 1)[None, :], up)
+    y = _finished(y, up, first, second, after, GLU)
+    tl.store(out + token * out_row + index[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def many_kernel(
+    x, weight, bias, norm_weight, residual, gate, out, eps, x_row, gate_row, residual_row, out_row, tokens,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BO outputs of BT tokens. The norm of a group multiplies its sum, so that one pass over the inputs does for both."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    INPUTS: tl.constexpr = GROUPS * GROUP
+    token = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    index = tl.program_id(0) * BO + tl.arange(0, BO)[None, :]
+    there = token < tokens
+    # Columns of outputs that are none repeat the last one.
+    line = tl.minimum(tl.program_id(0) * BO + tl.arange(0, BO), OUTPUTS - 1).to(tl.int64)[None, :] * INPUTS
+    whole = tl.zeros([BT, BO], tl.float32)
+    whole_up = tl.zeros([BT, BO], tl.float32)
+    for group in range(GROUPS):
+        y = tl.zeros([BT, BO], tl.float32)
+        up = tl.zeros([BT, BO], tl.float32)
+        squares = tl.zeros([BT], tl.float32)
+        for first in tl.range(0, GROUP, BI, num_stages=STAGES):
+            within = first + tl.arange(0, BI)
+            column = group * GROUP + within
+            inside = within < GROUP
+            w = tl.load(weight + line + column[:, None], mask=inside[:, None], other=0.0)
+            mask = there & inside[None, :]
+            part = tl.load(x + token * x_row + column[None, :], mask=mask, other=0.0)
+            if HAS_NORM:
+                part = part.to(tl.float32)
+                squares += tl.sum(part * part, 1)
+                part *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if HAS_GATE:
+                part = part.to(tl.float32) * _silu(gate, token * gate_row + column[None, :], mask)
+            part = part.to(weight.dtype.element_ty)
+            if UPCAST:
+                part = part.to(tl.float32)
+                w = w.to(tl.float32)
+            y = tl.dot(part, w, y, input_precision=PRECISION)
+            if GLU:
+                w = tl.load(weight + OUTPUTS * INPUTS + line + column[:, None], mask=inside[:, None], other=0.0)
+                if UPCAST:
+                    w = w.to(tl.float32)
+                up = tl.dot(part, w, up, input_precision=PRECISION)
+        if HAS_NORM:
+            inverse = tl.rsqrt(squares / GROUP + eps)[:, None]
+            y *= inverse
+            up *= inverse
+        whole += y
+        whole_up += up
+    mask = there & (index < OUTPUTS)
+    first, second, after = _added(
+        bias, residual, index, token * residual_row + index, mask, OUTPUTS, GLU, HAS_BIAS, HAS_RESIDUAL
+    )
+    y = _finished(whole, whole_up, first, second, after, GLU)
+    tl.store(out + token * out_row + index, y.to(out.dtype.element_ty), mask=mask)
+
+
+def small_linear(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_groups: int = 1,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    glu: bool = False,
+    early: bool = False,
+) -> Tensor:
+    """`out = linear(norm(x) * silu(gate)) + residual`, or, with `glu`, `silu(linear of the first O rows) * linear of the others
+    + residual`. Not differentiable; allocates nothing and waits for nothing, so that a CUDA graph can hold it.
+
+    Args:
+        x: `[B, I]`, bfloat16 or float32; so are `out`, `residual`, `gate` and `norm_weight`, each of its own dtype. Rows of
+            these may stand apart, numbers of a row not.
+        weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as by
+            autocast; sums are float32.
+        out: `[B, O]`; may be `residual`, not `x` or `gate`.
+        bias: as many numbers as `weight` has rows; None for none.
+        norm_weight: `[I]`, the weight of an RMS normalisation of x before all else; None for none.
+        norm_eps: epsilon of the normalisation.
+        norm_groups: equal parts of the inputs that are normalised each on its own.
+        residual: `[B, O]`, added to the outputs; None for none.
+        gate: `[B, I]`, whose SiLU multiplies the (normalised) inputs; None for none.
+        glu: whether to multiply the SiLU of the first half of the outputs by the second half.
+        early: whether to begin, and to read weights, while what was launched before still runs (programmatic dependent
+            launch): that must not write `weight`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or layout.
+    """
+    _check(x, weight, out, bias, norm_weight, norm_groups, residual, gate, glu)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return small_linear(
+                x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps, norm_groups=norm_groups,
+                residual=residual, gate=gate, glu=glu,
+            )  # fmt: skip
+    tokens, inputs = x.shape
+    outputs = out.shape[1]
+    if tokens == 0 or outputs == 0:
+        return out
+    group = inputs // norm_groups if norm_weight is not None else inputs
+    groups = inputs // group
+    numbers = (
+        x, weight, bias, norm_weight, residual, gate, out, float(norm_eps),
+        x.stride(0), 0 if gate is None else gate.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+    )  # fmt: skip
+    has = {
+        "HAS_BIAS": bias is not None, "HAS_NORM": norm_weight is not None, "HAS_RESIDUAL": residual is not None,
+        "HAS_GATE": gate is not None, "GLU": glu,
+    } | dependent(early)  # fmt: skip
+    group_padded, groups_padded = triton.next_power_of_2(group), triton.next_power_of_2(groups)
+    padded = groups_padded * group_padded
+    size = weight.element_size()
+    row_bytes = inputs * size * (2 if glu else 1)
+    token_bytes = inputs * (x.element_size() + (0 if gate is None else gate.element_size()))
+    norm_bytes = 0 if norm_weight is None else inputs * norm_weight.element_size()
+    tokens_padded = triton.next_power_of_2(tokens)
+    if tokens <= FEW and tokens_padded * padded <= MOST_INPUTS:
+        warps = min(8, max(1, padded // 256))
+        most = max(1, THREAD_BYTES * 32 * warps // (padded * size * (2 if glu else 1)))
+        rows = _rows(1, most, outputs, row_bytes, tokens * token_bytes + norm_bytes)
+        launch(
+            few_kernel, (triton.cdiv(outputs, rows),), *numbers,
+            TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
+            GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, **has, num_warps=warps,
+        )  # fmt: skip
+        return out
+    block = min(BLOCK_TOKENS, max(16, triton.next_power_of_2(tokens)))
+    rows = _rows(16, 64 if size == 2 else 32, outputs, row_bytes, block * token_bytes + norm_bytes)
+    low = size == 2 and x.element_size() == 2
+    width = min(256 if low and block < BLOCK_TOKENS else 128 if size == 2 else 64, max(16, group_padded))
+    # The norm's weight is among what is under way, and a buffer fewer than there are stages.
+    stage = width * (block * token_bytes + rows * row_bytes + norm_bytes) // inputs
+    stages = min(MOST_STAGES, max(2, 1 + SHARED_BYTES // stage))
+    launch(
+        many_kernel, (triton.cdiv(outputs, rows), triton.cdiv(tokens, block)), *numbers, tokens,
+        OUTPUTS=outputs, GROUPS=groups, GROUP=group, BT=block, BO=rows, BI=width, **has, UPCAST=interpreted(),
+        PRECISION="ieee" if interpreted() else "tf32x3", STAGES=stages, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _rows(least: int, most: int, outputs: int, row_bytes: int, input_bytes: int) -> int:
+    """Outputs of a program, a power of two from `least` to `most`, so that the busiest processor reads the fewest bytes: few
+    are spread unevenly and read the input often, many leave processors idle."""
+    choices = [least << i for i in range((most // least).bit_length())]
+    return min(choices, key=lambda rows: -(-outputs // (rows * PROCESSORS)) * (rows * row_bytes + input_bytes))
+
+
+def _check(
+    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_groups: int,
+    residual: Tensor | None, gate: Tensor | None, glu: bool,
+) -> None:  # fmt: skip
+    if x.dim() != 2 or weight.dim() != 2 or out.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(
+            f"x, weight, out: got shapes {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(out.shape)}, "
+            "takes [B, I], [O, I], [B, O]"
+        )
+    (tokens, inputs), outputs = x.shape, out.shape[1]
+    rows = 2 * outputs if glu else outputs
+    shapes = {
+        "weight": (weight, (rows, inputs)), "out": (out, (tokens, outputs)), "bias": (bias, (rows,)),
+        "norm_weight": (norm_weight, (inputs,)), "residual": (residual, (tokens, outputs)), "gate": (gate, (tokens, inputs)),
+        "x": (x, (tokens, inputs)),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {shape}")
+        if tensor.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, takes bfloat16 or float32")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}; move them to one device")
+        if tensor.stride(-1) != 1 and shape[-1] > 1:
+            raise ValueError(f"{name}: numbers of a row stand {tensor.stride(-1)} apart; take a contiguous tensor")
+    if not weight.is_contiguous():
+        raise ValueError("weight: is not contiguous; take weight.contiguous()")
+    if norm_groups < 1 or inputs % norm_groups:
+        raise ValueError(f"norm_groups: got {norm_groups}, takes a divisor of I = {inputs}")

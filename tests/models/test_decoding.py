@@ -1,0 +1,70 @@
+"""A model's step in few kernels equals its plain step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from factorization_memory.config import ModelConfig
+from factorization_memory.models import LanguageModel
+from factorization_memory.models.decoding import DecodingModel
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PURE = ModelConfig(vocab_size=11, hidden_size=8, num_layers=2, num_states=6)
+CONFIGS = [
+    PURE,
+    replace(PURE, top_k=2, num_heads=2, conv_size=3, output_gate=True, norm="head"),
+    replace(PURE, rates="head", temperature=0.5, norm="none", tie_word_embeddings=False),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "undo"),
+    [(CONFIGS[0], 1, False), (CONFIGS[0], 5, True), (CONFIGS[1], 1, True), (CONFIGS[1], 5, False), (CONFIGS[2], 3, False)],
+    ids=lambda x: str(getattr(x, "norm", x)),
+)
+def test_equals_the_plain_step(config: ModelConfig, batch: int, undo: bool) -> None:
+    model = LanguageModel(config).to(DEVICE).eval()
+    tokens = torch.randint(0, 11, (batch, 4), device=DEVICE)
+    _, begun = model(tokens[:, :2])
+    decoding = DecodingModel(model)
+    plain, state = begun.clone(), begun.clone()
+    if undo:
+        state = model.keep_undo(state, 4)
+    kept = [x.clone() for x in state.tensors()]
+    for t in range(2, 4):
+        expected, _ = model.step(tokens[:, t], plain)
+        logits, same = decoding.step(tokens[:, t], state)
+        assert same is state
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(state.tensors(), plain.tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if undo:
+        state.rollback(2)
+        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), kept, strict=True))
+
+
+def test_bfloat16_weights() -> None:
+    model = LanguageModel(CONFIGS[1]).to(DEVICE).eval()
+    tokens = torch.randint(0, 11, (3, 3), device=DEVICE)
+    expected, _ = model(tokens)
+    low = LanguageModel(CONFIGS[1]).to(DEVICE, torch.bfloat16).eval()
+    low.load_state_dict(model.state_dict())
+    decoding, state = DecodingModel(low), low.initial_state(3)
+    for t in range(3):
+        logits, _ = decoding.step(tokens[:, t], state)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected[:, -1], rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"norm": "state"}, "norm='state'"), ({"affinity_threshold": 0.1}, "affinity_threshold")]
+)
+def test_refuses(change: dict[str, object], message: str) -> None:
+    model = LanguageModel(replace(PURE, **change)).to(DEVICE)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"model: {message}.*; use LanguageModel.step"):
+        DecodingModel(model)
