@@ -169,10 +169,12 @@ def test_operators_keep_their_promises(borders: list[int] | None) -> None:
         (*inputs, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"),
     )
+    kept = [x.detach() for x in sparse.sparse(*inputs, True)[2:]]
+    assert (kept[1].numel() > 0) == (borders is None)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     torch.library.opcheck(
         torch.ops.factorization_memory.sparse_backward.default,
-        (problem.d_output, problem.d_final, *detached, False, value.new_empty(0)),
+        (problem.d_output, problem.d_final, *detached, False, *kept),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -191,9 +193,10 @@ def test_compiles_as_one_graph(alone: bool) -> None:
 
 
 def test_chosen_by_cost() -> None:
-    value = torch.empty(1, 2048, 1, 2048, device="meta")
-    assert sparse_pays(value, 16, 1024, alone=True)
-    assert not sparse_pays(value, 64, 64, alone=True)
+    assert sparse_pays(2048, 16, 1024, alone=True)
+    assert not sparse_pays(2048, 64, 64, alone=True)
+    assert not sparse_pays(2048, 16, 1024, alone=False)
+    assert not sparse_pays(100_000, 16, 1024, alone=True)
     problem = Problem.random(Shape(1, 10, 1, 8, 4, 2), device=DEVICE)
     with pytest.raises(ValueError, match=r"triton-sparse.*indices"):
         factorization_memory(problem.update, problem.merge, problem.value, backend="triton-sparse")

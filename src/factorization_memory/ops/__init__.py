@@ -39,7 +39,8 @@ def factorization_memory(
         update: theta, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; 0 <= theta <= 1, both ends included.
         merge: phi, same shape as `update`.
         value: v, `[B, T, H, D]`.
-        indices: integers `[B, T, H, K]`, the distinct states that each token updates and merges; None is the dense form.
+        indices: integers `[B, T, H, K]`, the distinct states that each token updates and merges; None is the dense form. Their
+            values are not checked under `torch.compile` or while a CUDA graph is captured.
         num_states: M; required with `indices`.
         initial_state: h_0, `[B, H, M, D]`, or `[N, H, M, D]` with `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
@@ -63,7 +64,7 @@ def factorization_memory(
     if initial_state is not None:
         sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(initial_state, "initial_state", (sequences, value.shape[2], states, value.shape[3]), value)
-    if indices is not None and not torch.compiler.is_compiling():
+    if indices is not None and not torch.compiler.is_compiling() and not _capturing(indices):
         _check_indices(indices, states)
     return recurrence_unchecked(update, merge, value, indices, states, initial_state, output_final_state, cu_seqlens, backend)
 
@@ -226,7 +227,8 @@ def recurrence_unchecked(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """`factorization_memory` on arguments known to be right."""
-    backend = _choose(backend, value, indices, num_states, initial_state is None and not output_final_state)
+    alone = initial_state is None and not output_final_state
+    backend = _choose(backend, value, indices, num_states, alone, cu_seqlens)
     if backend == "reference":
         borders = None if cu_seqlens is None else read_borders(cu_seqlens)
         return _reference(update, merge, value, indices, num_states, initial_state, output_final_state, borders)
@@ -245,7 +247,9 @@ def obstacle(backend: str, value: Tensor) -> str | None:
     return triton.obstacle(value) if backend.startswith("triton") else None
 
 
-def _choose(backend: str, value: Tensor, indices: Tensor | None, num_states: int, alone: bool) -> str:
+def _choose(
+    backend: str, value: Tensor, indices: Tensor | None, num_states: int, alone: bool, cu_seqlens: Tensor | None
+) -> str:
     """The backend that computes, "triton" made one of its two forms; ValueError if it is none, or cannot. `alone` if no
     memory comes in or is asked for."""
     if backend not in BACKENDS:
@@ -256,10 +260,21 @@ def _choose(backend: str, value: Tensor, indices: Tensor | None, num_states: int
         raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'chunked', which runs everywhere")
     elif backend == "triton-sparse" and indices is None:
         raise ValueError(f"backend={backend!r}: it computes with indices, which are None; use 'triton'")
-    if backend == "triton":
-        sparse = indices is not None and triton.sparse_pays(value, indices.shape[3], num_states, alone)
-        backend = "triton-sparse" if sparse else "triton-dense"
-    return backend
+    if backend != "triton":
+        return backend
+    # At no length can it pay where it does not for one token.
+    if indices is None or not triton.sparse_pays(1, indices.shape[3], num_states, alone):
+        return "triton-dense"
+    longest = value.shape[1]
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        borders = read_borders(cu_seqlens)
+        longest = max(b - a for a, b in pairwise(borders))
+    return "triton-sparse" if triton.sparse_pays(longest, indices.shape[3], num_states, alone) else "triton-dense"
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _scatter(weights: Tensor, indices: Tensor, num_states: int) -> Tensor:

@@ -22,8 +22,10 @@ that ship may take; others give 163 KiB or 99."""
 
 SPARSE_STATES = 512
 """M from which on the form that computes with the selected states alone can pay."""
-SPARSE_RATIO = 16
+SPARSE_RATIO = 32
 """M / K from which on it pays."""
+SPARSE_LENGTH = 4096
+"""Tokens of a sequence up to which it pays: longer ones pass states on, in products as large as the dense form's."""
 
 
 def interpreted() -> bool:
@@ -98,16 +100,16 @@ def forward(
     return output, final if keep_final else None
 
 
-def sparse_pays(value: Tensor, chosen: int, num_states: int, alone: bool) -> bool:
+def sparse_pays(longest: int, chosen: int, num_states: int, alone: bool) -> bool:
     """Whether `forward_sparse` is faster than the dense form, forward and backward, by measurement (docs/kernels.md).
 
     Args:
-        value: v, `[B, T, H, D]`.
+        longest: tokens of the longest sequence.
         chosen: K.
         num_states: M.
         alone: whether no memory comes into the sequences or leaves them.
     """
-    return num_states >= SPARSE_STATES and num_states >= SPARSE_RATIO * chosen and alone
+    return alone and longest <= SPARSE_LENGTH and num_states >= max(SPARSE_STATES, SPARSE_RATIO * chosen)
 
 
 def forward_sparse(
@@ -131,7 +133,7 @@ def forward_sparse(
     """
     from factorization_memory.ops.triton.sparse import sparse
 
-    output, final, _ = sparse(update, merge, value, indices, state, cu_seqlens, num_states, keep_final)
+    output, final, *_ = sparse(update, merge, value, indices, state, cu_seqlens, num_states, keep_final)
     return output, final if keep_final else None
 
 

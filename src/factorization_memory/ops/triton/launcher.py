@@ -16,10 +16,15 @@ ALIGNMENT = 127
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
+DEPENDENT_LAUNCH = False
+"""Whether kernels of decoding begin before what was launched before has ended, and wait for it inside (programmatic dependent
+launch). Off: with it one test of bits failed once on an H200, before the loads of what other kernels write passed by the L1
+cache, and it was not tried since (docs/kernels.md)."""
+
+
 def dependent(early: bool) -> dict[str, bool]:
-    """What to give to `launch` for a kernel that may begin before what was launched before has ended, and waits for it inside
-    (programmatic dependent launch): nothing of that in the interpreter."""
-    if not early or interpreted():
+    """What to give to `launch` for a kernel that may begin early."""
+    if not (early and DEPENDENT_LAUNCH) or interpreted():
         return {"EARLY": False}
     return {"EARLY": True, "launch_pdl": True}
 

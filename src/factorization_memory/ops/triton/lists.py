@@ -44,6 +44,10 @@ class Lists:
     place: Tensor
     """int32 `[S, H, L, K]`: the entry of a token's selected state."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the fields."""
+        return self.begin, self.count, self.origin, self.update, self.merge, self.place
+
 
 @triton.jit
 def _count_bits(word):
@@ -105,6 +109,20 @@ def count_kernel(
 
 
 @triton.jit
+def begin_kernel(
+    count,  # int32 [S, H, M]
+    begin,  # out: entries of all states before, int32 [S, H, M]
+    num_states,
+    PADDED: tl.constexpr,
+):
+    state = tl.arange(0, PADDED)
+    there = state < num_states
+    at = tl.program_id(0).to(tl.int64) * num_states + state
+    found = tl.load(count + at, mask=there, other=0)
+    tl.store(begin + at, tl.cumsum(found, 0) - found, mask=there)
+
+
+@triton.jit
 def fill_kernel(
     indices,  # [tokens, H, K]
     update,  # [tokens, H, K]
@@ -129,11 +147,15 @@ def fill_kernel(
     earlier = tl.load(bits + word, mask=there, other=0).to(tl.uint32) & ((1 << (position % 32)).to(tl.uint32) - 1)
     entry = tl.load(begin + unit * num_states + state, mask=there, other=0)
     entry += tl.load(before + word, mask=there, other=0) + _count_bits(earlier)
+    # Places of tokens that are not there come last in the lists too: all is written, so that all is the same each time.
+    place = position * K + choice
+    entry = tl.where(there, entry, place)
     target = unit * L * K + entry
-    tl.store(origin_out + target, position * K + choice, mask=there)
-    tl.store(update_out + target, tl.load(update + source, mask=there, other=0).to(tl.float32), mask=there)
-    tl.store(merge_out + target, tl.load(merge + source, mask=there, other=0).to(tl.float32), mask=there)
-    tl.store(place_out + unit * L * K + position * K + choice, entry, mask=there)
+    inside = position < L
+    tl.store(origin_out + target, place, mask=inside)
+    tl.store(update_out + target, tl.load(update + source, mask=there, other=0).to(tl.float32), mask=inside)
+    tl.store(merge_out + target, tl.load(merge + source, mask=there, other=0).to(tl.float32), mask=inside)
+    tl.store(place_out + unit * L * K + place, entry, mask=inside)
 
 
 def lists_of(update: Tensor, merge: Tensor, indices: Tensor, num_states: int, table: Tensor, length: int) -> Lists:
@@ -159,7 +181,8 @@ def lists_of(update: Tensor, merge: Tensor, indices: Tensor, num_states: int, ta
         count_kernel, (slots * heads, -(-num_states // COUNTED)), bits, before, count, num_states,
         WORDS=words, BLOCK=COUNTED, num_warps=4,
     )  # fmt: skip
-    begin = (count.cumsum(2) - count).to(torch.int32)
+    begin = torch.empty_like(count)
+    launch(begin_kernel, (slots * heads,), count, begin, num_states, PADDED=triton.next_power_of_2(num_states), num_warps=4)
     origin = bits.new_empty(slots, heads, length * chosen)
     theta, phi = (torch.empty_like(origin, dtype=torch.float32) for _ in range(2))
     place = bits.new_empty(slots, heads, length, chosen)

@@ -53,7 +53,7 @@ def _softly(x, known, inside):
 @triton.jit
 def _rate(logits, start, index, mask):
     """The sigmoid of logits at `start + index`."""
-    x = tl.load(logits + start + index, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(logits + start + index, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -66,14 +66,16 @@ def forward_kernel(
 ):  # fmt: skip
     """ROWS rows."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     LOWEST: tl.constexpr = -(2**31)
     MASK: tl.constexpr = -(2 ** (32 - BITS))
     row, token, head, known = _rows_of(count, HEADS, ROWS)
     state = tl.arange(0, PADDED)[None, :]
     there = known & (state < STATES)
-    x = tl.load(affinity_logits + token * affinity_token + head * affinity_head + state, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(
+        affinity_logits + token * affinity_token + head * affinity_head + state, mask=there, other=0.0, cache_modifier=".cg"
+    ).to(tl.float32)
     # Integers in the order of the numbers, where both zeros are equal and NaN is the largest; below all of them, what is none.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     bits = tl.where(x != x, 0x7FC00000, bits)

@@ -1,8 +1,8 @@
-"""A linear layer of few tokens, as in decoding, with what stands around it in one kernel: its time is that of reading the
-weights once.
+"""A linear layer of few tokens, as in decoding, with what stands around it.
 
-For up to `FEW` tokens a program multiplies some rows of the weight by the whole input and sums (`few_kernel`); for more, tiles
-of inputs and weights meet in matrix products (`many_kernel`). Each output is computed by one program, in one order.
+For up to `FEW` tokens all of it is one kernel: a program multiplies some rows of the weight by the whole input and sums, so
+that its time is that of reading the weights. More tokens are left to PyTorch's matrix product, with the rest in kernels of
+their own: with one of ours for all of it a step of 64 sequences was no faster than the plain one.
 
 Shapes: B tokens, I inputs, O outputs, G inputs of a group of the normalisation.
 """
@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from factorization_memory.ops.triton import interpreted
 from factorization_memory.ops.triton.launcher import dependent, launch
 
 FEW = 4
@@ -26,10 +26,6 @@ MOST_INPUTS = 16384
 """Inputs of all tokens, with groups padded to powers of two, that `few_kernel` takes: it holds them all."""
 THREAD_BYTES = 256
 """Weights of a thread of `few_kernel` at most: sixteen loads of 16 bytes."""
-BLOCK_TOKENS = 64
-"""Tokens of a program of `many_kernel`."""
-SHARED_BYTES, MOST_STAGES = 160 * 1024, 8
-"""Shared memory for the tiles of `many_kernel` that are under way, and the longest pipeline."""
 PROCESSORS = 132
 """Of the GPU over which outputs are spread (H100, H200)."""
 
@@ -37,7 +33,7 @@ PROCESSORS = 132
 @triton.jit
 def _silu(gate, at, mask):
     """The SiLU of gate at `at`."""
-    g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return g / (1.0 + tl.exp(-g))
 
 
@@ -53,7 +49,7 @@ def _added(bias, residual, index, at, mask, OUTPUTS: tl.constexpr, GLU: tl.const
         if GLU:
             second = tl.load(bias + OUTPUTS + index, mask=index < OUTPUTS, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        after = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        after = tl.load(residual + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return first, second, after
 
 
@@ -88,11 +84,11 @@ def few_kernel(
     if GLU:
         w_up = tl.load(weight + OUTPUTS * INPUTS + at, mask=both, other=0.0)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     token = tl.arange(0, TOKENS_PADDED)[:, None]
     there = (token < TOKENS) & inside[None, :]
-    rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if HAS_GATE:
         factor = _silu(gate, token * gate_row + column[None, :], there)
     mask = (token < TOKENS) & known[None, :]
@@ -119,66 +115,6 @@ def few_kernel(
     tl.store(out + token * out_row + index[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def many_kernel(
-    x, weight, bias, norm_weight, residual, gate, out, eps, x_row, gate_row, residual_row, out_row, tokens,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """BO outputs of BT tokens. The norm of a group multiplies its sum, so that one pass over the inputs does for both."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    INPUTS: tl.constexpr = GROUPS * GROUP
-    token = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
-    index = tl.program_id(0) * BO + tl.arange(0, BO)[None, :]
-    there = token < tokens
-    # Columns of outputs that are none repeat the last one.
-    line = tl.minimum(tl.program_id(0) * BO + tl.arange(0, BO), OUTPUTS - 1).to(tl.int64)[None, :] * INPUTS
-    whole = tl.zeros([BT, BO], tl.float32)
-    whole_up = tl.zeros([BT, BO], tl.float32)
-    for group in range(GROUPS):
-        y = tl.zeros([BT, BO], tl.float32)
-        up = tl.zeros([BT, BO], tl.float32)
-        squares = tl.zeros([BT], tl.float32)
-        for first in tl.range(0, GROUP, BI, num_stages=STAGES):
-            within = first + tl.arange(0, BI)
-            column = group * GROUP + within
-            inside = within < GROUP
-            w = tl.load(weight + line + column[:, None], mask=inside[:, None], other=0.0)
-            mask = there & inside[None, :]
-            part = tl.load(x + token * x_row + column[None, :], mask=mask, other=0.0)
-            if HAS_NORM:
-                part = part.to(tl.float32)
-                squares += tl.sum(part * part, 1)
-                part *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-            if HAS_GATE:
-                part = part.to(tl.float32) * _silu(gate, token * gate_row + column[None, :], mask)
-            part = part.to(weight.dtype.element_ty)
-            if UPCAST:
-                part = part.to(tl.float32)
-                w = w.to(tl.float32)
-            y = tl.dot(part, w, y, input_precision=PRECISION)
-            if GLU:
-                w = tl.load(weight + OUTPUTS * INPUTS + line + column[:, None], mask=inside[:, None], other=0.0)
-                if UPCAST:
-                    w = w.to(tl.float32)
-                up = tl.dot(part, w, up, input_precision=PRECISION)
-        if HAS_NORM:
-            inverse = tl.rsqrt(squares / GROUP + eps)[:, None]
-            y *= inverse
-            up *= inverse
-        whole += y
-        whole_up += up
-    mask = there & (index < OUTPUTS)
-    first, second, after = _added(
-        bias, residual, index, token * residual_row + index, mask, OUTPUTS, GLU, HAS_BIAS, HAS_RESIDUAL
-    )
-    y = _finished(whole, whole_up, first, second, after, GLU)
-    tl.store(out + token * out_row + index, y.to(out.dtype.element_ty), mask=mask)
-
-
 def small_linear(
     x: Tensor,
     weight: Tensor,
@@ -194,7 +130,7 @@ def small_linear(
     early: bool = False,
 ) -> Tensor:
     """`out = linear(norm(x) * silu(gate)) + residual`, or, with `glu`, `silu(linear of the first O rows) * linear of the others
-    + residual`. Not differentiable; allocates nothing and waits for nothing, so that a CUDA graph can hold it.
+    + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
 
     Args:
         x: `[B, I]`, bfloat16 or float32; so are `out`, `residual`, `gate` and `norm_weight`, each of its own dtype. Rows of
@@ -231,51 +167,59 @@ def small_linear(
         return out
     group = inputs // norm_groups if norm_weight is not None else inputs
     groups = inputs // group
-    numbers = (
-        x, weight, bias, norm_weight, residual, gate, out, float(norm_eps),
-        x.stride(0), 0 if gate is None else gate.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
-    )  # fmt: skip
-    has = {
-        "HAS_BIAS": bias is not None, "HAS_NORM": norm_weight is not None, "HAS_RESIDUAL": residual is not None,
-        "HAS_GATE": gate is not None, "GLU": glu,
-    } | dependent(early)  # fmt: skip
     group_padded, groups_padded = triton.next_power_of_2(group), triton.next_power_of_2(groups)
     padded = groups_padded * group_padded
-    size = weight.element_size()
-    row_bytes = inputs * size * (2 if glu else 1)
+    tokens_padded = triton.next_power_of_2(tokens)
+    if tokens > FEW or tokens_padded * padded > MOST_INPUTS:
+        return _in_several_kernels(x, weight, out, bias, norm_weight, norm_eps, norm_groups, residual, gate, glu)
+    halves = 2 if glu else 1
+    row_bytes = inputs * weight.element_size() * halves
     token_bytes = inputs * (x.element_size() + (0 if gate is None else gate.element_size()))
     norm_bytes = 0 if norm_weight is None else inputs * norm_weight.element_size()
-    tokens_padded = triton.next_power_of_2(tokens)
-    if tokens <= FEW and tokens_padded * padded <= MOST_INPUTS:
-        warps = min(8, max(1, padded // 256))
-        most = max(1, THREAD_BYTES * 32 * warps // (padded * size * (2 if glu else 1)))
-        rows = _rows(1, most, outputs, row_bytes, tokens * token_bytes + norm_bytes)
-        launch(
-            few_kernel, (triton.cdiv(outputs, rows),), *numbers,
-            TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
-            GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, **has, num_warps=warps,
-        )  # fmt: skip
-        return out
-    block = min(BLOCK_TOKENS, max(16, triton.next_power_of_2(tokens)))
-    rows = _rows(16, 64 if size == 2 else 32, outputs, row_bytes, block * token_bytes + norm_bytes)
-    low = size == 2 and x.element_size() == 2
-    width = min(256 if low and block < BLOCK_TOKENS else 128 if size == 2 else 64, max(16, group_padded))
-    # The norm's weight is among what is under way, and a buffer fewer than there are stages.
-    stage = width * (block * token_bytes + rows * row_bytes + norm_bytes) // inputs
-    stages = min(MOST_STAGES, max(2, 1 + SHARED_BYTES // stage))
+    warps = min(8, max(1, padded // 256))
+    most = max(1, THREAD_BYTES * 32 * warps // (padded * weight.element_size() * halves))
+    rows = _rows(most, outputs, row_bytes, tokens * token_bytes + norm_bytes)
     launch(
-        many_kernel, (triton.cdiv(outputs, rows), triton.cdiv(tokens, block)), *numbers, tokens,
-        OUTPUTS=outputs, GROUPS=groups, GROUP=group, BT=block, BO=rows, BI=width, **has, UPCAST=interpreted(),
-        PRECISION="ieee" if interpreted() else "tf32x3", STAGES=stages, num_warps=4,
+        few_kernel, (triton.cdiv(outputs, rows),), x, weight, bias, norm_weight, residual, gate, out, float(norm_eps),
+        x.stride(0), 0 if gate is None else gate.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
+        GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, HAS_BIAS=bias is not None,
+        HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu,
+        **dependent(early), num_warps=warps,
     )  # fmt: skip
     return out
 
 
+def _in_several_kernels(
+    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_eps: float,
+    norm_groups: int, residual: Tensor | None, gate: Tensor | None, glu: bool,
+) -> Tensor:  # fmt: skip
+    """`small_linear` of more tokens."""
+    if norm_weight is not None:
+        grouped = x.float().unflatten(1, (norm_groups, -1))
+        scale = norm_weight.float().unflatten(0, (norm_groups, -1))
+        if norm_groups == 1:
+            x = functional.rms_norm(grouped, grouped.shape[-1:], scale[0], norm_eps).flatten(1)
+        else:
+            x = (functional.rms_norm(grouped, grouped.shape[-1:], eps=norm_eps) * scale).flatten(1)
+    if gate is not None:
+        x = x.float() * functional.silu(gate.float())
+    x = x.to(weight.dtype)
+    low = x.is_cuda and weight.dtype != torch.float32
+    y = torch.mm(x, weight.T, out_dtype=torch.float32) if low else (x.float() @ weight.float().T)
+    if bias is not None:
+        y += bias
+    if glu:
+        first, second = y.chunk(2, dim=1)
+        y = functional.silu(first).mul_(second)
+    return out.copy_(y) if residual is None else torch.add(y, residual, out=out)
+
+
 @lru_cache(maxsize=1024)
-def _rows(least: int, most: int, outputs: int, row_bytes: int, input_bytes: int) -> int:
-    """Outputs of a program, a power of two from `least` to `most`, so that the busiest processor reads the fewest bytes: few
+def _rows(most: int, outputs: int, row_bytes: int, input_bytes: int) -> int:
+    """Outputs of a program, a power of two up to `most`, so that the busiest processor reads the fewest bytes: few
     are spread unevenly and read the input often, many leave processors idle."""
-    choices = [least << i for i in range((most // least).bit_length())]
+    choices = [1 << i for i in range(most.bit_length())]
     return min(choices, key=lambda rows: -(-outputs // (rows * PROCESSORS)) * (rows * row_bytes + input_bytes))
 
 

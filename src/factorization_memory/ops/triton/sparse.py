@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +38,8 @@ GROUP_BYTES = 256 * 2**20
 """Bytes of P in float32 in memory at a time, if one slot's are not more."""
 CAUSAL_PARTS = 4
 """Blocks of rows of a product with P: what lies above the diagonal is left out by blocks."""
+LIST_DTYPES = (torch.int32, torch.int32, torch.int32, torch.float32, torch.float32, torch.int32)
+"""Of the tensors of `Lists`."""
 CAUSAL_LEAST = 512
 """Tokens of a slot from which on that pays."""
 
@@ -88,13 +91,10 @@ def slot_length(length: int, alone: bool) -> int:
 def cut(batch: int, length: int, borders: list[int] | None, alone: bool, device: torch.device) -> Cut:
     """The cut of B rows of T tokens, or of packed sequences with these borders."""
     if borders is None:
-        size = slot_length(length, alone)
-        slots = -(-length // size)
-        first = torch.arange(slots, device=device) * size
-        count = (length - first).clamp(max=size).repeat(batch)
-        first = (first + torch.arange(batch, device=device)[:, None] * length).flatten()
-        waves: list[tuple[slice | Tensor, int]] = [(slice(wave, None, slots), batch) for wave in range(slots)]
-        return Cut(size, torch.stack((first, count), 1), waves, None, None, None)
+        # What is made while a CUDA graph is captured has its numbers only when that is replayed.
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        make = _cut_of_rows.__wrapped__ if capturing else _cut_of_rows
+        return make(batch, length, slot_length(length, alone), device)
     lengths = [end - start for start, end in pairwise(borders)]
     size = slot_length(max(lengths), alone)
     slots_of = [-(-tokens // size) for tokens in lengths]
@@ -105,7 +105,7 @@ def cut(batch: int, length: int, borders: list[int] | None, alone: bool, device:
     ]
     before = torch.tensor([0, *slots_of]).cumsum(0)
     order = sorted(range(len(lengths)), key=lambda sequence: -slots_of[sequence])
-    waves = []
+    waves: list[tuple[slice | Tensor, int]] = []
     for wave in range(max(slots_of)):
         there = [sequence for sequence in order if slots_of[sequence] > wave]
         waves.append(((before[there] + wave).to(device), len(there)))
@@ -118,6 +118,16 @@ def cut(batch: int, length: int, borders: list[int] | None, alone: bool, device:
         x.to(device, non_blocking=True) for x in (torch.stack((first, count), 1), torch.tensor(order), tokens, positions)
     )
     return Cut(size, table_of_slots, waves, longest_first, tokens, positions)
+
+
+@lru_cache(maxsize=64)
+def _cut_of_rows(batch: int, length: int, size: int, device: torch.device) -> Cut:
+    slots = -(-length // size)
+    first = torch.arange(slots, device=device) * size
+    count = (length - first).clamp(max=size).repeat(batch)
+    first = (first + torch.arange(batch, device=device)[:, None] * length).flatten()
+    waves: list[tuple[slice | Tensor, int]] = [(slice(wave, None, slots), batch) for wave in range(slots)]
+    return Cut(size, torch.stack((first, count), 1), waves, None, None, None)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -208,7 +218,7 @@ def _state_shape(value: Tensor, num_states: int, cu_seqlens: Tensor | None) -> t
 def _sparse(
     update: Tensor, merge: Tensor, value: Tensor, indices: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     num_states: int, keep_final: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The recurrence.
 
     Args:
@@ -222,8 +232,8 @@ def _sparse(
         keep_final: whether to return the final state.
 
     Returns:
-        y `[B, T, H, D]` in value's dtype; the final state in float32, empty unless asked for; P `[S, H, L, L]` for backward,
-        empty where it is computed anew there.
+        y `[B, T, H, D]` in value's dtype; the final state in float32, empty unless asked for; and for backward, each empty
+        where it is computed anew there: P `[S, H, L, L]` and the six tensors of `Lists`.
     """
     dtype = operands(value.dtype, exact=True)[0]
     shape = _state_shape(value, num_states, cu_seqlens)
@@ -233,7 +243,7 @@ def _sparse(
         kept = value.new_empty(0, dtype=dtype)
         if keep_final:
             final = value.new_zeros(shape, dtype=torch.float32) if initial is None else initial.float().clone()
-        return torch.empty_like(value, memory_format=torch.contiguous_format), final, kept
+        return torch.empty_like(value, memory_format=torch.contiguous_format), final, kept, *_no_lists(value)
     update, merge, indices = update.contiguous(), merge.contiguous(), indices.contiguous()
     made = cut(value.shape[0], value.shape[1], _borders(cu_seqlens), alone, value.device)
     lists = lists_of(update, merge, indices, num_states, made.table, made.length)
@@ -260,7 +270,13 @@ def _sparse(
         weights, v, y = inner.view(-1, length, length), values[here], output[here]
         for start, end in _parts(length):
             _add_product(y[:, start:end], weights[:, start:end, :end], v[:, :end], reads)
-    return made.scatter(output, value.shape).to(value.dtype), final, kept
+    known = _no_lists(value) if cu_seqlens is not None else lists.tensors()
+    return made.scatter(output, value.shape).to(value.dtype), final, kept, *known
+
+
+def _no_lists(value: Tensor) -> tuple[Tensor, ...]:
+    """In place of `Lists` where backward makes them itself: of packed sequences, whose slots depend on their borders."""
+    return tuple(value.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
@@ -274,23 +290,31 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 def _fake_sparse(
     update: Tensor, merge: Tensor, value: Tensor, indices: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     num_states: int, keep_final: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     final = value.new_empty(_state_shape(value, num_states, cu_seqlens) if keep_final else 0, dtype=torch.float32)
+    output = torch.empty_like(value, memory_format=torch.contiguous_format)
     kept: Any = 0
-    if value.numel() > 0:
-        keeps = _keeps_inner(value, cu_seqlens, initial is None and not keep_final)
-        kept = (value.shape[0] * -(-value.shape[1] // keeps), value.shape[2], keeps, keeps) if keeps else 0
-    inner = value.new_empty(kept, dtype=operands(value.dtype, exact=True)[0])
-    return torch.empty_like(value, memory_format=torch.contiguous_format), final, inner
+    known = _no_lists(value)
+    if value.numel() > 0 and cu_seqlens is None:
+        alone = initial is None and not keep_final
+        length, heads, chosen = slot_length(value.shape[1], alone), value.shape[2], indices.shape[3]
+        slots = value.shape[0] * -(-value.shape[1] // length)
+        if _keeps_inner(value, cu_seqlens, alone):
+            kept = (slots, heads, length, length)
+        states, entries = (slots, heads, num_states), (slots, heads, length * chosen)
+        shapes = (states, states, entries, entries, entries, (slots, heads, length, chosen))
+        known = tuple(value.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, LIST_DTYPES, strict=True))
+    return output, final, value.new_empty(kept, dtype=operands(value.dtype, exact=True)[0]), *known
 
 
 @on_device_of
 def _sparse_backward(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, indices: Tensor,
-    initial: Tensor | None, cu_seqlens: Tensor | None, num_states: int, alone: bool, kept: Tensor,
+    initial: Tensor | None, cu_seqlens: Tensor | None, num_states: int, alone: bool, kept: Tensor, begin: Tensor,
+    count: Tensor, origin: Tensor, theta: Tensor, phi: Tensor, place: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and of
-    the final states (None for zero), `sparse`'s arguments and its last result; `alone` as `sparse` cut time."""
+    the final states (None for zero), `sparse`'s arguments and its last seven results; `alone` as `sparse` cut time."""
     update, merge, indices = update.contiguous(), merge.contiguous(), indices.contiguous()
     d_update, d_merge = (torch.empty_like(x) if value.numel() > 0 else torch.zeros_like(x) for x in (update, merge))
     shape = _state_shape(value, num_states, cu_seqlens)
@@ -302,7 +326,9 @@ def _sparse_backward(
         return d_update, d_merge, torch.zeros_like(value), d_initial
     dtype, precision = operands(value.dtype, exact=True)
     made = cut(value.shape[0], value.shape[1], _borders(cu_seqlens), alone, value.device)
-    lists = lists_of(update, merge, indices, num_states, made.table, made.length)
+    lists = Lists(begin, count, origin, theta, phi, place)
+    if begin.numel() == 0:
+        lists = lists_of(update, merge, indices, num_states, made.table, made.length)
     values, d_outputs = made.gather(value.to(dtype)), made.gather(d_output.to(dtype))
     slots, heads, length = len(made.table), value.shape[2], made.length
     reads = initial is not None or len(made.waves) > 1
@@ -335,13 +361,13 @@ def _sparse_backward(
                 passing.store(d_read.flatten(0, 1), wave, _wide_product(gradient, before.mT))
                 read = _wide_product(passing.of(passing.read, wave).mT, gradient)
                 d_left.mul_(passing.of(passing.total, wave)[..., None]).add_(read)
-    for first, count in _groups(slots, heads, length):
-        here = slice(first * heads, (first + count) * heads)
-        inner = kept[first : first + count]
+    for first, number in _groups(slots, heads, length):
+        here = slice(first * heads, (first + number) * heads)
+        inner = kept[first : first + number]
         if kept.numel() == 0:
-            inner = inner_weights(lists, indices, num_states, made.table, first, count).to(dtype)
+            inner = inner_weights(lists, indices, num_states, made.table, first, number).to(dtype)
         weights, v, dy, d_v = inner.reshape(-1, length, length), values[here], d_outputs[here], d_values[here]
-        d_inner = values.new_empty(count, heads, length, length, dtype=torch.float32)
+        d_inner = values.new_empty(number, heads, length, length, dtype=torch.float32)
         for start, end in _parts(length):
             d_inner.flatten(0, 1)[:, start:end, :end] = _wide_product(dy[:, start:end], v[:, :end].mT)
             _add_product(d_v[:, start:end], weights[:, start:, start:end].mT, dy[:, start:], writes)
@@ -355,7 +381,8 @@ def _sparse_backward(
 
 def _fake_sparse_backward(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, indices: Tensor,
-    initial: Tensor | None, cu_seqlens: Tensor | None, num_states: int, alone: bool, kept: Tensor,
+    initial: Tensor | None, cu_seqlens: Tensor | None, num_states: int, alone: bool, kept: Tensor, begin: Tensor,
+    count: Tensor, origin: Tensor, theta: Tensor, phi: Tensor, place: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (update, merge, value)]
     empty = value.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
@@ -364,20 +391,20 @@ def _fake_sparse_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     update, merge, value, indices, initial, cu_seqlens, num_states, keep_final = inputs
-    ctx.save_for_backward(update, merge, value, indices, initial, cu_seqlens, output[2])
+    ctx.save_for_backward(update, merge, value, indices, initial, cu_seqlens, *output[2:])
     ctx.num_states, ctx.keep_final = num_states, keep_final
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
 def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    update, merge, value, indices, initial, cu_seqlens, kept = ctx.saved_tensors
+    update, merge, value, indices, initial, cu_seqlens, *kept = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(value)
     alone = initial is None and not ctx.keep_final
     d_update, d_merge, d_value, d_initial = torch.ops.factorization_memory.sparse_backward.default(
         d_output, d_final if ctx.keep_final else None, update, merge, value, indices, initial, cu_seqlens, ctx.num_states,
-        alone, kept,
+        alone, *kept,
     )  # fmt: skip
     d_start = None if initial is None else d_initial.to(initial.dtype)
     return d_update, d_merge, d_value, None, d_start, None, None, None
@@ -386,12 +413,13 @@ def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: Non
 torch.library.define(
     "factorization_memory::sparse",
     "(Tensor update, Tensor merge, Tensor value, Tensor indices, Tensor? initial, Tensor? cu_seqlens, int num_states,"
-    " bool keep_final) -> (Tensor, Tensor, Tensor)",
+    " bool keep_final) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "factorization_memory::sparse_backward",
     "(Tensor d_output, Tensor? d_final, Tensor update, Tensor merge, Tensor value, Tensor indices, Tensor? initial,"
-    " Tensor? cu_seqlens, int num_states, bool alone, Tensor kept) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? cu_seqlens, int num_states, bool alone, Tensor kept, Tensor begin, Tensor count, Tensor origin, Tensor theta,"
+    " Tensor phi, Tensor place) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("factorization_memory::sparse", ("cpu", "cuda"), _sparse)
 torch.library.impl("factorization_memory::sparse_backward", ("cpu", "cuda"), _sparse_backward)

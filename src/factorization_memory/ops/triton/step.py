@@ -61,8 +61,8 @@ def step_kernel(
     EARLY: tl.constexpr,
 ):
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     blocks = tl.cdiv(width, BD)
     column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     unit = tl.program_id(0) // blocks
@@ -78,20 +78,24 @@ def step_kernel(
         token = (sequence * tokens + t) * heads + head
         merged = tl.zeros([BD], tl.float32)
         if kept_in >= 0:
-            v = tl.load(value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0).to(tl.float32)
+            v = tl.load(
+                value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0, cache_modifier=".cg"
+            ).to(tl.float32)
             for start in range(first, end, ROWS):
                 row = start + tl.arange(0, ROWS)
                 real = row < end
-                theta = tl.load(update + token * chosen + row, mask=real, other=0).to(tl.float32)
-                phi = tl.load(merge + token * chosen + row, mask=real, other=0).to(tl.float32)
+                theta = tl.load(update + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                phi = tl.load(merge + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
                 chosen_state = row.to(tl.int64)
                 if SPARSE:
-                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0).to(tl.int64)
+                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(
+                        tl.int64
+                    )
                 at = chosen_state[:, None] * width + column[None, :]
                 both = real[:, None] & there[None, :]
-                held = tl.load(memory + at, mask=both, other=0)
+                held = tl.load(memory + at, mask=both, other=0, cache_modifier=".cg")
                 if HAS_UNDO:
-                    layer = tl.load(position).to(tl.int64) * batch * tokens * heads
+                    layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * tokens * heads
                     aside = ((layer + token) * chosen + row[:, None]) * width + column[None, :]
                     tl.store(undo + aside, held, mask=both)
                 new = held.to(tl.float32) * (1 - theta[:, None]) + theta[:, None] * v[None, :]
@@ -175,20 +179,20 @@ def weigh_kernel(
     EARLY: tl.constexpr,
 ):
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     state = tl.arange(0, PADDED)
     there = state < STATES
     source = affinity_logits + sequence * affinity_row + head * STATES + state
-    logits = tl.load(source, mask=there, other=-float("inf")).to(tl.float32) / temperature
+    logits = tl.load(source, mask=there, other=-float("inf"), cache_modifier=".cg").to(tl.float32) / temperature
     shares = tl.exp(logits - tl.max(logits, 0))
     affinity = shares / tl.sum(shares, 0)
     rate = head * RATES + tl.minimum(state, RATES - 1)
     target = tl.program_id(0).to(tl.int64) * STATES + state
-    logits = tl.load(update_logits + sequence * update_row + rate, mask=there, other=0).to(tl.float32)
+    logits = tl.load(update_logits + sequence * update_row + rate, mask=there, other=0, cache_modifier=".cg").to(tl.float32)
     tl.store(update + target, affinity * tl.sigmoid(logits), mask=there)
-    logits = tl.load(merge_logits + sequence * merge_row + rate, mask=there, other=0).to(tl.float32)
+    logits = tl.load(merge_logits + sequence * merge_row + rate, mask=there, other=0, cache_modifier=".cg").to(tl.float32)
     tl.store(merge + target, affinity * tl.sigmoid(logits), mask=there)
 
 
