@@ -18,8 +18,10 @@ collect_ignore = (
     []
     if find_spec("triton")
     else [
+        "ops/test_cross_entropy.py",
         "ops/test_triton.py",
         "ops/test_triton_gates.py",
+        "ops/test_quadratic.py",
         "ops/test_small_linear.py",
         "ops/test_sparse.py",
         "benchmarks/test_tuning.py",

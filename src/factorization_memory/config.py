@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
+Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse", "triton-quadratic"]
 
 
 class ConfigError(ValueError):

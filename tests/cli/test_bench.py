@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from factorization_memory.benchmarks import inference, timing
+from factorization_memory.benchmarks import inference, step, timing
 from factorization_memory.cli import bench, dispatch
 from factorization_memory.ops import chunked
 
@@ -172,6 +172,47 @@ def test_a_size_of_ours_that_fails_is_told_and_fails_the_run(
     assert "ours dense at 1 x 8 tokens: RuntimeError: no room" in shown.err
 
 
+STEP = "bench step --device cpu --batches 1 2 --num-states 8 --top-k 0 3 9 --value-size 4 --rollbacks 1 2 --repeats 1 --json"
+
+
+def test_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(step, "MOST_STEPS", 4)
+    assert dispatch(STEP.split()) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    result = json.loads(shown.out)
+    assert (result["benchmark"], result["dtype"]) == ("step", "float32")
+    assert result["command"] == f"fmem {STEP}"
+    assert [(record["batch"], record["top_k"]) for record in result["steps"]] == [(1, None), (1, 3), (2, None), (2, 3)]
+    assert len(result["rollbacks"]) == 4
+    for heading in ("correctness gate green", "B=2, H=1, M=8, D=4", "faster than dense", "steps taken back", "copies"):
+        assert heading in shown.err
+
+
+def test_a_wrong_step_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = step.step_unchecked
+    monkeypatch.setattr(step, "step_unchecked", lambda update, *rest, **named: right(update * 0.99, *rest, **named))
+    assert dispatch(STEP.split()) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "gate is red" in shown.err
+    assert "faster than dense" not in shown.err
+
+
+def test_a_step_that_fails_later_is_told_and_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(step, "_calls", failing)
+    assert dispatch(STEP.split()) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["steps"][0]["error"] == "RuntimeError: no room"
+    assert "B=1, H=1, M=8, D=4, K dense, float32: RuntimeError: no room" in shown.err
+    assert "K 3, 2 back: RuntimeError: no room" in shown.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,6 +232,12 @@ def test_a_size_of_ours_that_fails_is_told_and_fails_the_run(
         ("inference --device gpu", "'gpu'"),
         ("inference --threads -1", "threads=-1"),
         ("inference --model.vocab-size 0", "vocab_size=0"),
+        ("step --batches 0", "batches=(0,)"),
+        ("step --top-k 2000", "top_k=(2000,): more than any of num_states=(256, 1024)"),
+        ("step --rollbacks 0", "rollbacks=(0,)"),
+        ("step --repeats 0", "repeats=0"),
+        ("step --device gpu", "'gpu'"),
+        ("step --threads -1", "threads=-1"),
         ("training --model.vocab-size 0", "vocab_size=0"),
         ("training --peak-tflops nan", "peak_tflops=nan"),
     ],

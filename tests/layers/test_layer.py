@@ -9,6 +9,7 @@ import torch
 
 from factorization_memory import FactorizationMemory
 from factorization_memory.layers import LayerState, ModelState
+from factorization_memory.layers import factorization_memory as layer_module
 
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -82,6 +83,58 @@ def test_gradients_reach_every_parameter_and_the_state(layer: FactorizationMemor
     for name, gradient in zip([*names, *("state",) * 2], torch.autograd.grad(y.square().sum(), leaves), strict=False):
         assert torch.isfinite(gradient).all(), name
         assert gradient.abs().sum() > 0, name
+
+
+def test_one_product_routes_as_three(layer: FactorizationMemory, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training on a GPU does, one product with all weights, gives the same outputs and gradients, compiled too."""
+    torch.nn.init.normal_(layer.merge_rate.bias)
+    mask = torch.rand(3, 70) > 0.2
+    projections = (layer.affinity, layer.update_rate, layer.merge_rate)
+    leaves = [x.requires_grad_(), *(p for projection in projections for p in projection.parameters())]
+
+    def run(route: Any) -> list[torch.Tensor]:
+        routing = route(x, mask)
+        loss = routing.affinity.square().sum() + routing.update.exp().sum() + (3 * routing.merge).exp().sum()
+        return [routing.affinity, routing.update, routing.merge, *torch.autograd.grad(loss, leaves)]
+
+    expected = run(layer.route)
+    products = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(layer_module, "_as_one", lambda x, projections: True)
+    with monkeypatch.context() as counting:
+        counting.setattr(torch.nn.functional, "linear", lambda *arguments: (products.append(1), linear(*arguments))[1])
+        results = [run(layer.route)]
+    assert len(products) == 1
+    torch._dynamo.reset()
+    results.append(run(torch.compile(layer.route, fullgraph=True, backend="aot_eager")))
+    for result in results:
+        for a, b in zip(result, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_one_product_under_autocast(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast, which keeps what it made of weights, notices that they have changed."""
+    layer, x = FactorizationMemory(16, num_states=8), x.float()
+    expected = layer.route(x)
+    monkeypatch.setattr(layer_module, "_as_one", lambda x, projections: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer.route(x)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.zero_()
+        after = layer.route(x)
+    torch.testing.assert_close(before.update, expected.update, rtol=0.05, atol=1e-3)
+    torch.testing.assert_close(after.update, torch.full_like(after.update, 0.5 / 8))
+
+
+def test_when_one_product_routes(x: torch.Tensor) -> None:
+    layer = FactorizationMemory(16, num_states=8)
+    projections = (layer.affinity, layer.update_rate, layer.merge_rate)
+    assert not layer_module._as_one(x, projections)
+    if torch.cuda.is_available():
+        assert layer_module._as_one(x.cuda(), projections)
+        with torch.no_grad():
+            assert not layer_module._as_one(x.cuda(), projections)
 
 
 def test_backends_agree(layer: FactorizationMemory, x: torch.Tensor) -> None:

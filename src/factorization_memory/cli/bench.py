@@ -1,5 +1,5 @@
-"""`fmem bench`: the speed and memory of the recurrence (`op`), of whole training steps (`training`) and of reading and writing
-with whole models (`inference`) on this machine.
+"""`fmem bench`: the speed and memory of the recurrence (`op`), of one decoding step of it (`step`), of whole training steps
+(`training`) and of reading and writing with whole models (`inference`) on this machine.
 
 Tables go to stderr as soon as their figures are there, the whole result to stdout as one JSON line at the end.
 """
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from factorization_memory.cli import bench_inference
+from factorization_memory.cli import bench_inference, bench_step
 from factorization_memory.cli.bench_inference import Inference
+from factorization_memory.cli.bench_step import Step
 from factorization_memory.cli.common import emit, parse
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 from factorization_memory.config import ConfigError, ModelConfig
@@ -113,13 +114,14 @@ Bench = (
     Annotated[Op, tyro.conf.subcommand("op")]
     | Annotated[Training, tyro.conf.subcommand("training")]
     | Annotated[Inference, tyro.conf.subcommand("inference")]
+    | Annotated[Step, tyro.conf.subcommand("step")]
 )
 
 
 def run(arguments: list[str]) -> int:
     """`fmem bench` with `arguments`; returns the exit status."""
-    options: Op | Training | Inference = parse(Bench, arguments, "bench")  # type: ignore[arg-type]
-    if not isinstance(options, Inference):
+    options: Op | Training | Inference | Step = parse(Bench, arguments, "bench")  # type: ignore[arg-type]
+    if not isinstance(options, Inference | Step):
         for name in ("batch", "repeats"):
             if getattr(options, name) < 1:
                 raise ConfigError(f"{name}={getattr(options, name)}: use 1 or more")
@@ -134,6 +136,8 @@ def run(arguments: list[str]) -> int:
     command = shlex.join(["fmem", "bench", *arguments])
     if isinstance(options, Inference):
         return bench_inference.run(options, command)
+    if isinstance(options, Step):
+        return bench_step.run(options, command)
     return _op(options, command) if isinstance(options, Op) else _training(options, command)
 
 

@@ -30,6 +30,14 @@ STATE_NORM_PIECE = 64
 """Tokens whose states norm="state" holds at a time."""
 
 
+def _as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
+    """Whether x is multiplied by the weights of all `projections` at once: in training on a GPU, so that forward reads it once
+    and backward adds up one gradient of it. Not if something else stands in their place, as an adapter, or if the results
+    would be of a width that matrix products on a GPU are slow with."""
+    alone = all(type(projection) is nn.Linear for projection in projections)
+    return alone and x.is_cuda and torch.is_grad_enabled() and sum(p.out_features for p in projections) % 8 == 0
+
+
 @dataclass
 class Routing:
     """Which memory states each token updates and merges, and how strongly.
@@ -165,10 +173,14 @@ class FactorizationMemory(nn.Module):
             x: layer input.
             padding_mask: bool `[...]`; False makes a token's update and merge weights zero.
         """
-        logits = self.affinity(x).unflatten(-1, (self.num_heads, self.num_states))
-        update_logits, merge_logits = (
-            rate(x).unflatten(-1, (self.num_heads, self.rates_per_head)) for rate in (self.update_rate, self.merge_rate)
-        )
+        projections = (self.affinity, self.update_rate, self.merge_rate)
+        if _as_one(x, projections):
+            weight = torch.cat([projection.weight for projection in projections])
+            bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections])
+            results = functional.linear(x, weight, bias).split([p.out_features for p in projections], dim=-1)
+        else:
+            results = tuple(projection(x) for projection in projections)
+        logits, update_logits, merge_logits = (result.unflatten(-1, (self.num_heads, -1)) for result in results)
         if self.affinity_threshold is not None:
             logits = self._above_threshold(logits)
         backend = "auto" if self.backend in ("auto", "triton") else "plain"

@@ -9,15 +9,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from factorization_memory import ops
 from factorization_memory.ops.precision import has_autocast, no_autocast
 
 IGNORE = -100
 """The target of a position that has no loss."""
 PIECE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits computed at a time: few enough for a CPU's cache, enough to fill a GPU."""
+"""Logits computed at a time: few enough for a CPU's cache, enough to fill a GPU. Kernels compute as many as take the memory of
+these in float32."""
+TILE = 128
+"""Rows of a tile of a matrix product on a GPU: a piece for kernels has a multiple of it, if it has as many."""
+BACKENDS = ("auto", "plain", "triton")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", backend: str = "auto"
+) -> Tensor:
     """Cross-entropy in nats of the logits `hidden weight^T`.
 
     Args:
@@ -25,13 +32,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
         weight: the head's weight, `[V, d]`.
         targets: int64 `[N]`; -100 has no loss.
         reduction: "mean" over the targets that count (0 if none do), or "none".
+        backend: of the mean, "plain" (PyTorch), "triton" (kernels for GPUs; not for float64), or "auto": triton on a GPU where
+            it can run, plain elsewhere.
 
     Returns:
-        float32 scalar, or `[N]` with "none" (not differentiable), 0 where the target is -100.
+        float32 scalar, or `[N]` with "none" (not differentiable), 0 where the target is -100. The mean by kernels is NaN if a
+        target is no id, and so is the gradient: a GPU is not waited for to find out.
 
     Raises:
-        ValueError: unknown reduction.
-        RuntimeError or IndexError: a target that is no id.
+        ValueError: unknown reduction, an unknown backend or one that cannot run here.
+        RuntimeError or IndexError: a target that is no id, but for the mean by kernels.
     """
     if reduction == "none":
         with torch.no_grad():
@@ -46,8 +56,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     needs = torch.is_grad_enabled()
     return torch.ops.factorization_memory.linear_cross_entropy.default(
-        hidden, weight, targets, needs and hidden.requires_grad, needs and weight.requires_grad
+        hidden, weight, targets, needs and hidden.requires_grad, needs and weight.requires_grad, _by_kernels(backend, hidden)
     )[0]
+
+
+def _by_kernels(backend: str, hidden: Tensor) -> bool:
+    """Whether kernels compute the mean loss; ValueError if `backend` is none, or cannot."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "plain" or (backend == "auto" and not hidden.is_cuda):
+        return False
+    reason = ops.obstacle("triton", hidden)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
+    return reason is None
 
 
 def _pieces(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -56,9 +78,11 @@ def _pieces(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tenso
 
 
 def _mean_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss; both gradients are computed with it, while a piece's logits are at hand (empty where not asked for)."""
+    if kernels:
+        return _mean_loss_by_kernels(hidden, weight, targets, for_hidden, for_weight)
     count = (targets != IGNORE).sum().clamp(min=1)
     total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     d_hidden = torch.empty_like(hidden) if for_hidden else None
@@ -100,8 +124,52 @@ def _mean_loss(
     )
 
 
-def _fake_mean_loss(
+def _mean_loss_by_kernels(
     hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with one kernel between the matrix products: a piece's logits, in the dtype of `hidden`, become their gradient
+    in place."""
+    from factorization_memory.ops.triton.cross_entropy import cross_entropy, row_size
+
+    count = (targets != IGNORE).sum().clamp(min=1).float()
+    share = count.reciprocal() if for_hidden or for_weight else None
+    losses = count.new_empty(len(targets))
+    d_hidden = torch.empty_like(hidden) if for_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+    rows = max(1, PIECE_LOGITS[hidden.device.type] * 4 // hidden.element_size() // len(weight))
+    rows = rows // TILE * TILE or rows
+    targets = targets.contiguous()
+    buffer = hidden.new_empty(min(rows, len(targets)), row_size(len(weight)))[:, : len(weight)]
+    with no_autocast(hidden.device):
+        for start in range(0, len(targets), rows):
+            piece = slice(start, start + rows)
+            h, t = hidden[piece], targets[piece]
+            logits = buffer[: len(t)]
+            torch.mm(h, weight.T, out=logits)
+            cross_entropy(logits, t, losses[piece], share, IGNORE)
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[piece])
+            if d_weight is not None:
+                _add_product(d_weight, logits.T, h)
+    return (
+        losses.sum() / count,
+        count.new_empty(0) if d_hidden is None else d_hidden,
+        count.new_empty(0) if d_weight is None else d_weight.to(weight.dtype),
+    )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a b` in place and in float32, whatever the dtype of a and b."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def _fake_mean_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
@@ -113,7 +181,7 @@ def _fake_mean_loss(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.needed = inputs[3:]
+    ctx.needed = inputs[3:5]
     ctx.set_materialize_grads(False)
 
 
@@ -123,13 +191,14 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None,
         gradient * d_loss.to(gradient.dtype) if needed and d_loss is not None else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
     )
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 # One operator, so that a compiled model has it in its graph as it is.
 torch.library.define(
     "factorization_memory::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor targets, bool for_hidden, bool for_weight) -> (Tensor, Tensor, Tensor)",
+    "(Tensor hidden, Tensor weight, Tensor targets, bool for_hidden, bool for_weight, bool kernels)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("factorization_memory::linear_cross_entropy", "default", _mean_loss)
 torch.library.register_fake("factorization_memory::linear_cross_entropy", _fake_mean_loss)

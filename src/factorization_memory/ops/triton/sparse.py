@@ -130,14 +130,14 @@ def _cut_of_rows(batch: int, length: int, size: int, device: torch.device) -> Cu
     return Cut(size, torch.stack((first, count), 1), waves, None, None, None)
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed up and returned in float32."""
     if a.dtype != torch.float32 and a.is_cuda:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.float(), b.float())
 
 
-def _parts(length: int) -> list[tuple[int, int]]:
+def causal_parts(length: int) -> list[tuple[int, int]]:
     """First and end of the blocks of rows of P."""
     parts = CAUSAL_PARTS if length >= CAUSAL_LEAST else 1
     size = -(-length // (parts * WORD)) * WORD
@@ -189,7 +189,7 @@ class _States:
     def step(self, state: Tensor, values: Tensor, wave: int) -> None:
         """The states after a wave, in place."""
         now = state[: self.cut.waves[wave][1] * self.heads]
-        written = _wide_product(self.of(self.write, wave).mT, self.rows(values, wave))
+        written = wide_product(self.of(self.write, wave).mT, self.rows(values, wave))
         now.mul_(self.of(self.total, wave)[..., None]).add_(written)
 
     def entered(self, state: Tensor, wave: int) -> Tensor:
@@ -268,7 +268,7 @@ def _sparse(
         inner = kept[first : first + count].copy_(inner) if keeps else inner.to(dtype)
         here = slice(first * heads, (first + count) * heads)
         weights, v, y = inner.view(-1, length, length), values[here], output[here]
-        for start, end in _parts(length):
+        for start, end in causal_parts(length):
             _add_product(y[:, start:end], weights[:, start:end, :end], v[:, :end], reads)
     known = _no_lists(value) if cu_seqlens is not None else lists.tensors()
     return made.scatter(output, value.shape).to(value.dtype), final, kept, *known
@@ -354,12 +354,12 @@ def _sparse_backward(
                 after = d_left.to(dtype)
                 passing.store(d_values, wave, torch.bmm(passing.of(passing.write, wave), after))
                 v = passing.rows(values, wave)
-                passing.store(d_write.flatten(0, 1), wave, _wide_product(v, after.mT))
+                passing.store(d_write.flatten(0, 1), wave, wide_product(v, after.mT))
                 if before is not None:
                     passing.store(d_total.flatten(0, 1), wave, (before.float() * d_left).sum(-1))
             if before is not None:
-                passing.store(d_read.flatten(0, 1), wave, _wide_product(gradient, before.mT))
-                read = _wide_product(passing.of(passing.read, wave).mT, gradient)
+                passing.store(d_read.flatten(0, 1), wave, wide_product(gradient, before.mT))
+                read = wide_product(passing.of(passing.read, wave).mT, gradient)
                 d_left.mul_(passing.of(passing.total, wave)[..., None]).add_(read)
     for first, number in _groups(slots, heads, length):
         here = slice(first * heads, (first + number) * heads)
@@ -368,8 +368,8 @@ def _sparse_backward(
             inner = inner_weights(lists, indices, num_states, made.table, first, number).to(dtype)
         weights, v, dy, d_v = inner.reshape(-1, length, length), values[here], d_outputs[here], d_values[here]
         d_inner = values.new_empty(number, heads, length, length, dtype=torch.float32)
-        for start, end in _parts(length):
-            d_inner.flatten(0, 1)[:, start:end, :end] = _wide_product(dy[:, start:end], v[:, :end].mT)
+        for start, end in causal_parts(length):
+            d_inner.flatten(0, 1)[:, start:end, :end] = wide_product(dy[:, start:end], v[:, :end].mT)
             _add_product(d_v[:, start:end], weights[:, start:, start:end].mT, dy[:, start:], writes)
         weight_gradients(
             lists, num_states, made.table, first, d_inner, d_read if reads else None, d_write if writes else None, d_total,

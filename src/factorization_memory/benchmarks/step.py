@@ -1,0 +1,455 @@
+"""One decoding step of the recurrence alone, and steps taken back: their time beside what the device takes to copy as much.
+
+A step reads and writes K rows of each head's memory, all M in the dense form. In a model the other layers' weights and memories
+pass through the caches between two steps of a layer. So here every step has its own token, and steps go round over as many rows
+as do not fit a cache (`touched_bytes`), in as many memories as that takes.
+
+Nothing is timed before every size has been found right: `run` raises `op.IncorrectBackendError`.
+
+Shapes: N steps in rotation, S memories of all sequences, B sequences, H heads, M memory states, K selected states (M in the
+dense form), D value width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from factorization_memory.benchmarks.correctness import TOLERANCES, Shape
+from factorization_memory.benchmarks.floor import Rates, measure_rates
+from factorization_memory.benchmarks.op import IncorrectBackendError
+from factorization_memory.benchmarks.timing import (
+    FLUSH_BYTES,
+    interleaved_seconds,
+    machine,
+    on_device,
+    paired_ratio,
+    reason,
+    release,
+    summary,
+)
+from factorization_memory.config import ConfigError
+from factorization_memory.ops import obstacle, reference, step_unchecked, undo_unchecked
+
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_STEPS = 2048
+"""Steps in rotation at most: where rows are few and narrow, a cache may hold what these touch."""
+GATE_STEPS = 3
+"""Steps of the correctness gate, one after the other."""
+ROUNDED_TOLERANCE = 2e-2
+"""Largest relative error of outputs and of the memory's change where the memory is rounded to bfloat16 at each step."""
+COPY = "copy"
+
+Records = list[dict[str, Any]]
+Show = Callable[[str, Records], None]
+
+
+@dataclass(frozen=True)
+class StepBenchmark:
+    """What to measure: each number of sequences with each number of memory states and of selected ones."""
+
+    batches: tuple[int, ...] = (1, 64)
+    """Sequences at once."""
+    num_states: tuple[int, ...] = (256, 1024)
+    """Memory states of each head."""
+    top_k: tuple[int, ...] = (0, 64, 16)
+    """States that each token selects, 0 for the dense form; those above the memory's number are left out."""
+    value_size: int = 2048
+    """Value width of a head."""
+    heads: int = 1
+    """Heads."""
+    dtype: str = "float32"
+    """Of values and output, of `DTYPES`; the memory is float32."""
+    rollbacks: tuple[int, ...] = (1, 2, 4, 8)
+    """Steps that are taken back at once, at each sparse size; may be empty."""
+    repeats: int = 5
+    """Rounds; medians are taken over them."""
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "num_states", "rollbacks"):
+            numbers = getattr(self, name)
+            if not all(number >= 1 for number in numbers) or (not numbers and name != "rollbacks"):
+                raise ConfigError(f"{name}={numbers}: use one number or more, each 1 or more")
+        if not self.top_k or not all(number >= 0 for number in self.top_k):
+            raise ConfigError(f"top_k={self.top_k}: use one number or more, each 0 (dense) or more")
+        if min(self.top_k) > max(self.num_states):
+            raise ConfigError(f"top_k={self.top_k}: more than any of num_states={self.num_states}; use as many or fewer, or 0")
+        for name in ("value_size", "heads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: use 1 or more")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
+
+    def shapes(self, batch: int, num_states: int) -> list[Shape]:
+        """The sizes with `batch` sequences and `num_states` states, the dense one first."""
+        chosen = sorted((k for k in dict.fromkeys(self.top_k) if k <= num_states), key=lambda k: -(k or num_states + 1))
+        return [Shape(batch, 1, self.heads, num_states, self.value_size, k or None) for k in chosen]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A size, the dtype of its memory, and over how many rows its steps go round."""
+
+    shape: Shape
+    state: torch.dtype
+    """float32, or bfloat16, which is rounded to at random."""
+    least: int
+    """Steps in rotation at least."""
+
+    def __str__(self) -> str:
+        return f"{self.state_name} {self.shape}"
+
+    @property
+    def state_name(self) -> str:
+        return str(self.state).removeprefix("torch.")
+
+    @property
+    def rows(self) -> int:
+        """K, or M in the dense form."""
+        return self.shape.top_k or self.shape.num_states
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the rows of one step; the step reads and writes them."""
+        return self.shape.batch * self.shape.heads * self.rows * self.shape.value_size * self.state.itemsize
+
+    @property
+    def steps(self) -> int:
+        """N: steps in rotation."""
+        return max(self.least, min(MOST_STEPS, -(-FLUSH_BYTES // self.row_bytes)))
+
+    @property
+    def steps_of_a_memory(self) -> int:
+        """Steps that find rows of their own in one memory."""
+        return self.shape.num_states // self.rows
+
+    @property
+    def memories(self) -> int:
+        """S: memories that the steps go round over."""
+        return -(-self.steps // self.steps_of_a_memory)
+
+    def memory_of(self, step: int) -> int:
+        """The memory that a step belongs to."""
+        return step // self.steps_of_a_memory
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token of each sequence for each of N steps."""
+
+    update: Tensor
+    """`[N, B, H, K]`, float32."""
+    merge: Tensor
+    """`[N, B, H, K]`, float32."""
+    value: Tensor
+    """`[N, B, H, D]`."""
+    indices: Tensor | None
+    """`[N, B, H, K]`, int64; None in the dense form."""
+
+    @classmethod
+    def random(cls, shape: Shape, steps: int, dtype: torch.dtype, device: torch.device) -> Tokens:
+        """Random ones. The steps select every state of the memory before they select one again, as far as K goes into M."""
+        chosen = shape.top_k or shape.num_states
+        every = (steps, shape.batch, shape.heads)
+        update, merge = (torch.rand(*every, chosen, device=device) for _ in range(2))
+        value = torch.randn(*every, shape.value_size, device=device).to(dtype)
+        if shape.top_k is None:
+            return cls(update, merge, value, None)
+        together = shape.num_states // chosen
+        orders = -(-steps // together)
+        order = torch.rand(orders, shape.batch, shape.heads, shape.num_states, device=device).argsort(-1)
+        parts = order[..., : together * chosen].unflatten(-1, (together, chosen)).movedim(3, 1)
+        return cls(update, merge, value, parts.flatten(0, 1)[:steps].contiguous())
+
+    def step(self, number: int, state: Tensor, backend: str, seed: Tensor | None, **undo: Tensor) -> Tensor:
+        """The step of that number on `state` `[B, H, M, D]`, in place; y `[B, H, D]`."""
+        chosen = None if self.indices is None else self.indices[number]
+        weights = self.update[number], self.merge[number]
+        return step_unchecked(*weights, self.value[number], state, chosen, seed=seed, backend=backend, **undo)
+
+
+def run(
+    benchmark: StepBenchmark,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda what: None,
+    show: Show = lambda section, records: None,
+) -> dict[str, Any]:
+    """All measurements.
+
+    Args:
+        benchmark: what to measure.
+        device: where. On a GPU the time is that of a replayed CUDA graph of all steps in rotation, elsewhere the host's.
+        progress: called with what comes next, for people.
+        show: called with "checks" and the gate's results, then, for each number of sequences and memory states, with "steps"
+            and "rollbacks" and their records.
+
+    Returns:
+        `machine`; `dtype` of values; `checks`, the gate's results; `rates` of the device; `steps`, one record per size and
+        dtype of the memory, and `rollbacks`, one per sparse size and number of steps taken back.
+
+        Each has `shape` and its fields, and `error` (None, or what it raised). A record of `steps` has `state`, the
+        memory's dtype; `steps`, `memories` and `touched_bytes` of the rotation; `seconds` of a step (median, min, max);
+        `step_bytes`, the rows read and written; `bytes_per_second`; `copy_share`, that over the rate of copies; and
+        `speedup`, the time of the dense step of a float32 memory over this one's (median of the rounds' ratios; None
+        without it). A record of `rollbacks` has `count`; `seconds` of taking back so many steps at once; `copy_seconds` of
+        copying the whole memory; and `copy_over_rollback`, the median of the rounds' ratios.
+
+    Raises:
+        IncorrectBackendError: a step is wrong or cannot run.
+    """
+    with on_device(device), torch.no_grad():
+        return _run(benchmark, device, progress, show)
+
+
+def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str], None], show: Show) -> dict[str, Any]:
+    sizes = [(batch, states) for batch in sorted({*benchmark.batches}) for states in sorted({*benchmark.num_states})]
+    groups = [made for batch, states in sizes if (made := _contenders(benchmark, batch, states, device))]
+    checks = []
+    for contender in (contender for group in groups for contender in group):
+        progress(f"correctness gate: {contender}")
+        checks.append(check(contender, getattr(torch, benchmark.dtype), device))
+        release(device)
+    if not all(result["passed"] for result in checks):
+        raise IncorrectBackendError(checks)
+    show("checks", checks)
+    progress("speed of copies and matrix products")
+    rates = measure_rates(device)
+    release(device)
+    steps: Records = []
+    rollbacks: Records = []
+    for group in groups:
+        progress(f"B={group[0].shape.batch}, M={group[0].shape.num_states}")
+        measured, taken_back = _measure(group, benchmark, device, rates)
+        release(device)
+        show("steps", measured)
+        if taken_back:
+            show("rollbacks", taken_back)
+        steps += measured
+        rollbacks += taken_back
+    return {
+        "machine": machine(device),
+        "dtype": benchmark.dtype,
+        "checks": checks,
+        "rates": rates.asdict(),
+        "steps": steps,
+        "rollbacks": rollbacks,
+    }
+
+
+def _contenders(benchmark: StepBenchmark, batch: int, num_states: int, device: torch.device) -> list[Contender]:
+    result = []
+    dtype = getattr(torch, benchmark.dtype)
+    for shape in benchmark.shapes(batch, num_states):
+        least = max((1, *benchmark.rollbacks)) if shape.top_k else 1
+        result.append(Contender(shape, torch.float32, least))
+        if rounds_at_random(dtype, device):
+            result.append(Contender(shape, torch.bfloat16, 1))
+    return result
+
+
+def rounds_at_random(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is a step with a bfloat16 memory, which is the Triton kernel's alone; interpreted, it has no speed."""
+    return device.type == "cuda" and obstacle("triton", torch.empty(0, dtype=dtype, device=device)) is None
+
+
+def _backend(contender: Contender, device: torch.device) -> tuple[str, Tensor | None]:
+    """Which backend takes the contender's steps, and its seed."""
+    rounded = contender.state == torch.bfloat16
+    return ("triton", torch.zeros(1, dtype=torch.int64, device=device)) if rounded else ("auto", None)
+
+
+def check(contender: Contender, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How far `GATE_STEPS` steps at the contender's size are from the reference in float64, in the first and the last
+    sequence; at a sparse size also whether they are taken back to the bit.
+
+    Returns:
+        As `correctness.check` without `seconds`, with `backend`, `shape` and `restored` (None in the dense form, whose steps
+        are not taken back); the errors are of the outputs and of the memory's change.
+    """
+    shape, state = contender.shape, contender.state
+    tolerance = ROUNDED_TOLERANCE if state == torch.bfloat16 else TOLERANCES[dtype]
+    result: dict[str, Any] = {"backend": f"step of a {contender.state_name} memory", "shape": str(shape), "passed": False}
+    result |= {"error": None, "worst": None, "tolerance": tolerance, "restored": None, "reason": None}
+    try:
+        errors, restored = _gate(contender, dtype, device)
+    except Exception as error:  # whatever a step trips over here is the finding
+        return result | {"reason": reason(error)}
+    result["restored"] = restored if shape.top_k else None
+    unfinite = [name for name, value in errors.items() if not math.isfinite(value)]
+    if unfinite:
+        return result | {"worst": unfinite[0], "reason": f"{unfinite[0]} is not finite"}
+    worst = max(errors, key=lambda name: errors[name])
+    result |= {"error": errors[worst], "worst": worst, "passed": restored and errors[worst] <= tolerance}
+    return result if restored else result | {"reason": "taking its steps back does not restore the memory"}
+
+
+def _gate(contender: Contender, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, float], bool]:
+    """Relative errors by name, and whether taking back restored the memory."""
+    shape, backend, seed = contender.shape, *_backend(contender, device)
+    # Tokens of steps that are drawn one by one select states that others select too.
+    drawn = [Tokens.random(shape, 1, dtype, device) for _ in range(GATE_STEPS)]
+    before = torch.randn(shape.batch, shape.heads, shape.num_states, shape.value_size, device=device).to(contender.state)
+    state = before.clone()
+    aside: dict[str, Tensor] = {}
+    if shape.top_k:
+        rows = (GATE_STEPS, shape.batch, 1, shape.heads, shape.top_k, shape.value_size)
+        aside = {"undo": before.new_empty(rows), "position": torch.zeros(1, dtype=torch.int64, device=device)}
+    outputs = []
+    for tokens in drawn:
+        step_aside = {"undo": aside["undo"][:, :, 0], "position": aside["position"]} if aside else {}
+        outputs.append(tokens.step(0, state, backend, seed, **step_aside))
+        if aside:
+            aside["position"].add_(1).remainder_(GATE_STEPS)
+    some = sorted({0, shape.batch - 1})
+    truth = before[some].double()
+    update, merge, value = (
+        torch.stack([getattr(tokens, name)[0, some] for tokens in drawn], 1).double() for name in ("update", "merge", "value")
+    )
+    chosen = [tokens.indices[0] for tokens in drawn if tokens.indices is not None]
+    indices = torch.stack(chosen, 1)[some] if chosen else None
+    expected = reference.steps(update, merge, value, indices, truth, None, None, None)
+    start = before[some].double()
+    errors = {
+        "output": _relative_error(torch.stack(outputs, 1)[some].double(), expected),
+        "change": _relative_error(state[some].double() - start, truth - start),
+    }
+    if aside:
+        undo_unchecked(state, aside["undo"], torch.stack(chosen)[:, :, None], None, aside["position"], GATE_STEPS)
+    return errors, not aside or torch.equal(state, before)
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-300))
+
+
+def _measure(group: list[Contender], benchmark: StepBenchmark, device: torch.device, rates: Rates) -> tuple[Records, Records]:
+    """Records of steps and of steps taken back at one number of sequences and of memory states."""
+    counts = sorted({*benchmark.rollbacks})
+    steps = {contender: _step_record(contender) for contender in group}
+    sparse = [contender for contender in group if contender.shape.top_k and contender.state == torch.float32]
+    rollbacks = {(contender, count): _rollback_record(contender, count) for contender in sparse for count in counts}
+    failures: dict[str, str] = {}
+    try:
+        calls = _calls(group, sparse, counts, getattr(torch, benchmark.dtype), device)
+        repeated = {name: number for name, (_, number) in calls.items()}
+        prepared = {name: _captured(call, device) for name, (call, _) in calls.items()}
+        whole = interleaved_seconds(prepared, benchmark.repeats, device, failures=failures)
+        seconds = {name: [spent / repeated[name] for spent in every] for name, every in whole.items()}
+    except Exception as error:  # a size that does not fit is worth knowing, and others may
+        why = reason(error)
+        for record in (*steps.values(), *rollbacks.values()):
+            record["error"] = why
+        return list(steps.values()), list(rollbacks.values())
+    dense = next((str(c) for c in group if c.shape.top_k is None and c.state == torch.float32), None)
+    for contender, record in steps.items():
+        if (name := str(contender)) in failures:
+            record["error"] = failures[name]
+            continue
+        record["seconds"] = summary(seconds[name])
+        record["bytes_per_second"] = record["step_bytes"] / record["seconds"]["median"]
+        record["copy_share"] = record["bytes_per_second"] / rates.copy_bytes_per_second
+        if dense in seconds:
+            record["speedup"] = paired_ratio(seconds[dense], seconds[name])
+    for (contender, count), record in rollbacks.items():
+        name = _rollback(contender, count)
+        if name in failures or COPY in failures:
+            record["error"] = failures.get(name, failures.get(COPY))
+            continue
+        record |= {"seconds": summary(seconds[name]), "copy_seconds": summary(seconds[COPY])}
+        record["copy_over_rollback"] = paired_ratio(seconds[COPY], seconds[name])
+    return list(steps.values()), list(rollbacks.values())
+
+
+def _step_record(contender: Contender) -> dict[str, Any]:
+    record = {"shape": str(contender.shape)} | asdict(contender.shape) | {"state": contender.state_name, "error": None}
+    record |= {"steps": contender.steps, "memories": contender.memories}
+    record |= {"touched_bytes": contender.steps * contender.row_bytes, "step_bytes": 2 * contender.row_bytes}
+    return record | dict.fromkeys(("seconds", "bytes_per_second", "copy_share", "speedup"))
+
+
+def _rollback_record(contender: Contender, count: int) -> dict[str, Any]:
+    record = {"shape": str(contender.shape)} | asdict(contender.shape) | {"count": count, "error": None}
+    return record | dict.fromkeys(("seconds", "copy_seconds", "copy_over_rollback"))
+
+
+def _rollback(contender: Contender, count: int) -> str:
+    return f"{contender} {count} back"
+
+
+def _calls(
+    group: list[Contender], sparse: list[Contender], counts: list[int], dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[Callable[[], None], int]]:
+    """By name, a call that goes once round, and how many of what is measured it does."""
+    memories: dict[torch.dtype, Tensor] = {}
+    first = group[0].shape
+    for state in dict.fromkeys(contender.state for contender in group):
+        number = max(contender.memories for contender in group if contender.state == state)
+        sizes = (number, first.batch, first.heads, first.num_states, first.value_size)
+        memories[state] = torch.randn(sizes, device=device).to(state)  # [S, B, H, M, D]
+    calls: dict[str, tuple[Callable[[], None], int]] = {}
+    for contender in group:
+        tokens = Tokens.random(contender.shape, contender.steps, dtype, device)
+        calls[str(contender)] = _stepping(contender, tokens, memories[contender.state], device), contender.steps
+        if contender in sparse:
+            aside = torch.randn(contender.steps, *tokens.update.shape[1:], contender.shape.value_size, device=device)
+            for count in counts:
+                back = _taking_back(contender, tokens, memories[contender.state], aside, count)
+                calls[_rollback(contender, count)] = back, contender.steps // count
+    if sparse and counts:
+        source = memories[torch.float32]
+        target = torch.empty_like(source)
+
+        def copy() -> None:
+            for number in range(len(source)):
+                target[number].copy_(source[number])
+
+        calls[COPY] = copy, len(source)
+    return calls
+
+
+def _stepping(contender: Contender, tokens: Tokens, memories: Tensor, device: torch.device) -> Callable[[], None]:
+    backend, seed = _backend(contender, device)
+    of_steps = [memories[contender.memory_of(number)] for number in range(contender.steps)]
+
+    def steps() -> None:
+        for number, state in enumerate(of_steps):
+            tokens.step(number, state, backend, seed)
+
+    return steps
+
+
+def _taking_back(contender: Contender, tokens: Tokens, memories: Tensor, aside: Tensor, count: int) -> Callable[[], None]:
+    """Takes `count` steps back at once, as often as the rotation has as many; `aside` `[N, B, H, K, D]` is what they put
+    aside."""
+    assert tokens.indices is not None
+    position = torch.zeros(1, dtype=torch.int64, device=aside.device)
+    parts = []
+    for first in range(0, contender.steps // count * count, count):
+        rows, chosen = (x[first : first + count, :, None] for x in (aside, tokens.indices))
+        parts.append((memories[contender.memory_of(first)], rows, chosen))
+
+    def back() -> None:
+        for state, rows, chosen in parts:
+            undo_unchecked(state, rows, chosen, None, position, count)
+
+    return back
+
+
+def _captured(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`call`, on a GPU as the replay of a CUDA graph of it."""
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()  # what is set up on a first call must not be captured
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
