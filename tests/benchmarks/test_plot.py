@@ -43,8 +43,31 @@ def test_what_is_drawn() -> None:
     numbers = [{text.get_text() for text in axes.texts} for axes in figure.axes[:2]]
     assert numbers == [{"4", "11"}, {"15"}]
     labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
-    assert labels == ["M=64, D=2048\nB=16, T=2048", "M=64, D=2048, K=8\nB=1, T=131072\nH=2"]
+    assert labels == ["M=64, D=2048\nB=16, T=2048", "M=64, D=2048\nK=8\nB=1, T=131072\nH=2"]
     assert len(plot.draw(RESULT | {"lengths": []}).axes) == 2
+
+
+def test_break_even_of_a_sparse_memory() -> None:
+    """Over M / K, of graphs where both forms were captured; nothing without both."""
+
+    def both(selected: int, dense: float, sparse: float, graph: float | None) -> list[dict[str, Any]]:
+        shape = f"2x100x1x64x32x{selected}"
+        sizes = {"num_states": 64, "value_size": 32, "batch": 2, "length": 100, "top_k": selected}
+        records = [record(name, shape, ns, ns, **sizes) for name, ns in (("triton-dense", dense), ("triton-sparse", sparse))]
+        for one, ns in zip(records, (graph, graph and graph / 4), strict=True):
+            for part in ("forward", "forward_backward"):
+                one[part]["graph_ns_per_token"] = ns
+        return records
+
+    comparison = [*both(32, 10.0, 20.0, None), *both(4, 10.0, 5.0, 8.0)]
+    floors = {one["shape"]: RESULT["floors"][SHAPES[0]] for one in comparison}
+    figure = plot.draw(RESULT | {"comparison": comparison, "floors": floors, "lengths": []})
+    panel = figure.axes[2]
+    assert panel.get_title(loc="left") == "forward: speed of triton-sparse over triton-dense, by M / K"
+    drawn = next(line for line in panel.lines if line.get_label().startswith("M=64"))
+    assert drawn.get_xydata().tolist() == [[2.0, 0.5], [16.0, 4.0]]
+    alone = [one for one in comparison if one["contender"] == "triton-dense"]
+    assert len(plot.draw(RESULT | {"comparison": alone, "floors": floors, "lengths": []}).axes) == 2
 
 
 @pytest.mark.parametrize(("name", "start"), [("times.png", b"\x89PNG"), ("times.SVG", b"<?xml")])

@@ -80,7 +80,45 @@ def test_no_further_back_than_kept() -> None:
     snapshot = state.snapshot()
     for _ in range(3):
         model.step(torch.tensor([1]), state)
-    with pytest.raises(ValueError, match=r"steps=3: the last 2 steps can be rolled back; keep more"):
+    with pytest.raises(ValueError, match=r"snapshot: it is not among the last 2 steps of this state"):
         state.restore(snapshot)
+    with pytest.raises(ValueError, match=r"steps=3: the last 2 steps can be rolled back; keep more"):
+        state.rollback(3)
     with pytest.raises(ValueError, match="steps=0: use 1 or more"):
         model.keep_undo(state, 0)
+
+
+def test_a_point_that_was_left_is_not_restored() -> None:
+    """Not by other steps after a rollback, nor of another state, nor once other numbers were written in."""
+    model = model_of("sparse")
+    state = model.keep_undo(model.initial_state(1), 8)
+    for token in (1, 2, 3):
+        model.step(torch.tensor([token]), state)
+    snapshot, there = state.snapshot(), [x.clone() for x in state.tensors()]
+    model.step(torch.tensor([4]), state)
+    state.restore(snapshot)
+    state.restore(snapshot)  # it stands there already
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), there, strict=True))
+    state.rollback(2)
+    for token in (5, 6):
+        model.step(torch.tensor([token]), state)
+    with pytest.raises(ValueError, match="snapshot: it is not among"):
+        state.restore(snapshot)
+    other = model.keep_undo(model.initial_state(1), 8)
+    with pytest.raises(ValueError, match="snapshot: it is not among"):
+        other.restore(snapshot)
+    fresh = state.snapshot()
+    state.forget_steps()
+    with pytest.raises(ValueError, match="snapshot: it is not among the last 0 steps"):
+        state.restore(fresh)
+
+
+def test_nothing_is_rolled_back_past_a_copy() -> None:
+    model = model_of("dense")
+    state = model.initial_state(1)
+    snapshot = state.snapshot()
+    kept = model.keep_undo(state, 4)
+    model.step(torch.tensor([1]), kept)
+    kept.restore(snapshot)
+    with pytest.raises(ValueError, match="the last 0 steps"):
+        kept.rollback(1)

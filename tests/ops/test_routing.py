@@ -263,3 +263,19 @@ def test_large(states: int, top_k: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(x, y, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
     again = torch.autograd.grad(results[:3], given, seeds)
     assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_gradient_in_its_own_dtype(backend: str) -> None:
+    """Affinities in bfloat16 do not round the gradients of float32 rates."""
+    affinity = torch.randn(6, 1, 9, device=DEVICE).to(torch.bfloat16).float()
+    rates = [torch.randn(6, 1, 9, device=DEVICE) for _ in range(2)]
+    weights = torch.randn(2, 6, 1, 3, device=DEVICE)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.detach().requires_grad_() for x in (affinity.to(dtype), *rates)]
+        _, update, merge, _ = route(*leaves, 3, 1.0, backend if dtype == torch.bfloat16 else "plain")
+        results.append(torch.autograd.grad((update * weights[0] + merge * weights[1]).sum(), leaves))
+    assert results[0][0].dtype == torch.bfloat16
+    for x, y in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

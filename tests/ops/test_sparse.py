@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape
 from factorization_memory.ops import factorization_memory
-from factorization_memory.ops.triton import lists, sparse, sparse_pays
+from factorization_memory.ops.triton import lists, sparse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -192,11 +192,42 @@ def test_compiles_as_one_graph(alone: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_chosen_by_cost() -> None:
-    assert sparse_pays(2048, 16, 1024, alone=True)
-    assert not sparse_pays(2048, 64, 64, alone=True)
-    assert not sparse_pays(2048, 16, 1024, alone=False)
-    assert not sparse_pays(100_000, 16, 1024, alone=True)
+@pytest.mark.parametrize(
+    ("sizes", "initial", "packed", "taken"),
+    [
+        ({}, False, False, True),
+        ({"M": 1023}, False, False, False),
+        ({"K": 17}, False, False, False),
+        ({"T": 33}, False, False, False),
+        ({"H": 2}, False, False, False),
+        ({"D": 7}, False, False, False),
+        ({}, True, False, False),
+        ({}, False, True, False),
+    ],
+    ids=str,
+)
+def test_chosen_where_it_was_measured_to_pay(
+    sizes: dict[str, int], initial: bool, packed: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from factorization_memory.ops import triton
+
+    monkeypatch.setattr(triton, "SPARSE_LENGTH", 32)
+    monkeypatch.setattr(triton, "SPARSE_WIDTH", 8)
+    calls: list[str] = []
+    for name in ("forward_sparse", "forward"):
+        monkeypatch.setattr(triton, name, lambda *arguments, name=name: calls.append(name) or (None, None))
+    T, H, M, K, D = ({"T": 32, "H": 1, "M": 1024, "K": 16, "D": 8} | sizes).values()  # noqa: N806
+    update = torch.rand(1, T, H, K, device=DEVICE)
+    indices = torch.arange(K, device=DEVICE).expand(1, T, H, K)
+    factorization_memory(
+        update, update, torch.rand(1, T, H, D, device=DEVICE), indices, M,
+        torch.zeros(1, H, M, D, device=DEVICE) if initial else None,
+        cu_seqlens=torch.tensor([0, T], device=DEVICE) if packed else None, backend="triton",
+    )  # fmt: skip
+    assert calls == ["forward_sparse" if taken else "forward"]
+
+
+def test_needs_indices() -> None:
     problem = Problem.random(Shape(1, 10, 1, 8, 4, 2), device=DEVICE)
     with pytest.raises(ValueError, match=r"triton-sparse.*indices"):
         factorization_memory(problem.update, problem.merge, problem.value, backend="triton-sparse")

@@ -75,6 +75,25 @@ def test_more_states_than_a_program_takes(backend: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_at_another_place_among_the_next_tokens(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are split over programs by their place among the selected, which changes from token to token."""
+    if backend == "triton":
+        from factorization_memory.ops.triton import step
+
+        monkeypatch.setattr(step, "_tiles", lambda *sizes: (16, 2, 3))
+    update, merge, value, indices = tokens_of(1, 4, 1, 7, 20, 6)
+    state = torch.randn(1, 1, 7, 20, device=DEVICE)
+    wide = (x.double() for x in (update, merge, value))
+    whole, final = factorization_memory(*wide, indices, 7, state.double(), True, backend="reference")
+    before, undo = state.clone(), torch.empty(*update.shape, 20, device=DEVICE)
+    y, _ = factorization_memory_step(update, merge, value, state, indices, undo=undo, backend=backend)
+    torch.testing.assert_close(y.double(), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-6)
+    factorization_memory_undo(state, undo, indices, backend=backend)
+    assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chosen", [None, 2])
 def test_places(backend: str, chosen: int | None) -> None:
     """Sequences anywhere in a larger state; nothing else is touched; one that is not there gives 0."""
@@ -82,6 +101,7 @@ def test_places(backend: str, chosen: int | None) -> None:
     state = torch.randn(7, 2, 5, 6, device=DEVICE)
     before = state.clone()
     places = torch.tensor([5, -1, 0, 3], device=DEVICE)
+    value[1] = torch.nan
     there = [0, 2, 3]
     y, _ = factorization_memory_step(update, merge, value, state, indices, places, backend=backend)
     own = before[places[there]]
@@ -106,7 +126,7 @@ def test_undo_of_several_tokens(backend: str, chosen: int | None, placed: bool) 
     y, _ = factorization_memory_step(update, merge, value, state, indices, places, undo, backend=backend)
     assert torch.equal(y, plain)
     assert not torch.equal(state, before)
-    assert factorization_memory_undo(state, undo, indices, places) is state
+    assert factorization_memory_undo(state, undo, indices, places, backend) is state
     assert torch.equal(state, before)
 
 
@@ -124,7 +144,7 @@ def test_undo_is_exact_in_any_order_of_steps(data: st.DataObject, backend: str, 
     for _ in range(data.draw(st.integers(1, 8))):
         back = data.draw(st.integers(0, known))
         if back:
-            undo_unchecked(state, aside, rows, None, position, back)
+            undo_unchecked(state, aside, rows, None, position, back, backend)
             position.sub_(back).remainder_(depth)
             del history[-back:]
             known -= back
@@ -179,6 +199,7 @@ def test_operators_keep_their_promises() -> None:
         ({"places": torch.tensor([3])}, r"places: got \[3\], takes distinct numbers from 0 to 1"),
         ({"undo": torch.zeros(1, 1, 2, 3)}, r"undo: got torch.float32 \(1, 1, 2, 3\)"),
         ({"seed": torch.tensor([1])}, r"state: got dtype torch.float32, takes torch.bfloat16"),
+        ({"state": torch.zeros(2, 1, 4, 2).bfloat16()}, r"takes torch.float32, or a bfloat16 one together with seed"),
         ({"backend": "fast"}, r"backend='fast': use one of auto, reference, triton"),
         ({"state": torch.zeros(2, 1, 2, 4).transpose(2, 3)}, r"state: got strides .* takes a contiguous tensor"),
     ],
@@ -190,6 +211,28 @@ def test_wrong_arguments(change: dict[str, object], message: str) -> None:
     arguments |= {"state": torch.zeros(2, 1, 4, 2), "places": torch.tensor([1])}
     with pytest.raises(ValueError, match=message):
         factorization_memory_step(**(arguments | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": None}, r"undo: got torch.float32 \(2, 1, 3, 4\).* with H, K, D = \(1, 5, 4\) \(K = M without indices\)"),
+        ({"indices": torch.zeros(2, 1, 3)}, r"indices: got torch.float32 \(2, 1, 3\)"),
+        ({"undo": torch.zeros(2, 1, 3, 4).double()}, r"undo: got torch.float64"),
+        (
+            {"undo": torch.zeros(1, 1, 3, 4), "indices": torch.zeros(1, 1, 3).long()},
+            r"undo: got 1 sequences, takes those of state, 2",
+        ),
+        ({"places": torch.tensor([1, 2])}, r"places: got \[1, 2\], takes distinct numbers from 0 to 1"),
+        ({"state": torch.zeros(2, 1, 4, 5).transpose(2, 3)}, r"state: got .* takes a contiguous"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_undo(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"state": torch.zeros(2, 1, 5, 4), "undo": torch.zeros(2, 1, 3, 4)}
+    arguments |= {"indices": torch.arange(3).expand(2, 1, 3)}
+    with pytest.raises(ValueError, match=message):
+        factorization_memory_undo(**(arguments | change))  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

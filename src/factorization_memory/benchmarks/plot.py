@@ -22,6 +22,7 @@ SUFFIXES = (".png", ".svg")
 INK, SOFT, LINE = "#1d2127", "#59616c", "#e3e4e0"
 COLOURS = ("#2257c4", "#c2541d", "#1f8a5b", "#8a4fc4", "#b8860b", "#59616c", "#b23a6f", "#2a8fa3")
 MARKERS = "osD^vPX*"
+DENSE, SPARSE = "triton-dense", "triton-sparse"
 LEAST_SPAN = 8.0
 """Of the axis of times, top over bottom: nearly equal times are to look equal."""
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -75,19 +76,24 @@ def save(result: dict[str, Any], path: Path, drawing: Callable[[dict[str, Any]],
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """The figure: a panel for each pass with the sizes side by side; below, where lengths were measured, time over length."""
+    """The figure: a panel for each pass with the sizes side by side; below, where lengths were measured, time over length, and
+    where both forms of a sparse memory were, how many times faster its own is than the masked dense one."""
     with matplotlib.rc_context(_STYLE):
         names = list(dict.fromkeys(record["contender"] for record in (*result["comparison"], *result["lengths"])))
-        rows = 2 if result["lengths"] else 1
+        gains = {part: _gains(result, part) for part in PASSES}
+        rows = 1 + bool(result["lengths"]) + any(gains.values())
         figure = Figure(figsize=(max(9.0, 3.2 * len(result["floors"])), 4.2 * rows + 0.6), layout="constrained")
         axes = figure.subplots(rows, len(PASSES), squeeze=False)
         for column, part in enumerate(PASSES):
-            _compare(axes[0][column], result, part, names)
-            if rows > 1:
-                _lengths(axes[1][column], result, part, names)
-            for row in range(rows):
-                _scale(axes[row][column])
-        for row in range(rows):
+            panels = iter(axes[:, column])
+            _compare(first := next(panels), result, part, names)
+            _scale(first)
+            if result["lengths"]:
+                _lengths(second := next(panels), result, part, names)
+                _scale(second)
+            if any(gains.values()):
+                _break_even(next(panels), gains[part], part)
+        for row in range(1 + bool(result["lengths"])):
             axes[row][0].set_ylabel("ns per token")
         _frame(figure, result)
     return figure
@@ -169,6 +175,34 @@ def _compare(axes: Axes, result: dict[str, Any], part: str, names: list[str]) ->
     axes.set_xlim(-0.6, len(shapes) - 0.4)
 
 
+def _gains(result: dict[str, Any], part: str) -> dict[str, list[tuple[float, float]]]:
+    """M / K and the time of the masked dense form over that of the sparse one, by the rest of the size; of CUDA graphs where
+    both were captured."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for shape in result["floors"]:
+        records = {r["contender"]: r for r in result["comparison"] if r["shape"] == shape and r[part] is not None}
+        if not {DENSE, SPARSE} <= records.keys() or records[SPARSE]["top_k"] is None:
+            continue
+        size, figures = records[SPARSE], [records[name][part] for name in (DENSE, SPARSE)]
+        captured = all(figure["graph_ns_per_token"] is not None for figure in figures)
+        dense, sparse = (figure["graph_ns_per_token" if captured else "ns_per_token"] for figure in figures)
+        label = f"M={size['num_states']}, D={size['value_size']}, B={size['batch']}, T={size['length']}"
+        found.setdefault(label, []).append((size["num_states"] / size["top_k"], dense / sparse))
+    return found
+
+
+def _break_even(axes: Axes, gains: dict[str, list[tuple[float, float]]], part: str) -> None:
+    axes.set_title(f"{TITLES[part]}: speed of {SPARSE} over {DENSE}, by M / K")
+    axes.axhline(1, color=INK, linewidth=1.2)
+    for index, (label, points) in enumerate(gains.items()):
+        axes.plot(*zip(*sorted(points), strict=True), linestyle="-", linewidth=1.5, label=label, **_look(index))
+        for x, y in points:
+            text = f"{y:.2g}x"
+            axes.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7.5, color=SOFT)
+    _powers_of_two(axes, lambda value: f"{value:g}")
+    axes.set_ylim(bottom=0)
+
+
 def _lengths(axes: Axes, result: dict[str, Any], part: str, names: list[str]) -> None:
     axes.set_title(f"{TITLES[part]}, by length")
     groups: dict[tuple[str, str], list[tuple[int, float]]] = {}
@@ -216,7 +250,7 @@ def _look(index: int) -> dict[str, Any]:
 
 def _title(shape: str) -> str:
     batch, length, heads, states, width, *selected = shape.split("x")
-    lines = [f"M={states}, D={width}" + (f", K={selected[0]}" if selected else ""), f"B={batch}, T={length}"]
+    lines = [f"M={states}, D={width}", *(f"K={count}" for count in selected), f"B={batch}, T={length}"]
     return "\n".join(lines if heads == "1" else [*lines, f"H={heads}"])
 
 

@@ -273,9 +273,11 @@ class FactorizationMemory(nn.Module):
             y = y.to(value.dtype)
         else:
             rows, position = (None, None) if undo is None else (undo.rows, undo.position)
+            backend = "reference" if self.backend in ("reference", "chunked") else "auto"
             y = ops.step_unchecked(
-                routing.update, routing.merge, value, state.memory, routing.indices, undo=rows, position=position
-            )
+                routing.update, routing.merge, value, state.memory, routing.indices, undo=rows, position=position,
+                backend=backend,
+            )  # fmt: skip
         return self._output(y, x)
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -73,14 +74,18 @@ class LayerState:
         return [self.memory] if self.convolution is None else [self.memory, self.convolution]
 
 
+_POINTS = count()
+"""A number for each point that any state comes to by a step, or by being written to."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Where a `ModelState` stood."""
 
-    steps: int
-    """Steps that it had taken."""
+    point: int
+    """The point."""
     copy: ModelState | None
-    """A copy, if it does not keep what steps overwrite."""
+    """A copy, if what steps overwrite is not kept."""
 
 
 class ModelState:
@@ -89,7 +94,8 @@ class ModelState:
 
     def __init__(self, layers: Iterable[LayerState]) -> None:
         self.layers = tuple(layers)
-        self._steps = self._kept = 0
+        self._point = next(_POINTS)
+        self._before: list[int] = []  # the points that can be rolled back to, the latest last
 
     @property
     def undo_steps(self) -> int:
@@ -99,16 +105,17 @@ class ModelState:
 
     def step_done(self, replayed: bool = False) -> None:
         """A step of the model has changed all layers. `replayed` by a CUDA graph, which holds the GPU's part of this."""
-        self._steps += 1
+        self._before.append(self._point)
+        del self._before[: max(0, len(self._before) - self.undo_steps)]
+        self._point = next(_POINTS)
         undo = self.layers[0].undo
-        if undo is not None:
-            self._kept = min(self._kept + 1, len(undo.rows))
-            if not replayed:
-                undo.position.add_(1).remainder_(len(undo.rows))
+        if undo is not None and not replayed:
+            undo.position.add_(1).remainder_(len(undo.rows))
 
     def forget_steps(self) -> None:
         """Steps done so far cannot be rolled back: other numbers were written into the tensors."""
-        self._kept = 0
+        self._before.clear()
+        self._point = next(_POINTS)
 
     def rollback(self, steps: int) -> None:
         """Take back the last `steps` steps, to the bit, in place.
@@ -116,34 +123,40 @@ class ModelState:
         Raises:
             ValueError: so many are not kept.
         """
-        if not 0 <= steps <= self._kept:
+        if not 0 <= steps <= len(self._before):
             remedy = "keep more with LanguageModel.keep_undo" if self.undo_steps else "call LanguageModel.keep_undo first"
-            raise ValueError(f"steps={steps}: the last {self._kept} steps can be rolled back; {remedy}")
+            raise ValueError(f"steps={steps}: the last {len(self._before)} steps can be rolled back; {remedy}")
         undo = self.layers[0].undo
         if steps and undo is not None:
             for layer in self.layers:
                 assert layer.undo is not None
                 layer.undo.roll_back(layer, steps)
             undo.position.sub_(steps).remainder_(len(undo.rows))
-        self._steps -= steps
-        self._kept -= steps
+            self._point = self._before[-steps]
+            del self._before[-steps:]
 
     def snapshot(self) -> Snapshot:
         """Where the state stands, for `restore`: a number if what steps overwrite is kept, otherwise a copy."""
-        return Snapshot(self._steps, None if self.undo_steps else self.clone())
+        return Snapshot(self._point, None if self.undo_steps else self.clone())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to where `snapshot` was taken of this state, to the bit, in place.
 
         Raises:
-            ValueError: more steps were taken since than are kept.
+            ValueError: the point was left by more steps than are kept, or by a rollback, or is another state's.
         """
-        if snapshot.copy is None:
-            self.rollback(self._steps - snapshot.steps)
-            return
-        for mine, copy in zip(self.tensors(), snapshot.copy.tensors(), strict=True):
-            mine.copy_(copy)
-        self._steps = snapshot.steps
+        if snapshot.copy is not None:
+            for mine, copy in zip(self.tensors(), snapshot.copy.tensors(), strict=True):
+                mine.copy_(copy)
+            self._before.clear()
+            self._point = snapshot.point
+        elif snapshot.point in self._before:
+            self.rollback(len(self._before) - self._before.index(snapshot.point))
+        elif snapshot.point != self._point:
+            raise ValueError(
+                f"snapshot: it is not among the last {len(self._before)} steps of this state, which are kept; "
+                "keep more with LanguageModel.keep_undo, or clone() the state"
+            )
 
     def __iter__(self) -> Iterator[LayerState]:
         return iter(self.layers)

@@ -54,6 +54,8 @@ class DecodingModel:
 def obstacle(model: LanguageModel) -> str | None:
     """Why a model has no such form, or not on its device; None if it has."""
     config, weight = model.config, model.embedding.weight
+    if config.backend in ("reference", "chunked"):
+        return f"backend={config.backend!r} is not that of the kernels"
     if config.norm == "state":
         return "norm='state' sees every memory state"
     if config.affinity_threshold is not None:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from factorization_memory.ops import chunked, reference, triton
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse", "triton-quadratic")
 
@@ -83,8 +84,8 @@ def factorization_memory_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence, or a few, for generation: `state` is updated in place. Not differentiable.
 
-    On a GPU nothing is waited for or allocated beside the output, so that a CUDA graph can hold it; there neither the
-    values of `indices` nor those of `places` are checked.
+    On a GPU nothing is waited for, so that a CUDA graph can hold it; there neither the values of `indices` nor those of
+    `places` are checked.
 
     Args:
         update: theta, `[B, H, M]`, or `[B, H, K]` with `indices`; `[B, T, H, M]` (or K) for T tokens one after the other.
@@ -111,10 +112,10 @@ def factorization_memory_step(
     states = _check(update, merge, value, indices, state.shape[2] if state.dim() == 4 else None, time=several)
     sequences = value.shape[0]
     if places is not None:
-        if places.shape != (sequences,) or places.dtype not in (torch.int64, torch.int32) or places.device != value.device:
-            got = f"{places.dtype} {tuple(places.shape)} on {places.device}"
-            raise ValueError(f"places: got {got}, takes int32 or int64 ({sequences},) on {value.device}")
+        _check_places(places, sequences, state)
         sequences = state.shape[0] if state.dim() == 4 else sequences
+    if seed is None and state.dtype == torch.bfloat16:
+        raise ValueError(f"state: got dtype {state.dtype}, takes {state_dtype(value)}, or a bfloat16 one together with seed")
     rounded = state_dtype(value) if seed is None else torch.bfloat16
     check_state(state, "state", (sequences, value.shape[-2], states, value.shape[-1]), value, rounded)
     if not state.is_contiguous():
@@ -124,11 +125,8 @@ def factorization_memory_step(
         if undo.shape != wanted or undo.dtype != state.dtype or undo.device != state.device or not undo.is_contiguous():
             got = f"{undo.dtype} {tuple(undo.shape)} on {undo.device}, strides {undo.stride()}"
             raise ValueError(f"undo: got {got}, takes a contiguous {state.dtype} {wanted} on {state.device}")
-    if not value.is_cuda:
-        if indices is not None:
-            _check_indices(indices, states)
-        if places is not None:
-            _check_places(places, sequences)
+    if indices is not None and not value.is_cuda and not torch.compiler.is_compiling():
+        _check_indices(indices, states)
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != state.device):
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
         raise ValueError(f"seed: got {got}, takes int64 (1,) on {state.device}")
@@ -143,7 +141,11 @@ def factorization_memory_step(
 
 
 def factorization_memory_undo(
-    state: Tensor, undo: Tensor, indices: Tensor | None = None, places: Tensor | None = None
+    state: Tensor,
+    undo: Tensor,
+    indices: Tensor | None = None,
+    places: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Take back a step, to the bit: `state` in place.
 
@@ -152,19 +154,38 @@ def factorization_memory_undo(
         undo: what that step put aside.
         indices: its indices.
         places: its places.
+        backend: as of `factorization_memory_step`.
 
     Returns:
         `state`.
+
+    Raises:
+        ValueError: arguments that are not those of one step.
     """
-    width = undo.shape[-1]
-    if state.dim() != 4 or undo.dim() not in (4, 5) or undo.dtype != state.dtype or width != state.shape[3]:
-        got = f"{undo.dtype} {tuple(undo.shape)}"
-        raise ValueError(f"undo: got {got}, takes what a step of this state, {state.dtype} {tuple(state.shape)}, put aside")
-    if indices is not None and indices.shape != undo.shape[:-1]:
-        raise ValueError(f"indices: got shape {tuple(indices.shape)}, takes the step's, {tuple(undo.shape[:-1])}")
+    if state.dim() != 4 or not state.is_contiguous():
+        raise ValueError(f"state: got shape {tuple(state.shape)}, strides {state.stride()}, takes a contiguous [S, H, M, D]")
+    (_, heads, states, width), batch = state.shape, undo.shape[0] if undo.dim() else 0
+    chosen = states if indices is None else indices.shape[-1]
+    shape = (batch, *undo.shape[1:-3], heads, chosen, width)
+    if undo.dim() not in (4, 5) or undo.shape != shape or undo.dtype != state.dtype or not undo.is_contiguous():
+        takes = "[B, H, K, D] or [B, T, H, K, D] that a step of this state put aside"
+        got = f"{undo.dtype} {tuple(undo.shape)}, strides {undo.stride()}"
+        more = "" if indices is not None else " (K = M without indices)"
+        raise ValueError(f"undo: got {got}, takes the contiguous {takes}, {state.dtype} with H, K, D = {shape[-3:]}{more}")
+    if undo.device != state.device:
+        raise ValueError(f"undo: is on {undo.device}, state on {state.device}; move them to one device")
+    if indices is not None and (
+        indices.shape != undo.shape[:-1] or indices.dtype not in INDEX_DTYPES or indices.device != state.device
+    ):
+        got = f"{indices.dtype} {tuple(indices.shape)} on {indices.device}"
+        raise ValueError(f"indices: got {got}, takes the step's, integers {tuple(undo.shape[:-1])} on {state.device}")
+    if places is not None:
+        _check_places(places, batch, state)
+    elif batch != state.shape[0]:
+        raise ValueError(f"undo: got {batch} sequences, takes those of state, {state.shape[0]}, or the step's places")
     rows = undo if undo.dim() == 5 else undo[:, None]
-    chosen = None if indices is None else indices.reshape(rows.shape[:-1])[None]
-    undo_unchecked(state, rows[None], chosen, places, state.new_zeros(1, dtype=torch.int64), 1)
+    chosen_states = None if indices is None else indices.reshape(rows.shape[:-1])[None]
+    undo_unchecked(state, rows[None], chosen_states, places, state.new_zeros(1, dtype=torch.int64), 1, backend)
     return state
 
 
@@ -206,11 +227,17 @@ def step_unchecked(
 
 @torch.no_grad()
 def undo_unchecked(
-    state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int
+    state: Tensor,
+    undo: Tensor,
+    indices: Tensor | None,
+    places: Tensor | None,
+    position: Tensor,
+    count: int,
+    backend: str = "auto",
 ) -> None:
     """Take back the last `count` steps that were put aside in `undo` `[depth, B, T, H, K, D]`, with their `indices`
     `[depth, B, T, H, K]`; the next would be put aside at `position`, `[1]`."""
-    if state.is_cuda and triton.obstacle(state.new_empty(0, dtype=torch.float32)) is None:
+    if _steps_in_triton(backend, state.new_empty(0, dtype=torch.float32)):
         triton.undo_in_place(state, undo, indices, places, position, count)
     else:
         reference.undo(state, undo, indices, places, position, count)
@@ -273,14 +300,8 @@ def _choose(
         raise ValueError(f"backend={backend!r}: it computes with indices, which are None; use 'triton'")
     if backend != "triton":
         return backend
-    # At no length can it pay where it does not for one token.
-    if indices is None or not triton.sparse_pays(1, indices.shape[3], num_states, alone):
-        return "triton-dense"
-    longest = value.shape[1]
-    if cu_seqlens is not None and not torch.compiler.is_compiling():
-        borders = read_borders(cu_seqlens)
-        longest = max(b - a for a, b in pairwise(borders))
-    return "triton-sparse" if triton.sparse_pays(longest, indices.shape[3], num_states, alone) else "triton-dense"
+    sparse = indices is not None and cu_seqlens is None and triton.sparse_pays(value, indices.shape[3], num_states, alone)
+    return "triton-sparse" if sparse else "triton-dense"
 
 
 def _capturing(tensor: Tensor) -> bool:
@@ -353,7 +374,7 @@ def _check(update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None,
         raise ValueError("num_states: got None, takes the number of states M together with indices")
     if indices.shape != update.shape:
         raise ValueError(f"indices: got shape {tuple(indices.shape)}, takes that of update, {tuple(update.shape)}")
-    if indices.dtype not in (torch.int64, torch.int32, torch.int16):
+    if indices.dtype not in INDEX_DTYPES:
         raise ValueError(f"indices: got dtype {indices.dtype}, takes int64, int32 or int16")
     if indices.device != value.device:
         raise ValueError(f"indices: is on {indices.device}, value on {value.device}; move them to one device")
@@ -412,10 +433,17 @@ def read_borders(cu_seqlens: Tensor) -> list[int]:
     return known[1]
 
 
-def _check_places(places: Tensor, count: int) -> None:
-    there = places[places >= 0]
-    if there.numel() and (int(there.max()) >= count or int(places.min()) < -1 or len(there.unique()) < len(there)):
-        raise ValueError(f"places: got {places.tolist()}, takes distinct numbers from 0 to {count - 1}, or -1")
+def _check_places(places: Tensor, sequences: int, state: Tensor) -> None:
+    """ValueError unless `places` are those of so many sequences in `state`; their values are looked at on a CPU alone."""
+    if places.shape != (sequences,) or places.dtype not in (torch.int64, torch.int32) or places.device != state.device:
+        got = f"{places.dtype} {tuple(places.shape)} on {places.device}"
+        raise ValueError(f"places: got {got}, takes int32 or int64 ({sequences},) on {state.device}")
+    if places.is_cuda or torch.compiler.is_compiling():
+        return
+    known, count = places.tolist(), state.shape[0]
+    there = [place for place in known if place != -1]
+    if any(not 0 <= place < count for place in there) or len(set(there)) < len(there):
+        raise ValueError(f"places: got {known}, takes distinct numbers from 0 to {count - 1}, or -1")
 
 
 def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:

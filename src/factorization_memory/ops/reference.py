@@ -86,7 +86,7 @@ def steps(
     if places is not None:
         there = places >= 0
         state.index_copy_(0, places[there].long(), own[there])
-        y = y * there[:, None, None, None]
+        y = y.masked_fill(~there[:, None, None, None], 0)
     return y
 
 

@@ -20,12 +20,11 @@ CAPABILITIES = (9, 10)
 """Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
 that ship may take; others give 163 KiB or 99."""
 
-SPARSE_STATES = 512
-"""M from which on the form that computes with the selected states alone can pay."""
-SPARSE_RATIO = 32
-"""M / K from which on it pays."""
-SPARSE_LENGTH = 4096
-"""Tokens of a sequence up to which it pays: longer ones pass states on, in products as large as the dense form's."""
+SPARSE_STATES, SPARSE_RATIO = 1024, 64
+"""M, and M / K, from which on the form that computes with the selected states alone was faster in every measurement, forward
+and with backward."""
+SPARSE_LENGTH, SPARSE_WIDTH = 2048, 2048
+"""Tokens of a sequence up to which it was, and least width of its one head."""
 
 
 def interpreted() -> bool:
@@ -100,16 +99,24 @@ def forward(
     return output, final if keep_final else None
 
 
-def sparse_pays(longest: int, chosen: int, num_states: int, alone: bool) -> bool:
-    """Whether `forward_sparse` is faster than the dense form, forward and backward, by measurement (docs/kernels.md).
+def sparse_pays(value: Tensor, chosen: int, num_states: int, alone: bool) -> bool:
+    """Whether `forward_sparse` is known to be faster than the dense form, by measurement (docs/kernels.md): at sizes beside
+    those that were measured it is not taken.
 
     Args:
-        longest: tokens of the longest sequence.
+        value: v, `[B, T, H, D]`, not packed.
         chosen: K.
         num_states: M.
         alone: whether no memory comes into the sequences or leaves them.
     """
-    return alone and longest <= SPARSE_LENGTH and num_states >= max(SPARSE_STATES, SPARSE_RATIO * chosen)
+    _, length, heads, width = value.shape
+    return (
+        alone
+        and heads == 1
+        and length <= SPARSE_LENGTH
+        and width >= SPARSE_WIDTH
+        and num_states >= max(SPARSE_STATES, SPARSE_RATIO * chosen)
+    )
 
 
 def forward_sparse(

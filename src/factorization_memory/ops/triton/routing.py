@@ -9,6 +9,7 @@ Shapes: N rows, H heads, M memory states, K selected states, R rates of a head (
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -287,8 +288,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, d_affinity: Tensor | None, d_update: Tensor | None, d_merge: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    widest = reduce(torch.promote_types, ctx.dtypes)
     gradients = torch.ops.factorization_memory.route_backward.default(
-        *ctx.saved_tensors, d_affinity, d_update, d_merge, ctx.states, ctx.rates, ctx.temperature, ctx.dtypes[0]
+        *ctx.saved_tensors, d_affinity, d_update, d_merge, ctx.states, ctx.rates, ctx.temperature, widest
     )
     return *(x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
 

@@ -159,7 +159,7 @@ def small_linear(
         with torch.cuda.device(x.device):
             return small_linear(
                 x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps, norm_groups=norm_groups,
-                residual=residual, gate=gate, glu=glu,
+                residual=residual, gate=gate, glu=glu, early=early,
             )  # fmt: skip
     tokens, inputs = x.shape
     outputs = out.shape[1]

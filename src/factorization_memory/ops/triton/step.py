@@ -196,6 +196,7 @@ def weigh_kernel(
     tl.store(merge + target, affinity * tl.sigmoid(logits), mask=there)
 
 
+@on_device_of
 def weigh_all(affinity: Tensor, update: Tensor, merge: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Update and merge weights of the dense form, float32 `[B, H, M]`, of few tokens; not differentiable.
 
@@ -224,9 +225,9 @@ def _tiles(units: int, rows: int, width: int, device: torch.device) -> tuple[int
     columns = min(WIDEST, power_of_two(width, 16))
     while columns > NARROWEST and units * -(-width // columns) < wanted:
         columns //= 2
-    high = min(power_of_two(rows, 1), TILE // columns)
+    high = min(power_of_two(max(rows, 1), 1), TILE // columns)
     programs = units * -(-width // columns)
-    splits = min(-(-rows // high), max(1, wanted // programs))
+    splits = max(1, min(-(-rows // high), wanted // programs))
     return columns, high, splits
 
 
@@ -253,6 +254,7 @@ def _step(
     """
     update, merge = update.contiguous(), merge.contiguous()
     indices = None if indices is None else indices.contiguous()
+    places = None if places is None else places.contiguous()
     batch, tokens, heads, chosen = update.shape
     num_states, width = state.shape[2:]
     if tokens > 1 or value.stride(3) != 1 or (heads > 1 and value.stride(2) != width):
@@ -261,6 +263,8 @@ def _step(
     if value.numel() == 0:
         return output
     columns, rows, splits = _tiles(batch * heads, chosen, width, value.device)
+    if tokens > 1 and indices is not None:
+        splits = 1  # a state may stand at another place among the next token's, and so belong to another program
     parts = output if splits == 1 else value.new_empty(splits, *value.shape, dtype=torch.float32)
     split_rows = -(-chosen // (splits * rows)) * rows
     value_row = value.stride(1) if tokens > 1 else value.stride(0)
@@ -293,6 +297,8 @@ def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | 
         count: at most depth.
     """
     depth, batch, tokens, heads, chosen, width = undo.shape
+    indices = None if indices is None else indices.contiguous()
+    places = None if places is None else places.contiguous()
     if undo.numel() == 0 or count == 0:
         return
     columns, rows, _ = _tiles(batch * heads, chosen, width, state.device)
