@@ -120,6 +120,15 @@ def test_parts_of_long_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     right(Problem.random(Shape(1, 100, 1, 9, 6, 1), device=DEVICE), keep_final=False)
 
 
+def test_autocast_changes_nothing() -> None:
+    problem = Problem.random(Shape(1, 12, 1, 6, 8, 2), device=DEVICE, initial_state=True)
+    plain = solve(problem, "triton-sparse", True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = solve(problem, "triton-sparse", True)
+    for name, x in plain.items():
+        assert torch.equal(x, cast[name]), name
+
+
 def test_the_same_bits() -> None:
     problem = Problem.random(Shape(1, 12, 1, 6, 8, 2), device=DEVICE, initial_state=True)
     first, second = (solve(problem, "triton-sparse", True) for _ in range(2))

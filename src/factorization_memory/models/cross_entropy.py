@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from factorization_memory import ops
-from factorization_memory.ops.precision import has_autocast, no_autocast
+from factorization_memory.ops.precision import has_autocast, no_autocast, wide_product
 
 IGNORE = -100
 """The target of a position that has no loss."""
@@ -162,10 +162,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a b` in place and in float32, whatever the dtype of a and b."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif total.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=torch.float32))
     else:
-        total.addmm_(a.float(), b.float())
+        total.add_(wide_product(a, b))
 
 
 def _fake_mean_loss(

@@ -29,6 +29,16 @@ def has_autocast(device: torch.device) -> bool:
     return device.type != "meta"
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of matrices, or of as many as there are in a first dimension, summed up and returned in float32, whatever their
+    dtype."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    if a.dim() == 2:
+        return torch.bmm(a[None], b[None], out_dtype=torch.float32)[0]
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
 def outside_autocast(backward: Backward) -> Backward:
     """Makes an autograd function's `backward(ctx, gradient, ...)` compute in its tensors' own dtypes, also where it is called
     inside an autocast block."""

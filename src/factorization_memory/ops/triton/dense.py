@@ -37,11 +37,15 @@ def _planned(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward:
 
 
 def on_device_of(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device: make it that of the arguments, the first of which is a tensor."""
+    """The operator on the device of its arguments, the first of which is a tensor: Triton launches on the current one; and
+    outside autocast, which would cast the operands of PyTorch's products."""
 
     @wraps(operator)
     def launched(*arguments: Any) -> Any:
         device = arguments[0].device
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return launched(*arguments)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return operator(*arguments)
         with torch.cuda.device(device):

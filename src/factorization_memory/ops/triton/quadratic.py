@@ -25,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.precision import wide_product
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.gate_gradients import gates_backward
 from factorization_memory.ops.triton.gates import gates_forward
 from factorization_memory.ops.triton.launcher import launch
 from factorization_memory.ops.triton.layout import Layout
 from factorization_memory.ops.triton.plan import longest_chunk, operands, padded_states, power_of_two
-from factorization_memory.ops.triton.sparse import causal_parts, wide_product
+from factorization_memory.ops.triton.sparse import causal_parts
 
 GROUP_BYTES = 256 * 2**20
 """Bytes of P of the sequences that are computed together, if one's are not more."""

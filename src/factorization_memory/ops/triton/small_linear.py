@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from factorization_memory.ops.precision import wide_product
 from factorization_memory.ops.triton.launcher import dependent, launch
 
 FEW = 4
@@ -205,8 +206,7 @@ def _in_several_kernels(
     if gate is not None:
         x = x.float() * functional.silu(gate.float())
     x = x.to(weight.dtype)
-    low = x.is_cuda and weight.dtype != torch.float32
-    y = torch.mm(x, weight.T, out_dtype=torch.float32) if low else (x.float() @ weight.float().T)
+    y = wide_product(x, weight.T)
     if bias is not None:
         y += bias
     if glu:

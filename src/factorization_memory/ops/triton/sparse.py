@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.precision import wide_product
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.lists import WORD, Lists, lists_of
 from factorization_memory.ops.triton.plan import operands
@@ -128,13 +129,6 @@ def _cut_of_rows(batch: int, length: int, size: int, device: torch.device) -> Cu
     first = (first + torch.arange(batch, device=device)[:, None] * length).flatten()
     waves: list[tuple[slice | Tensor, int]] = [(slice(wave, None, slots), batch) for wave in range(slots)]
     return Cut(size, torch.stack((first, count), 1), waves, None, None, None)
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed up and returned in float32."""
-    if a.dtype != torch.float32 and a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
 
 
 def causal_parts(length: int) -> list[tuple[int, int]]:
