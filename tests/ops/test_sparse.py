@@ -108,7 +108,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return adversarial(problem) if draw(st.booleans()) else problem
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(problems(), st.booleans())
 def test_equals_reference(problem: Problem, keep_final: bool) -> None:
     right(problem, keep_final)
