@@ -47,7 +47,7 @@ class DecodingModel:
         state.step_done()
         logits = x.new_empty(len(tokens), model.config.vocab_size)
         norm = model.final_norm
-        small_linear(x, model.head.weight, logits, norm_weight=norm.weight, norm_eps=norm.eps, early=True)
+        small_linear(x, model.head.weight, logits, norm_weight=norm.weight, norm_eps=norm.eps)
         return logits, state
 
 
@@ -87,7 +87,6 @@ class _DecodingBlock:
         norm = block.mixer_norm
         projected = small_linear(
             x, self.weight, x.new_empty(len(x), len(self.weight)), bias=self.bias, norm_weight=norm.weight, norm_eps=norm.eps,
-            early=True,
         )  # fmt: skip
         affinity, update, merge, value, *gate = projected.split(self.sizes, dim=1)
         heads = (mixer.num_heads, -1)
@@ -107,9 +106,8 @@ class _DecodingBlock:
         small_linear(
             y.flatten(1), mixer.output.weight, x, residual=x, gate=gate[0] if gate else None,
             norm_weight=mixer.norm_weight, norm_eps=mixer.norm_eps, norm_groups=mixer.num_heads if mixer.norm == "head" else 1,
-            early=True,
         )  # fmt: skip
         norm, feed_forward = block.feed_forward_norm, block.feed_forward
         hidden = x.new_empty(len(x), feed_forward.down.in_features, dtype=self.weight.dtype)
-        small_linear(x, feed_forward.gate_up.weight, hidden, norm_weight=norm.weight, norm_eps=norm.eps, glu=True, early=True)
-        small_linear(hidden, feed_forward.down.weight, x, residual=x, early=True)
+        small_linear(x, feed_forward.gate_up.weight, hidden, norm_weight=norm.weight, norm_eps=norm.eps, glu=True)
+        small_linear(hidden, feed_forward.down.weight, x, residual=x)

@@ -9,17 +9,21 @@ Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D va
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from factorization_memory.ops import chunked, reference, triton
+from factorization_memory.ops.arguments import (
+    INDEX_DTYPES,
+    check_borders,
+    check_indices,
+    check_places,
+    check_state,
+    check_weights,
+    read_borders,
+)
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
-INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse", "triton-quadratic")
 
 
@@ -60,14 +64,14 @@ def factorization_memory(
         ValueError: an argument of the wrong shape, dtype or device, indices out of range or repeated, an unknown backend, or
             one that cannot run here; names the argument, what it got and what it takes.
     """
-    states = _check(update, merge, value, indices, num_states, time=True)
+    states = check_weights(update, merge, value, indices, num_states, time=True)
     if cu_seqlens is not None:
         check_borders(cu_seqlens, value.shape[0], value.shape[1])
     if initial_state is not None:
         sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(initial_state, "initial_state", (sequences, value.shape[2], states, value.shape[3]), value)
     if indices is not None and not torch.compiler.is_compiling() and not _capturing(indices):
-        _check_indices(indices, states)
+        check_indices(indices, states)
     return recurrence_unchecked(update, merge, value, indices, states, initial_state, output_final_state, cu_seqlens, backend)
 
 
@@ -109,10 +113,10 @@ def factorization_memory_step(
         ValueError: as `factorization_memory`.
     """
     several = value.dim() == 4
-    states = _check(update, merge, value, indices, state.shape[2] if state.dim() == 4 else None, time=several)
+    states = check_weights(update, merge, value, indices, state.shape[2] if state.dim() == 4 else None, time=several)
     sequences = value.shape[0]
     if places is not None:
-        _check_places(places, sequences, state)
+        check_places(places, sequences, state)
         sequences = state.shape[0] if state.dim() == 4 else sequences
     if seed is None and state.dtype == torch.bfloat16:
         raise ValueError(f"state: got dtype {state.dtype}, takes {state_dtype(value)}, or a bfloat16 one together with seed")
@@ -126,7 +130,7 @@ def factorization_memory_step(
             got = f"{undo.dtype} {tuple(undo.shape)} on {undo.device}, strides {undo.stride()}"
             raise ValueError(f"undo: got {got}, takes a contiguous {state.dtype} {wanted} on {state.device}")
     if indices is not None and not value.is_cuda and not torch.compiler.is_compiling():
-        _check_indices(indices, states)
+        check_indices(indices, states)
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != state.device):
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
         raise ValueError(f"seed: got {got}, takes int64 (1,) on {state.device}")
@@ -180,7 +184,7 @@ def factorization_memory_undo(
         got = f"{indices.dtype} {tuple(indices.shape)} on {indices.device}"
         raise ValueError(f"indices: got {got}, takes the step's, integers {tuple(undo.shape[:-1])} on {state.device}")
     if places is not None:
-        _check_places(places, batch, state)
+        check_places(places, batch, state)
     elif batch != state.shape[0]:
         raise ValueError(f"undo: got {batch} sequences, takes those of state, {state.shape[0]}, or the step's places")
     rows = undo if undo.dim() == 5 else undo[:, None]
@@ -344,117 +348,6 @@ def _reference(
                 )
             output, state = torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
     return output.to(value.dtype), (state if output_final_state else None)
-
-
-def _check(update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, num_states: int | None, *, time: bool) -> int:
-    """Checks what both functions share; returns M."""
-    letters = "B, T, H" if time else "B, H"
-    dims = 4 if time else 3
-    if value.dim() != dims:
-        raise ValueError(f"value: got shape {tuple(value.shape)}, takes [{letters}, D]")
-    for name, tensor in (("update", update), ("merge", merge)):
-        if tensor.dim() != dims or tensor.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                f"{name}: got shape {tuple(tensor.shape)}, takes [{letters}, M] (or K) with [{letters}] = "
-                f"{list(value.shape[:-1])} as in value"
-            )
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name}: got dtype {tensor.dtype}, takes float64, float32, bfloat16 or float16")
-        if tensor.device != value.device:
-            raise ValueError(f"{name}: is on {tensor.device}, value on {value.device}; move them to one device")
-    if value.dtype not in FLOATS:
-        raise ValueError(f"value: got dtype {value.dtype}, takes float64, float32, bfloat16 or float16")
-    if merge.shape != update.shape:
-        raise ValueError(f"merge: got shape {tuple(merge.shape)}, takes that of update, {tuple(update.shape)}")
-    if indices is None:
-        if num_states is not None and num_states != update.shape[-1]:
-            raise ValueError(f"num_states: got {num_states}, takes update's last dimension {update.shape[-1]} without indices")
-        return update.shape[-1]
-    if num_states is None:
-        raise ValueError("num_states: got None, takes the number of states M together with indices")
-    if indices.shape != update.shape:
-        raise ValueError(f"indices: got shape {tuple(indices.shape)}, takes that of update, {tuple(update.shape)}")
-    if indices.dtype not in INDEX_DTYPES:
-        raise ValueError(f"indices: got dtype {indices.dtype}, takes int64, int32 or int16")
-    if indices.device != value.device:
-        raise ValueError(f"indices: is on {indices.device}, value on {value.device}; move them to one device")
-    return num_states
-
-
-COMPARED = 2**28
-"""Pairs of indices that are compared in memory; where there are more, they are sorted."""
-
-
-def _check_indices(indices: Tensor, num_states: int) -> None:
-    if indices.numel() == 0:
-        return
-    if indices.numel() * indices.shape[-1] <= COMPARED:
-        repeated = (indices[..., None] == indices[..., None, :]).sum() - indices.numel()
-    else:
-        ordered = indices.sort(dim=-1).values
-        repeated = (ordered[..., 1:] == ordered[..., :-1]).sum()
-    low, high, repeats = torch.stack((indices.min(), indices.max(), repeated)).tolist()  # a GPU is waited for once
-    if low < 0 or high >= num_states:
-        raise ValueError(f"indices: got values from {low} to {high}, takes 0 to num_states - 1 = {num_states - 1}")
-    if repeats:
-        raise ValueError("indices: got the same state twice for one token, takes distinct states")
-
-
-_READ = WeakTensorKeyDictionary()
-"""Borders read from a GPU: tensor -> its version and the borders, so that the GPU is waited for once and not by every layer."""
-
-
-def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """ValueError if the borders of packed sequences, `[N + 1]`, do not fit B = `batch`, T = `length`.
-
-    Under `torch.compile` their values are not looked at.
-    """
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: B = {batch}, packed sequences take B = 1")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 int32 or int64 numbers"
-        )
-    if torch.compiler.is_compiling():
-        return
-    borders = read_borders(cu_seqlens)
-    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in pairwise(borders)):
-        raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {length}")
-
-
-def read_borders(cu_seqlens: Tensor) -> list[int]:
-    """The borders of packed sequences as a list."""
-    # Only what a GPU holds is worth remembering, and only what counts its versions can be.
-    if torch.compiler.is_compiling() or not cu_seqlens.is_cuda or cu_seqlens.is_inference():
-        return cu_seqlens.tolist()
-    known = _READ.get(cu_seqlens)
-    if known is None or known[0] != cu_seqlens._version:
-        known = _READ[cu_seqlens] = cu_seqlens._version, cu_seqlens.tolist()
-    return known[1]
-
-
-def _check_places(places: Tensor, sequences: int, state: Tensor) -> None:
-    """ValueError unless `places` are those of so many sequences in `state`; their values are looked at on a CPU alone."""
-    if places.shape != (sequences,) or places.dtype not in (torch.int64, torch.int32) or places.device != state.device:
-        got = f"{places.dtype} {tuple(places.shape)} on {places.device}"
-        raise ValueError(f"places: got {got}, takes int32 or int64 ({sequences},) on {state.device}")
-    if places.is_cuda or torch.compiler.is_compiling():
-        return
-    known, count = places.tolist(), state.shape[0]
-    there = [place for place in known if place != -1]
-    if any(not 0 <= place < count for place in there) or len(set(there)) < len(there):
-        raise ValueError(f"places: got {known}, takes distinct numbers from 0 to {count - 1}, or -1")
-
-
-def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:
-    """ValueError if a memory is not of this shape, or not of the dtype (or the given one) and device that go with `value`."""
-    if tuple(state.shape) != shape:
-        raise ValueError(f"{name}: got shape {tuple(state.shape)}, takes {shape}")
-    dtype = dtype or state_dtype(value)
-    if state.dtype != dtype:
-        raise ValueError(f"{name}: got dtype {state.dtype}, takes {dtype} with values of {value.dtype}")
-    if state.device != value.device:
-        raise ValueError(f"{name}: is on {state.device}, value on {value.device}; move them to one device")
 
 
 __all__ = ["factorization_memory", "factorization_memory_step", "factorization_memory_undo"]

@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from factorization_memory.ops.precision import wide_product
-from factorization_memory.ops.triton.launcher import dependent, launch
+from factorization_memory.ops.triton.launcher import launch
 
 FEW = 4
 """Tokens up to which weights are multiplied by each token in turn."""
@@ -34,7 +33,7 @@ PROCESSORS = 132
 @triton.jit
 def _silu(gate, at, mask):
     """The SiLU of gate at `at`."""
-    g = tl.load(gate + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     return g / (1.0 + tl.exp(-g))
 
 
@@ -50,7 +49,7 @@ def _added(bias, residual, index, at, mask, OUTPUTS: tl.constexpr, GLU: tl.const
         if GLU:
             second = tl.load(bias + OUTPUTS + index, mask=index < OUTPUTS, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        after = tl.load(residual + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        after = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     return first, second, after
 
 
@@ -68,7 +67,7 @@ def few_kernel(
     x, weight, bias, norm_weight, residual, gate, out, eps, x_row, gate_row, residual_row, out_row,
     TOKENS: tl.constexpr, TOKENS_PADDED: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     GROUPS_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, BO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr, EARLY: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr,
 ):  # fmt: skip
     """BO outputs of all tokens. Inputs stand as groups, each padded to a power of two."""
     INPUTS: tl.constexpr = GROUPS * GROUP
@@ -84,12 +83,9 @@ def few_kernel(
     w = tl.load(weight + at, mask=both, other=0.0)
     if GLU:
         w_up = tl.load(weight + OUTPUTS * INPUTS + at, mask=both, other=0.0)
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     token = tl.arange(0, TOKENS_PADDED)[:, None]
     there = (token < TOKENS) & inside[None, :]
-    rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+    rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0).to(tl.float32)
     if HAS_GATE:
         factor = _silu(gate, token * gate_row + column[None, :], there)
     mask = (token < TOKENS) & known[None, :]
@@ -128,7 +124,6 @@ def small_linear(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     glu: bool = False,
-    early: bool = False,
 ) -> Tensor:
     """`out = linear(norm(x) * silu(gate)) + residual`, or, with `glu`, `silu(linear of the first O rows) * linear of the others
     + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
@@ -146,8 +141,6 @@ def small_linear(
         residual: `[B, O]`, added to the outputs; None for none.
         gate: `[B, I]`, whose SiLU multiplies the (normalised) inputs; None for none.
         glu: whether to multiply the SiLU of the first half of the outputs by the second half.
-        early: whether to begin, and to read weights, while what was launched before still runs (programmatic dependent
-            launch): that must not write `weight`.
 
     Returns:
         `out`.
@@ -160,7 +153,7 @@ def small_linear(
         with torch.cuda.device(x.device):
             return small_linear(
                 x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps, norm_groups=norm_groups,
-                residual=residual, gate=gate, glu=glu, early=early,
+                residual=residual, gate=gate, glu=glu,
             )  # fmt: skip
     tokens, inputs = x.shape
     outputs = out.shape[1]
@@ -186,7 +179,7 @@ def small_linear(
         TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
         GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu,
-        **dependent(early), num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip
     return out
 

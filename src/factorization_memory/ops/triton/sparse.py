@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.arguments import read_borders
 from factorization_memory.ops.precision import wide_product
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.lists import WORD, Lists, lists_of
@@ -192,8 +193,6 @@ class _States:
 
 
 def _borders(cu_seqlens: Tensor | None) -> list[int] | None:
-    from factorization_memory.ops import read_borders
-
     return None if cu_seqlens is None else read_borders(cu_seqlens)
 
 

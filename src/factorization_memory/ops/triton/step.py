@@ -16,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from factorization_memory.ops.triton.dense import on_device_of
-from factorization_memory.ops.triton.launcher import dependent, launch
+from factorization_memory.ops.triton.launcher import launch
 from factorization_memory.ops.triton.plan import power_of_two
 
 TILE = 4096
@@ -58,11 +57,7 @@ def step_kernel(
     HAS_PLACES: tl.constexpr,
     HAS_UNDO: tl.constexpr,
     ROUNDS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     blocks = tl.cdiv(width, BD)
     column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     unit = tl.program_id(0) // blocks
@@ -78,24 +73,20 @@ def step_kernel(
         token = (sequence * tokens + t) * heads + head
         merged = tl.zeros([BD], tl.float32)
         if kept_in >= 0:
-            v = tl.load(
-                value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0, cache_modifier=".cg"
-            ).to(tl.float32)
+            v = tl.load(value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0).to(tl.float32)
             for start in range(first, end, ROWS):
                 row = start + tl.arange(0, ROWS)
                 real = row < end
-                theta = tl.load(update + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
-                phi = tl.load(merge + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                theta = tl.load(update + token * chosen + row, mask=real, other=0).to(tl.float32)
+                phi = tl.load(merge + token * chosen + row, mask=real, other=0).to(tl.float32)
                 chosen_state = row.to(tl.int64)
                 if SPARSE:
-                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(
-                        tl.int64
-                    )
+                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0).to(tl.int64)
                 at = chosen_state[:, None] * width + column[None, :]
                 both = real[:, None] & there[None, :]
-                held = tl.load(memory + at, mask=both, other=0, cache_modifier=".cg")
+                held = tl.load(memory + at, mask=both, other=0)
                 if HAS_UNDO:
-                    layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * tokens * heads
+                    layer = tl.load(position).to(tl.int64) * batch * tokens * heads
                     aside = ((layer + token) * chosen + row[:, None]) * width + column[None, :]
                     tl.store(undo + aside, held, mask=both)
                 new = held.to(tl.float32) * (1 - theta[:, None]) + theta[:, None] * v[None, :]
@@ -176,23 +167,19 @@ def weigh_kernel(
     STATES: tl.constexpr,
     PADDED: tl.constexpr,
     RATES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     state = tl.arange(0, PADDED)
     there = state < STATES
     source = affinity_logits + sequence * affinity_row + head * STATES + state
-    logits = tl.load(source, mask=there, other=-float("inf"), cache_modifier=".cg").to(tl.float32) / temperature
+    logits = tl.load(source, mask=there, other=-float("inf")).to(tl.float32) / temperature
     shares = tl.exp(logits - tl.max(logits, 0))
     affinity = shares / tl.sum(shares, 0)
     rate = head * RATES + tl.minimum(state, RATES - 1)
     target = tl.program_id(0).to(tl.int64) * STATES + state
-    logits = tl.load(update_logits + sequence * update_row + rate, mask=there, other=0, cache_modifier=".cg").to(tl.float32)
+    logits = tl.load(update_logits + sequence * update_row + rate, mask=there, other=0).to(tl.float32)
     tl.store(update + target, affinity * tl.sigmoid(logits), mask=there)
-    logits = tl.load(merge_logits + sequence * merge_row + rate, mask=there, other=0, cache_modifier=".cg").to(tl.float32)
+    logits = tl.load(merge_logits + sequence * merge_row + rate, mask=there, other=0).to(tl.float32)
     tl.store(merge + target, affinity * tl.sigmoid(logits), mask=there)
 
 
@@ -213,7 +200,7 @@ def weigh_all(affinity: Tensor, update: Tensor, merge: Tensor, temperature: floa
         launch(
             weigh_kernel, (batch * heads,), affinity, update, merge, theta, phi, float(temperature), affinity.stride(0),
             update.stride(0), merge.stride(0),
-            HEADS=heads, STATES=states, PADDED=power_of_two(states, 16), RATES=rates, num_warps=4, **dependent(early=True),
+            HEADS=heads, STATES=states, PADDED=power_of_two(states, 16), RATES=rates, num_warps=4,
         )  # fmt: skip
     return theta, phi
 
@@ -272,7 +259,7 @@ def _step(
         step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices, places, undo,
         position, seed, parts, batch, tokens, heads, num_states, chosen, width, split_rows, value_row,
         ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, HAS_UNDO=undo is not None,
-        ROUNDS=seed is not None, num_warps=4, **dependent(early=True),
+        ROUNDS=seed is not None, num_warps=4,
     )  # fmt: skip
     return output if splits == 1 else parts.sum(0).to(value.dtype)
 

@@ -1,0 +1,132 @@
+"""What the functions of `ops` ask of their arguments, and one error for each thing that is off: it names the argument, what
+it got and what it takes.
+
+Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width of a head, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from factorization_memory.ops.precision import state_dtype
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)
+
+
+def check_weights(
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, num_states: int | None, *, time: bool
+) -> int:
+    """Checks what both functions share; returns M."""
+    letters = "B, T, H" if time else "B, H"
+    dims = 4 if time else 3
+    if value.dim() != dims:
+        raise ValueError(f"value: got shape {tuple(value.shape)}, takes [{letters}, D]")
+    for name, tensor in (("update", update), ("merge", merge)):
+        if tensor.dim() != dims or tensor.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, takes [{letters}, M] (or K) with [{letters}] = "
+                f"{list(value.shape[:-1])} as in value"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, takes float64, float32, bfloat16 or float16")
+        if tensor.device != value.device:
+            raise ValueError(f"{name}: is on {tensor.device}, value on {value.device}; move them to one device")
+    if value.dtype not in FLOATS:
+        raise ValueError(f"value: got dtype {value.dtype}, takes float64, float32, bfloat16 or float16")
+    if merge.shape != update.shape:
+        raise ValueError(f"merge: got shape {tuple(merge.shape)}, takes that of update, {tuple(update.shape)}")
+    if indices is None:
+        if num_states is not None and num_states != update.shape[-1]:
+            raise ValueError(f"num_states: got {num_states}, takes update's last dimension {update.shape[-1]} without indices")
+        return update.shape[-1]
+    if num_states is None:
+        raise ValueError("num_states: got None, takes the number of states M together with indices")
+    if indices.shape != update.shape:
+        raise ValueError(f"indices: got shape {tuple(indices.shape)}, takes that of update, {tuple(update.shape)}")
+    if indices.dtype not in INDEX_DTYPES:
+        raise ValueError(f"indices: got dtype {indices.dtype}, takes int64, int32 or int16")
+    if indices.device != value.device:
+        raise ValueError(f"indices: is on {indices.device}, value on {value.device}; move them to one device")
+    return num_states
+
+
+COMPARED = 2**28
+"""Pairs of indices that are compared in memory; where there are more, they are sorted."""
+
+
+def check_indices(indices: Tensor, num_states: int) -> None:
+    """ValueError unless each token's states are distinct and below M; looks at the values, which waits for a GPU."""
+    if indices.numel() == 0:
+        return
+    if indices.numel() * indices.shape[-1] <= COMPARED:
+        repeated = (indices[..., None] == indices[..., None, :]).sum() - indices.numel()
+    else:
+        ordered = indices.sort(dim=-1).values
+        repeated = (ordered[..., 1:] == ordered[..., :-1]).sum()
+    low, high, repeats = torch.stack((indices.min(), indices.max(), repeated)).tolist()  # a GPU is waited for once
+    if low < 0 or high >= num_states:
+        raise ValueError(f"indices: got values from {low} to {high}, takes 0 to num_states - 1 = {num_states - 1}")
+    if repeats:
+        raise ValueError("indices: got the same state twice for one token, takes distinct states")
+
+
+_READ = WeakTensorKeyDictionary()
+"""Borders read from a GPU: tensor -> its version and the borders, so that the GPU is waited for once and not by every layer."""
+
+
+def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """ValueError if the borders of packed sequences, `[N + 1]`, do not fit B = `batch`, T = `length`.
+
+    Under `torch.compile` their values are not looked at.
+    """
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: B = {batch}, packed sequences take B = 1")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 int32 or int64 numbers"
+        )
+    if torch.compiler.is_compiling():
+        return
+    borders = read_borders(cu_seqlens)
+    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in pairwise(borders)):
+        raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {length}")
+
+
+def read_borders(cu_seqlens: Tensor) -> list[int]:
+    """The borders of packed sequences as a list."""
+    # Only what a GPU holds is worth remembering, and only what counts its versions can be.
+    if torch.compiler.is_compiling() or not cu_seqlens.is_cuda or cu_seqlens.is_inference():
+        return cu_seqlens.tolist()
+    known = _READ.get(cu_seqlens)
+    if known is None or known[0] != cu_seqlens._version:
+        known = _READ[cu_seqlens] = cu_seqlens._version, cu_seqlens.tolist()
+    return known[1]
+
+
+def check_places(places: Tensor, sequences: int, state: Tensor) -> None:
+    """ValueError unless `places` are those of so many sequences in `state`; their values are looked at on a CPU alone."""
+    if places.shape != (sequences,) or places.dtype not in (torch.int64, torch.int32) or places.device != state.device:
+        got = f"{places.dtype} {tuple(places.shape)} on {places.device}"
+        raise ValueError(f"places: got {got}, takes int32 or int64 ({sequences},) on {state.device}")
+    if places.is_cuda or torch.compiler.is_compiling():
+        return
+    known, count = places.tolist(), state.shape[0]
+    there = [place for place in known if place != -1]
+    if any(not 0 <= place < count for place in there) or len(set(there)) < len(there):
+        raise ValueError(f"places: got {known}, takes distinct numbers from 0 to {count - 1}, or -1")
+
+
+def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """ValueError if a memory is not of this shape, or not of the dtype (or the given one) and device that go with `value`."""
+    if tuple(state.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(state.shape)}, takes {shape}")
+    dtype = dtype or state_dtype(value)
+    if state.dtype != dtype:
+        raise ValueError(f"{name}: got dtype {state.dtype}, takes {dtype} with values of {value.dtype}")
+    if state.device != value.device:
+        raise ValueError(f"{name}: is on {state.device}, value on {value.device}; move them to one device")
