@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,16 +20,6 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many levels, and one sequence at a time, as at sizes that tests cannot afford."""
     monkeypatch.setattr(quadratic, "longest_chunk", lambda *sizes, **more: 16)
     monkeypatch.setattr(quadratic, "GROUP_BYTES", 1)
-
-
-def adversarial(problem: Problem) -> Problem:
-    """The problem with update weights at and next to 0 and 1, and merge weights anywhere."""
-    random = torch.Generator().manual_seed(1)
-    update, merge = (torch.rand(problem.update.shape, generator=random) for _ in range(2))
-    which = torch.randint(0, 8, update.shape, generator=random)
-    for i, level in enumerate((0.0, 1.0, 1e-12, 1 - 1e-7, 1e-4, 0.9999)):
-        update = torch.where(which == i, level, update)
-    return replace(problem, update=update.to(problem.update), merge=merge.to(problem.merge))
 
 
 def solve(problem: Problem, backend: str) -> dict[str, Tensor]:
@@ -63,7 +51,7 @@ def right(problem: Problem, truth: str = "reference") -> None:
 @pytest.mark.parametrize("kind", ["plain", "adversarial"])
 def test_shapes(shape: Shape, kind: str) -> None:
     problem = Problem.random(shape, device=DEVICE)
-    right(adversarial(problem) if kind == "adversarial" else problem)
+    right(problem.adversarial() if kind == "adversarial" else problem)
 
 
 @settings(max_examples=2, deadline=None)
@@ -71,7 +59,7 @@ def test_shapes(shape: Shape, kind: str) -> None:
 def test_equals_reference(batch: int, length: int, heads: int, states: int, width: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quadratic, "longest_chunk", lambda *sizes, **more: 16)
-        right(adversarial(Problem.random(Shape(batch, length, heads, states, width), device=DEVICE)))
+        right(Problem.random(Shape(batch, length, heads, states, width), device=DEVICE).adversarial())
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -138,4 +126,4 @@ def test_has_no_states() -> None:
 )
 def test_real_sizes(shape: Shape, kind: str, dtype: torch.dtype) -> None:
     problem = Problem.random(shape, dtype, "cuda")
-    right(adversarial(problem) if kind == "adversarial" else problem, truth="chunked")
+    right(problem.adversarial() if kind == "adversarial" else problem, truth="chunked")

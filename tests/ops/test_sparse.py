@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,17 +13,6 @@ from factorization_memory.ops import factorization_memory
 from factorization_memory.ops.triton import lists, sparse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def adversarial(problem: Problem) -> Problem:
-    """The problem with update weights at and next to 0 and 1, and merge weights anywhere, some of them 0."""
-    random = torch.Generator().manual_seed(1)
-    update, merge = (torch.rand(problem.update.shape, generator=random) for _ in range(2))
-    which = torch.randint(0, 8, update.shape, generator=random)
-    for i, level in enumerate((0.0, 1.0, 1e-12, 1 - 1e-7, 1e-4, 0.9999)):
-        update = torch.where(which == i, level, update)
-    merge = torch.where(which == 7, 0, merge)
-    return replace(problem, update=update.to(problem.update), merge=merge.to(problem.merge))
 
 
 def solve(problem: Problem, backend: str, keep_final: bool) -> dict[str, Tensor]:
@@ -72,7 +59,7 @@ def short_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("kind", "states"), [("adversarial", True), ("plain", False)])
 def test_shapes(shape: Shape, borders: list[int] | None, kind: str, states: bool) -> None:
     problem = Problem.random(shape, device=DEVICE, initial_state=states, borders=borders)
-    right(adversarial(problem) if kind == "adversarial" else problem, keep_final=states)
+    right(problem.adversarial() if kind == "adversarial" else problem, keep_final=states)
 
 
 @pytest.mark.usefixtures("short_slots")
@@ -90,7 +77,7 @@ def test_shapes(shape: Shape, borders: list[int] | None, kind: str, states: bool
 )
 def test_states_pass_from_slot_to_slot(shape: Shape, borders: list[int] | None, initial: bool, final: bool) -> None:
     problem = Problem.random(shape, device=DEVICE, initial_state=initial, borders=borders)
-    right(adversarial(problem), keep_final=final)
+    right(problem.adversarial(), keep_final=final)
 
 
 @st.composite
@@ -105,7 +92,7 @@ def problems(draw: st.DrawFn) -> Problem:
         draw(st.integers(1, states)),
     )  # fmt: skip
     problem = Problem.random(shape, device=DEVICE, initial_state=draw(st.booleans()), borders=borders)
-    return adversarial(problem) if draw(st.booleans()) else problem
+    return problem.adversarial() if draw(st.booleans()) else problem
 
 
 @settings(max_examples=4, deadline=None)
@@ -258,4 +245,4 @@ def test_needs_indices() -> None:
 )
 def test_real_sizes(shape: Shape, borders: list[int] | None, kind: str, states: bool, dtype: torch.dtype) -> None:
     problem = Problem.random(shape, dtype, "cuda", initial_state=states, borders=borders)
-    right(adversarial(problem) if kind == "adversarial" else problem, keep_final=states, truth="chunked")
+    right(problem.adversarial() if kind == "adversarial" else problem, keep_final=states, truth="chunked")

@@ -22,16 +22,6 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def adversarial(problem: Problem) -> Problem:
-    """The problem with update weights at and next to 0 and 1, and merge weights anywhere."""
-    random = torch.Generator().manual_seed(1)
-    update, merge = (torch.rand(problem.update.shape, generator=random) for _ in range(2))
-    which = torch.randint(0, 8, update.shape, generator=random)
-    for i, level in enumerate((0.0, 1.0, 1e-12, 1 - 1e-7, 1e-4, 0.9999)):
-        update = torch.where(which == i, level, update)
-    return replace(problem, update=update.to(problem.update), merge=merge.to(problem.merge))
-
-
 def right(problem: Problem) -> None:
     """Output, final state and gradients within the tolerances of the values' dtype; strong writes on their own."""
     got = {name: x.cpu().double() for name, x in problem.solve("triton").items()}
@@ -64,7 +54,7 @@ def close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float,
 @pytest.mark.parametrize("kind", ["plain", "adversarial"])
 def test_shapes(shape: Shape, borders: list[int] | None, kind: str) -> None:
     problem = Problem.random(shape, device=DEVICE, initial_state=kind == "plain", borders=borders)
-    right(adversarial(problem) if kind == "adversarial" else problem)
+    right(problem.adversarial() if kind == "adversarial" else problem)
 
 
 @st.composite
@@ -78,7 +68,7 @@ def problems(draw: st.DrawFn) -> Problem:
         draw(st.integers(1, 20)),
     )  # fmt: skip
     problem = Problem.random(shape, device=DEVICE, initial_state=draw(st.booleans()), borders=borders)
-    return adversarial(problem) if draw(st.booleans()) else problem
+    return problem.adversarial() if draw(st.booleans()) else problem
 
 
 @settings(max_examples=6, deadline=None)
@@ -107,7 +97,7 @@ def test_segments_and_slices(borders: list[int] | None, resident: bool, monkeypa
     if not resident:
         monkeypatch.setattr(plan.Plan, "resident", False)
     shape = Shape(1 if borders else 2, 260, 1, 5, 16)
-    problem = adversarial(Problem.random(shape, device=DEVICE, initial_state=True, borders=borders))
+    problem = Problem.random(shape, device=DEVICE, initial_state=True, borders=borders).adversarial()
     made = plan.plan(problem.update, problem.value, problem.cu_seqlens, backward=False)
     assert made.layout.segments > 1
     right(problem)
@@ -124,12 +114,12 @@ def chunks_of_128(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
 
 @pytest.mark.usefixtures("chunks_of_128")
 def test_chunks_of_128() -> None:
-    right(adversarial(Problem.random(Shape(1, 200, 1, 5, 9), device=DEVICE, initial_state=True)))
+    right(Problem.random(Shape(1, 200, 1, 5, 9), device=DEVICE, initial_state=True).adversarial())
 
 
 @pytest.mark.usefixtures("small_pieces", "chunks_of_128")
 def test_segments_of_different_chunks() -> None:
-    right(adversarial(Problem.random(Shape(1, 260, 1, 5, 9), device=DEVICE, initial_state=True)))
+    right(Problem.random(Shape(1, 260, 1, 5, 9), device=DEVICE, initial_state=True).adversarial())
 
 
 SIZES = [
@@ -192,7 +182,7 @@ def test_low_precision_weights() -> None:
 
 
 def test_same_bits() -> None:
-    problem = adversarial(Problem.random(Shape(2, 70, 1, 20, 24), device=DEVICE, initial_state=True))
+    problem = Problem.random(Shape(2, 70, 1, 20, 24), device=DEVICE, initial_state=True).adversarial()
     first, second = problem.solve("triton"), problem.solve("triton")
     for name, x in first.items():
         assert torch.equal(x, second[name]), name
@@ -372,7 +362,7 @@ def test_real_sizes(shape: Shape, borders: list[int] | None, kind: str, dtype: t
     """Against the chunked backend in float64, which equals the reference to 1e-10 and can afford these sizes."""
     problem = Problem.random(shape, dtype, "cuda", initial_state=True, borders=borders)
     if kind == "adversarial":
-        problem = adversarial(problem)
+        problem = problem.adversarial()
     expected = problem.to(torch.float64).solve("chunked")
     got = {name: x.double() for name, x in problem.solve("triton").items()}
     close(got, expected, TOLERANCES[dtype], problem.update)

@@ -119,6 +119,16 @@ class Problem:
             None if borders is None else torch.tensor(borders, dtype=torch.int32), d_output, d_final,
         ).to(device)  # fmt: skip
 
+    def adversarial(self) -> Problem:
+        """The problem with update weights at and next to 0 and 1, and merge weights anywhere, some of them 0."""
+        random = torch.Generator().manual_seed(1)
+        update, merge = (torch.rand(self.update.shape, generator=random) for _ in range(2))
+        which = torch.randint(0, 8, update.shape, generator=random)
+        for i, level in enumerate((0.0, 1.0, 1e-12, 1 - 1e-7, 1e-4, 0.9999)):
+            update = torch.where(which == i, level, update)
+        merge = torch.where(which == 7, 0, merge)
+        return replace(self, update=update.to(self.update), merge=merge.to(self.merge))
+
     def to(self, target: torch.device | str | torch.dtype) -> Problem:
         """The problem on another device, or its floating-point numbers in another dtype."""
         tensors: dict[str, Any] = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
