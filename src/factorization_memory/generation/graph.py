@@ -22,9 +22,14 @@ WARM_UP = 2
 
 
 def steps_for(model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0) -> Steps:
-    """`StepGraph` on a GPU, `Steps` elsewhere."""
-    made = StepGraph if next(model.parameters()).is_cuda else Steps
+    """`StepGraph` on a GPU, `Steps` elsewhere and for a model whose state grows."""
+    made = StepGraph if next(model.parameters()).is_cuda and not grows(model) else Steps
     return made(model, batch_size, dtype, undo_steps)
+
+
+def grows(model: LanguageModel) -> bool:
+    """Whether what the model carries grows with the text read."""
+    return "attention" in model.config.layer_mixers and model.config.attention.sliding_window is None
 
 
 def with_dtype(model: LanguageModel, dtype: torch.dtype | None) -> LanguageModel:
@@ -65,7 +70,8 @@ class Steps:
             raise ValueError(f"batch_size={batch_size}: use 1 or more sequences")
         self.model = with_dtype(model, dtype)
         self.batch_size = batch_size
-        self.state: ModelState = self.model.initial_state(batch_size)
+        # A sliding window has its full size from the start, so that nothing grows.
+        self.state: ModelState = self.model.initial_state(batch_size, self.model.config.attention.sliding_window or 0)
         if undo_steps:
             self.state = self.model.keep_undo(self.state, undo_steps)
 
@@ -79,20 +85,7 @@ class Steps:
         Raises:
             ValueError: `state` is of another number of sequences, or not of this model.
         """
-        places = None if rows is None else torch.as_tensor(rows, device=self.state.layers[0].memory.device)
-        expected = self.batch_size if places is None else len(places)
-        if state.batch_size != expected:
-            raise ValueError(f"state: got {state.batch_size} sequences, takes {expected}; use select or place first")
-        mine, given = self.state.tensors(), state.tensors()
-        if [x.shape[1:] for x in mine] != [x.shape[1:] for x in given]:
-            raise ValueError("state: it is not of this model; take one from its initial_state or forward")
-        with torch.no_grad():
-            for target, source in zip(mine, given, strict=True):
-                if places is None:
-                    target.copy_(source)
-                else:
-                    target.index_copy_(0, places, source.to(target))
-        self.state.forget_steps()
+        self.state.load(state, rows)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Tokens int64 `[B]` to logits `[B, V]`, which the next step may overwrite."""
@@ -116,7 +109,7 @@ class StepGraph(Steps):
         fused: whether it took one.
 
     Raises:
-        ValueError: the model is not on a GPU.
+        ValueError: the model is not on a GPU, or its state grows.
     """
 
     captured = True
@@ -125,7 +118,11 @@ class StepGraph(Steps):
         self, model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0, fused: bool = True
     ) -> None:
         super().__init__(model, batch_size, dtype, undo_steps)
-        device = self.state.layers[0].memory.device
+        device = self.state.device
+        if grows(self.model):
+            raise ValueError(
+                "model: its attention keeps all it has read, and a CUDA graph takes a state of one size; use Steps"
+            )
         if device.type != "cuda":
             raise ValueError(f"model: is on {device}, a CUDA graph takes a GPU; use Steps, which runs anywhere")
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -134,7 +131,8 @@ class StepGraph(Steps):
             "cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
         self.fused = fused and not torch.is_autocast_enabled("cuda") and obstacle(self.model) is None
-        step = DecodingModel(self.model).step if self.fused else self.model.step
+        # Kept: the graph reads the weights that a DecodingModel has copied.
+        self._step = step = DecodingModel(self.model).step if self.fused else self.model.step
         stream = torch.cuda.Stream(device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.no_grad(), autocast:

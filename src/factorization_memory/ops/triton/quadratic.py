@@ -46,7 +46,6 @@ def factors_kernel(
     factors,  # out [levels, S, H, MP]
     d_factors,  # gradients of `factors`
     d_total,  # out: gradients of `total`
-    rows,
     chunks,
     heads,
     padded,
@@ -58,7 +57,7 @@ def factors_kernel(
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     state = tl.program_id(1) * BM + tl.arange(0, BM)
     there = state < padded
-    size = rows.to(tl.int64) * chunks * heads * padded
+    size = tl.num_programs(0).to(tl.int64) * chunks * padded
     if BACKWARD:
         for chunk in range(chunks):
             tl.store(d_total + ((row * chunks + chunk) * heads + head) * padded + state, tl.zeros([BM], tl.float32), mask=there)
@@ -193,7 +192,7 @@ def _launch_factors(
 ) -> None:
     launch(
         factors_kernel, (shape.rows * shape.heads, -(-shape.padded // FACTOR_BLOCK)),
-        total, factors, d_factors, d_total, shape.rows, shape.chunks, shape.heads, shape.padded,
+        total, factors, d_factors, d_total, shape.chunks, shape.heads, shape.padded,
         LEVELS=shape.levels, BACKWARD=d_factors is not None, BM=FACTOR_BLOCK, num_warps=4,
     )  # fmt: skip
 
