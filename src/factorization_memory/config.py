@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
+Mixer = Literal["memory", "attention", "mamba2"]
 Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse", "triton-quadratic"]
 
 
@@ -39,6 +40,52 @@ def _require_finite(config: Any, section: str) -> None:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Causal self-attention with rotary positions, as Llama has it, in the blocks that `ModelConfig.mixers` gives it."""
+
+    num_heads: int = 0
+    """Query heads; 0 takes heads of width 64 (one head if hidden_size is not a multiple)."""
+    num_key_value_heads: int = 0
+    """Key and value heads, each shared by as many query heads; 0 takes num_heads."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    sliding_window: int | None = None
+    """Tokens that each token attends to, itself included; None: all before it."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "model.attention")
+        for name in ("num_heads", "num_key_value_heads"):
+            _require(getattr(self, name) >= 0, f"model.attention.{name}", getattr(self, name), "use 0 (automatic) or more")
+        _require(self.rope_theta > 0, "model.attention.rope_theta", self.rope_theta, "use a positive number")
+        window = self.sliding_window
+        _require(window is None or window >= 1, "model.attention.sliding_window", window, "use 1 or more tokens, or none")
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2 (arXiv 2405.21060), in the blocks that `ModelConfig.mixers` gives it."""
+
+    state_size: int = 128
+    """N: width of the state of each value."""
+    head_size: int = 64
+    """P: values of one head."""
+    expand: float = 2.0
+    """Inner width, all heads' values, over hidden_size."""
+    num_groups: int = 1
+    """Groups of heads, each of which has its own input and output maps (B and C)."""
+    conv_size: int = 4
+    """Taps of the causal convolution."""
+    chunk_size: int = 64
+    """Tokens that the parallel form takes at once; a matter of speed alone."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "model.mamba2")
+        for name in ("state_size", "head_size", "num_groups", "conv_size", "chunk_size"):
+            _require(getattr(self, name) >= 1, f"model.mamba2.{name}", getattr(self, name), "use 1 or more")
+        _require(self.expand > 0, "model.mamba2.expand", self.expand, "use a positive ratio")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A language model of memory layers. Fields that the paper leaves open are marked "silent"; docs/method.md says how each
     was settled."""
@@ -51,6 +98,11 @@ class ModelConfig:
     """Number of blocks, each a memory layer and a feed-forward layer."""
     intermediate_size: int = 0
     """Width of the SwiGLU feed-forward; 0 takes 8/3 of hidden_size, rounded up to a multiple of 32."""
+    feed_forward: bool = True
+    """Whether blocks have a feed-forward layer behind the mixer; Mamba-2's own layout has none, and twice the blocks."""
+    mixers: tuple[Mixer, ...] = ("memory",)
+    """What mixes tokens in each block, from the first on, repeated over the depth: three memory layers to one of attention are
+    ("memory", "memory", "memory", "attention")."""
     tie_word_embeddings: bool = True
     """Whether the output head shares the embedding's weights."""
     norm_eps: float = 1e-6
@@ -70,6 +122,12 @@ class ModelConfig:
     """Divides the affinity logits before the softmax (silent)."""
     affinity_init: float = 1.0
     """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
+    affinity: Literal["softmax", "none"] = "softmax"
+    """Whether affinities share each token out among the states, or every state is updated at its own rate alone, as in gated
+    linear attention (a departure from the paper; needs rates="state", dense)."""
+    query: Literal["shared", "separate", "linear"] = "shared"
+    """What merge weights are made of: the affinities of the update (the paper); affinities of their own over the selected
+    states, which start as a copy of those (a departure); or a linear map of either sign, without rates (another)."""
     rates: Literal["head", "state"] = "state"
     """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
     update_rate_init: tuple[float, float] = (0.05, 0.95)
@@ -78,9 +136,15 @@ class ModelConfig:
     """What is RMS-normalised before the output projection: the merged vector of all heads, each head's merged vector, each
     memory state before it is merged, or nothing (silent)."""
     conv_size: int = 0
-    """Taps of a causal depthwise convolution, followed by SiLU, on the values; 0 for none (an addition to the paper)."""
+    """Taps of a causal depthwise convolution, followed by SiLU; 0 for none (an addition to the paper)."""
+    conv_input: Literal["value", "layer"] = "value"
+    """What the convolution takes: the values, or the layer's input, to which it is added, so that routing sees it too."""
     output_gate: bool = False
     """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """The attention layers, if `mixers` has any."""
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    """The Mamba-2 layers, if `mixers` has any."""
     backend: Backend = "auto"
     """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
 
@@ -117,12 +181,65 @@ class ModelConfig:
                 self.affinity_threshold,
                 "affinities lie between 0 and 1; use a value in that range",
             )
+        _require(self.affinity in ("softmax", "none"), "model.affinity", self.affinity, "use softmax or none")
+        _require(self.query in ("shared", "separate", "linear"), "model.query", self.query, "use shared, separate or linear")
+        if self.affinity == "none":
+            _require(self.rates == "state", "model.rates", self.rates, "use state, which affinity='none' needs")
+            for name in ("top_k", "affinity_threshold"):
+                _require(
+                    getattr(self, name) is None, f"model.{name}", getattr(self, name), "not with affinity='none'; unset one"
+                )
+            _require(self.query != "separate", "model.query", self.query, "use shared or linear with affinity='none'")
         _require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
         _require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")
         low, high = self.update_rate_init
         _require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
         _require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
+        _require(self.conv_input in ("value", "layer"), "model.conv_input", self.conv_input, "use value or layer")
         _require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
+        known = typing.get_args(Mixer)
+        _require(
+            len(self.mixers) > 0 and all(mixer in known for mixer in self.mixers),
+            "model.mixers",
+            self.mixers,
+            f"use one or more of {', '.join(map(repr, known))}",
+        )
+        if "attention" in self.layer_mixers:
+            heads, shared = self.attention_heads
+            _require(
+                self.hidden_size % heads == 0 and (self.hidden_size // heads) % 2 == 0,
+                "model.attention.num_heads",
+                heads,
+                f"must divide hidden_size={self.hidden_size} into heads of even width",
+            )
+            _require(heads % shared == 0, "model.attention.num_key_value_heads", shared, f"must divide num_heads={heads}")
+        if "mamba2" in self.layer_mixers:
+            inner = self.mamba2.expand * self.hidden_size
+            _require(
+                float(inner).is_integer() and int(inner) % self.mamba2.head_size == 0,
+                "model.mamba2.head_size",
+                self.mamba2.head_size,
+                f"must divide the inner width expand * hidden_size = {inner:g}",
+            )
+            heads = int(inner) // self.mamba2.head_size
+            _require(
+                heads % self.mamba2.num_groups == 0,
+                "model.mamba2.num_groups",
+                self.mamba2.num_groups,
+                f"must divide {heads} heads",
+            )
+
+    @property
+    def layer_mixers(self) -> tuple[Mixer, ...]:
+        """The mixer of each block."""
+        return tuple(self.mixers[i % len(self.mixers)] for i in range(self.num_layers))
+
+    @property
+    def attention_heads(self) -> tuple[int, int]:
+        """Query heads, and key and value heads, of an attention layer, the automatic choices resolved."""
+        automatic = self.hidden_size // 64 if self.hidden_size % 64 == 0 else 1
+        heads = self.attention.num_heads or automatic
+        return heads, self.attention.num_key_value_heads or heads
 
     @property
     def value_size(self) -> int:
@@ -214,6 +331,11 @@ class TrainingConfig:
     """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of matrix products: bfloat16 is autocast over float32 weights; "auto" takes it on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """Compile the loss with torch.compile: on a GPU training gets faster after a minute or so. Steps whose rows hold a
+    document's border run uncompiled (see data.document_boundary)."""
+    activation_memory_budget: float = 1.0
+    """With compile: share of the bytes kept for the backward pass; below 1 the rest is computed again, for less memory."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 250
@@ -234,6 +356,19 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use 1 or more")
         for name in ("micro_batch_size", "evaluate_every", "sample_every", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "use 0 or more")
+        _require(
+            not (self.compile and self.carry_state),
+            "training.compile",
+            self.compile,
+            "not together with carry_state; unset one",
+        )
+        budget = self.activation_memory_budget
+        _require(
+            0 <= budget <= 1 and (self.compile or budget == 1),
+            "training.activation_memory_budget",
+            budget,
+            "use a share from 0 to 1, and below 1 only with compile",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -36,7 +37,7 @@ def test_without_transformers_ours_is_measured_and_it_says_so(monkeypatch: pytes
     assert 12 * first["parameters"] <= first["held_bytes"] <= 12 * first["parameters"] + 10_000
     assert first["total_bytes"] == first["held_bytes"] + first["peak_bytes"]
     assert result["peak"]["source"].startswith("measured")
-    flops = training_flops(MODEL, count(MODEL))
+    flops = training_flops(count(MODEL))
     assert first["mfu"] == pytest.approx(flops * first["tokens_per_second"] / (result["peak"]["tflops"] * 1e12))
 
 
@@ -63,6 +64,29 @@ def test_losses_are_compiled_ours_whole(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [{"fullgraph": True, "dynamic": False}]
     assert result["compiled"]
     assert result["records"][0]["peak_bytes"] is None  # a compiler hides its allocations on a CPU
+
+
+def test_what_backward_keeps_can_be_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._functorch import config
+
+    budgets: list[float] = []
+
+    def compiler(loss: Any, **options: Any) -> Any:
+        def compiled(*arguments: Any) -> Any:
+            budgets.append(config.activation_memory_budget)
+            return loss(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    benchmark = training.TrainingBenchmark(
+        MODEL, batch=1, lengths=(8,), peers=(), repeats=1, compile=True, activation_memory_budget=0.6, peak_tflops=1
+    )
+    assert training.run(benchmark, CPU)["activation_memory_budget"] == 0.6
+    assert set(budgets) == {0.6}
+    assert config.activation_memory_budget == 1.0
+    with pytest.raises(ValueError, match=r"activation_memory_budget=1\.5"):
+        training.run(dataclasses.replace(benchmark, activation_memory_budget=1.5), CPU)
 
 
 def test_a_failure_of_ours_ends_it_and_a_peers_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,3 +118,20 @@ def test_clipping_scales_only_what_passes_the_limit(limit: float, expected: floa
     assert float(clip_gradient(parameters, limit)) == 5.0
     clipped = torch.cat([parameter.grad for parameter in parameters if parameter.grad is not None])
     assert float(clipped.norm()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_compiled_loss_takes_the_batches_it_was_made_for(model: LanguageModel) -> None:
+    tokens, targets = rows(2, 6)
+    calls: list[dict[str, object]] = []
+
+    def compiled(*arguments: Tensor, **options: object) -> object:
+        calls.append(options)
+        return model.loss(*arguments, **options)  # type: ignore[arg-type]
+
+    new = torch.ones(2, dtype=torch.bool)
+    plain = batch(tokens, targets, new)
+    packed = batch(tokens.reshape(1, 12), targets.reshape(1, 12), new, cu_seqlens=[0, 6, 12], starts=[0, 1])
+    for each, carried, count in ((plain, None, 1), (packed, None, 1), (plain, [None], 1)):
+        accumulate_gradient(model, [each], carried, FLOAT32, CPU, compiled)
+        assert len(calls) == count
+    assert calls == [{"state": None, "cu_seqlens": None, "keep_state": False}]

@@ -29,6 +29,7 @@ from factorization_memory.benchmarks.timing import (
 )
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.models import LanguageModel
+from factorization_memory.models.compilation import compiled_loss
 from factorization_memory.models.counting import count
 
 Loss = Callable[[Tensor], Tensor]
@@ -59,6 +60,8 @@ class TrainingBenchmark:
     """Autocast to bfloat16 instead of float32 throughout."""
     compile: bool = False
     """Compile each model's loss with `torch.compile`; ours as one graph, or not at all."""
+    activation_memory_budget: float = 1.0
+    """With compile: share of the bytes kept for the backward pass; the rest is computed again."""
     peak_tflops: float = 0
     """The device's peak in TFLOP/s, which MFU is relative to; 0 takes the data sheet's for dense bfloat16 if the device is
     known, otherwise the measured rate of a large matrix product."""
@@ -84,8 +87,9 @@ def run(
         progress: called with what comes next, for people.
 
     Returns:
-        `machine`; `dtype`; `compiled`; `flops_per_token` of our model's training; `peak`, what MFU is relative to, as
-        `tflops` and its `source`; `missing`, why peers were left out, or None; and `records`, one per length and model:
+        `machine`; `dtype`; `compiled`; `activation_memory_budget`; `flops_per_token` of our model's training (with attention at
+        the largest length); `peak`, what MFU is relative to, as `tflops` and its `source`; `missing`, why peers were left out,
+        or None; and `records`, one per length and model:
         `model`, `parameters`, `batch`, `length`, `seconds` of a step (median, min, max), `tokens_per_second` (of the median),
         `mfu` (None for peers), `held_bytes` of weights and optimizer state, `peak_bytes` of a step beyond those (gradients
         included; None for a compiled step on a CPU), `total_bytes` of both together, `error` (None, or why a peer has no
@@ -103,7 +107,7 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
     models: dict[str, tuple[nn.Module, Loss]] = {}
     missing = None
     peak = _peak(benchmark, device, progress)
-    flops = training_flops(benchmark.model, count(benchmark.model))
+    flops = {length: training_flops(count(benchmark.model, length)) for length in benchmark.lengths}
     torch.manual_seed(0)
     ours = LanguageModel(benchmark.model).to(device)
     models[OURS] = ours, partial(_our_loss, ours)
@@ -113,10 +117,7 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
             models |= _peers(benchmark, device, _parameters(ours))
         except ImportError as error:
             missing = f"no peers: {error}; pip install transformers"
-    steps = {
-        name: _Step(model, _compiled(loss, whole=name == OURS) if benchmark.compile else loss, benchmark.bfloat16)
-        for name, (model, loss) in models.items()
-    }
+    steps = {name: _Step(model, _compiled(benchmark, name, loss), benchmark.bfloat16) for name, (model, loss) in models.items()}
     records: list[dict[str, Any]] = []
     for length in benchmark.lengths:
         release(device)
@@ -147,14 +148,15 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
                 record["peak_bytes"] = peak_bytes(calls[name], device)
                 record["total_bytes"] = record["held_bytes"] + record["peak_bytes"]
             if name == OURS:
-                record["mfu"] = flops * speed / (peak["tflops"] * 1e12)
+                record["mfu"] = flops[length] * speed / (peak["tflops"] * 1e12)
             else:
                 record["ours_over_this"] = paired_ratio(seconds[name], seconds[OURS])
     return {
         "machine": machine(device),
         "dtype": "bfloat16" if benchmark.bfloat16 else "float32",
         "compiled": benchmark.compile,
-        "flops_per_token": flops,
+        "activation_memory_budget": benchmark.activation_memory_budget,
+        "flops_per_token": max(flops.values()),
         "peak": peak,
         "missing": missing,
         "records": records,
@@ -172,9 +174,10 @@ def _peak(benchmark: TrainingBenchmark, device: torch.device, progress: Callable
     return {"tflops": rates.matmul_flops_per_second / 1e12, "source": f"measured, {rates.matmul}"}
 
 
-def _compiled(loss: Loss, whole: bool) -> Loss:
-    # Each length is compiled on its own: a graph for any length would be slower at each of them.
-    return torch.compile(loss, fullgraph=whole, dynamic=False)
+def _compiled(benchmark: TrainingBenchmark, name: str, loss: Loss) -> Loss:
+    if not benchmark.compile:
+        return loss
+    return compiled_loss(loss, name == OURS, benchmark.activation_memory_budget)
 
 
 class _Step:

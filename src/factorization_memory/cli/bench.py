@@ -97,6 +97,8 @@ class Training:
     """Autocast to bfloat16."""
     compile: bool = False
     """Compile the losses with torch.compile, ours as one graph (which the backend chunked does not allow)."""
+    activation_memory_budget: float = 1.0
+    """With --compile: share of the bytes kept for the backward pass, 0 to 1; the rest is computed again."""
     peak_tflops: float = 0
     """The device's peak in TFLOP/s that MFU is relative to; 0 takes the data sheet's for dense bfloat16 where the device is
     known (H100, H200, A100), otherwise the measured rate of a large matrix product."""
@@ -340,7 +342,8 @@ def _show_training(result: dict[str, Any], people: Console) -> None:
     from factorization_memory.benchmarks.training import OURS
 
     show_machine(result, people)
-    compiled = ", compiled" if result["compiled"] else ""
+    budget = result["activation_memory_budget"]
+    compiled = (", compiled" + (f", activation memory budget {budget:g}" if budget < 1 else "")) if result["compiled"] else ""
     title = f"training step of {result['records'][0]['batch']} sequences{compiled}"
     shown = table(title, "", "params", "T", "ms", "tokens/s", "MFU", "step MB", "all MB", "ours to it")
     for record in result["records"]:

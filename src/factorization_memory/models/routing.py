@@ -1,4 +1,4 @@
-"""Seeing how the memory is used: the routing of every layer, and statistics that show a collapsed router at a glance.
+"""Seeing how the memory is used: the routing of every memory layer, and statistics that show a collapsed router at a glance.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K selected states.
 """
@@ -13,24 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorization_memory.layers import Routing
+from factorization_memory.layers import FactorizationMemory, Routing
 from factorization_memory.models.language_model import LanguageModel
 
 DEAD_SHARE = 0.01
 """A state is dead that gets less than this part of an even share of use."""
 
 
+def memory_layers(model: LanguageModel) -> dict[int, FactorizationMemory]:
+    """The memory layers of a model, by the number of their block."""
+    return {i: block.mixer for i, block in enumerate(model.blocks) if isinstance(block.mixer, FactorizationMemory)}
+
+
 @contextmanager
 def observe_routing(model: LanguageModel) -> Iterator[list[list[Routing]]]:
-    """Within the block, collects the (detached) routing of each forward pass: one list per layer, one entry per pass."""
-    observed: list[list[Routing]] = [[] for _ in model.blocks]
-    for records, block in zip(observed, model.blocks, strict=True):
-        block.mixer.observer = lambda routing, records=records: records.append(_detach(routing))
+    """Within the block, collects the (detached) routing of each forward pass: one list per memory layer, one entry per pass."""
+    layers = memory_layers(model).values()
+    observed: list[list[Routing]] = [[] for _ in layers]
+    for records, layer in zip(observed, layers, strict=True):
+        layer.observer = lambda routing, records=records: records.append(_detach(routing))
     try:
         yield observed
     finally:
-        for block in model.blocks:
-            block.mixer.observer = None
+        for layer in layers:
+            layer.observer = None
 
 
 def _detach(routing: Routing) -> Routing:
@@ -48,23 +54,24 @@ class RoutingHealth:
     """Running statistics of a model's routing over all tokens seen inside `observe`."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-        self._layers = [_LayerHealth() for _ in model.blocks]
+        self._layers = memory_layers(model)
+        self._health = {number: _LayerHealth() for number in self._layers}
 
     @contextmanager
     def observe(self) -> Iterator[None]:
         """Within the block, every forward pass of the model is counted."""
-        for health, block in zip(self._layers, self.model.blocks, strict=True):
-            block.mixer.observer = health.add
+        for number, layer in self._layers.items():
+            layer.observer = self._health[number].add
         try:
             yield
         finally:
-            for block in self.model.blocks:
-                block.mixer.observer = None
+            for layer in self._layers.values():
+                layer.observer = None
 
     def summary(self) -> list[dict[str, Any]]:
-        """JSON-ready statistics, one dictionary per layer:
+        """JSON-ready statistics, one dictionary per memory layer, none for a model without:
 
+        - `layer`: the number of its block.
         - `share` `[H][M]`: part of all affinity that each state gets; sums to 1 over a head's states.
         - `balance` `[H]`: entropy of `share` over log M: 1 is even use, 0 is all in one state.
         - `entropy` `[H]`: mean entropy of a token's affinities over log M: 1 is uniform routing, 0 is one state per token.
@@ -74,7 +81,7 @@ class RoutingHealth:
         Raises:
             ValueError: nothing was observed.
         """
-        return [health.summary() for health in self._layers]
+        return [{"layer": number, **health.summary()} for number, health in self._health.items()]
 
 
 class _LayerHealth:

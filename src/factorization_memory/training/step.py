@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,14 @@ def accumulate_gradient(
     carried: Sequence[ModelState | None] | None,
     autocast: torch.autocast,
     device: torch.device,
+    compiled: Callable[..., Any] | None = None,
 ) -> Gradient:
     """Add the gradient of the mean loss over all targets of `batches` to the parameters' gradients.
 
     Each micro-batch counts by its number of targets, so that any split of the rows gives the same gradient up to rounding.
     `carried` holds the memory before each micro-batch (None: it begins), or is None when each step starts from empty memory.
+    `compiled` stands in for the model's loss where no sequences are packed and no memory is carried: of those the borders, and
+    so the graphs, differ from step to step.
     """
     counts = [int((batch.targets >= 0).sum()) for batch in batches]
     total = sum(counts)
@@ -50,8 +53,9 @@ def accumulate_gradient(
     finals: list[ModelState | None] = []
     for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         state = None if carried is None else initial_state(carried[index], batch)
+        loss_of = model.loss if compiled is None or batch.cu_seqlens is not None or carried is not None else compiled
         with autocast:
-            loss, final = model.loss(
+            loss, final = loss_of(
                 batch.tokens.to(device),
                 batch.targets.to(device),
                 state=state,

@@ -19,7 +19,8 @@ import torch
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
-from factorization_memory.models.routing import RoutingHealth
+from factorization_memory.models.compilation import compiled_loss
+from factorization_memory.models.routing import RoutingHealth, memory_layers
 from factorization_memory.training.checkpoint import (
     CheckpointError,
     TrainingState,
@@ -138,6 +139,10 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.config.optimizer)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.autocast = autocast(training, self.device)
+        self.compiled: Callable[..., Any] | None = None
+        if training.compile:
+            # In pieces where it must be: the plain PyTorch form of the recurrence cannot become one graph.
+            self.compiled = compiled_loss(self.model.loss, False, training.activation_memory_budget)
         self.byte_lengths = torch.tensor([len(token) for token in trainer.corpus.tokenizer.token_bytes])
         self.state = TrainingState()
         self.carried: list[ModelState | None] | None = None
@@ -198,7 +203,7 @@ class _Run:
         rate = learning_rate(self.config.optimizer, step, self.config.training.steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        gradient = accumulate_gradient(self.model, batches, self.carried, self.autocast, self.device)
+        gradient = accumulate_gradient(self.model, batches, self.carried, self.autocast, self.device, self.compiled)
         norm = clip_gradient(self.parameters, self.config.optimizer.clip_norm)
         # The one place in a step that waits for the device.
         *losses, gradient_norm = torch.stack([*gradient.losses, norm]).tolist()
@@ -296,6 +301,8 @@ class _Run:
         return True
 
     def _measure_routing(self, batch: Batch) -> None:
+        if not memory_layers(self.model):
+            return
         health = RoutingHealth(self.model)
         with health.observe():
             self.model.loss(
