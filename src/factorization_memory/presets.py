@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from factorization_memory.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from factorization_memory.config import (
+    AttentionConfig,
+    DataConfig,
+    Mamba2Config,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
 
 def demo() -> RunConfig:
@@ -61,4 +69,38 @@ def paper_sparse() -> RunConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"demo": demo, "books": books, "paper": paper, "paper-sparse": paper_sparse}
+def transformer() -> RunConfig:
+    """Baseline: a Llama-style Transformer of the size and data of `paper`."""
+    config = paper()
+    return RunConfig(
+        name="transformer",
+        model=ModelConfig(hidden_size=512, num_layers=8, mixers=("attention",), attention=AttentionConfig(num_heads=8)),
+        data=config.data,
+        optimizer=config.optimizer,
+        training=config.training,
+    )
+
+
+def mamba2() -> RunConfig:
+    """Baseline: Mamba-2 in its own layout (no feed-forward, twice the blocks), of the size and data of `paper`."""
+    config = paper()
+    return RunConfig(
+        name="mamba2",
+        model=ModelConfig(
+            hidden_size=512, num_layers=16, mixers=("mamba2",), feed_forward=False,
+            mamba2=Mamba2Config(state_size=128, head_size=64, expand=2.0),
+        ),
+        data=config.data,
+        optimizer=config.optimizer,
+        training=config.training,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "demo": demo,
+    "books": books,
+    "paper": paper,
+    "paper-sparse": paper_sparse,
+    "transformer": transformer,
+    "mamba2": mamba2,
+}

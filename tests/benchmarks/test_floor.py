@@ -68,7 +68,7 @@ def test_training_flops_are_six_per_weight_and_the_recurrences() -> None:
         m.weight.numel() for block in model.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)
     )  # fmt: skip
     expected = 6 * (linear + 64 * 100) + 3 * 3 * 4 * 8 * 128
-    assert training_flops(config, count(config)) == expected
+    assert training_flops(count(config)) == expected
 
 
 def test_peaks() -> None:

@@ -107,6 +107,44 @@ def test_evaluation_on_another_corpus_is_not_kept(workplace: Path, tmp_path: Pat
     assert (kept.read_bytes() if kept.exists() else None) == before
 
 
+@pytest.mark.parametrize(
+    "mixers", [("attention",), ("memory", "attention"), ("mamba2",)], ids=["transformer", "hybrid", "mamba2"]
+)  # fmt: skip
+def test_models_of_other_mixers(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mixers: tuple[str, ...]
+) -> None:
+    """Trained with a carried state, evaluated past its context, continuing prompts, looked into, planned, reported on."""
+    fields = [
+        *TINY, "--model.mixers", *mixers, "--model.num-layers", str(len(mixers)), "--model.attention.num-heads", "2",
+        "--model.mamba2.head-size", "16", "--model.mamba2.state-size", "8", "--training.carry-state",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    train = ["train", "demo", *fields, "--data.corpus", workplace / "packed", "--run-dir", run]
+    assert call(capsys, *train, "--training.steps", 4)[0] == 0
+    status, out, _ = call(capsys, "evaluate", run, "--json", "--device", "cpu", "--max-position", 96, "--max-tokens", 200)
+    result = json.loads(out)
+    assert status == 0
+    assert result["position"]["all"]["bins"][-1]["gain"] is not None
+    assert [layer["layer"] for layer in result["routing"]] == [i for i, mixer in enumerate(mixers) if mixer == "memory"]
+    status, out, _ = call(
+        capsys, "generate", run, "--prompt", "The 3rd", "--num-samples", 3, "--max-tokens", 20, "--json", "--device", "cpu"
+    )
+    assert status == 0
+    assert len(json.loads(out)) == 3
+    status, _, err = call(capsys, "inspect", run, "--text", "wise man", "--output", tmp_path / "page.html", "--device", "cpu")
+    if "memory" in mixers:
+        assert status == 0
+    else:
+        assert status == 1
+        assert "there is no memory layer to look into" in err
+    status, out, err = call(capsys, "plan", "demo", *fields, "--json")
+    assert status == 0
+    assert bool(json.loads(out)["state_bytes_per_token"]) == ("attention" in mixers)
+    assert ("for each token read" in err) == ("attention" in mixers)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ("A Factorization Memory language model" in page) is False
+
+
 def test_generate_streams_to_stdout(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", workplace / "run", "--prompt", "それは", "--max-tokens", 12, "--device", "cpu", "--seed", 3]
     status, out, _ = call(capsys, *arguments)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from factorization_memory import FactorizationMemory
+from factorization_memory.config import ConfigError
 from factorization_memory.layers import LayerState, ModelState
 from factorization_memory.layers import factorization_memory as layer_module
 
@@ -17,8 +18,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "threshold": {"affinity_threshold": 0.1, "rates": "head"},
     "heads": {"num_heads": 4, "top_k": 2, "norm": "head"},
     "convolution": {"conv_size": 4, "output_gate": True, "top_k": 4, "num_heads": 2},
+    "convolved input": {"conv_size": 4, "conv_input": "layer", "top_k": 4, "num_heads": 2},
     "state norm": {"norm": "state", "top_k": 3, "conv_size": 2},
     "no norm": {"norm": "none", "temperature": 0.5},
+    "separate query": {"query": "separate", "top_k": 3, "num_heads": 2, "temperature": 0.7},
+    "separate query, threshold": {"query": "separate", "affinity_threshold": 0.1, "rates": "head"},
+    "linear query": {"query": "linear", "affinity_threshold": 0.1},
+    "gated linear attention": {"affinity": "none", "query": "linear", "num_heads": 2, "norm": "head", "output_gate": True},
+    "rates alone": {"affinity": "none"},
 }
 
 
@@ -87,9 +94,10 @@ def test_gradients_reach_every_parameter_and_the_state(layer: FactorizationMemor
 
 def test_one_product_routes_as_three(layer: FactorizationMemory, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """What training on a GPU does, one product with all weights, gives the same outputs and gradients, compiled too."""
-    torch.nn.init.normal_(layer.merge_rate.bias)
+    torch.nn.init.normal_(layer.update_rate.bias)
     mask = torch.rand(3, 70) > 0.2
-    projections = (layer.affinity, layer.update_rate, layer.merge_rate)
+    every = (layer.affinity, layer.update_rate, layer.merge_rate, layer.query)
+    projections = [projection for projection in every if projection is not None]
     leaves = [x.requires_grad_(), *(p for projection in projections for p in projection.parameters())]
 
     def run(route: Any) -> list[torch.Tensor]:
@@ -129,7 +137,8 @@ def test_one_product_under_autocast(x: torch.Tensor, monkeypatch: pytest.MonkeyP
 
 def test_when_one_product_routes(x: torch.Tensor) -> None:
     layer = FactorizationMemory(16, num_states=8)
-    projections = (layer.affinity, layer.update_rate, layer.merge_rate)
+    every = (layer.affinity, layer.update_rate, layer.merge_rate, layer.query)
+    projections = [projection for projection in every if projection is not None]
     assert not layer_module._as_one(x, projections)
     if torch.cuda.is_available():
         assert layer_module._as_one(x.cuda(), projections)
@@ -276,3 +285,23 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, x: torch.Tensor)
         layer(**({"x": x[:1]} | arguments))
     with pytest.raises(ValueError, match="cu_seqlens: B = 3"):
         layer(x, cu_seqlens=torch.tensor([0, 70]))
+
+
+def test_a_separate_query_starts_as_a_copy_of_the_affinities() -> None:
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, 8, top_k=3, query="separate")
+    x = torch.randn(2, 5, 16)
+    own = layer.route(x)
+    layer.query = None
+    torch.testing.assert_close(own.merge, layer.route(x).merge)
+
+
+def test_a_linear_query_is_of_either_sign_and_rates_alone_are_the_update() -> None:
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, 8, affinity="none", query="linear")
+    routing = layer.route(x := torch.randn(2, 5, 16))
+    assert bool((routing.merge < 0).any())
+    torch.testing.assert_close(routing.update.squeeze(-2), layer.update_rate(x).sigmoid())
+    for options in ({"top_k": 2}, {"query": "separate"}, {"rates": "head"}, {"affinity_threshold": 0.1}):
+        with pytest.raises(ConfigError, match="affinity='none'"):
+            FactorizationMemory(16, 8, affinity="none", **options)  # type: ignore[arg-type]

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from factorization_memory.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from factorization_memory.config import (
+    AttentionConfig,
+    ConfigError,
+    DataConfig,
+    Mamba2Config,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.models import LanguageModel
 from factorization_memory.training import trainer as trainer_module
@@ -148,11 +157,21 @@ def test_a_run_learns_and_leaves_a_whole_folder(corpus: PackedCorpus, run_dir: P
     assert json.loads((run_dir / "config.json").read_text())["model"]["vocab_size"] == tokenizer.vocab_size
 
 
-@pytest.mark.parametrize(("stop_at", "carry"), [(7, False), (7, True), (8, False), (5, True)])
+OTHER_MIXERS = ModelConfig(
+    hidden_size=16, num_layers=3, num_states=4, mixers=("attention", "memory", "mamba2"),
+    attention=AttentionConfig(num_heads=2), mamba2=Mamba2Config(state_size=4, head_size=8, chunk_size=8),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "carry", "model"),
+    [(7, False, None), (7, True, None), (8, False, None), (5, True, None), (5, True, OTHER_MIXERS)],
+)
 def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(
-    corpus: PackedCorpus, tmp_path: Path, stop_at: int, carry: bool
+    corpus: PackedCorpus, tmp_path: Path, stop_at: int, carry: bool, model: ModelConfig | None
 ) -> None:
     settings = config(carry_state=carry, micro_batch_size=2, sample_every=4)
+    settings = dataclasses.replace(settings, model=model or settings.model)
     whole, parts = Watcher(), Watcher(stop_at, kill())
     Trainer(settings, corpus, tmp_path / "whole", evaluate=evaluate, sample=sample, observer=whole).run()
     first = Trainer(settings, corpus, tmp_path / "parts", evaluate=evaluate, sample=sample, observer=parts).run()

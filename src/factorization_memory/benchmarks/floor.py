@@ -13,8 +13,7 @@ import torch
 
 from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.timing import interleaved_seconds
-from factorization_memory.config import ModelConfig
-from factorization_memory.models.counting import Counts
+from factorization_memory.models.counting import MERGE_FLOPS, UPDATE_FLOPS, Counts
 from factorization_memory.ops.precision import state_dtype
 
 RECURRENCE_FLOPS = 4
@@ -109,16 +108,16 @@ def floor(shape: Shape, dtype: torch.dtype, rates: Rates) -> dict[str, Any]:
     return result
 
 
-def training_flops(config: ModelConfig, counts: Counts) -> int:
+def training_flops(counts: Counts) -> int:
     """Model FLOPs of training on one token, as MFU counts them: 3 times (forward, and twice that backward) the matrix products
-    of blocks and output head, 2 FLOPs per weight, and of the recurrence, `RECURRENCE_FLOPS * K * D` a layer with D the
-    total value width.
+    of blocks and output head, 2 FLOPs per weight, of attention, and of the recurrence, `RECURRENCE_FLOPS * K * D` a memory
+    layer with D the total value width.
 
     So 6 per weight of the blocks' and the head's linear layers. Norms, gates, the embedding's look-up, what is computed a
     second time, and what the chunked form computes beyond the formula count nothing.
     """
-    recurrence = RECURRENCE_FLOPS * (config.top_k or config.num_states) * config.value_size * config.num_layers
-    return (1 + BACKWARD_PASSES) * (counts.projection_flops + counts.head_flops + recurrence)
+    recurrence = RECURRENCE_FLOPS * counts.recurrence_flops // (UPDATE_FLOPS + MERGE_FLOPS)
+    return (1 + BACKWARD_PASSES) * (counts.projection_flops + counts.head_flops + counts.attention_flops + recurrence)
 
 
 def peak_teraflops(device_name: str) -> float | None:

@@ -24,6 +24,7 @@ from factorization_memory.benchmarks.floor import Rates, measure_rates
 from factorization_memory.benchmarks.timing import machine, on_device, reason, release, summary, synchronise, tensor_bytes
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.generation import Steps, default_chunk, prefill_batch, steps_for, weights_dtype, with_dtype
+from factorization_memory.layers import LayerState
 from factorization_memory.models import LanguageModel
 
 OURS = "ours"
@@ -90,6 +91,10 @@ class InferenceBenchmark:
         require(self.prefill_chunk >= 0, "prefill_chunk", "use 1 or more tokens, or 0 (automatic)")
         for name in ("prefill_seconds", "decode_seconds"):
             require(0 <= getattr(self, name) < math.inf, name, "use a number of seconds, 0 or more")
+        if "attention" in self.model.layer_mixers:
+            raise ConfigError(
+                f"model.mixers={self.model.mixers}: takes layers whose state does not grow; of attention, the peer llama"
+            )
         if self.model.vocab_size < 1:
             raise ConfigError(f"model.vocab_size={self.model.vocab_size}: a model needs one or more token ids")
 
@@ -185,9 +190,9 @@ class Ours:
         if not config.tie_word_embeddings:  # a table to look B rows up in, and not also the head's weight
             rows = self.model.embedding.weight
             weights -= tensor_bytes(rows) - room.batch_size * tensor_bytes(rows[0])
-        moved = room.state.num_bytes - sum(tensor_bytes(layer.memory) for layer in room.state)
-        for layer in room.state:
-            moved += tensor_bytes(layer.memory) * (self.top_k or config.num_states) // config.num_states
+        memories = [layer.memory for layer in room.state if isinstance(layer, LayerState)]
+        moved = room.state.num_bytes - tensor_bytes(*memories)
+        moved += sum(tensor_bytes(memory) * (self.top_k or config.num_states) // config.num_states for memory in memories)
         return weights + 2 * moved
 
     def end(self) -> None:

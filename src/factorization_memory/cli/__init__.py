@@ -17,6 +17,7 @@ VERBS = {
     "data": "fetch a data set, train a tokenizer, pack a corpus",
     "plan": "parameters, FLOPs, memory and learning rates of a run, without running it",
     "train": "train a model on a packed corpus",
+    "compare": "train models of equal size on the same text, each at its best learning rate, and compare",
     "evaluate": "held-out loss, bits per byte, loss by position, routing health",
     "generate": "continue a prompt",
     "inspect": "which memory states a text's tokens update and read",

@@ -134,9 +134,11 @@ def show(result: dict[str, Any]) -> None:
             )  # fmt: skip
         out.print("bits per byte of the same tokens, memory carried from the beginning against emptied each training context")
         out.print(table)
+    if not result["routing"]:
+        return
     table = Table("layer", "dead states", "balance", "entropy of a token's affinities")
-    for index, layer in enumerate(result["routing"]):
+    for layer in result["routing"]:
         mean = [sum(layer[key]) / len(layer[key]) for key in ("balance", "entropy")]
         states = sum(len(head) for head in layer["share"])
-        table.add_row(str(index), f"{sum(layer['dead'])} of {states}", *(f"{value:.2f}" for value in mean))
+        table.add_row(str(layer["layer"]), f"{sum(layer['dead'])} of {states}", *(f"{value:.2f}" for value in mean))
     out.print(table)

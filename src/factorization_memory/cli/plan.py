@@ -41,7 +41,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     model = config.model
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=ASSUMED_VOCABULARY)
-    counts = count(model)
+    counts = count(model, config.data.context_length)
     steps, tokens = config.training.steps, config.training.tokens_per_step
     bfloat16 = config.training.precision == "bfloat16"
     marks = sorted({1, config.optimizer.warmup_steps or 1, *(max(1, steps * i // 8) for i in range(1, 9))})
@@ -52,9 +52,10 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "parameters": {"total": counts.parameters, "embedding": counts.embedding_parameters},
         "flops_per_token": {
             "train": counts.train_flops, "prefill": counts.prefill_flops, "decode": counts.decode_flops,
-            "of_which_recurrence": counts.recurrence_flops,
+            "of_which_recurrence": counts.recurrence_flops, "of_which_attention": counts.attention_flops,
         },
         "state_bytes": counts.state_bytes,
+        "state_bytes_per_token": counts.state_bytes_per_token,
         "training_memory_bytes": training_memory(model, config.micro_batch_size, config.data.context_length, bfloat16),
         "precision": "bfloat16" if bfloat16 else "float32",
         "precision_assumed": config.training.precision == "auto",
@@ -73,12 +74,17 @@ def _show(result: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     vocabulary = f"vocabulary {result['vocab_size']:,}" + (" assumed" if result["vocabulary_assumed"] else "")
     parameters, flops, memory = result["parameters"], result["flops_per_token"], result["training_memory_bytes"]
+    grows = result["state_bytes_per_token"]
+    of_which = [f"recurrence forward {_short(flops['of_which_recurrence'])}"] if flops["of_which_recurrence"] else []
+    if flops["of_which_attention"]:
+        of_which.append(f"attention forward, at the mean context of training, {_short(flops['of_which_attention'])}")
     rows = {
         "preset": result["preset"],
         "parameters": f"{parameters['total']:,} ({parameters['embedding']:,} in embedding and head; {vocabulary})",
         "FLOPs per token": f"train {_short(flops['train'])}, prefill {_short(flops['prefill'])}, decode "
-        f"{_short(flops['decode'])}; recurrence forward {_short(flops['of_which_recurrence'])}",
-        "state": f"{_short(result['state_bytes'])}B per sequence, at any length",
+        f"{_short(flops['decode'])}; {', '.join(of_which)}",
+        "state": f"{_short(result['state_bytes'])}B per sequence"
+        + (f" and {_short(grows)}B for each token read" if grows else ", at any length"),
         "training memory": ", ".join(f"{name} {_short(size)}B" for name, size in memory.items())
         + f" (estimate for {result['precision']}"
         + ("; on a GPU precision=auto takes bfloat16 activations)" if result["precision_assumed"] else ")"),

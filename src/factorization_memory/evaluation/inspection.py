@@ -6,7 +6,7 @@
     pieces        whole characters as the tokens spell them: {text, start, end}, the text of tokens start <= t < end; one token
                   each, except where a character spans several
     num_states    M
-    layers        a list, in order: {layer, heads: [{head, writes, reads, states}]}
+    layers        the memory layers, in order: {layer, heads: [{head, writes, reads, states}]}, layer the number of the block
       writes      {states, weights}: for each token its states with the largest update weights, and these weights
       reads       the same of the merge weights
       states      the states by falling share of updates: {state, write_share, read_share, memory_length, pieces}, pieces
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from factorization_memory.evaluation.loss import evaluating
 from factorization_memory.layers import Routing
-from factorization_memory.models.routing import observe_routing
+from factorization_memory.models.routing import memory_layers, observe_routing
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -44,8 +44,13 @@ def inspect_text(
         pieces_per_state: pieces of text listed for each state.
 
     Returns the record that the head of this file describes. Raises ValueError for a text without tokens or with more than
-    `MAX_TOKENS`.
+    `MAX_TOKENS`, or a model without memory layers.
     """
+    numbers = list(memory_layers(model))
+    if not numbers:
+        raise ValueError(
+            f"model.mixers={model.config.mixers!r}: there is no memory layer to look into; inspect a model that has one"
+        )
     tokens = tokenizer.encode(text)
     if not tokens:
         raise ValueError(f"text={text!r}: nothing to inspect; give at least one character")
@@ -55,7 +60,7 @@ def inspect_text(
     with evaluating(model) as device, observe_routing(model) as observed:
         model(torch.tensor([tokens], device=device))
     layers = []
-    for index, (routing,) in enumerate(observed):
+    for index, (routing,) in zip(numbers, observed, strict=True):
         update, merge = _dense(routing, routing.update), _dense(routing, routing.merge)
         heads = [
             {

@@ -169,7 +169,7 @@ _SCRIPT = """
   text.onmouseleave = () => (tip.hidden = true);
 
   const options = {
-    layer: data.layers.map((l) => [l.layer, l.layer + 1]),
+    layer: data.layers.map((l, i) => [i, l.layer + 1]),
     head: data.layers[0].heads.map((h) => [h.head, h.head + 1]),
     mode: [["writes", "state written"], ["reads", "state read"]],
   };

@@ -6,7 +6,7 @@ total            the same of all sources together
 ngram            the yardstick, for small corpora: {orders, training_bytes, sources: {name: {"3": bits per byte, ...}},
                  total: {...}}
 position         {name: loss by position, see position.py, and "beyond": {"16": one bin for 8 to 16 training contexts, ...}}
-routing          use of the memory states, a list per layer: see RoutingHealth.summary
+routing          use of the memory states, a list per memory layer: see RoutingHealth.summary
 
 The command line adds
 

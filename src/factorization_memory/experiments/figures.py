@@ -167,13 +167,70 @@ def _position_axes(axes: Axes, name: str, result: dict[str, Any], colour: str, f
     axes.legend(frameon=False, fontsize=9, loc="lower left", labelcolor=SOFT)
 
 
+def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int) -> Figure | None:
+    """Loss by position of several models: for each source one plot with a curve for each model.
+
+    `contenders` holds the `by_position` part of a summary in `compare.json` by name: bins of each source with mean and spread
+    (drawn as a band) of the loss. None when there are none.
+    """
+    sources = list(dict.fromkeys(source for by_position in contenders.values() for source in by_position))
+    if not sources:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        columns = min(len(sources), 2)
+        rows = -(-len(sources) // columns)
+        figure = Figure(figsize=(9, 4.2 * rows), layout="constrained")
+        for index, source in enumerate(sources):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            farthest = 1.0
+            for turn, (name, by_position) in enumerate(contenders.items()):
+                bins = by_position.get(source, [])
+                bins = [b for b in bins if b["tokens"] >= 256] or bins
+                if not bins:
+                    continue
+                x = [math.sqrt(b["start"] * (b["end"] - 1)) for b in bins]
+                mean, spread = [b["loss"]["mean"] for b in bins], [b["loss"]["spread"] or 0.0 for b in bins]
+                # More models than colours go on in another dash.
+                colour, dash = SERIES[turn % len(SERIES)], ("-", (0, (4, 2)), (0, (1, 1.5)))[turn // len(SERIES) % 3]
+                low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread, strict=True)), strict=True)
+                axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+                axes.plot(x, mean, color=colour, linestyle=dash, linewidth=2, marker="o", markersize=3.2, label=name)
+                farthest = max(farthest, x[-1])
+            axes.axvspan(context_length, max(farthest, context_length) * 1.25, color=SERIES[0], alpha=0.045, linewidth=0)
+            axes.axvline(context_length, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
+            axes.annotate(
+                f"trained up to {context_length:,}",
+                (context_length, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(5, -2),
+                textcoords="offset points",
+                color=SOFT,
+                fontsize=9,
+                va="top",
+            )
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(LogLocator(base=4, numticks=9))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+            axes.set_title(source)
+            axes.set_xlabel("position (tokens read before)")
+            if index % columns == 0:
+                axes.set_ylabel("nats per token")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, frameon=False, fontsize=9, labelcolor=SOFT, loc="outside lower center", ncols=min(len(labels), 3)
+        )
+    return figure
+
+
 def memory_use(routing: Sequence[dict[str, Any]], context_length: int) -> Figure | None:
     """Share of use of every memory state and how long each remembers, from `RoutingHealth.summary()`; None when it is empty."""
     if not routing:
         return None
     rows = [
         (f"{layer + 1}" if len(health["share"]) == 1 else f"{layer + 1}.{head + 1}", share, health["memory_length"][head])
-        for layer, health in enumerate(routing)
+        # Records of models of memory layers alone once had no number of the layer.
+        for layer, health in ((health.get("layer", index), health) for index, health in enumerate(routing))
         for head, share in enumerate(health["share"])
     ]
     with matplotlib.rc_context(_STYLE | {"axes.grid": False}):

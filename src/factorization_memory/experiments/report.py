@@ -126,20 +126,13 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     if values is None:
         raise ReportError(f"{run_dir}: there is no run here (config.json is missing); give a run folder")
     # Defaults in place of what is not there would describe a run that never was.
-    if missing := ", ".join(_missing(to_dict(RunConfig()), values)):
+    # A field alone may be missing: a run that is older than the field had its default.
+    if missing := ", ".join(name for name in to_dict(RunConfig()) if isinstance(values, dict) and name not in values):
         raise ReportError(f"{path}: {missing} missing; restore the file")
     try:
         return to_dict(from_dict(RunConfig, values))
     except ConfigError as error:
         raise ReportError(f"{path}: not the configuration of a run ({error}); restore the file") from None
-
-
-def _missing(whole: dict[str, Any], given: Any, prefix: str = "") -> Iterator[str]:
-    for name, value in whole.items() if isinstance(given, dict) else ():
-        if name not in given:
-            yield prefix + name
-        elif isinstance(value, dict):
-            yield from _missing(value, given[name], f"{prefix}{name}.")
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -174,8 +167,6 @@ def _header(
     metrics: list[dict[str, Any]],
 ) -> str:
     model = config["model"]
-    form = f"top {model['top_k']} of {model['num_states']}" if model["top_k"] else f"{model['num_states']}"
-    heads = f" in each of {model['num_heads']} heads" if model["num_heads"] > 1 else ""
     last: dict[str, Any] = next((m for m in reversed(metrics) if m["kind"] == "train"), {})
     facts: list[tuple[str, str]] = []
     if evaluation.get("total"):
@@ -191,14 +182,31 @@ def _header(
     where = environment.get("gpu") or environment.get("cpu") or ""
     sources = ", ".join(evaluation.get("sources", {}))
     note = (
-        f"A Factorization Memory language model: {model['num_layers']} layers of width {model['hidden_size']}, {form} memory "
-        f"states{heads}, trained on sequences of {config['data']['context_length']:,} tokens"
+        f"{_model(model)}, trained on sequences of {config['data']['context_length']:,} tokens"
         + (f" ({sources})" if sources else "")
         + (f" on {where}, {environment['date'][:10]}." if where and environment.get("date") else ".")
     )
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     title = f"<h1>{escape(config['name'])}</h1>\n<p class='note'>{escape(note)}</p>"
     return f"<header>\n{title}\n<dl class='facts'>{listed}</dl>\n</header>"
+
+
+def _model(model: dict[str, Any]) -> str:
+    """A model's kind and size, from its configuration."""
+    form = f"top {model['top_k']} of {model['num_states']}" if model["top_k"] else f"{model['num_states']}"
+    heads = f" in each of {model['num_heads']} heads" if model["num_heads"] > 1 else ""
+    window = model["attention"]["sliding_window"]
+    mixers = {
+        "memory": f"{form} memory states{heads}",
+        "attention": "attention" + (f" to the last {window:,} tokens" if window else ""),
+        "mamba2": f"Mamba-2 with states of {model['mamba2']['state_size']}",
+    }
+    size = f"{model['num_layers']} layers of width {model['hidden_size']}"
+    pattern = model["mixers"]
+    if set(pattern) == {"memory"}:
+        return f"A Factorization Memory language model: {size}, {mixers['memory']}"
+    kinds = "; ".join(f"{pattern.count(kind)} of {len(pattern)} with {mixers[kind]}" for kind in dict.fromkeys(pattern))
+    return f"A language model: {size}, {mixers[pattern[0]] if len(set(pattern)) == 1 else kinds}"
 
 
 def _headline(evaluation: dict[str, Any]) -> str:

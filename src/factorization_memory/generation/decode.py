@@ -258,8 +258,8 @@ def prefill_batch(model: LanguageModel, prompts: Sequence[Tensor], chunk: int | 
         elif whole > first:
             # Into one state of all prompts, so that none is held twice.
             final = model.initial_state(len(prompts)) if final is None else final
-            for target, source in zip(final.tensors(), state.tensors(), strict=True):
-                target[first:whole] = source[: whole - first]
+            # Views: the last of the piece may not be at its end.
+            final.load(state.apply(lambda tensor, ended=whole - first: tensor[:ended]), list(range(first, whole)))
     assert final is not None, "there is no prompt without tokens"
     return torch.cat(last_logits), final
 

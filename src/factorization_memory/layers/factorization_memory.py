@@ -72,11 +72,15 @@ class FactorizationMemory(nn.Module):
         affinity_threshold: instead of top_k: select the states of at least this affinity (and always the largest).
         temperature: divides the affinity logits.
         affinity_init: standard deviation of the affinity logits at initialisation, for normalised input.
+        affinity: "softmax", or "none": no affinities, each state is updated (and merged) at its own rate.
+        query: what merge weights are made of: "shared", the update's affinities and a merge rate; "separate", affinities of
+            their own over the selected states, and a merge rate; "linear", a linear map of x of either sign.
         rates: "state": an update and a merge rate for each memory state; "head": one of each for a head.
         update_rate_init: first and last update rate at initialisation, spread evenly in logit over the states (or heads).
         norm: RMS normalisation before the output projection: "merged" over all heads' width, "head" over each head's, "state"
             of each memory state as it is merged (by the reference loop: slow), "none".
-        conv_size: taps of a causal convolution with SiLU on the values; 0 for none.
+        conv_size: taps of a causal convolution with SiLU; 0 for none.
+        conv_input: what it takes: "value", the values; "layer", the layer's input, to which it is added before routing.
         output_gate: whether a SiLU gate of the input multiplies the merged vector.
         norm_eps: epsilon of the normalisation.
         backend: backend of the recurrence, see `factorization_memory.ops.factorization_memory`.
@@ -96,10 +100,13 @@ class FactorizationMemory(nn.Module):
         affinity_threshold: float | None = None,
         temperature: float = 1.0,
         affinity_init: float = ModelConfig.affinity_init,
+        affinity: Literal["softmax", "none"] = "softmax",
+        query: Literal["shared", "separate", "linear"] = "shared",
         rates: Literal["head", "state"] = "state",
         update_rate_init: tuple[float, float] = ModelConfig.update_rate_init,
         norm: Literal["merged", "head", "state", "none"] = "merged",
         conv_size: int = 0,
+        conv_input: Literal["value", "layer"] = "value",
         output_gate: bool = False,
         norm_eps: float = 1e-6,
         backend: Backend = "auto",
@@ -108,9 +115,9 @@ class FactorizationMemory(nn.Module):
         # One place checks these fields, for the layer alone as for a whole model.
         config = ModelConfig(
             hidden_size=hidden_size, num_states=num_states, top_k=top_k, num_heads=num_heads, expand=expand,
-            affinity_threshold=affinity_threshold, temperature=temperature, affinity_init=affinity_init, rates=rates,
-            update_rate_init=update_rate_init, norm=norm, conv_size=conv_size, output_gate=output_gate, norm_eps=norm_eps,
-            backend=backend,
+            affinity_threshold=affinity_threshold, temperature=temperature, affinity_init=affinity_init, affinity=affinity,
+            query=query, rates=rates, update_rate_init=update_rate_init, norm=norm, conv_size=conv_size, conv_input=conv_input,
+            output_gate=output_gate, norm_eps=norm_eps, backend=backend,
         )  # fmt: skip
         self.hidden_size, self.num_states, self.num_heads = hidden_size, num_states, num_heads
         self.top_k = None if top_k == num_states else top_k
@@ -120,11 +127,15 @@ class FactorizationMemory(nn.Module):
         self.affinity_init, self.update_rate_init = affinity_init, update_rate_init
         self.norm, self.norm_eps, self.backend = norm, norm_eps, backend
 
-        self.affinity = nn.Linear(hidden_size, num_heads * num_states, bias=False)
+        every_state = num_heads * num_states
+        self.affinity = nn.Linear(hidden_size, every_state, bias=False) if affinity == "softmax" else None
         self.update_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head)
-        self.merge_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head)
+        self.merge_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head) if query != "linear" else None
+        self.query = nn.Linear(hidden_size, every_state, bias=False) if query != "shared" else None
         self.value = nn.Linear(hidden_size, config.value_size, bias=False)
-        self.convolution = CausalConvolution(config.value_size, conv_size) if conv_size else None
+        convolved = config.value_size if conv_input == "value" else hidden_size
+        self.convolution = CausalConvolution(convolved, conv_size) if conv_size else None
+        self.conv_input = conv_input
         self.gate = nn.Linear(hidden_size, config.value_size, bias=False) if output_gate else None
         self.norm_weight = None if norm == "none" else nn.Parameter(torch.ones(config.value_size))
         self.output = nn.Linear(config.value_size, hidden_size, bias=False)
@@ -138,8 +149,9 @@ class FactorizationMemory(nn.Module):
         return cls(
             config.hidden_size, config.num_states, config.top_k, config.num_heads, config.expand,
             affinity_threshold=config.affinity_threshold, temperature=config.temperature, affinity_init=config.affinity_init,
-            rates=config.rates, update_rate_init=config.update_rate_init, norm=config.norm, conv_size=config.conv_size,
-            output_gate=config.output_gate, norm_eps=config.norm_eps, backend=config.backend,
+            affinity=config.affinity, query=config.query, rates=config.rates, update_rate_init=config.update_rate_init,
+            norm=config.norm, conv_size=config.conv_size, conv_input=config.conv_input, output_gate=config.output_gate,
+            norm_eps=config.norm_eps, backend=config.backend,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -147,12 +159,20 @@ class FactorizationMemory(nn.Module):
         """Initial weights. Routing starts as sharp as `affinity_init` says, and update rates spread over the states, so that
         memory has many time scales from the first step (docs/method.md has the measurements)."""
         scale = self.hidden_size**-0.5
-        nn.init.normal_(self.affinity.weight, std=self.affinity_init * scale)
+        if self.affinity is not None:
+            nn.init.normal_(self.affinity.weight, std=self.affinity_init * scale)
+        if self.query is not None:
+            if self.affinity is not None and self.merge_rate is not None:
+                self.query.weight.copy_(self.affinity.weight)
+            else:
+                nn.init.normal_(self.query.weight, std=scale)
         for projection in (self.value, self.gate):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=scale)
         nn.init.normal_(self.output.weight, std=self.output.in_features**-0.5)
         for rate in (self.update_rate, self.merge_rate):
+            if rate is None:
+                continue
             nn.init.normal_(rate.weight, std=0.1 * scale)
             nn.init.zeros_(rate.bias)
         low, high = (math.log(rate / (1 - rate)) for rate in self.update_rate_init)
@@ -173,21 +193,52 @@ class FactorizationMemory(nn.Module):
             x: layer input.
             padding_mask: bool `[...]`; False makes a token's update and merge weights zero.
         """
-        projections = (self.affinity, self.update_rate, self.merge_rate)
-        if _as_one(x, projections):
-            weight = torch.cat([projection.weight for projection in projections])
-            bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections])
-            results = functional.linear(x, weight, bias).split([p.out_features for p in projections], dim=-1)
+        logits, update_logits, merge_logits, query = self._projected(
+            x, self.affinity, self.update_rate, self.merge_rate, self.query
+        )
+        assert update_logits is not None
+        if logits is None:
+            affinity, indices = torch.ones_like(update_logits, dtype=state_dtype(update_logits)), None
+            update = update_logits.to(affinity.dtype).sigmoid()
+            merge = query if merge_logits is None else merge_logits.to(affinity.dtype).sigmoid()
         else:
-            results = tuple(projection(x) for projection in projections)
-        logits, update_logits, merge_logits = (result.unflatten(-1, (self.num_heads, -1)) for result in results)
-        if self.affinity_threshold is not None:
-            logits = self._above_threshold(logits)
-        backend = "auto" if self.backend in ("auto", "triton") else "plain"
-        affinity, update, merge, indices = route(logits, update_logits, merge_logits, self.top_k, self.temperature, backend)
+            if self.affinity_threshold is not None:
+                logits = self._above_threshold(logits)
+            backend = "auto" if self.backend in ("auto", "triton") else "plain"
+            rates = update_logits if merge_logits is None else merge_logits
+            affinity, update, merge, indices = route(logits, update_logits, rates, self.top_k, self.temperature, backend)
+            if query is not None:
+                merge = self._own_merge(query, merge_logits, affinity, indices)
+        assert merge is not None
+        merge = merge.to(update.dtype)
         if padding_mask is not None:
             update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
         return Routing(affinity, update, merge, indices, self.num_states, padding_mask)
+
+    def _projected(self, x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
+        """x `[..., d]` through each projection that there is, `[..., H, outputs of a head]`."""
+        some = tuple(projection for projection in projections if projection is not None)
+        if _as_one(x, some):
+            weight = torch.cat([projection.weight for projection in some])
+            bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in some])
+            results = iter(functional.linear(x, weight, bias).split([p.out_features for p in some], dim=-1))
+        else:
+            results = iter([projection(x) for projection in some])
+        return [None if each is None else next(results).unflatten(-1, (self.num_heads, -1)) for each in projections]
+
+    def _own_merge(self, query: Tensor, merge_logits: Tensor | None, affinity: Tensor, indices: Tensor | None) -> Tensor:
+        """Merge weights `[..., H, K]` of a query `[..., H, M]` that is not the update's affinity."""
+        if indices is not None:
+            query = query.gather(-1, indices)
+            if merge_logits is not None and merge_logits.shape[-1] > 1:
+                merge_logits = merge_logits.gather(-1, indices)
+        query = query.to(affinity.dtype)
+        unselected = affinity == 0 if self.affinity_threshold is not None else None
+        if merge_logits is None:
+            return query if unselected is None else query.masked_fill(unselected, 0)
+        if unselected is not None:
+            query = query.masked_fill(unselected, -torch.inf)
+        return (query / self.temperature).softmax(-1) * merge_logits.to(query.dtype).sigmoid()
 
     def _above_threshold(self, logits: Tensor) -> Tensor:
         """Affinity logits `[..., H, M]`, minus infinity where the affinity is below the threshold and not the largest."""
@@ -224,12 +275,16 @@ class FactorizationMemory(nn.Module):
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
-        routing = self.route(x, padding_mask)
+        mixed, tail = x, None if state is None else state.convolution
+        if self.convolution is not None and self.conv_input == "layer":
+            before, tail = self.convolution(x, tail, cu_seqlens, padding_mask)
+            mixed = x + before
+        routing = self.route(mixed, padding_mask)
         if self.observer is not None:
             self.observer(routing)
-        value, tail = self.value(x), None
-        if self.convolution is not None:
-            value, tail = self.convolution(value, None if state is None else state.convolution, cu_seqlens, padding_mask)
+        value = self.value(mixed)
+        if self.convolution is not None and self.conv_input == "value":
+            value, tail = self.convolution(value, tail, cu_seqlens, padding_mask)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens, keep_state)
         return self._output(y, x), None if memory is None else LayerState(memory, tail)
@@ -257,13 +312,17 @@ class FactorizationMemory(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
-        routing = self.route(x)
-        value = self.value(x)
-        undo = state.undo
+        undo, tail, mixed = state.undo, state.convolution, x
         if undo is not None:
-            undo.put_aside(routing.indices, state.convolution)
-        if self.convolution is not None and state.convolution is not None:
-            value = self.convolution.step(value, state.convolution)
+            undo.put_aside(None, tail)
+        if self.convolution is not None and tail is not None and self.conv_input == "layer":
+            mixed = x + self.convolution.step(x, tail)
+        routing = self.route(mixed)
+        if undo is not None:
+            undo.put_aside(routing.indices, None)
+        value = self.value(mixed)
+        if self.convolution is not None and tail is not None and self.conv_input == "value":
+            value = self.convolution.step(value, tail)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         if self.norm == "state":
             if undo is not None:

@@ -1,4 +1,4 @@
-"""What a memory layer carries from one token to the next, and what a whole model carries: constant in the length read.
+"""What a mixer carries from one token to the next, and what a whole model carries: of a memory, constant in the length read.
 
 A state that is stepped token by token can keep what its last steps overwrote, and be rolled back to the bit: for drafts that
 are not accepted, and prefixes that are used again. That costs as much as the steps wrote: K states of M where memory is sparse.
@@ -8,14 +8,51 @@ Shapes: B sequences, H heads, M memory states, K states that a step writes, D va
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from factorization_memory import ops
+
+
+class MixerState(Protocol):
+    """What one layer carries for its sequences. Zero is empty: a sequence whose part of every tensor is zero has not begun."""
+
+    @property
+    def batch_size(self) -> int:
+        """B: sequences that the state belongs to."""
+
+    @property
+    def undo(self) -> Undo | None:
+        """Takes what steps overwrite, if that is kept; of this very state: copies have none."""
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that make up the state, `[B, ...]` each."""
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> MixerState:
+        """The state with `function` applied to each tensor."""
+
+
+class GrowingState(ABC):
+    """A `MixerState` whose tensors grow with the text read, as a cache of keys and values."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Tokens that there are places for."""
+
+    @abstractmethod
+    def resized(self, capacity: int) -> Self:
+        """The same state with places for so many tokens, not fewer than now."""
+
+    @abstractmethod
+    def reserve(self, capacity: int) -> None:
+        """Have places for at least so many tokens. To be called whenever other numbers have been written into the tensors."""
 
 
 @dataclass
@@ -65,6 +102,11 @@ class LayerState:
     convolution: Tensor | None = None
     undo: Undo | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.memory.shape[0]
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> LayerState:
         """The state with `function` applied to each tensor."""
         return LayerState(function(self.memory), None if self.convolution is None else function(self.convolution))
@@ -92,7 +134,7 @@ class ModelState:
     """The states of all layers of a model, first layer first. Every operation but `restore` and `rollback` leaves it as it
     is."""
 
-    def __init__(self, layers: Iterable[LayerState]) -> None:
+    def __init__(self, layers: Iterable[MixerState]) -> None:
         self.layers = tuple(layers)
         self._point = next(_POINTS)
         self._before: list[int] = []  # the points that can be rolled back to, the latest last
@@ -112,6 +154,37 @@ class ModelState:
         if undo is not None and not replayed:
             undo.position.add_(1).remainder_(len(undo.rows))
 
+    @torch.no_grad()
+    def load(self, state: ModelState, rows: Tensor | list[int] | None = None) -> None:
+        """Copy `state` in, in place; steps done before cannot be rolled back.
+
+        Args:
+            state: of as many sequences, or of as many as there are `rows`.
+            rows: its sequence i goes to sequence `rows[i]`, and the others stay as they are; None takes all in their order.
+
+        Raises:
+            ValueError: `state` is of another number of sequences, or not of the same model.
+        """
+        places = None if rows is None else torch.as_tensor(rows, device=self.device)
+        expected = self.batch_size if places is None else len(places)
+        if state.batch_size != expected:
+            raise ValueError(f"state: got {state.batch_size} sequences, takes {expected}; use select or place first")
+        pairs = []
+        for mine, given in zip(self.layers, state.layers, strict=False):
+            if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
+                mine.reserve(given.capacity)
+                given = given.resized(mine.capacity)
+            pairs += [(mine.tensors(), given.tensors())]
+        shapes = [[[x.shape[1:] for x in tensors] for tensors in pair] for pair in pairs]
+        if len(self) != len(state) or any(mine != given for mine, given in shapes):
+            raise ValueError("state: it is not of this model; take one from its initial_state or forward")
+        for target, source in (two for pair in pairs for two in zip(*pair, strict=True)):
+            if places is None:
+                target.copy_(source)
+            else:
+                target.index_copy_(0, places, source.to(target))
+        self.forget_steps()
+
     def forget_steps(self) -> None:
         """Steps done so far cannot be rolled back: other numbers were written into the tensors."""
         self._before.clear()
@@ -129,6 +202,7 @@ class ModelState:
         undo = self.layers[0].undo
         if steps and undo is not None:
             for layer in self.layers:
+                assert isinstance(layer, LayerState)
                 assert layer.undo is not None
                 layer.undo.roll_back(layer, steps)
             undo.position.sub_(steps).remainder_(len(undo.rows))
@@ -146,9 +220,7 @@ class ModelState:
             ValueError: the point was left by more steps than are kept, or by a rollback, or is another state's.
         """
         if snapshot.copy is not None:
-            for mine, copy in zip(self.tensors(), snapshot.copy.tensors(), strict=True):
-                mine.copy_(copy)
-            self._before.clear()
+            self.load(snapshot.copy)
             self._point = snapshot.point
         elif snapshot.point in self._before:
             self.rollback(len(self._before) - self._before.index(snapshot.point))
@@ -158,7 +230,7 @@ class ModelState:
                 "keep more with LanguageModel.keep_undo, or clone() the state"
             )
 
-    def __iter__(self) -> Iterator[LayerState]:
+    def __iter__(self) -> Iterator[MixerState]:
         return iter(self.layers)
 
     def __len__(self) -> int:
@@ -167,7 +239,12 @@ class ModelState:
     @property
     def batch_size(self) -> int:
         """B: sequences that the state belongs to."""
-        return self.layers[0].memory.shape[0]
+        return self.layers[0].batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.layers[0].tensors()[0].device
 
     @property
     def num_bytes(self) -> int:
@@ -196,15 +273,15 @@ class ModelState:
 
     def select(self, indices: Tensor | list[int]) -> ModelState:
         """The sequences at `indices` (in that order, repeats allowed), a copy: for beams, forks and reordering."""
-        rows = torch.as_tensor(indices, device=self.layers[0].memory.device)
+        rows = torch.as_tensor(indices, device=self.device)
         return self.apply(lambda tensor: tensor[rows])
 
     def place(self, indices: Tensor | list[int], size: int) -> ModelState:
         """A state of `size` sequences, zero except that sequence `indices[i]` is this state's sequence i."""
-        rows = torch.as_tensor(indices, device=self.layers[0].memory.device)
+        rows = torch.as_tensor(indices, device=self.device)
         return self.apply(lambda tensor: tensor.new_zeros(size, *tensor.shape[1:]).index_copy(0, rows, tensor))
 
     def reset(self, rows: Tensor) -> ModelState:
         """The state with the sequences where `rows` (bool `[B]`) is True back at zero."""
-        keep = ~rows.to(self.layers[0].memory.device)
+        keep = ~rows.to(self.device)
         return self.apply(lambda tensor: tensor * keep.view(-1, *[1] * (tensor.dim() - 1)))

@@ -1,7 +1,7 @@
 """What a model costs, from its configuration alone: parameters, FLOPs per token, state bytes, memory for training.
 
 A multiplication and an addition are one FLOP each. Shapes: d hidden size, D total value width, H heads, M memory states of
-each head, K of them selected, V vocabulary size.
+each head, K of them selected, V vocabulary size, T tokens of a training sequence, W tokens of an attention window.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from factorization_memory.config import ModelConfig
+from factorization_memory.config import DataConfig, ModelConfig
 from factorization_memory.models.language_model import LanguageModel
 
 UPDATE_FLOPS = 3
 """Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
 MERGE_FLOPS = 2
 """Of one number of the memory: its share of `sum_j phi_j h_j`."""
+PAIR_FLOPS = 4
+"""Of two tokens in attention and one number of a token's width: in the product of query and key, and in the sum of values."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Costs of one model. FLOPs are per token; `decode` is one generated token, `prefill` one of a prompt."""
+    """Costs of one model. FLOPs are per token; `decode` is one generated token, `prefill` one of a prompt. With attention they
+    depend on how much is attended to: all are given for the mean over the tokens of a training sequence."""
 
     parameters: int
     embedding_parameters: int
@@ -31,15 +34,24 @@ class Counts:
     head_flops: int
     """The output head, forward."""
     recurrence_flops: int
-    """Updating and merging the selected states as the formula says, forward. The chunked form does other arithmetic for the
-    same result."""
+    """Updating and merging the selected states as the formula says, forward; of Mamba-2 the same of all its states. The chunked
+    forms do other arithmetic for the same result."""
+    attention_flops: int
+    """Products of queries with keys, and sums of values, forward, at the mean context of a training sequence."""
     state_bytes: int
-    """Memory and convolution tails of one sequence, at any length."""
+    """Memory and convolution tails of one sequence, and full attention windows, at any length."""
+    state_bytes_per_token: int
+    """What attention without a window keeps of each token read, besides."""
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Parameters of the blocks and the last norm."""
+        return self.parameters - self.embedding_parameters
 
     @property
     def forward_flops(self) -> int:
         """One token through blocks and head."""
-        return self.projection_flops + self.recurrence_flops + self.head_flops
+        return self.prefill_flops + self.head_flops
 
     @property
     def train_flops(self) -> int:
@@ -49,7 +61,7 @@ class Counts:
     @property
     def prefill_flops(self) -> int:
         """One prompt token: no head, which only the last one needs."""
-        return self.projection_flops + self.recurrence_flops
+        return self.projection_flops + self.recurrence_flops + self.attention_flops
 
     @property
     def decode_flops(self) -> int:
@@ -57,22 +69,37 @@ class Counts:
         return self.forward_flops
 
 
-def count(config: ModelConfig) -> Counts:
-    """The costs of a model of `config`, whose `vocab_size` must be set. With an affinity threshold all states count."""
+def count(config: ModelConfig, context_length: int = DataConfig.context_length) -> Counts:
+    """The costs of a model of `config`, whose `vocab_size` must be set. With an affinity threshold all states count.
+
+    `context_length` is that of training sequences, T: a token of them attends to (T + 1) / 2 tokens in the mean, fewer in a
+    window.
+    """
+    window = config.attention.sliding_window
     with torch.device("meta"):
         model = LanguageModel(config)
-        state = model.initial_state(1)
+        state = model.initial_state(1, window or 0)
+        longer = state if window else model.initial_state(1, 1)
     weights = sum(
         module.weight.numel() for block in model.blocks for module in block.modules() if isinstance(module, torch.nn.Linear)
     )
-    selected = config.top_k or config.num_states
+    states = {
+        "memory": (config.top_k or config.num_states) * config.value_size,
+        "mamba2": config.mamba2.state_size * int(config.mamba2.expand * config.hidden_size),
+        "attention": 0,
+    }
+    reach = min(window or context_length, context_length)
+    attended = reach * (reach + 1) // 2 + (context_length - reach) * reach  # by all tokens of a sequence
+    pairs = config.layer_mixers.count("attention") * attended * config.hidden_size
     return Counts(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding_parameters=model.embedding.weight.numel() * (1 if config.tie_word_embeddings else 2),
         projection_flops=2 * weights,
         head_flops=2 * config.hidden_size * config.vocab_size,
-        recurrence_flops=config.num_layers * (UPDATE_FLOPS + MERGE_FLOPS) * selected * config.value_size,
+        recurrence_flops=(UPDATE_FLOPS + MERGE_FLOPS) * sum(states[mixer] for mixer in config.layer_mixers),
+        attention_flops=PAIR_FLOPS * pairs // context_length,
         state_bytes=state.num_bytes,
+        state_bytes_per_token=longer.num_bytes - state.num_bytes,
     )
 
 

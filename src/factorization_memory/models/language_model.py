@@ -1,4 +1,4 @@
-"""The language model: embedding, pre-norm blocks of a memory layer and a feed-forward layer, norm, head.
+"""The language model: embedding, pre-norm blocks of a mixer (memory, attention, Mamba-2) and a feed-forward layer, norm, head.
 
 Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequences.
 """
@@ -10,43 +10,64 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from factorization_memory.config import ConfigError, ModelConfig
-from factorization_memory.layers import FactorizationMemory, FeedForward, LayerState, ModelState
+from factorization_memory.config import ConfigError, Mixer, ModelConfig
+from factorization_memory.layers import (
+    Attention,
+    FactorizationMemory,
+    FeedForward,
+    LayerState,
+    Mamba2,
+    MixerState,
+    ModelState,
+    SequenceMixer,
+)
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.cross_entropy import linear_cross_entropy
 
 
-class Block(nn.Module):
-    """`x + memory(norm(x))`, then `x + feed_forward(norm(x))`."""
+def make_mixer(mixer: Mixer, config: ModelConfig) -> SequenceMixer:
+    """The layer that mixes tokens, of a model's configuration."""
+    if mixer == "attention":
+        return Attention.from_config(config)
+    if mixer == "mamba2":
+        return Mamba2.from_config(config)
+    return FactorizationMemory.from_config(config)
 
-    def __init__(self, config: ModelConfig) -> None:
+
+class Block(nn.Module):
+    """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))` unless the model has no feed-forward layers."""
+
+    def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = FactorizationMemory.from_config(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size)
+        self.mixer = make_mixer(mixer, config)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.feed_forward else None
+        self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size) if config.feed_forward else None
 
     def forward(
         self,
         x: Tensor,
-        state: LayerState | None,
+        state: MixerState | None,
         cu_seqlens: Tensor | None,
         padding_mask: Tensor | None,
         keep_state: bool = True,
-    ) -> tuple[Tensor, LayerState | None]:
+    ) -> tuple[Tensor, MixerState | None]:
         """x `[B, T, d]` to the same shape, and the new state if asked for."""
         y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask, keep_state)
-        x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), state
+        return self._feed(x + y), state
 
-    def step(self, x: Tensor, state: LayerState) -> Tensor:
+    def step(self, x: Tensor, state: MixerState) -> Tensor:
         """One token x `[B, d]` to the same shape; `state` is updated in place."""
-        x = x + self.mixer.step(self.mixer_norm(x), state)
+        return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        if self.feed_forward is None or self.feed_forward_norm is None:
+            return x
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class LanguageModel(nn.Module):
-    """A causal language model whose memory is constant in the length read.
+    """A causal language model. What it carries is constant in the length read, unless it has attention without a window.
 
     Args:
         config: its `vocab_size` must be set.
@@ -61,7 +82,7 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"model.vocab_size={config.vocab_size!r}: a model needs the number of its tokenizer's ids")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(config) for _ in range(config.num_layers))  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers)  # type: ignore[assignment]
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -72,20 +93,27 @@ class LanguageModel(nn.Module):
     def reset_parameters(self) -> None:
         """Initial weights: 0.02 for the embedding, 1/sqrt(inputs) for projections, those into the residual stream smaller
         with depth so that its variance does not grow with the number of blocks."""
-        residual = (2 * self.config.num_layers) ** -0.5
+        residual = ((2 if self.config.feed_forward else 1) * self.config.num_layers) ** -0.5
         nn.init.normal_(self.embedding.weight, std=0.02)
         if not self.config.tie_word_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
         for block in self.blocks:
             block.mixer.reset_parameters()
             block.mixer.output.weight.mul_(residual)
+            if block.feed_forward is None:
+                continue
             gate_up, down = block.feed_forward.gate_up, block.feed_forward.down
             nn.init.normal_(gate_up.weight, std=gate_up.in_features**-0.5)
             nn.init.normal_(down.weight, std=residual * down.in_features**-0.5)
 
-    def initial_state(self, batch_size: int) -> ModelState:
-        """The empty memory of `batch_size` sequences."""
-        return ModelState(block.mixer.initial_state(batch_size) for block in self.blocks)
+    def initial_state(self, batch_size: int, capacity: int = 0) -> ModelState:
+        """The empty memory of `batch_size` sequences; attention has room for `capacity` tokens, and makes more at need."""
+        return ModelState(
+            block.mixer.initial_state(batch_size, capacity)
+            if isinstance(block.mixer, Attention)
+            else block.mixer.initial_state(batch_size)
+            for block in self.blocks
+        )
 
     def forward(
         self,
@@ -154,13 +182,20 @@ class LanguageModel(nn.Module):
         and `snapshot` and `restore`, cost as little as those steps.
 
         Raises:
-            ValueError: `steps` is not positive.
+            ValueError: `steps` is not positive, or some layer is no memory layer.
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: use 1 or more steps to keep")
-        position = torch.zeros(1, dtype=torch.int64, device=state.layers[0].memory.device)
-        layers = zip(self.blocks, state, strict=True)
-        return ModelState(block.mixer.keep_undo(layer, steps, position) for block, layer in layers)
+        position = torch.zeros(1, dtype=torch.int64, device=state.device)
+        layers = []
+        for number, (block, layer) in enumerate(zip(self.blocks, state, strict=True)):
+            if not isinstance(block.mixer, FactorizationMemory) or not isinstance(layer, LayerState):
+                raise ValueError(
+                    f"block {number} of the model: steps of {type(block.mixer).__name__} cannot be rolled back; "
+                    "take a snapshot() or clone() of the state before them"
+                )
+            layers.append(block.mixer.keep_undo(layer, steps, position))
+        return ModelState(layers)
 
     def _hidden(
         self,
@@ -169,10 +204,10 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None,
         padding_mask: Tensor | None,
         keep_state: bool = True,
-    ) -> tuple[Tensor, list[LayerState]]:
+    ) -> tuple[Tensor, list[MixerState]]:
         """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
         x = self.embedding(tokens)
-        states: list[LayerState] = []
+        states: list[MixerState] = []
         for i, block in enumerate(self.blocks):
             x, layer_state = block(x, None if state is None else state.layers[i], cu_seqlens, padding_mask, keep_state)
             if layer_state is not None:

@@ -435,16 +435,22 @@ def _load_carried(model: LanguageModel, rows: int, begun: list[bool], path: Path
 
         def fill(empty: Tensor) -> Tensor:
             name = f"{index}/{next(numbers)}"
-            if name not in tensors or tensors[name].shape != empty.shape:
+            if name not in tensors or not _fits(tensors[name], empty):
                 found = tuple(tensors[name].shape) if name in tensors else "nothing"
                 raise _DamagedError(
                     f"{path / _CARRIED}: {name} should be {tuple(empty.shape)}, there is {found}; {_present(path)}"
                 )
-            return empty.copy_(tensors[name])
+            return tensors[name].to(empty)
 
         return model.initial_state(rows).apply(fill)
 
     return [load(index) if each else None for index, each in enumerate(begun)]
+
+
+def _fits(tensor: Tensor, empty: Tensor) -> bool:
+    """Whether a carried tensor is of the shape of the state's empty form, where a size of 0 is one that grows."""
+    sizes = zip(tensor.shape, empty.shape, strict=False)
+    return tensor.dim() == empty.dim() and all(size == expected or expected == 0 for size, expected in sizes)
 
 
 def _random_states(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,129 @@
+"""`python -m factorization_memory.cli.compare_run RUN/job.json`: one training of `fmem compare`, in a process of its own.
+
+Trains in the folder of `job.json`, or goes on there, then evaluates the final model as `fmem evaluate` does. Leaves beside the
+run's own records `memory.json` (peak memory of the GPU), `evaluation.json` and, where it fails, `failure.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from factorization_memory.config import RunConfig
+
+
+def main(job_file: Path) -> int:
+    """Work on a job; returns the exit status."""
+    # Late, so that a failing import stands in the log and in failure.json.
+    from factorization_memory.cli.common import write_aside
+    from factorization_memory.experiments.processes import FAILURE_NAME
+
+    try:
+        return _work(job_file)
+    except Exception as error:
+        traceback.print_exc()
+        from factorization_memory.training import TrainingDivergedError
+
+        message = str(error).strip() or type(error).__name__
+        failure = {"message": message, "diverged": isinstance(error, TrainingDivergedError), "stopped": False}
+        write_aside(job_file.parent / FAILURE_NAME, json.dumps(failure, ensure_ascii=False))
+        return 1
+
+
+def _work(job_file: Path) -> int:
+    import torch
+
+    from factorization_memory.cli import train
+    from factorization_memory.cli.common import interrupted_status
+    from factorization_memory.config import RunConfig, from_dict
+    from factorization_memory.experiments.processes import read_json
+    from factorization_memory.training import list_checkpoints, resolve_device
+    from factorization_memory.training.checkpoint import CHECKPOINTS_NAME, prune_checkpoints
+    from factorization_memory.training.record import RESULT_NAME, RunRecord
+
+    folder = job_file.parent
+    job = json.loads(job_file.read_text(encoding="utf-8"))
+    config = from_dict(RunConfig, job["config"])
+    torch.set_num_threads(job["threads"])
+    end_with(job["parent"])
+    result = read_json(folder / RESULT_NAME)
+    if result is None or result["stopped"] != "finished":
+        result = train.train(config, folder, resume=RunRecord(folder).exists)
+        device = resolve_device(config.training.device)
+        if device.type == "cuda":
+            _record_memory(folder, device)
+        if result["stopped"] == "interrupted":
+            return interrupted_status(result)
+    if job["evaluation"] is not None and not (folder / "evaluation.json").exists():
+        _evaluate(folder, config, job["evaluation"])
+    if job["kind"] == "seed":
+        prune_checkpoints(folder, 1, None)
+    elif list_checkpoints(folder):
+        # Of a search or a timing, only the figures matter.
+        shutil.rmtree(folder / CHECKPOINTS_NAME)
+    return 0
+
+
+def end_with(parent: int) -> None:
+    """Stop as SIGTERM does when the process `parent` that started this one is gone: killed, it could not say so.
+
+    Does nothing where another started this one, as a person may by hand.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _record_memory(folder: Path, device: torch.device) -> None:
+    """Peak memory of the training, the largest of all its parts where it was resumed."""
+    import torch
+
+    from factorization_memory.experiments.processes import MEMORY_NAME, read_json
+    from factorization_memory.training.record import write_json
+
+    before = read_json(folder / MEMORY_NAME) or {}
+    peaks = {
+        "allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+    write_json(folder / MEMORY_NAME, {name: max(peak, before.get(name, 0)) for name, peak in peaks.items()})
+
+
+def _evaluate(folder: Path, config: RunConfig, options: dict[str, Any]) -> None:
+    from factorization_memory.data.shards import PackedCorpus
+    from factorization_memory.evaluation import evaluate_run
+    from factorization_memory.training import find_checkpoint, load_model, resolve_device
+    from factorization_memory.training.device import autocast
+    from factorization_memory.training.record import write_json
+
+    checkpoint = find_checkpoint(folder, "last")
+    device = resolve_device(config.training.device)
+    model, _, config = load_model(checkpoint, device)
+    corpus = PackedCorpus.open(Path(config.data.corpus))
+    with autocast(config.training, device):
+        record = evaluate_run(model, corpus, config, ngram_orders=(), **options)
+    evaluated = {"checkpoint": checkpoint.name, "corpus_fingerprint": corpus.fingerprint, **options}
+    write_json(folder / "evaluation.json", {"evaluated": evaluated, **record})
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main(Path(sys.argv[1])))
+    sys.exit(130)

@@ -1,0 +1,175 @@
+"""A comparison's record as tables for people: the same rows on a terminal and in `compare.md`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Table:
+    """A titled table of text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """Losses; what the models are; differences to the first contender; searches of the learning rate, where there were any."""
+    made = (_losses(record), _models(record), _differences(record), _searches(record))
+    return [each for each in made if each.rows and len(each.columns) > 1]
+
+
+def notes(record: dict[str, Any]) -> list[str]:
+    """What one has to know to read the tables, a sentence each; then what failed."""
+    shared, environment = record["shared"], record["environment"]
+    context = shared["context_length"]
+    said = [
+        f"Every contender read the same {shared['tokens']:,} tokens in the same order ({shared['steps']:,} steps of "
+        f"{shared['tokens_per_step']:,}, context {context:,}; seeds {', '.join(map(str, shared['seeds']))}). "
+        "Losses are of held-out text; ± is the sample standard deviation over seeds. Parameters: blocks + embedding and head.",
+    ]
+    if shared["positions"]:
+        said.append(
+            "Nx: the loss of tokens between N/2 and N training contexts from the beginning of a text, read without a break."
+        )
+    for contender in record["contenders"]:
+        varied, off = contender["matching"]["varied"], contender["matching"]["difference"]
+        if varied:
+            changes = ", ".join(f"{name} from {each['from']:g} to {each['to']:g}" for name, each in varied.items())
+            said.append(f"{contender['name']}: {changes}, which leaves {off:+.2%} parameters outside the embedding.")
+        elif off:
+            said.append(f"{contender['name']}: near enough as it is, {off:+.2%} parameters outside the embedding.")
+    edged = [each["name"] for each in record["contenders"] if each["learning_rate"]["at_edge"]]
+    if edged:
+        said.append(
+            f"(edge) The best learning rate of {', '.join(edged)} is at the edge of the list: a better one may lie beyond it."
+        )
+    if record["parallel"] > 1 and not shared["alone_steps"]:
+        said.append(
+            f"Tokens per second are those of up to {record['parallel']} runs at once on one device; "
+            "--alone-steps measures each alone."
+        )
+    where = environment["gpu"] or f"{environment['cpu']}, {record['threads']} thread(s) a run"
+    said.append(f"{where}, torch {environment['torch']}, commit {environment['git_commit']}, {environment['date']}.")
+    said += [f"NOT DONE: {failure['run']} ({failure['folder']}): {failure['message']}" for failure in record["failures"]]
+    return said
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The text of `compare.md`."""
+    parts = ["# Comparison", f"`{record['command']}`"]
+    losses, models = _losses(record), _models(record)
+    # A page is wider than a terminal: losses and models side by side.
+    rows = [[name, *loss, *model] for (name, *loss), (_, *model) in zip(losses.rows, models.rows, strict=True)]
+    joined = Table(losses.title, [*losses.columns, *models.columns[1:]], rows)
+    others = [each for each in tables(record) if each.title not in (losses.title, models.title)]
+    for table in (joined, *others):
+        lines = [_row(table.columns), _row(["---", *["---:"] * (len(table.columns) - 1)])]
+        parts.append("\n".join([f"{table.title}\n", *lines, *(_row(row) for row in table.rows)]))
+    parts += ["\n".join(f"- {note}" for note in notes(record)), "![Loss by position](compare.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _sources(record: dict[str, Any]) -> list[str]:
+    found = [source for each in record["contenders"] for source in each["summary"]["context"]]
+    return [source for source in dict.fromkeys(found) if source != "all"]
+
+
+def _places(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+    """Heading and place in a summary of every loss that the tables show."""
+    context = record["shared"]["context_length"]
+    places: list[tuple[str, tuple[str, ...]]] = []
+    for source in _sources(record):
+        places.append((f"{source} at {context:,}", ("context", source)))
+    for multiple in record["shared"]["positions"]:
+        places += [(f"{source} {multiple}x", ("positions", str(multiple), source)) for source in _sources(record)]
+    return places
+
+
+def _at(summary: dict[str, Any], place: tuple[str, ...]) -> Any:
+    for key in place:
+        summary = summary.get(key, {})
+    return summary or None
+
+
+def _losses(record: dict[str, Any]) -> Table:
+    places = _places(record)
+    table = Table("Loss in nats per token", ["contender", *(heading for heading, _ in places)])
+    for contender in record["contenders"]:
+        losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]
+        table.rows.append([contender["name"], *losses])
+    return table
+
+
+def _models(record: dict[str, Any]) -> Table:
+    sources = _sources(record)
+    memory = any(each["summary"]["peak_memory_bytes"] for each in record["contenders"])
+    columns = ["contender", "parameters", "learning rate", "tokens/s", *(["peak memory"] if memory else [])]
+    table = Table("Models; bits per byte in windows of the training context", [*columns, *(f"{s} bits/byte" for s in sources)])
+    for contender in record["contenders"]:
+        summary, rate, parameters = contender["summary"], contender["learning_rate"], contender["parameters"]
+        chosen = "" if rate["chosen"] is None else f"{rate['chosen']:g}" + (" (edge)" if rate["at_edge"] else "")
+        speed = contender["tokens_per_second_alone"] or summary["tokens_per_second"]
+        peak = summary["peak_memory_bytes"]
+        table.rows.append(
+            [
+                contender["name"],
+                f"{parameters['non_embedding'] / 1e6:.2f} M + {parameters['embedding'] / 1e6:.2f} M",
+                chosen,
+                "" if speed is None else f"{speed:,.0f}",
+                *([("" if peak is None else f"{peak / 1e9:.2f} GB")] if memory else []),
+                *(_figure(_at(summary, ("context", source, "bits_per_byte"))) for source in sources),
+            ]
+        )
+    return table
+
+
+def _differences(record: dict[str, Any]) -> Table:
+    places = _places(record)
+    first = record["contenders"][0]["name"]
+    title = f"Difference to {first} in nats per token, same seed against same seed; ± is the standard error"
+    table = Table(title, ["contender", *(heading for heading, _ in places)])
+    for contender in record["contenders"][1:]:
+        cells = []
+        for _, place in places:
+            difference = _at(contender["difference"], (*place, "loss"))
+            cells.append("" if difference is None else _signed(difference["mean"], difference["standard_error"]))
+        table.rows.append([contender["name"], *cells])
+    return table
+
+
+def _searches(record: dict[str, Any]) -> Table:
+    search = record["shared"]["search"]
+    title = f"Search of the learning rate: held-out loss after {search['steps']:,} steps, seed {search['seed']}"
+    searched = [each for each in record["contenders"] if each["learning_rate"]["searched"]]
+    rates = sorted({each["learning_rate"] for contender in searched for each in contender["learning_rate"]["candidates"]})
+    table = Table(title, ["contender", *(f"{rate:g}" for rate in rates)])
+    for contender in searched:
+        candidates = {each["learning_rate"]: each for each in contender["learning_rate"]["candidates"]}
+        cells = []
+        for rate in rates:
+            candidate = candidates.get(rate)
+            if candidate is None:
+                cells.append("")
+            elif candidate["loss"] is None:
+                cells.append("diverged" if candidate["diverged"] else "not done")
+            else:
+                cells.append(f"{candidate['loss']:.4f}")
+        table.rows.append([contender["name"], *cells])
+    return table
+
+
+def _figure(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure['mean']:.4f}" + ("" if figure["spread"] is None else f" ± {figure['spread']:.4f}")
+
+
+def _signed(mean: float, error: float | None) -> str:
+    return f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -1,0 +1,152 @@
+"""Models of equal size: the width, or depth, that gives a configuration a wanted number of parameters.
+
+Counted are the parameters outside embedding and head, since these follow from the vocabulary. Where blocks have a feed-forward
+layer its width is varied, and nothing else. Blocks without one, as Mamba-2's own, vary their number and the width of their
+mixer: a few coarse sizes each, so several pairs are looked through and the one that departs least from the given is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.models.counting import count
+
+TOLERANCE = 0.005
+"""Relative difference up to which two models count as equally large."""
+FEED_FORWARD_MULTIPLES = (32, 16, 8, 4)
+"""Widths of a feed-forward layer are multiples of the first of these that comes near enough."""
+FARTHEST = 2.0
+"""Depth and mixer width of blocks without feed-forward may change by this factor, up or down."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A model made equally large as another."""
+
+    model: ModelConfig
+    parameters: int
+    """Outside embedding and head."""
+    target: int
+    varied: dict[str, tuple[Any, Any]]
+    """Fields that were changed: from, to. Empty where the model was near enough as it was."""
+
+    @property
+    def difference(self) -> float:
+        """Relative difference that remains."""
+        return self.parameters / self.target - 1
+
+
+def non_embedding_parameters(model: ModelConfig) -> int:
+    """Parameters of a model outside embedding and head."""
+    counts = count(dataclasses.replace(model, vocab_size=model.vocab_size or 1))
+    return counts.parameters - counts.embedding_parameters
+
+
+def match_parameters(model: ModelConfig, target: int, tolerance: float = TOLERANCE) -> Match:
+    """`model` with as many parameters outside embedding and head as `target`, to within `tolerance`.
+
+    Raises ConfigError where no choice comes near enough: it says what was varied and how near it came.
+    """
+    own = non_embedding_parameters(model)
+    if abs(own / target - 1) <= tolerance:
+        return Match(model, own, target, {})
+    found = _by_feed_forward(model, target, tolerance) if model.feed_forward else _by_depth_and_width(model, target, tolerance)
+    return Match(found, non_embedding_parameters(found), target, _varied(model, found))
+
+
+def _by_feed_forward(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
+    def sized(width: int) -> ModelConfig:
+        return dataclasses.replace(model, intermediate_size=width)
+
+    # The number is linear in the width.
+    narrow, wide = (non_embedding_parameters(sized(width)) for width in (32, 64))
+    of_one = (wide - narrow) / 32
+    exact = 32 + (target - narrow) / of_one
+    best = math.inf
+    for multiple in FEED_FORWARD_MULTIPLES:
+        width = max(1, round(exact / multiple)) * multiple
+        difference = (narrow + (width - 32) * of_one) / target - 1
+        best = min(best, difference, key=abs)
+        if abs(difference) <= tolerance:
+            return sized(width)
+    least = narrow - (32 - FEED_FORWARD_MULTIPLES[-1]) * of_one
+    remedy = (
+        f"its mixers alone have {round(narrow - 32 * of_one):,}; use fewer layers or a smaller hidden_size, or a larger target"
+        if target < least
+        else f"widths in multiples of {FEED_FORWARD_MULTIPLES[-1]} leave {best:+.2%} at best; use another hidden_size or depth"
+    )
+    raise ConfigError(
+        f"model.intermediate_size cannot bring the model to {target:,} parameters outside the embedding: {remedy}"
+    )
+
+
+def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
+    pattern = len(model.mixers)
+
+    def parameters(repeats: int, expand: float) -> int:
+        return non_embedding_parameters(dataclasses.replace(_widened(model, expand), num_layers=repeats * pattern))
+
+    own, expands = _expands(model)
+    # The number is linear in the repeats of the pattern, and that of one repeat in the mixers' width.
+    one, two = parameters(1, own), parameters(2, own)
+    other = max(expands, key=lambda expand: abs(expand - own))
+    slope = (parameters(1, other) - one) / (other - own) if other != own else 0.0
+    fewest = max(1, math.ceil(model.num_layers / FARTHEST / pattern))
+    most = max(fewest, math.floor(model.num_layers * FARTHEST / pattern))
+    candidates = []
+    for expand in expands:
+        of_one = two - one + slope * (expand - own)
+        exact = (target - (2 * one - two)) / of_one
+        for repeats in {min(max(round_off(exact), fewest), most) for round_off in (math.floor, math.ceil)}:
+            difference = (2 * one - two + repeats * of_one) / target - 1
+            layers = repeats * pattern
+            departure = abs(math.log(layers / model.num_layers)) + abs(math.log(expand / own))
+            candidates.append((departure, difference, dataclasses.replace(_widened(model, expand), num_layers=layers)))
+    near = [candidate for candidate in candidates if abs(candidate[1]) <= tolerance]
+    if near:
+        return min(near, key=lambda candidate: candidate[0])[2]
+    _, difference, nearest = min(candidates, key=lambda candidate: abs(candidate[1]))
+    raise ConfigError(
+        f"model.num_layers and the mixers' expand, up to a factor of {FARTHEST:g}, cannot bring the model to {target:,} "
+        f"parameters outside the embedding; the nearest, {difference:+.2%}, is {_described(_varied(model, nearest))}; choose "
+        "another hidden_size, or --match-to this contender"
+    )
+
+
+def _expands(model: ModelConfig) -> tuple[float, list[float]]:
+    """The mixers' `expand`, and all that it may be, itself among them."""
+    if "mamba2" in model.mixers:
+        own, step = model.mamba2.expand, model.mamba2.head_size * model.mamba2.num_groups
+    elif "memory" in model.mixers:
+        own, step = model.expand, math.lcm(16, model.num_heads)
+    else:
+        return model.expand, [model.expand]
+    size = own * model.hidden_size
+    widths = range(step * math.ceil(size / FARTHEST / step), math.floor(size * FARTHEST) + 1, step)
+    expands = {own, *(width / model.hidden_size for width in widths)}
+    # A quotient that is rounded may not come back as a whole width.
+    return own, sorted(expand for expand in expands if float(expand * model.hidden_size).is_integer())
+
+
+def _widened(model: ModelConfig, expand: float) -> ModelConfig:
+    if "mamba2" in model.mixers:
+        return dataclasses.replace(model, mamba2=dataclasses.replace(model.mamba2, expand=expand))
+    return dataclasses.replace(model, expand=expand)
+
+
+def _varied(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    fields = {
+        "model.intermediate_size": (before.feed_forward_size, after.feed_forward_size),
+        "model.num_layers": (before.num_layers, after.num_layers),
+        "model.expand": (before.expand, after.expand),
+        "model.mamba2.expand": (before.mamba2.expand, after.mamba2.expand),
+    }
+    return {name: (old, new) for name, (old, new) in fields.items() if old != new}
+
+
+def _described(varied: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name}={new:g}" for name, (_, new) in varied.items()) or "the model as it is"

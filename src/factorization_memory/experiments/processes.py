@@ -1,0 +1,238 @@
+"""Trainings as processes side by side: started, watched, stopped together, and known by what they leave on disk.
+
+A job is a run folder. The process that works on it reads `job.json` there, trains (or goes on), evaluates, and exits; it is
+done when `result.json` says "finished" and, where an evaluation was asked for, `evaluation.json` is there. What went wrong
+stands in `failure.json` and, at length, in `log.txt`. So a job that is done is never started again, whoever asks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from factorization_memory.config import RunConfig, to_dict
+
+JOB_NAME, LOG_NAME, FAILURE_NAME, MEMORY_NAME = "job.json", "log.txt", "failure.json", "memory.json"
+POLL_SECONDS = 0.1
+LOOK_SECONDS = 1.0
+"""Between two looks at what a running job has written."""
+_TAIL_BYTES = 1 << 16
+
+Kind = Literal["search", "seed", "alone"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, in a process of its own."""
+
+    contender: str
+    kind: Kind
+    label: str
+    """What tells it from the contender's other jobs: "seed 0", "learning rate 0.001"."""
+    folder: Path
+    config: RunConfig
+    evaluation: dict[str, Any] | None = None
+    """What to evaluate of the final model: `max_position`, `max_tokens`, `stretches`; None for nothing."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.contender}, {self.label}"
+
+    def result(self) -> dict[str, Any] | None:
+        """What `result.json` holds, if the training has finished."""
+        result = read_json(self.folder / "result.json")
+        return result if result is not None and result["stopped"] == "finished" else None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do. A training that diverged is done: it would diverge again."""
+        finished = self.result() is not None and (self.evaluation is None or (self.folder / "evaluation.json").exists())
+        return finished or self.diverged
+
+    @property
+    def diverged(self) -> bool:
+        return bool((self.failure() or {}).get("diverged"))
+
+    def failure(self) -> dict[str, Any] | None:
+        """`message`, and whether it `diverged`; None where nothing went wrong."""
+        return read_json(self.folder / FAILURE_NAME)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The training lines of `metrics.jsonl`."""
+        path = self.folder / "metrics.jsonl"
+        return _training_lines(path.read_bytes()) if path.exists() else []
+
+    def latest(self) -> dict[str, Any] | None:
+        """The last training line, from the end of the file alone."""
+        try:
+            with open(self.folder / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = _training_lines(file.read())
+        except FileNotFoundError:
+            return None
+        return lines[-1] if lines else None
+
+
+class Watcher:
+    """Told how the jobs go; does nothing. Override what you want to see."""
+
+    def on_start(self, job: Job) -> None:
+        """The job's process runs."""
+
+    def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
+        """The last line that the job's training wrote, about once a second."""
+
+    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
+        """The job's process has ended, well or with a failure, or the job was done before."""
+
+    def on_tick(self) -> None:
+        """Time passes."""
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    command: Callable[[Path], Sequence[str]],
+    *,
+    parallel: int,
+    threads: int,
+    then: Callable[[Job], Iterable[Job]] = lambda job: (),
+    stop: Callable[[], str | None] = lambda: None,
+    watcher: Watcher | None = None,
+) -> int:
+    """Work through `jobs`, at most `parallel` at a time, and through those that `then` names when one of them has ended.
+
+    Args:
+        command: from the path of a job's `job.json`, the command line of a process that works on it.
+        threads: CPU threads of each process.
+        stop: asked all the time; the name of a signal ("SIGTERM") is passed on to the processes, which then write a checkpoint
+            and end; no further job begins.
+        watcher: told of everything.
+
+    Returns how many processes it started: none when all was done before.
+    """
+    watcher = watcher if watcher is not None else Watcher()
+    waiting = list(jobs)
+    running: list[_Process] = []
+    seen: set[Path] = set()
+    started, stopping = 0, False
+    try:
+        while running or (waiting and not stopping):
+            asked = stop()
+            if asked is not None and not stopping:
+                stopping = True
+                for process in running:
+                    process.signal(signal.Signals[asked])
+            while waiting and len(running) < parallel and not stopping:
+                job = waiting.pop(0)
+                if job.folder in seen:
+                    continue  # named by several that ended at the same time
+                seen.add(job.folder)
+                if job.done:
+                    watcher.on_end(job, job.failure())
+                    waiting = [*then(job), *waiting]
+                    continue
+                running.append(_Process(job, command, threads))
+                started += 1
+                watcher.on_start(job)
+            for process in list(running):
+                if process.poll() is None:
+                    process.look(watcher)
+                    continue
+                running.remove(process)
+                watcher.on_end(process.job, process.close(stopping))
+                # Before the others that wait: one contender is through before the next begins.
+                waiting = [*then(process.job), *waiting]
+            watcher.on_tick()
+            if running:
+                time.sleep(POLL_SECONDS)
+    finally:
+        for process in running:
+            process.kill()
+    return started
+
+
+class _Process:
+    """The process of one job."""
+
+    def __init__(self, job: Job, command: Callable[[Path], Sequence[str]], threads: int) -> None:
+        self.job = job
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / FAILURE_NAME).unlink(missing_ok=True)
+        order = {"config": to_dict(job.config), "evaluation": job.evaluation, "kind": job.kind, "threads": threads}
+        order["parent"] = os.getpid()
+        (job.folder / JOB_NAME).write_text(json.dumps(order, ensure_ascii=False, indent=1), encoding="utf-8")
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "NO_COLOR": "1"}
+        self._looked = 0.0
+        self._log = open(job.folder / LOG_NAME, "ab")  # noqa: SIM115 - open as long as the process
+        try:
+            # In a session of its own: Ctrl-C reaches it through us alone, once, and it has time for its checkpoint.
+            self._process = subprocess.Popen(
+                command(job.folder / JOB_NAME), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            self._log.close()
+            raise
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def look(self, watcher: Watcher) -> None:
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            line = self.job.latest()
+            if line is not None:
+                watcher.on_progress(self.job, line)
+
+    def close(self, stopping: bool) -> dict[str, Any] | None:
+        """After its end: what went wrong, kept in the folder; None where nothing did, or where it was told to stop."""
+        status = self._process.wait()
+        self._log.close()
+        if status == 0:
+            (self.job.folder / FAILURE_NAME).unlink(missing_ok=True)
+            return None
+        failure = self.job.failure()
+        if failure is None:
+            said = (self.job.folder / LOG_NAME).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            failure = {"message": f"{how}; {said[-1] if said else 'it said nothing'}", "diverged": False}
+            failure["stopped"] = stopping
+            if not stopping:
+                (self.job.folder / FAILURE_NAME).write_text(json.dumps(failure, ensure_ascii=False), encoding="utf-8")
+        return failure
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is no such file or it was cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _training_lines(text: bytes) -> list[dict[str, Any]]:
+    lines = []
+    for line in text.splitlines():
+        # The first may be cut by where reading began, the last by a writer who is not through.
+        if line.startswith(b'{"kind": "train"'):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines

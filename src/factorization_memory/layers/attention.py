@@ -1,0 +1,367 @@
+"""Causal self-attention with rotary positions, as Llama has it (arXiv 2302.13971), with shared key and value heads and a
+sliding window.
+
+Shapes: B sequences, T tokens, S tokens attended to, d hidden size, H query heads, G key and value heads, P width of a head, C
+places of the cache, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from factorization_memory import ops
+from factorization_memory.config import AttentionConfig, ModelConfig
+from factorization_memory.layers.mixer import check_inputs
+from factorization_memory.layers.state import GrowingState
+from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
+
+FIRST_ROOM = 16
+"""Places that a step makes first; from then on it doubles them."""
+
+
+@dataclass
+class AttentionState(GrowingState):
+    """The keys and values that tokens to come may attend to. The token at position p, counted from 1, lies in place p - 1, in a
+    window of W tokens in place (p - 1) modulo W, of which there are at most W.
+
+    Attributes:
+        keys: rotated, `[B, G, C, P]`.
+        values: `[B, G, C, P]`.
+        positions: of what lies in each place, int64 `[B, C]`; 0 where nothing does.
+        length: tokens read, int64 `[B]`.
+        room: steps that fit without a look at `length`; 0 if that is not known.
+        undo: None: steps cannot be taken back.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    length: Tensor
+    room: int = 0
+    undo: None = None
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
+        """The state with `function` applied to each tensor."""
+        keys, values, positions, length = map(function, self.tensors())
+        return AttentionState(keys, values, positions, length)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that make up the state."""
+        return [self.keys, self.values, self.positions, self.length]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.length.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """C."""
+        return self.positions.shape[1]
+
+    def resized(self, capacity: int) -> AttentionState:
+        """The same tokens with so many places, not fewer than now."""
+        more = capacity - self.capacity
+        if more == 0:
+            return self
+        keys, values = (functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.keys, self.values))
+        return AttentionState(keys, values, functional.pad(self.positions, (0, more)), self.length)
+
+    def reserve(self, capacity: int) -> None:
+        """Have at least so many places."""
+        if capacity > self.capacity:
+            larger = self.resized(capacity)
+            self.keys, self.values, self.positions = larger.keys, larger.values, larger.positions
+        self.room = 0
+
+
+class Attention(nn.Module):
+    """Each token attends to those before it and itself. Gradients of gradients are not supported.
+
+    Args:
+        hidden_size: d, width of input and output.
+        num_heads: H; 0 takes heads of width 64 (one head if `hidden_size` is not a multiple).
+        num_key_value_heads: G, heads of keys and values, each shared by H / G query heads; 0 takes `num_heads`.
+        rope_theta: base of the rotary wavelengths.
+        sliding_window: tokens that each token attends to, itself included; None: all before it. No more are kept.
+
+    Raises:
+        ConfigError: a value that cannot be, named with its remedy.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 0,
+        num_key_value_heads: int = 0,
+        *,
+        rope_theta: float = AttentionConfig.rope_theta,
+        sliding_window: int | None = None,
+    ) -> None:
+        super().__init__()
+        # One place checks these fields, for the layer alone as for a whole model.
+        options = AttentionConfig(num_heads, num_key_value_heads, rope_theta, sliding_window)
+        config = ModelConfig(hidden_size=hidden_size, mixers=("attention",), attention=options)
+        self.num_heads, self.num_key_value_heads = config.attention_heads
+        self.hidden_size, self.head_size = hidden_size, hidden_size // self.num_heads
+        self.rope_theta, self.sliding_window = rope_theta, sliding_window
+        self.heads = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
+        self.query_key_value = nn.Linear(hidden_size, sum(self.heads) * self.head_size, bias=False)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Attention:
+        """The layer of a model's configuration."""
+        options = config.attention
+        return cls(
+            config.hidden_size, options.num_heads, options.num_key_value_heads, rope_theta=options.rope_theta,
+            sliding_window=options.sliding_window,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights, 1/sqrt(inputs)."""
+        for projection in (self.query_key_value, self.output):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    def initial_state(self, batch_size: int, capacity: int = 0) -> AttentionState:
+        """The empty cache of `batch_size` sequences, with room for `capacity` tokens; it grows when they are more."""
+        weight, places = self.output.weight, self._places(capacity)
+        keys, values = (weight.new_zeros(batch_size, self.num_key_value_heads, places, self.head_size) for _ in range(2))
+        positions = weight.new_zeros(batch_size, places, dtype=torch.int64)
+        return AttentionState(keys, values, positions, weight.new_zeros(batch_size, dtype=torch.int64))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """A stretch of whole sequences, from their beginning or from a carried state. Positions start anew at each border.
+
+        Args:
+            x: `[B, T, d]`, normalised.
+            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token is not counted and not
+                attended to, and its output is to be ignored. Not with `cu_seqlens`.
+            keep_state: whether to return the state; without, its memory is not taken either.
+
+        Returns:
+            y `[B, T, d]`, and the state after the last token or None.
+
+        Raises:
+            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+        """
+        self._check(x, state, cu_seqlens, padding_mask)
+        if padding_mask is not None:
+            # Whatever stands in padding, also what is not finite, stays out.
+            x = x.masked_fill(~padding_mask[..., None], 0)
+        stretch = _Stretch.of(x, state, cu_seqlens, padding_mask)
+        q, k, v = self._heads(self.query_key_value(x), stretch.position)
+        y = self._attend(q, k, v, state, stretch)
+        final = self._final(k, v, state, stretch) if keep_state else None
+        return self.output(y.transpose(1, 2).flatten(2)), final
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: AttentionState) -> Tensor:
+        """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, with larger tensors when it is full."""
+        used = slice(self._make_room(state))
+        place, position = state.length[:, None], state.length[:, None] + 1
+        if self.sliding_window is not None:
+            place = place % self.sliding_window
+        q, k, v = self._heads(self.query_key_value(x)[:, None], position)
+        state.positions.scatter_(1, place, position)
+        for kept, new in ((state.keys, k), (state.values, v)):
+            kept.scatter_(2, place[..., None, None].expand_as(new), new.to(kept.dtype))
+        state.length.add_(1)
+        keys, values = (kept[:, :, used].to(q.dtype) for kept in (state.keys, state.values))
+        # The query heads that share keys are queries of one head.
+        q = q.reshape(len(x), self.num_key_value_heads, -1, self.head_size)
+        y = functional.scaled_dot_product_attention(q, keys, values, (state.positions[:, used] > 0)[:, None, None])
+        return self.output(y.flatten(1))
+
+    def _check(self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
+        """Checks the arguments of `forward`."""
+        check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
+        if state is None:
+            return
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        shape = (sequences, self.num_key_value_heads, state.capacity, self.head_size)
+        for name, tensor in (("keys", state.keys), ("values", state.values)):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, takes {shape}")
+            if tensor.device != x.device:
+                raise ValueError(f"state.{name}: is on {tensor.device}, x on {x.device}; move them to one device")
+        if self.sliding_window is not None and state.capacity > self.sliding_window:
+            raise ValueError(
+                f"state: it has {state.capacity} places, sliding_window={self.sliding_window} takes no more; "
+                "take one from initial_state or forward"
+            )
+
+    def _make_room(self, state: AttentionState) -> int:
+        """Makes room for one more token, and says how many places are taken with it, at most. A GPU is asked only when the room
+        known of is used up, and a full window never."""
+        if state.capacity == self.sliding_window:
+            return state.capacity
+        if state.room == 0:
+            longest = int(state.length.max()) if len(state.length) else 0
+            if longest == state.capacity:
+                state.reserve(self._places(max(FIRST_ROOM, 2 * longest)))
+            state.room = state.capacity - longest
+        state.room -= 1
+        return state.capacity - state.room
+
+    def _places(self, tokens: int) -> int:
+        """Places of a cache for so many tokens."""
+        return tokens if self.sliding_window is None else min(tokens, self.sliding_window)
+
+    def _heads(self, projected: Tensor, position: Tensor) -> list[Tensor]:
+        """Projections `[B, T, (H + 2 G) P]`, which are written to, of tokens at `position` `[B or 1, T]`, to queries
+        `[B, H, T, P]`, keys and values `[B, G, T, P]`, queries and keys rotated."""
+        turned = rotate(projected, position, self.heads[0] + self.heads[1], self.head_size, self.rope_theta)
+        heads = turned.unflatten(-1, (sum(self.heads), self.head_size))
+        return [part.transpose(1, 2) for part in heads.split(self.heads, dim=-2)]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, stretch: _Stretch) -> Tensor:
+        """What queries `[B, H, T, P]` find in the cache and in the new keys and values `[B, G, T, P]`: `[B, H, T, P]`."""
+        window = self.sliding_window
+        if q.shape[2] == 0:
+            return q
+        if stretch.whole and (state is None or stretch.shortest == stretch.longest):
+            if state is not None:
+                keys, values = self._in_order(state, stretch.longest)
+                k, v = torch.cat((keys.to(k.dtype), k), dim=2), torch.cat((values.to(v.dtype), v), dim=2)
+            return attend_evenly(q, k, v, window)
+        if stretch.borders is not None and state is None and has_packed(q):
+            return attend_packed(q, k, v, stretch.borders, stretch.borders, stretch.most, stretch.most, window)
+        if stretch.cuts is not None:
+            lengths = None if state is None else state.length.tolist()
+            parts = []
+            for n, (start, stop) in enumerate(pairwise(stretch.cuts)):
+                own = [x[:, :, start:stop] for x in (q, k, v)]
+                if state is not None and lengths is not None and stop > start:
+                    kept = self._in_order(state.apply(lambda x, n=n: x[n : n + 1]), lengths[n])  # type: ignore[misc]
+                    own[1:] = [torch.cat((old.to(new.dtype), new), dim=2) for old, new in zip(kept, own[1:], strict=True)]
+                parts.append(attend_evenly(own[0], own[1], own[2], window) if stop > start else own[0])
+            return torch.cat(parts, dim=2)
+        key_position = stretch.position
+        if stretch.padding_mask is not None:
+            key_position = key_position * stretch.padding_mask
+        if state is not None:
+            k, v = torch.cat((state.keys.to(k.dtype), k), dim=2), torch.cat((state.values.to(v.dtype), v), dim=2)
+            key_position = torch.cat((state.positions, key_position.expand(len(state.positions), -1)), dim=1)
+        return attend_masked(q, k, v, stretch.position, key_position, window, stretch.sequence, stretch.padding_mask)
+
+    def _in_order(self, state: AttentionState, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, S, P]` of the last tokens that the next one may attend to, in order, of sequences that have
+        all read `length` tokens."""
+        window = self.sliding_window
+        if window is None or length <= window:
+            return state.keys[:, :, :length], state.values[:, :, :length]
+        first = length % window + 1  # the oldest is out of reach
+        keys, values = (torch.cat((x[:, :, first:], x[:, :, : first - 1]), dim=2) for x in (state.keys, state.values))
+        return keys, values
+
+    def _final(self, k: Tensor, v: Tensor, state: AttentionState | None, stretch: _Stretch) -> AttentionState:
+        """The cache after new keys and values `[B, G, T, P]`."""
+        window = self.sliding_window
+        before = self.initial_state(len(stretch.count)) if state is None else state
+        start, length = before.length, before.length + stretch.count
+        capacity = max(before.capacity, self._places(stretch.longest + stretch.most))
+        if stretch.whole and window is None and stretch.shortest == stretch.longest:
+            end = stretch.longest + stretch.most
+            keys, values = (
+                functional.pad(torch.cat((old[:, :, : stretch.longest].to(new.dtype), new), dim=2), (0, 0, 0, capacity - end))
+                for old, new in ((before.keys, k), (before.values, v))
+            )
+            position = torch.arange(1, capacity + 1, device=k.device)
+            return AttentionState(keys, values, (position * (position <= end)).expand(len(k), -1).clone(), length)
+        place = torch.arange(capacity, device=k.device)
+        if window is None:
+            position = (place + 1).expand(len(length), -1)
+            position = position * (position <= length[:, None])
+        else:  # the last one that goes to this place
+            position = length[:, None] - (length[:, None] - 1 - place) % window
+            position = position * (position > 0)
+        new = position > start[:, None]
+        index = (position - start[:, None] - 1).clamp(min=0, max=max(k.shape[2] - 1, 0))
+        if stretch.padding_mask is not None and k.shape[2]:  # the real tokens first, in their order
+            index = (~stretch.padding_mask).to(torch.int8).argsort(dim=1, stable=True).gather(1, index)
+        before = before.resized(capacity)
+        keys, values = before.keys.to(k.dtype), before.values.to(v.dtype)
+        if k.shape[2]:
+            if stretch.borders is None:
+                row = torch.arange(len(k), device=k.device)[:, None]
+            else:
+                row, index = 0, (index + stretch.borders[:-1, None]).clamp(max=k.shape[2] - 1)  # type: ignore[assignment]
+            keys, values = (
+                torch.where(new[:, None, :, None], x.transpose(1, 2)[row, index].transpose(1, 2), old)
+                for x, old in ((k, keys), (v, values))
+            )
+        return AttentionState(keys.contiguous(), values.contiguous(), position, length)
+
+
+@dataclass
+class _Stretch:
+    """Where the tokens of a stretch stand.
+
+    Attributes:
+        position: of each token in its sequence, from 1, int64 `[B or 1, T]`.
+        count: tokens of each sequence, int64 `[B]` or `[N]`.
+        shortest, longest: the fewest and the most tokens that a sequence has read before.
+        most: the most tokens of one sequence, or a number not below that.
+        borders: of packed sequences, int64 `[N + 1]`.
+        cuts: the same as numbers, if they may be read.
+        sequence: the packed sequence that each token is of, `[T]`.
+        padding_mask: bool `[B, T]`.
+    """
+
+    position: Tensor
+    count: Tensor
+    shortest: int
+    longest: int
+    most: int
+    borders: Tensor | None = None
+    cuts: list[int] | None = None
+    sequence: Tensor | None = None
+    padding_mask: Tensor | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is neither padding nor packing."""
+        return self.borders is None and self.padding_mask is None
+
+    @classmethod
+    def of(cls, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> _Stretch:
+        """Of the input x `[B, T, d]` of sequences that stand at `state`."""
+        batch, length = x.shape[:2]
+        token = torch.arange(length, device=x.device)
+        shortest = longest = 0
+        if state is not None and state.batch_size:
+            shortest, longest = torch.stack(state.length.aminmax()).tolist()
+        if cu_seqlens is not None:
+            borders = cu_seqlens.to(x.device, torch.long)
+            sequence = torch.bucketize(token, borders[1:], right=True)
+            position = token + 1 - borders[sequence]
+            if state is not None:
+                position = position + state.length[sequence]
+            cuts = None if torch.compiler.is_compiling() else ops.read_borders(cu_seqlens)
+            most = length if cuts is None else max(stop - start for start, stop in pairwise(cuts))
+            return cls(position[None], borders.diff(), shortest, longest, most, borders, cuts, sequence)
+        if padding_mask is not None:
+            position, count = padding_mask.cumsum(1), padding_mask.sum(1)
+        else:
+            position, count = token[None] + 1, token.new_full((batch,), length)
+        if state is not None:
+            position = position + state.length[:, None]
+        return cls(position, count, shortest, longest, length, padding_mask=padding_mask)

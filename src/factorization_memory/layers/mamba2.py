@@ -1,0 +1,208 @@
+"""Mamba-2's layer (arXiv 2405.21060) behind the interface of the memory layer, as the model to compare with and to mix in.
+
+Shapes: B sequences, T tokens, d hidden size, H heads, P values of a head, G groups of heads, N state size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from factorization_memory import ops
+from factorization_memory.config import Backend, Mamba2Config, ModelConfig
+from factorization_memory.layers.convolution import CausalConvolution
+from factorization_memory.layers.mixer import check_inputs
+from factorization_memory.layers.norm import rms_norm
+from factorization_memory.ops.precision import state_dtype
+from factorization_memory.ops.ssd import ssd, ssd_step
+
+DECAY_RATES = (1.0, 16.0)
+"""Least and largest decay rate at initialisation, drawn evenly."""
+STEP_SIZES = (1e-3, 1e-1)
+"""Least and largest step size at initialisation, drawn evenly in their logarithm."""
+
+
+@dataclass
+class Mamba2State:
+    """The state of one Mamba-2 layer; zero is empty.
+
+    Attributes:
+        memory: `[B, H, P, N]`, float32 (float64 in a float64 model).
+        convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, H P + 2 G N]`.
+        undo: steps are not kept: a snapshot is a copy.
+    """
+
+    memory: Tensor
+    convolution: Tensor
+    undo: None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B: sequences that the state belongs to."""
+        return self.memory.shape[0]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Mamba2State:
+        """The state with `function` applied to each tensor."""
+        return Mamba2State(function(self.memory), function(self.convolution))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that make up the state."""
+        return [self.memory, self.convolution]
+
+
+class Mamba2(nn.Module):
+    """A selective state space layer whose heads have one decay each (Mamba-2), as the authors' implementation has it.
+
+    The input gives a gate z, values x, an input map B, an output map C and a step size dt; x, B and C pass a causal convolution
+    with SiLU; the recurrence (see `ops.ssd`) is followed by a skip `D x`, `norm(y * silu(z))` and the output projection. The
+    input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are not supported.
+
+    Args:
+        hidden_size: d, width of input and output.
+        config: sizes; H is `expand * hidden_size / head_size`.
+        norm_eps: epsilon of the normalisation, over each group's heads.
+        backend: "reference" and "chunked" are those of `ops.ssd.ssd`; any other takes the fastest that is here.
+
+    Raises:
+        ConfigError: a value that cannot be, named with its remedy.
+    """
+
+    def __init__(
+        self, hidden_size: int, config: Mamba2Config | None = None, *, norm_eps: float = 1e-5, backend: Backend = "auto"
+    ) -> None:
+        super().__init__()
+        config = config or Mamba2Config()
+        # One place checks these fields, for the layer alone as for a whole model.
+        ModelConfig(hidden_size=hidden_size, mamba2=config, mixers=("mamba2",), norm_eps=norm_eps, backend=backend)
+        self.hidden_size, self.norm_eps, self.chunk_size = hidden_size, norm_eps, config.chunk_size
+        self.backend = backend if backend in ("reference", "chunked") else "auto"
+        self.value_size = int(config.expand * hidden_size)
+        self.head_size, self.num_heads = config.head_size, self.value_size // config.head_size
+        self.num_groups, self.state_size = config.num_groups, config.state_size
+
+        channels = self.value_size + 2 * self.num_groups * self.state_size
+        self.input = nn.Linear(hidden_size, self.value_size + channels + self.num_heads, bias=False)
+        self.convolution = CausalConvolution(channels, config.conv_size)
+        self.log_decay_rate = nn.Parameter(torch.empty(self.num_heads))
+        self.step_size_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.skip = nn.Parameter(torch.empty(self.num_heads))
+        self.norm_weight = nn.Parameter(torch.ones(self.value_size))
+        self.output = nn.Linear(self.value_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Mamba2:
+        """The layer of a model's configuration."""
+        return cls(config.hidden_size, config.mamba2, norm_eps=config.norm_eps, backend=config.backend)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights, as in the authors' implementation: a decay per token from near none to 0.2 at first."""
+        for projection in (self.input, self.output):
+            nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
+        nn.init.uniform_(self.log_decay_rate, *DECAY_RATES).log_()
+        low, high = (math.log(size) for size in STEP_SIZES)
+        step_size = nn.init.uniform_(self.step_size_bias, low, high).exp_()
+        step_size.add_(torch.log(-torch.expm1(-step_size)))  # the inverse of softplus
+        nn.init.ones_(self.skip)
+        nn.init.ones_(self.norm_weight)
+
+    def initial_state(self, batch_size: int) -> Mamba2State:
+        """The empty state of `batch_size` sequences."""
+        weight = self.output.weight
+        memory = weight.new_zeros(batch_size, self.num_heads, self.head_size, self.state_size, dtype=state_dtype(weight))
+        return Mamba2State(memory, self.convolution.initial_tail(batch_size))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Mamba2State | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, Mamba2State | None]:
+        """A stretch of whole sequences, from their beginning or from a carried state.
+
+        Args:
+            x: `[B, T, d]`, normalised.
+            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is,
+                and its output is to be ignored. Not with `cu_seqlens`.
+            keep_state: whether to return the state; without, its memory is not taken either.
+
+        Returns:
+            y `[B, T, d]`, and the state after the last token or None.
+
+        Raises:
+            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+        """
+        self._check(x, state, cu_seqlens, padding_mask)
+        if padding_mask is not None:
+            # Whatever stands in padding, also what is not finite, stays out.
+            x = x.masked_fill(~padding_mask[..., None], 0)
+        gate, mixed, dt = self._project(x)
+        if padding_mask is not None:
+            dt = dt.masked_fill(~padding_mask[..., None], 0)
+        mixed, tail = self.convolution(mixed, None if state is None else state.convolution, cu_seqlens, padding_mask)
+        value, input_map, output_map = self._parts(mixed)
+        y, memory = ssd(
+            value, dt, self._decay_rate(), input_map, output_map, self.chunk_size, None if state is None else state.memory,
+            keep_state, cu_seqlens, self.backend,
+        )  # fmt: skip
+        return self._output(y, value, gate), None if memory is None else Mamba2State(memory, tail)
+
+    def _check(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
+        """Checks the arguments of `forward`."""
+        check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
+        if state is not None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            shape = (sequences, self.num_heads, self.head_size, self.state_size)
+            ops.check_state(state.memory, "state.memory", shape, self.output.weight)
+            tail = (sequences, self.convolution.taps - 1, self.convolution.weight.shape[1])
+            if state.convolution.shape != tail:
+                raise ValueError(f"state.convolution: got shape {tuple(state.convolution.shape)}, takes {tail}")
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: Mamba2State) -> Tensor:
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
+        gate, mixed, dt = self._project(x)
+        value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
+        y = ssd_step(value, dt, self._decay_rate(), input_map, output_map, state.memory)
+        return self._output(y, value, gate)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate `[..., H P]`, what the convolution takes, and step sizes `[..., H]`, float32 (float64 for float64 x)."""
+        channels = self.convolution.weight.shape[1]
+        gate, mixed, dt = self.input(x).split((self.value_size, channels, self.num_heads), dim=-1)
+        dtype = state_dtype(self.output.weight)
+        return gate, mixed, functional.softplus(dt.to(dtype) + self.step_size_bias.to(dtype))
+
+    def _parts(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The values `[..., H, P]`, input maps and output maps `[..., G, N]` of what the convolution returns."""
+        maps = self.num_groups * self.state_size
+        value, input_map, output_map = mixed.split((self.value_size, maps, maps), dim=-1)
+        return (
+            value.unflatten(-1, (self.num_heads, self.head_size)),
+            input_map.unflatten(-1, (self.num_groups, self.state_size)),
+            output_map.unflatten(-1, (self.num_groups, self.state_size)),
+        )
+
+    def _decay_rate(self) -> Tensor:
+        """A, `[H]`."""
+        return -self.log_decay_rate.to(state_dtype(self.output.weight)).exp()
+
+    def _output(self, y: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+        """What was read `[..., H, P]`, with the skip of the values, gated, normalised in groups, projected."""
+        y = torch.addcmul(y, value, self.skip.to(y.dtype)[:, None]).flatten(-2)
+        y = y * functional.silu(gate)
+        weight = self.norm_weight.to(y.dtype)
+        if self.num_groups == 1:
+            return self.output(rms_norm(y, weight, self.norm_eps))
+        grouped = y.unflatten(-1, (self.num_groups, -1))
+        return self.output(functional.rms_norm(grouped, grouped.shape[-1:], eps=self.norm_eps).flatten(-2) * weight)

@@ -1,0 +1,69 @@
+"""What a model asks of the layer in a block that mixes tokens: the recurrent ones and attention alike.
+
+Shapes: B sequences, T tokens, d hidden size, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from factorization_memory import ops
+
+
+class SequenceMixer(Protocol):
+    """A layer that mixes tokens. Reading a text in any pieces, with `forward` and `step`, gives what reading it at once does.
+
+    What a class keeps for the sequences is a state of its own (see `factorization_memory.layers.state.MixerState`).
+    """
+
+    output: nn.Linear
+    """The projection into the residual stream."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        state: Any = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """A stretch of whole sequences, from their beginning or from a carried state.
+
+        Args:
+            x: `[B, T, d]`, normalised.
+            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is, no
+                other token sees it, and its output is to be ignored. Not with `cu_seqlens`.
+            keep_state: whether to return the state.
+
+        Returns:
+            y `[B, T, d]`, and the state after the last token or None.
+        """
+
+    def step(self, x: Tensor, state: Any) -> Tensor:
+        """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, also by larger tensors instead of its own."""
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The empty state of `batch_size` sequences: zeros."""
+
+    def reset_parameters(self) -> None:
+        """Initial weights."""
+
+
+def check_inputs(x: Tensor, hidden_size: int, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
+    """ValueError for arguments of a mixer's `forward` that are of the wrong shape or dtype, or do not go together."""
+    if x.dim() != 3 or x.shape[2] != hidden_size:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes [B, T, {hidden_size}]")
+    if padding_mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError("padding_mask: not together with cu_seqlens; leave padding out of packed sequences")
+        if padding_mask.dtype != torch.bool or padding_mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"padding_mask: got {padding_mask.dtype} {tuple(padding_mask.shape)}, takes torch.bool {tuple(x.shape[:2])}"
+            )
+    if cu_seqlens is not None:
+        ops.check_borders(cu_seqlens, x.shape[0], x.shape[1])

@@ -1,0 +1,228 @@
+"""Mamba-2's recurrence parallel over time in plain PyTorch (arXiv 2405.21060, section 6), for CPU and GPU.
+
+Time is cut into chunks of L tokens. With `a_t = dt_t A` and `decay(s -> t) = exp(a_{s+1} + ... + a_t)`,
+
+    y_t = sum_{s <= t} (C_t . B_s) decay(s -> t) dt_s x_s + decay(start -> t) S C_t      within a chunk that begins with S
+    S'  = decay(start -> end) S + sum_s decay(s -> end) dt_s x_s B_s^T                    from chunk to chunk
+
+everything of width P or N is a matrix product, over all chunks at once. The states follow each other by products with matrices
+of decays too, in blocks of chunks, blocks of blocks, and so on. Only numbers in [0, 1] are made by `exp`. Packed sequences
+begin at chunks of their own, so that inside a chunk nothing need be masked.
+
+Products are of x's dtype; decays, and the states that pass from chunk to chunk, are float32 (float64 for float64 x).
+
+Shapes: B sequences, T tokens, H heads, P values of a head, G groups of heads, N state size; n chunks of L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from factorization_memory.ops.precision import no_autocast, state_dtype
+
+BLOCK = 32
+"""States that one matrix of decays carries on; where there are more, blocks of them follow each other."""
+MIN_CHUNK = 16
+"""Chunks of packed sequences are not shortened below this."""
+NO_DECAY_LEFT = {torch.float32: -100.0, torch.float64: -750.0}
+"""Log decay below which a state is nothing beside what is added to it. Cut off there, sums of them keep their digits."""
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where the tokens and states of packed sequences stand: each sequence fills whole chunks, and its initial state comes
+    before them in the row of states.
+
+    Attributes:
+        token: place of each token among the n L places in chunks, `[T]`.
+        order: what stands in each of the N + n places of states: an initial state, or N + chunk; `[N + n]`.
+        before: place of the state that each chunk begins with, `[n]`.
+        last: place of each sequence's last state, `[N]`.
+        starts: whether a place has an initial state, bool `[N + n]`.
+    """
+
+    token: Tensor
+    order: Tensor
+    before: Tensor
+    last: Tensor
+    starts: Tensor
+
+    @classmethod
+    def plan(cls, cu_seqlens: Tensor, length: int, chunk: int, chunks: int) -> _Packing:
+        """The places of sequences with these borders in `chunks` chunks, the last of which may stay empty."""
+        borders = cu_seqlens.long()
+        device, sequences = borders.device, borders.shape[0] - 1
+        counts = (borders.diff() + (chunk - 1)) // chunk
+        stops = counts.cumsum(0)
+        first = stops - counts
+        token = torch.arange(length, device=device)
+        sequence = torch.bucketize(token, borders[1:], right=True)
+        token = first[sequence] * chunk + token - borders[sequence]
+        start = first + torch.arange(sequences, device=device)
+        number = torch.arange(chunks, device=device)
+        # Chunks behind all sequences count to the last one, whose state they leave as it is.
+        before = number + torch.bucketize(number, stops, right=True).clamp(max=sequences - 1)
+        places = torch.cat((start, before + 1))
+        order = torch.empty_like(places).index_copy(0, places, torch.arange(sequences + chunks, device=device))
+        return cls(token, order, before, start + counts, order < sequences)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    decay_rate: Tensor,
+    input_map: Tensor,
+    output_map: Tensor,
+    chunk_size: int,
+    initial: Tensor | None,
+    keep_final: bool,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence over whole sequences; arguments and results as of `ssd.ssd`."""
+    with no_autocast(x.device):
+        return _forward(x, dt, decay_rate, input_map, output_map, chunk_size, initial, keep_final, cu_seqlens)
+
+
+def log_decays(dt: Tensor, decay_rate: Tensor, dtype: torch.dtype) -> Tensor:
+    """dt A, `[B, T, H]`, in `dtype`, cut off where nothing is left."""
+    return (dt.to(dtype) * decay_rate.to(dtype)).clamp(min=NO_DECAY_LEFT[dtype])
+
+
+def _forward(
+    x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, chunk_size: int,
+    initial: Tensor | None, keep_final: bool, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    batch, length, heads, width = x.shape
+    groups, size = input_map.shape[2:]
+    wide, packing = state_dtype(x), None
+    if cu_seqlens is None:
+        chunk = min(chunk_size, max(length, 1))
+        chunks = max(1, -(-length // chunk))
+    else:
+        sequences, chunk = cu_seqlens.shape[0] - 1, chunk_size
+        # Short sequences leave the less of their last chunk empty, the shorter it is.
+        while chunk >= 2 * MIN_CHUNK and chunk * sequences > length:
+            chunk //= 2
+        # As many as N sequences of T tokens may need, so that their lengths need not be known here.
+        chunks = max(1, (length + sequences * (chunk - 1)) // chunk)
+        packing = _Packing.plan(cu_seqlens.to(x.device), length, chunk, chunks)
+
+    def cut(tensor: Tensor) -> Tensor:
+        """`[B, T, ...]` to `[B, n, L, ...]`, zero where there is no token."""
+        if packing is not None:
+            room = tensor.new_zeros(1, chunks * chunk, *tensor.shape[2:])
+            tensor = room.index_copy(1, packing.token, tensor)
+        elif length < chunks * chunk:
+            tensor = functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, chunks * chunk - length))
+        return tensor.unflatten(1, (chunks, chunk))
+
+    values = cut((x * dt.to(wide)[..., None]).to(x.dtype))
+    logs = cut(log_decays(dt, decay_rate, wide)).transpose(2, 3)  # [B, n, H, L]
+    total, from_start = logs.sum(-1), logs.cumsum(-1).exp()
+    # Sums of what comes later, not differences: a gradient would be one of large numbers.
+    to_end = functional.pad(logs[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp()
+    # [B, n, G, L, N]
+    inputs, outputs = (cut(tensor.to(x.dtype)).transpose(2, 3) for tensor in (input_map, output_map))
+
+    # Within chunks: [B, n, H, L, L] weights.
+    # The compiler fuses the plain form with what follows, both ways.
+    decay = _decays(logs) if torch.compiler.is_compiling() else _Decays.apply(logs)
+    decay = decay.unflatten(2, (groups, -1))
+    weights = ((outputs @ inputs.mT)[:, :, :, None] * decay).to(x.dtype).flatten(2, 3)
+    inner = (weights @ values.transpose(2, 3)).transpose(2, 3)
+
+    # From chunk to chunk: rows [B, H, states, P N], first the initial ones.
+    kept = values * to_end.transpose(2, 3)[..., None]
+    kept = kept.to(x.dtype).unflatten(3, (groups, -1)).flatten(4).permute(0, 1, 3, 4, 2)
+    states = (kept @ inputs).to(wide).view(batch, chunks, heads, width * size).transpose(1, 2)
+    sequences = batch if packing is None else len(packing.last)
+    begin = states.new_zeros(sequences, heads, width * size) if initial is None else initial.to(wide).flatten(2)
+    begin = begin[:, :, None] if packing is None else begin.transpose(0, 1)[None]
+    states = torch.cat((begin, states), dim=2)
+    total = functional.pad(total.transpose(1, 2), (begin.shape[2], 0))
+    if packing is not None:
+        states, total = states.index_select(2, packing.order), total.index_select(2, packing.order)
+        total = total.masked_fill(packing.starts, -torch.inf)
+    states = _carry(total, states)
+    before = states[:, :, :-1] if packing is None else states.index_select(2, packing.before)
+    before = before.transpose(1, 2).to(x.dtype).reshape(batch, chunks, groups, -1, size)
+    outer = (outputs @ before.mT).transpose(2, 3).reshape(batch, chunks, chunk, heads, width)
+
+    y = (inner + outer * from_start.transpose(2, 3)[..., None]).to(x.dtype).flatten(1, 2)
+    y = y[:, :length] if packing is None else y.index_select(1, packing.token)
+    if not keep_final:
+        return y, None
+    final = states[:, :, -1] if packing is None else states.index_select(2, packing.last)[0].transpose(0, 1)
+    return y, final.unflatten(2, (width, size)).clone(memory_format=torch.contiguous_format)
+
+
+def _decays(logs: Tensor) -> Tensor:
+    """The decays from each token to each later one, `exp(logs_{s+1} + ... + logs_t)` at `[..., t, s]` of logs `[..., L]`, zero
+    to those before."""
+    length, sums = logs.shape[-1], logs.cumsum(-1)
+    edge = torch.full((length, length), -torch.inf, dtype=logs.dtype, device=logs.device).triu(1)
+    return torch.where(_later(length, logs.device), sums[..., :, None] - sums[..., None, :], edge).exp()
+
+
+class _Decays(torch.autograd.Function):
+    """`_decays`, whose gradient is a sum of what it is made of: that of differences of sums is a difference of sums again, and
+    where decay is strong, a small one of large numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, logs: Tensor) -> Tensor:
+        decay = _decays(logs)
+        ctx.save_for_backward(decay)
+        return decay
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (decay,) = ctx.saved_tensors
+        # logs_r stands in what is written at s < r and read at t >= r.
+        written = (gradient * decay).cumsum(-1).masked_fill_(~_later(decay.shape[-1], decay.device), 0)
+        return functional.pad(written.sum(-2)[..., :-1], (1, 0))
+
+
+def _carry(logs: Tensor, states: Tensor) -> Tensor:
+    """`h_i = exp(logs_i) h_{i-1} + states_i` along the third dimension.
+
+    Args:
+        logs: `[B, H, S]`, down to minus infinity.
+        states: `[B, H, S, X]`.
+
+    Returns:
+        h `[B, H, S, X]`.
+    """
+    count = logs.shape[2]
+    if count <= BLOCK:
+        return _segments(logs).exp() @ states
+    blocks = -(-count // BLOCK)
+    width = -(-count // blocks)
+    missing = blocks * width - count
+    logs = functional.pad(logs, (0, missing)).unflatten(2, (blocks, width))
+    states = functional.pad(states, (0, 0, 0, missing)).unflatten(2, (blocks, width))
+    states = _segments(logs).exp() @ states
+    ends = _carry(logs.sum(-1), states[:, :, :, -1])
+    entering = functional.pad(ends[:, :, :-1], (0, 0, 1, 0))
+    states = torch.addcmul(states, logs.cumsum(-1).exp()[..., None], entering[:, :, :, None])
+    return states.flatten(2, 3)[:, :, :count]
+
+
+def _segments(logs: Tensor) -> Tensor:
+    """`logs_{j+1} + ... + logs_i` at `[..., i, j]` of logs `[..., S]`, minus infinity for j > i. Sums, not differences of sums:
+    minus infinity may be among them."""
+    count = logs.shape[-1]
+    later = _later(count, logs.device)
+    sums = logs[..., :, None].expand(*logs.shape, count).masked_fill(~later, 0).cumsum(-2)
+    return sums.masked_fill(later.mT, -torch.inf)
+
+
+def _later(count: int, device: torch.device) -> Tensor:
+    """Whether i > j, bool `[count, count]`."""
+    return torch.ones(count, count, dtype=torch.bool, device=device).tril(-1)

@@ -1,0 +1,332 @@
+"""`fmem compare`: one real comparison; the rest with processes that only write what a training leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from factorization_memory.cli import compare as compare_verb
+from factorization_memory.cli import dispatch
+from factorization_memory.config import RunConfig, from_dict
+from factorization_memory.data.shards import PackedCorpus, pack
+from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.training.guard import RunLock
+
+TINY = [
+    "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--model.num-heads", "1",
+    "--data.context-length", "32", "--training.tokens-per-step", "128", "--training.steps", "8", "--training.log-every", "1",
+    "--training.evaluate-every", "4", "--training.evaluation-tokens", "256", "--training.device", "cpu",
+]  # fmt: skip
+CONTENDERS = ["demo", "wide=demo:model.num-states=16,model.top-k=none"]
+
+# A loss that depends on the contender, the learning rate (best at 0.002) and the seed; the model "breaks" at --seeds 7.
+WORKER = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1]).parent
+job = json.loads((folder / "job.json").read_text())
+config = job["config"]
+training, rate = config["training"], config["optimizer"]["learning_rate"]
+if training["seed"] == 7:
+    sys.exit("out of memory")
+if rate > 0.1:
+    (folder / "failure.json").write_text(json.dumps({"message": "the loss is nan", "diverged": True, "stopped": False}))
+    sys.exit(1)
+loss = 2 + 100 * abs(rate - 0.002) + training["seed"] / 100 + (0.5 if config["name"] == "wide" else 0) * (1 + training["seed"])
+def figures(loss):
+    return {"tokens": 1000, "bytes": 3000, "loss": loss, "bits_per_byte": loss / 2, "perplexity": 1.0}
+def a_bin(start, end):
+    more = {"restarted_loss": 1.0, "restarted_bits_per_byte": 1.0, "gain": 0.0, "gain_error": 0.0, "loss_error": 0.1}
+    return {"start": start, "end": end, **figures(loss + 0.1), **more}
+with open(folder / "metrics.jsonl", "w") as file:
+    for step in range(training["steps"]):
+        line = {"kind": "train", "step": step + 1, "loss": loss, "tokens_per_second": 1.0 if step == 0 else 50.0 + step}
+        file.write(json.dumps(line) + "\\n")
+if job["evaluation"] is not None:
+    length = config["data"]["context_length"]
+    bins = [a_bin(length // 2, length), a_bin(length, 2 * length), a_bin(2 * length, 4 * length)]
+    position = {"context_length": length, "max_position": 4 * length, "bins": bins}
+    evaluation = {"sources": {"en": figures(loss)}, "total": figures(loss), "position": {"en": position}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+evaluation = {"step": 1, "sources": {"en": figures(loss)}, "bits_per_byte": loss / 2}
+(folder / "result.json").write_text(json.dumps({"stopped": "finished", "seconds": 1.0, "evaluation": evaluation}))
+"""
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `fmem compare` in this process."""
+    try:
+        status = dispatch(["compare", *(str(a) for a in arguments)])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    for language, line in (("en", "The {0}th wise man said {1}.\n"), ("ja", "{0}は{1}である。\n")):
+        (folder / f"{language}.txt").write_text("".join(line.format(i, i * i) for i in range(600)), encoding="utf-8")
+    sources = [(language, folder / f"{language}.txt") for language in ("en", "ja")]
+    pack(sources, Tokenizer.bytes_level(), folder / "packed", holdout="tail", holdout_fraction=0.2)
+    return folder / "packed"
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Trainings that write their figures at once; the job files of those that were started."""
+    started: list[Path] = []
+
+    def command(job_file: Path) -> list[str]:
+        started.append(job_file)
+        return [sys.executable, "-S", "-c", WORKER, str(job_file)]
+
+    monkeypatch.setattr(compare_verb, "command", command)
+    return started
+
+
+def test_two_models_from_text_to_table(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--seeds",
+        0,
+        "--learning-rates",
+        "1e-3",
+        "--positions",
+        4,
+        "--stretches",
+        2,
+        "--parallel",
+        2,
+        "--max-tokens",
+        512,
+    ]
+    arguments = [*CONTENDERS, *TINY, *options, "--corpus", corpus, "--out", tmp_path / "out"]
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 0, err
+    record = json.loads(out)
+    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == record
+    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    first, wide = record["contenders"]
+    assert first["matching"] == {"varied": {}, "target": first["parameters"]["non_embedding"], "difference": 0.0}
+    assert set(wide["matching"]["varied"]) == {"model.intermediate_size"}
+    assert abs(wide["parameters"]["non_embedding"] / first["parameters"]["non_embedding"] - 1) <= 0.005
+    for contender in record["contenders"]:
+        run = tmp_path / "out" / contender["seeds"][0]["folder"]
+        result = json.loads((run / "result.json").read_text())
+        assert result["parameters"] == contender["parameters"]["total"]
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        assert contender["summary"]["context"]["ja"]["loss"] == {"mean": evaluation["sources"]["ja"]["loss"], "spread": None}
+        beyond = evaluation["position"]["en"]["beyond"]["4"]
+        assert contender["summary"]["positions"]["4"]["en"]["loss"]["mean"] == beyond["loss"]
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000008"]
+        assert from_dict(RunConfig, json.loads((run / "config.json").read_text())).training.seed == 0
+    assert wide["difference"]["context"]["en"]["loss"]["mean"] == pytest.approx(
+        wide["summary"]["context"]["en"]["loss"]["mean"] - first["summary"]["context"]["en"]["loss"]["mean"]
+    )
+    # The same command again only shows it.
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    status, again, _ = call(capsys, *arguments, "--json")
+    assert (status, json.loads(again)) == (0, record)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()} == times
+
+
+def test_search_seeds_and_figures(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    rates = ["--learning-rates", "1e-3", "2e-3", "4e-3", "wide=4e-3,8e-3,1.0"]
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, 1, 2, *rates, "--positions", 4, "--alone-steps", 3, "--parallel", 3]
+    arguments += ["--corpus", corpus, "--out", tmp_path / "out", "--search-steps", 2]
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 0, err
+    assert len(pretended) == 2 * 3 + 2 * 3 + 2
+    record = json.loads(out)
+    first, wide = record["contenders"]
+    assert (first["learning_rate"]["chosen"], first["learning_rate"]["at_edge"]) == (0.002, False)
+    assert (wide["learning_rate"]["chosen"], wide["learning_rate"]["at_edge"]) == (0.004, True)
+    assert [each["diverged"] for each in wide["learning_rate"]["candidates"]] == [False, False, True]
+    search = json.loads((tmp_path / "out" / "runs" / "demo" / "search-0.002" / "job.json").read_text())["config"]
+    assert (search["training"]["steps"], search["training"]["seed"], search["optimizer"]["warmup_steps"]) == (2, 1000, 5)
+    trained = json.loads((tmp_path / "out" / "runs" / "wide" / "seed-2" / "job.json").read_text())["config"]
+    assert (trained["training"]["steps"], trained["training"]["seed"], trained["optimizer"]["learning_rate"]) == (8, 2, 0.004)
+
+    # Losses 2, 2.01, 2.02 against 2.7, 3.21, 3.72 (all at distance 0.002 from the best rate, times 100).
+    context = first["summary"]["context"]["en"]["loss"]
+    assert context == pytest.approx({"mean": 2.01, "spread": 0.01})
+    assert first["summary"]["positions"]["4"]["en"]["loss"]["mean"] == pytest.approx(2.11)
+    difference = wide["difference"]["context"]["en"]["loss"]
+    assert difference == pytest.approx({"mean": 1.2, "standard_error": 0.5 / 3**0.5})
+    assert (first["summary"]["n"], wide["difference"]["n"], first["difference"]) == (3, 3, None)
+    assert first["summary"]["tokens_per_second"] == 54.0
+    assert first["tokens_per_second_alone"] == 51.5
+    assert len(first["summary"]["by_position"]["en"]) == 3
+    assert set(record["shared"]["order"]) == {"0", "1", "2"}
+    assert len(set(record["shared"]["order"].values())) == 3
+
+    table = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if line.startswith("| wide"))
+    assert "3.2100 ± 0.5100" in row
+    assert "0.004 (edge)" in row
+    assert "+1.2000 ± 0.2887" in table
+    assert "diverged" in table
+    assert "wide: model.intermediate_size from" in table
+    assert "3.2100 ± 0.5100" in err
+
+
+def test_a_failing_run_is_named_and_tried_again(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, 7, "--learning-rates", "2e-3", "--corpus", corpus, "--out", tmp_path / "out"]
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 1
+    record = json.loads(out)
+    assert not record["complete"]
+    assert [(each["run"], each["message"]) for each in record["failures"]] == [
+        ("demo, seed 7", "exit status 1; out of memory"), ("wide, seed 7", "exit status 1; out of memory"),
+    ]  # fmt: skip
+    assert [len(each["seeds"]) for each in record["contenders"]] == [1, 1]
+    assert "NOT DONE: wide, seed 7 (runs/wide/seed-7): exit status 1; out of memory" in err
+    assert len(pretended) == 4
+    assert call(capsys, *arguments)[0] == 1
+    assert [path.parent.name for path in pretended[4:]] == ["seed-7", "seed-7"]
+
+
+def test_another_comparison_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, "--corpus", corpus, "--out", tmp_path / "out"]
+    assert call(capsys, *arguments)[0] == 0
+    before = len(pretended)
+    status, _, err = call(capsys, *arguments, "--optimizer.weight-decay", 0.5)
+    assert status == 2
+    assert "holds another comparison, with contenders.demo.optimizer.weight_decay = 1.0 where this one has 0.5" in err
+    # Where the corpus lies and how many run at once decide nothing.
+    (tmp_path / "elsewhere").symlink_to(corpus)
+    moved = [tmp_path / "elsewhere" if each == corpus else each for each in arguments]
+    assert call(capsys, *moved, "--parallel", 2)[0] == 0
+    assert len(pretended) == before
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call(capsys, "--help")
+    assert status == 0
+    assert "fmem compare" in out
+
+
+def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--corpus", corpus, "--out", tmp_path / "out", "--dry-run", "--json"]
+    status, out, err = call(capsys, *CONTENDERS, *TINY, "--match-to", "wide", *options)
+    assert status == 0
+    plan = json.loads(out)
+    assert plan["contenders"]["demo"]["learning_rates"] == [0.002, 0.004, 0.008]
+    assert plan["contenders"]["demo"]["model"]["vocab_size"] == PackedCorpus.open(corpus).tokenizer.vocab_size
+    assert "intermediate_size" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo"], "name two or more"),
+        (["demo", "demo"], "contender 'demo': named twice"),
+        (["demo", "dmo"], "'dmo' is no preset; did you mean 'demo'?"),
+        (["demo", "b=demo", "--learning-rates", "c=1e-3"], "--learning-rates: contender 'c' is not known"),
+        (["demo", "b=demo", "--learning-rates", "fast"], "--learning-rates='fast': use positive numbers"),
+        (["demo", "b=demo", "--match-to", "c"], "--match-to: contender 'c' is not known"),
+        (["demo", "b=demo", "--match-to", "b", "--parameters", "9"], "not together with --match-to"),
+        (["demo", "b=demo", "--seeds", "1", "1"], "--seeds=(1, 1)"),
+        (["demo", "b=demo", "--seeds", "1000"], "--search-seed=1000: it is one of --seeds"),
+        (["demo", "b=demo", "--positions", "3"], "--positions=3: use powers of two"),
+        (["demo", "b=demo", "--parallel", "0"], "--parallel=0: use 1 or more"),
+        (["demo", "b=demo", "--search-steps", "9"], "--search-steps=9: use at most training.steps=8"),
+        (["demo", "b=demo", "--training.seed", "3"], "give the seeds with --seeds"),
+        (["demo", "b=demo", "--optimizer.learning-rate", "3"], "give the candidates with --learning-rates"),
+        (["demo", "b=demo", "--parameters", "100"], "contender 'demo': model.intermediate_size cannot bring"),
+        (["demo", "b=demo:model.top-k=99"], "contender 'b=demo:model.top-k=99': model.top_k=99"),
+        (["demo", "b=demo:optimizer.learning-rate=-1"], "optimizer.learning_rate=-1.0: use a positive number"),
+    ],
+)
+def test_bad_usage(
+    arguments: list[str], message: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = call(capsys, *arguments, *TINY, "--corpus", corpus, "--out", tmp_path / "out")
+    assert status == 2, err
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_in_another_order_is_refused(corpus: Path) -> None:
+    opened = PackedCorpus.open(corpus)
+    one = from_dict(RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 128, "steps": 4}})
+    cut = from_dict(
+        RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 128, "steps": 4, "micro_batch_size": 2}}
+    )
+    other = from_dict(RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 256, "steps": 4}})
+    assert compare_verb.same_order(opened, {"a": one, "b": cut}, 0) == compare_verb.same_order(opened, {"a": one}, 0)
+    assert compare_verb.same_order(opened, {"a": one}, 1) != compare_verb.same_order(opened, {"a": one}, 0)
+    with pytest.raises(RuntimeError, match="contender 'b': it would not read the text in the order of 'a'"):
+        compare_verb.same_order(opened, {"a": one, "b": other}, 0)
+
+
+def test_a_run_ends_with_the_comparison_that_started_it() -> None:
+    child = """if True:
+        import os, sys, time
+        from factorization_memory.cli.compare_run import end_with
+        end_with(os.getppid())
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    """
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        pid = int(running.stdout.readline())
+        running.kill()
+
+    def alive() -> bool:
+        try:
+            os.kill(pid, 0)
+            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + 20
+    while alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLock(tmp_path / "out"):
+        status, _, err = call(capsys, *CONTENDERS, *TINY, "--corpus", corpus, "--out", tmp_path / "out")
+    assert status == 1
+    assert f"process {os.getpid()}" in err
+
+
+def test_threads_are_shared() -> None:
+    assert [compare_verb.threads(16, parallel) for parallel in (1, 6, 32)] == [16, 2, 1]
+
+
+def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from factorization_memory.experiments.processes import Job
+
+    job = Job("a", "seed", "seed 0", tmp_path, RunConfig())
+    line: dict[str, Any] = {"step": 20, "loss": 3.25, "tokens_per_second": 1234.5}
+    display = compare_verb.Display()
+    display.PLAIN_SECONDS = 0.0
+    with display:
+        display.on_start(job)
+        display.on_tick()
+        display.on_progress(job, line)
+        display.on_tick()
+        display.on_end(job, {"message": "no memory", "diverged": False, "stopped": False})
+        display.on_tick()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "a, seed 0: begins"
+    assert said[2].split() == ["a,", "seed", "0:", "20/1000", "3.2500", "1,234"]
+    assert said[3].startswith("a, seed 0: no memory (see ")

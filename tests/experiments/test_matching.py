@@ -1,0 +1,75 @@
+"""Models made equally large: the count that is reached, and what cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from factorization_memory.config import AttentionConfig, ConfigError, Mamba2Config, ModelConfig
+from factorization_memory.experiments.matching import TOLERANCE, match_parameters, non_embedding_parameters
+from factorization_memory.models import LanguageModel
+
+MEMORY = ModelConfig(vocab_size=50, hidden_size=128, num_layers=2, num_states=32)
+ATTENTION = ModelConfig(
+    vocab_size=50, hidden_size=128, num_layers=2, mixers=("attention",), attention=AttentionConfig(num_heads=2)
+)
+MAMBA2 = ModelConfig(
+    vocab_size=50, hidden_size=128, num_layers=4, mixers=("mamba2",), feed_forward=False,
+    mamba2=Mamba2Config(head_size=8, state_size=16),
+)  # fmt: skip
+
+
+def test_counts_what_the_model_has_outside_its_embedding() -> None:
+    model = LanguageModel(MEMORY)
+    expected = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    assert non_embedding_parameters(MEMORY) == expected
+    untied = dataclasses.replace(MEMORY, vocab_size=0, tie_word_embeddings=False)
+    assert non_embedding_parameters(untied) == expected
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_heads": 4, "conv_size": 4, "output_gate": True}, {"num_states": 64}, {"expand": 1.0}]
+)
+def test_varies_the_feed_forward_alone(changes: dict[str, object]) -> None:
+    target = non_embedding_parameters(MEMORY)
+    given = dataclasses.replace(MEMORY, **changes)
+    match = match_parameters(given, target)
+    assert match.parameters == non_embedding_parameters(match.model)
+    assert abs(match.difference) <= TOLERANCE
+    assert set(match.varied) == {"model.intermediate_size"}
+    assert match.varied["model.intermediate_size"] == (given.feed_forward_size, match.model.intermediate_size)
+    assert dataclasses.replace(match.model, intermediate_size=0) == given
+
+
+def test_leaves_what_is_near_enough() -> None:
+    match = match_parameters(MEMORY, round(non_embedding_parameters(MEMORY) / 1.004))
+    assert (match.model, match.varied) == (MEMORY, {})
+    assert match.difference == pytest.approx(0.004, abs=1e-4)
+
+
+@pytest.mark.parametrize("given", [ATTENTION, MAMBA2], ids=["attention", "mamba2"])
+def test_baselines_of_equal_size(given: ModelConfig) -> None:
+    target = non_embedding_parameters(MEMORY)
+    match = match_parameters(given, target)
+    assert abs(non_embedding_parameters(match.model) / target - 1) <= TOLERANCE
+    assert match.varied
+    assert (
+        set(match.varied) <= {"model.intermediate_size"} if given.feed_forward else {"model.num_layers", "model.mamba2.expand"}
+    )
+
+
+def test_blocks_without_feed_forward_change_depth_and_width() -> None:
+    given = dataclasses.replace(MEMORY, feed_forward=False, num_layers=4)
+    match = match_parameters(given, non_embedding_parameters(MEMORY))
+    assert set(match.varied) <= {"model.num_layers", "model.expand"}
+    pattern = dataclasses.replace(given, mixers=("memory", "memory"))
+    assert match_parameters(pattern, 2 * non_embedding_parameters(given)).model.num_layers % 2 == 0
+
+
+def test_refuses_what_cannot_be_matched() -> None:
+    with pytest.raises(ConfigError, match=r"model\.intermediate_size .* 1,000 parameters .* mixers alone have .* fewer layers"):
+        match_parameters(MEMORY, 1000)
+    given = dataclasses.replace(MEMORY, feed_forward=False)
+    with pytest.raises(ConfigError, match=r"model\.num_layers .* a factor of 2, cannot .* nearest, .*model\.num_layers=4"):
+        match_parameters(given, 50 * non_embedding_parameters(given))
