@@ -111,9 +111,19 @@ def test_blocks_of_blocks(borders: list[int] | None, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("strength", [1.0, 16.0, 1e4, 1e8])
 def test_float32_and_strong_decay(strength: float) -> None:
-    """Nothing overflows, and decays between weak tokens keep their digits beside strong ones."""
+    """Nothing overflows, and what is left keeps its digits."""
     case = make(2, 150, chunk=64, strength=strength)
     assert_close(case.run("chunked", torch.float32), case.run("reference"), 3e-4)
+
+
+def test_weak_tokens_beside_strong_ones() -> None:
+    """However strong a decay, those after it keep their digits in float32."""
+    case = make(2, 150, chunk=64)
+    dt = case.arguments[1]
+    strong = torch.rand(dt.shape) < 0.05
+    dt.copy_(torch.where(strong, 1e6, 0.1 * torch.rand(dt.shape)))
+    case.arguments[0][strong] *= 1e-6
+    assert_close(case.run("chunked", torch.float32)[:2], case.run("reference")[:2], 1e-4)
 
 
 def test_step_size_zero_leaves_the_state() -> None:

@@ -145,10 +145,11 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of value, decay, both maps, and of rate and the initial state where they are given."""
     given = (value, decay, input_map, output_map, rate, initial)
-    leaves: Any = [None if x is None else x.detach().requires_grad_() for x in given]
+    leaves = [None if x is None else x.detach().requires_grad_() for x in given]
     with torch.enable_grad(), no_autocast(value.device):
         # Inside an operator, autograd knows of the kernels' own functions alone, and they are all there is.
-        y, final = _run(*leaves, borders, d_final is not None, backend)
+        run: Any = _run
+        y, final = run(*leaves, borders, d_final is not None, backend)
     outputs, gradients = ([y], [d_output]) if d_final is None else ([y, final], [d_output, d_final])
     return [g.contiguous() for g in torch.autograd.grad(outputs, [x for x in leaves if x is not None], gradients)]
 
