@@ -19,6 +19,7 @@ collect_ignore = (
     if find_spec("triton")
     else [
         "ops/test_cross_entropy.py",
+        "ops/test_decoding_kernels.py",
         "ops/test_triton.py",
         "ops/test_triton_gates.py",
         "ops/test_quadratic.py",

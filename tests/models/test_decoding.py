@@ -19,13 +19,25 @@ CONFIGS = [
     PURE,
     replace(PURE, top_k=2, num_heads=2, conv_size=3, output_gate=True, norm="head"),
     replace(PURE, rates="head", temperature=0.5, norm="none", tie_word_embeddings=False),
+    # Heads and widths that are no powers of two, and inputs that are multiplied in parts.
+    replace(PURE, hidden_size=40, num_heads=5, expand=3, norm="head", conv_size=2, output_gate=True),
+    replace(PURE, hidden_size=64, top_k=2, rates="head", intermediate_size=256),
 ]
 
 
 @pytest.mark.parametrize(
     ("config", "batch", "undo"),
-    [(CONFIGS[0], 1, False), (CONFIGS[0], 5, True), (CONFIGS[1], 1, True), (CONFIGS[1], 5, False), (CONFIGS[2], 3, False)],
-    ids=lambda x: str(getattr(x, "norm", x)),
+    [
+        (CONFIGS[0], 1, False),
+        (CONFIGS[0], 5, True),
+        (CONFIGS[1], 1, True),
+        (CONFIGS[1], 5, False),
+        (CONFIGS[2], 3, False),
+        (CONFIGS[2], 6, False),
+        (CONFIGS[3], 5, True),
+        (CONFIGS[4], 9, False),
+    ],
+    ids=lambda x: CONFIGS.index(x) if isinstance(x, ModelConfig) else x,
 )
 def test_equals_the_plain_step(config: ModelConfig, batch: int, undo: bool) -> None:
     model = LanguageModel(config).to(DEVICE).eval()
@@ -48,13 +60,14 @@ def test_equals_the_plain_step(config: ModelConfig, batch: int, undo: bool) -> N
         assert all(torch.equal(a, b) for a, b in zip(state.tensors(), kept, strict=True))
 
 
-def test_bfloat16_weights() -> None:
+@pytest.mark.parametrize("batch", [2, 5])
+def test_bfloat16_weights(batch: int) -> None:
     model = LanguageModel(CONFIGS[1]).to(DEVICE).eval()
-    tokens = torch.randint(0, 11, (3, 3), device=DEVICE)
+    tokens = torch.randint(0, 11, (batch, 3), device=DEVICE)
     expected, _ = model(tokens)
     low = LanguageModel(CONFIGS[1]).to(DEVICE, torch.bfloat16).eval()
     low.load_state_dict(model.state_dict())
-    decoding, state = DecodingModel(low), low.initial_state(3)
+    decoding, state = DecodingModel(low), low.initial_state(batch)
     for t in range(3):
         logits, _ = decoding.step(tokens[:, t], state)
     assert logits.dtype == torch.float32

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from factorization_memory.ops.triton.small_linear import small_linear
+from factorization_memory.ops.triton.small_linear import most_tokens, small_linear
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -73,7 +73,7 @@ FORMS = ["plain", "norm", "groups", "bias", "residual", "gate", "glu", "mixed", 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [FULL, LOW])
-@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_forms(tokens: int, dtype: torch.dtype, form: str) -> None:
     x, weight, options = problem(tokens, 75, 43, dtype, form)
     right(x, weight, options, torch.empty(tokens, 43, dtype=x.dtype, device=DEVICE))
@@ -82,8 +82,8 @@ def test_forms(tokens: int, dtype: torch.dtype, form: str) -> None:
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "form"),
     [
-        (2, 300, 5, "all"), (4, 1, 1, "norm"), (1, 1030, 9, "groups"), (65, 40, 19, "all"), (65, 300, 7, "norm"),
-        (5, 17, 1, "all"), (33, 130, 65, "plain"), (130, 16, 16, "gate"), (6, 1, 3, "all"),
+        (2, 300, 5, "all"), (4, 1, 1, "norm"), (1, 1030, 9, "groups"), (4, 40, 19, "all"), (2, 130, 65, "plain"),
+        (3, 17, 1, "all"), (4, 16, 16, "gate"), (2, 1, 3, "all"),
     ],
 )  # fmt: skip
 def test_sizes(tokens: int, inputs: int, outputs: int, form: str) -> None:
@@ -91,7 +91,7 @@ def test_sizes(tokens: int, inputs: int, outputs: int, form: str) -> None:
     right(x, weight, options, torch.empty(tokens, outputs, device=DEVICE))
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("tokens", [1, 3])
 def test_rows_apart_and_out_in_place(tokens: int) -> None:
     """Inputs, gate and the residual stream as parts of larger tensors; the outputs are added to the stream."""
     wide, stream = random(tokens, 90), random(tokens, 50)
@@ -109,9 +109,15 @@ def test_no_tokens() -> None:
     assert small_linear(random(0, 8), random(4, 8), random(0, 4)).shape == (0, 4)
 
 
+def test_most_tokens() -> None:
+    assert [most_tokens(inputs) for inputs in (1, 4096, 4097, 16384, 16385)] == [4, 4, 2, 1, 0]
+    assert most_tokens(3 * 1025, 3) == 2  # groups of 2,048
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"x": torch.zeros(5, 8), "out": torch.zeros(5, 4)}, "x: got 5 tokens of 8 inputs, takes up to 4"),
         ({"x": torch.zeros(8)}, r"x, weight, out: got shapes \(8,\)"),
         ({"weight": torch.zeros(4, 7)}, r"weight: got shape \(4, 7\), takes \(4, 8\)"),
         ({"weight": torch.zeros(8, 4).T}, r"weight: numbers of a row stand 4 apart"),
@@ -128,9 +134,11 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 100])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1024, 6000), (2048, 1024), (1920, 5120), (8190, 333)])
 def test_large(tokens: int, inputs: int, outputs: int, form: str) -> None:
+    if tokens > most_tokens(inputs, 3 if form in ("groups", "all") and inputs % 3 == 0 else 1):
+        pytest.skip("more than one kernel takes")
     for dtype in (FULL, LOW):
         x, weight, options = problem(tokens, inputs, outputs, dtype, form)
         out = torch.empty(tokens, outputs, dtype=x.dtype, device=DEVICE)

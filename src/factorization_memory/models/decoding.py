@@ -1,10 +1,21 @@
-"""A model's step in few kernels, for decoding on a GPU: six for each block instead of some thirty.
+"""A model's step in few kernels, for decoding on a GPU.
 
-The projections of a layer's input become one, and each linear layer takes what stands around it (normalisation, gate,
-residual) into its own kernel, so that a step takes little more than the time of reading the weights and the states that it
-touches. The residual stream is float32 whatever the weights' dtype.
+The projections of a layer's input become one, and what stands around a linear layer (normalisation, gate, residual, casts) is
+in few kernels. The residual stream is float32 whatever the weights' dtype. A block takes, in the dense form:
 
-Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width of a head, V vocabulary size.
+- up to four sequences, five kernels: a linear layer takes all around it into its own kernel (`ops/triton/small_linear.py`),
+  so that a step takes little more than the time of reading the weights and the states that it touches. They are the input
+  projections with the norm before them; the step with its routing; output projection with norm, gate and residual; gate and up
+  projections with norm and SwiGLU; down projection with residual.
+- more sequences, nine: PyTorch's products (input projections; output; gate and up; down), the step with its routing, and before
+  the products one kernel for all that stands there (`ops/triton/decoding.py`: residual sum, norm and cast; norm, gate and cast;
+  residual sum, norm and cast; SwiGLU and cast).
+
+The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more, steps that can
+be undone one for each tensor put aside but the memory.
+
+Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width of a head, V vocabulary size,
+P parts of a product, O its outputs.
 """
 
 from __future__ import annotations
@@ -13,9 +24,15 @@ import torch
 from torch import Tensor
 
 from factorization_memory import ops
-from factorization_memory.layers import LayerState, ModelState
+from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
 from factorization_memory.models.language_model import Block, LanguageModel
+from factorization_memory.ops.precision import wide_product
 from factorization_memory.ops.routing import route
+
+PARTS = (4, 2)
+"""Parts of a product into the residual stream, for more than few sequences: the first that divides the inputs."""
+LEAST_INPUTS = 64
+"""The inputs of a part are a multiple of this."""
 
 
 class DecodingModel:
@@ -32,28 +49,47 @@ class DecodingModel:
     def __init__(self, model: LanguageModel) -> None:
         if (reason := obstacle(model)) is not None:
             raise ValueError(f"model: {reason}; use LanguageModel.step")
+        from factorization_memory.ops.triton.small_linear import most_tokens
+
         self.model = model
         self.blocks = [_DecodingBlock(block) for block in model.blocks]
+        self.few = min(most_tokens(model.config.hidden_size), *(block.few for block in self.blocks))
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence, `[B]`, to float32 logits `[B, V]`; `state` is updated in place and returned."""
+        from factorization_memory.ops.triton.decoding import normalise
         from factorization_memory.ops.triton.small_linear import small_linear
 
         model = self.model
+        norm, head = model.final_norm, model.head.weight
         x = model.embedding(tokens).float()
-        for block, layer_state in zip(self.blocks, state, strict=True):
-            block.step(x, layer_state)
+        if len(tokens) <= self.few:
+            for block, layer_state in zip(self.blocks, state, strict=True):
+                block.step_few(x, layer_state)
+            logits = x.new_empty(len(tokens), model.config.vocab_size)
+            small_linear(x, head, logits, norm_weight=norm.weight, norm_eps=norm.eps, early=True)
+        else:
+            parts = None
+            for block, layer_state in zip(self.blocks, state, strict=True):
+                parts = block.step_many(x, parts, layer_state)
+            logits = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, head.dtype), head.T)
         state.step_done()
-        logits = x.new_empty(len(tokens), model.config.vocab_size)
-        norm = model.final_norm
-        small_linear(x, model.head.weight, logits, norm_weight=norm.weight, norm_eps=norm.eps)
         return logits, state
 
 
 def obstacle(model: LanguageModel) -> str | None:
     """Why a model has no such form, or not on its device; None if it has."""
     config, weight = model.config, model.embedding.weight
+    others = sorted({mixer for mixer in config.layer_mixers if mixer != "memory"})
+    if others:
+        return f"mixers={config.mixers!r}: only memory layers have one, not {', '.join(others)}"
+    if not config.feed_forward:
+        return "feed_forward=False: it takes blocks with a feed-forward layer"
+    if config.conv_size and config.conv_input != "value":
+        return f"conv_input={config.conv_input!r}: it takes convolutions of values"
+    if config.affinity != "softmax" or config.query != "shared":
+        return f"affinity={config.affinity!r} with query={config.query!r} is not the paper's routing"
     if config.backend in ("reference", "chunked"):
         return f"backend={config.backend!r} is not that of the kernels"
     if config.norm == "state":
@@ -69,45 +105,106 @@ class _DecodingBlock:
     """A block's step."""
 
     def __init__(self, block: Block) -> None:
-        self.block = block
-        mixer = block.mixer
+        from factorization_memory.ops.triton.small_linear import most_tokens
+
+        mixer, feed_forward, feed_forward_norm = block.mixer, block.feed_forward, block.feed_forward_norm
+        assert isinstance(mixer, FactorizationMemory), "see obstacle"
+        assert feed_forward is not None, "see obstacle"
+        assert feed_forward_norm is not None
+        assert mixer.affinity is not None, "see obstacle"
+        assert mixer.merge_rate is not None, "see obstacle"
+        self.mixer, self.mixer_norm = mixer, block.mixer_norm
+        self.feed_forward, self.feed_forward_norm = feed_forward, feed_forward_norm
         projections = [mixer.affinity, mixer.update_rate, mixer.merge_rate, mixer.value]
         if mixer.gate is not None:
             projections.append(mixer.gate)
         self.weight = torch.cat([projection.weight for projection in projections]).detach()
-        self.bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections]).detach()
         self.sizes = [projection.out_features for projection in projections]
+        # The others have none.
+        self.rate_bias = torch.cat([mixer.update_rate.bias, mixer.merge_rate.bias]).detach()
+        self.rates = slice(self.sizes[0], sum(self.sizes[:3]))
+        self.bias = self.weight.new_zeros(len(self.weight))
+        self.bias[self.rates] = self.rate_bias
+        self.norm_groups = mixer.num_heads if mixer.norm == "head" else 1
+        self.few = min(
+            most_tokens(mixer.hidden_size), most_tokens(mixer.output.in_features, self.norm_groups),
+            most_tokens(feed_forward.down.in_features),
+        )  # fmt: skip
 
-    def step(self, x: Tensor, state: LayerState) -> None:
-        """The residual stream `[B, d]`, float32, and the state, both in place."""
+    def step_few(self, x: Tensor, state: MixerState) -> None:
+        """The residual stream `[B, d]`, float32, and the state, both in place: B up to `few`."""
         from factorization_memory.ops.triton.small_linear import small_linear
-        from factorization_memory.ops.triton.step import weigh_all
 
-        block, mixer = self.block, self.block.mixer
-        norm = block.mixer_norm
+        norm, mixer = self.mixer_norm, self.mixer
         projected = small_linear(
             x, self.weight, x.new_empty(len(x), len(self.weight)), bias=self.bias, norm_weight=norm.weight, norm_eps=norm.eps,
+            early=True,
         )  # fmt: skip
+        y, gate = self._recurrence(projected, None, state)
+        small_linear(
+            y, mixer.output.weight, x, residual=x, gate=gate,
+            norm_weight=mixer.norm_weight, norm_eps=mixer.norm_eps, norm_groups=self.norm_groups, early=True,
+        )  # fmt: skip
+        norm, feed_forward = self.feed_forward_norm, self.feed_forward
+        hidden = x.new_empty(len(x), feed_forward.down.in_features, dtype=self.weight.dtype)
+        small_linear(x, feed_forward.gate_up.weight, hidden, norm_weight=norm.weight, norm_eps=norm.eps, glu=True, early=True)
+        small_linear(hidden, feed_forward.down.weight, x, residual=x, early=True)
+
+    def step_many(self, x: Tensor, parts: Tensor | None, state: MixerState) -> Tensor:
+        """The residual stream `[B, d]`, float32, and the state, both in place.
+
+        Args:
+            x: the stream, but for what the block before adds to it.
+            parts: that, `[P, B, d]`, whose sum it is; None if there is none.
+            state: of the layer.
+
+        Returns:
+            What this block's feed-forward layer adds, likewise.
+        """
+        from factorization_memory.ops.triton.decoding import glu, normalise
+
+        norm, mixer, dtype = self.mixer_norm, self.mixer, self.weight.dtype
+        projected = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, dtype), self.weight.T)
+        y, gate = self._recurrence(projected, self.rate_bias, state)
+        y = normalise(y, None, gate, mixer.norm_weight, mixer.norm_eps, self.norm_groups, dtype)
+        parts = _in_parts(y, mixer.output.weight)
+        norm, feed_forward = self.feed_forward_norm, self.feed_forward
+        y = normalise(x, parts, None, norm.weight, norm.eps, 1, dtype)
+        return _in_parts(glu(wide_product(y, feed_forward.gate_up.weight.T), dtype), feed_forward.down.weight)
+
+    def _recurrence(self, projected: Tensor, rate_bias: Tensor | None, state: MixerState) -> tuple[Tensor, Tensor | None]:
+        """From the projections of the layer's input, without biases if those of the rates are given, to the merged vectors
+        `[B, H * D]`, and the gate's logits if there is a gate."""
+        from factorization_memory.ops.triton.decoding import convolve
+        from factorization_memory.ops.triton.step import dense_step
+
+        assert isinstance(state, LayerState), "the state is of another model"
+        mixer = self.mixer
         affinity, update, merge, value, *gate = projected.split(self.sizes, dim=1)
         heads = (mixer.num_heads, -1)
         affinity, update, merge = (logits.unflatten(1, heads) for logits in (affinity, update, merge))
-        if mixer.top_k is None:
-            update, merge = weigh_all(affinity, update, merge, mixer.temperature)
-            indices = None
-        else:
+        indices = None
+        if mixer.top_k is not None:
+            if rate_bias is not None:
+                projected[:, self.rates].add_(rate_bias)
             _, update, merge, indices = route(affinity, update, merge, mixer.top_k, mixer.temperature)
         undo = state.undo
         if undo is not None:
             undo.put_aside(indices, state.convolution)
         if mixer.convolution is not None and state.convolution is not None:
-            value = mixer.convolution.step(value, state.convolution)
+            value = convolve(value, state.convolution, mixer.convolution.weight, mixer.convolution.bias)
+        value = value.unflatten(1, heads)
         rows, position = (None, None) if undo is None else (undo.rows, undo.position)
-        y = ops.step_unchecked(update, merge, value.unflatten(1, heads), state.memory, indices, undo=rows, position=position)
-        small_linear(
-            y.flatten(1), mixer.output.weight, x, residual=x, gate=gate[0] if gate else None,
-            norm_weight=mixer.norm_weight, norm_eps=mixer.norm_eps, norm_groups=mixer.num_heads if mixer.norm == "head" else 1,
-        )  # fmt: skip
-        norm, feed_forward = block.feed_forward_norm, block.feed_forward
-        hidden = x.new_empty(len(x), feed_forward.down.in_features, dtype=self.weight.dtype)
-        small_linear(x, feed_forward.gate_up.weight, hidden, norm_weight=norm.weight, norm_eps=norm.eps, glu=True)
-        small_linear(hidden, feed_forward.down.weight, x, residual=x)
+        if indices is None:
+            y = dense_step(affinity, update, merge, rate_bias, mixer.temperature, value, state.memory, rows, position)
+        else:
+            y = ops.step_unchecked(update, merge, value, state.memory, indices, undo=rows, position=position)
+        return y.flatten(1), gate[0] if gate else None
+
+
+def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` as parts `[P, B, O]` whose sum it is, float32, each of its own inputs: few outputs are few tiles, and so
+    many of them keep more of a GPU reading."""
+    inputs = x.shape[1]
+    parts = next((parts for parts in PARTS if inputs % (parts * LEAST_INPUTS) == 0), 1)
+    return wide_product(x.unflatten(1, (parts, -1)).transpose(0, 1), weight.unflatten(1, (parts, -1)).permute(1, 2, 0))

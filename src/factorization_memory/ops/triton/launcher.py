@@ -6,12 +6,26 @@ from typing import Any
 
 from torch import Tensor
 
+from factorization_memory.ops.triton import interpreted
+
 REMEMBERED = 4096
 """Compiled kernels remembered at most; then all are forgotten, and Triton finds them again."""
 ALIGNMENT = 127
 """Bits of an address that a compiled kernel may depend on: Triton looks at the lowest four."""
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+DEPENDENT_LAUNCH = True
+"""Whether kernels of decoding begin before what was launched before has ended, and wait for it inside (programmatic dependent
+launch). What other kernels write they load past the L1 cache, which may hold what was there when they began."""
+
+
+def dependent(early: bool) -> dict[str, bool]:
+    """What to give to `launch` for a kernel that may begin early."""
+    if not (early and DEPENDENT_LAUNCH) or interpreted():
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def launch(

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from factorization_memory.ops.triton.dense import on_device_of
-from factorization_memory.ops.triton.launcher import launch
+from factorization_memory.ops.triton.launcher import dependent, launch
 
 BLOCK, SELECTED_BLOCK = 1024, 256
 """Logits of a program, and those among them that are selected, if not a row has more."""
@@ -53,7 +54,7 @@ def _softly(x, known, inside):
 @triton.jit
 def _rate(logits, start, index, mask):
     """The sigmoid of logits at `start + index`."""
-    x = tl.load(logits + start + index, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(logits + start + index, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -62,15 +63,20 @@ def forward_kernel(
     affinity_logits, update_logits, merge_logits, affinity, update, merge, indices, update_rate, merge_rate, count, temperature,
     affinity_token, affinity_head, update_token, update_head, merge_token, merge_head,
     HEADS: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr,
-    ROWS: tl.constexpr, ONE_RATE: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, ONE_RATE: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     LOWEST: tl.constexpr = -(2**31)
     MASK: tl.constexpr = -(2 ** (32 - BITS))
     row, token, head, known = _rows_of(count, HEADS, ROWS)
     state = tl.arange(0, PADDED)[None, :]
     there = known & (state < STATES)
-    x = tl.load(affinity_logits + token * affinity_token + head * affinity_head + state, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(
+        affinity_logits + token * affinity_token + head * affinity_head + state, mask=there, other=0.0, cache_modifier=".cg"
+    ).to(tl.float32)
     # Integers in the order of the numbers, where both zeros are equal and NaN is the largest; below all of them, what is none.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     bits = tl.where(x != x, 0x7FC00000, bits)
@@ -219,6 +225,7 @@ def _route(
             *logits, affinity, update, merge, indices, update_rate, merge_rate, rows, float(temperature),
             *(stride for x in logits for stride in x.stride()[:2]),
             HEADS=heads, ONE_RATE=update_logits.shape[-1] == 1, BITS=KEY_BITS[affinity_logits.dtype], **sizes,
+            **dependent(early=True),
         )  # fmt: skip
     return made
 

@@ -1,8 +1,7 @@
-"""A linear layer of few tokens, as in decoding, with what stands around it.
+"""A linear layer of few tokens, as in decoding, with what stands around it, in one kernel.
 
-For up to `FEW` tokens all of it is one kernel: a program multiplies some rows of the weight by the whole input and sums, so
-that its time is that of reading the weights. More tokens are left to PyTorch's matrix product, with the rest in kernels of
-their own: with one of ours for all of it a step of 64 sequences was no faster than the plain one.
+A program multiplies some rows of the weight by the whole input and sums, so that its time is that of reading the weights. It
+takes up to `FEW` tokens: with kernels of ours for more, a step of 64 sequences was no faster than the plain one.
 
 Shapes: B tokens, I inputs, O outputs, G inputs of a group of the normalisation.
 """
@@ -15,13 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from factorization_memory.ops.precision import wide_product
-from factorization_memory.ops.triton.launcher import launch
+from factorization_memory.ops.triton.launcher import dependent, launch
 
 FEW = 4
-"""Tokens up to which weights are multiplied by each token in turn."""
+"""Tokens at most: weights are multiplied by each in turn."""
 MOST_INPUTS = 16384
 """Inputs of all tokens, with groups padded to powers of two, that `few_kernel` takes: it holds them all."""
 THREAD_BYTES = 256
@@ -33,7 +31,7 @@ PROCESSORS = 132
 @triton.jit
 def _silu(gate, at, mask):
     """The SiLU of gate at `at`."""
-    g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return g / (1.0 + tl.exp(-g))
 
 
@@ -49,7 +47,7 @@ def _added(bias, residual, index, at, mask, OUTPUTS: tl.constexpr, GLU: tl.const
         if GLU:
             second = tl.load(bias + OUTPUTS + index, mask=index < OUTPUTS, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        after = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        after = tl.load(residual + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return first, second, after
 
 
@@ -67,7 +65,7 @@ def few_kernel(
     x, weight, bias, norm_weight, residual, gate, out, eps, x_row, gate_row, residual_row, out_row,
     TOKENS: tl.constexpr, TOKENS_PADDED: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     GROUPS_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, BO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BO outputs of all tokens. Inputs stand as groups, each padded to a power of two."""
     INPUTS: tl.constexpr = GROUPS * GROUP
@@ -83,9 +81,12 @@ def few_kernel(
     w = tl.load(weight + at, mask=both, other=0.0)
     if GLU:
         w_up = tl.load(weight + OUTPUTS * INPUTS + at, mask=both, other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.arange(0, TOKENS_PADDED)[:, None]
     there = (token < TOKENS) & inside[None, :]
-    rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if HAS_GATE:
         factor = _silu(gate, token * gate_row + column[None, :], there)
     mask = (token < TOKENS) & known[None, :]
@@ -112,6 +113,13 @@ def few_kernel(
     tl.store(out + token * out_row + index[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=1024)
+def most_tokens(inputs: int, norm_groups: int = 1) -> int:
+    """Tokens of so many inputs that `small_linear` takes at most; 0 if it takes none."""
+    padded = triton.next_power_of_2(norm_groups) * triton.next_power_of_2(inputs // norm_groups)
+    return max((tokens for tokens in range(1, FEW + 1) if triton.next_power_of_2(tokens) * padded <= MOST_INPUTS), default=0)
+
+
 def small_linear(
     x: Tensor,
     weight: Tensor,
@@ -124,13 +132,14 @@ def small_linear(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     glu: bool = False,
+    early: bool = False,
 ) -> Tensor:
     """`out = linear(norm(x) * silu(gate)) + residual`, or, with `glu`, `silu(linear of the first O rows) * linear of the others
     + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
 
     Args:
-        x: `[B, I]`, bfloat16 or float32; so are `out`, `residual`, `gate` and `norm_weight`, each of its own dtype. Rows of
-            these may stand apart, numbers of a row not.
+        x: `[B, I]`, B up to `most_tokens(I, norm_groups)`, bfloat16 or float32; so are `out`, `residual`, `gate` and
+            `norm_weight`, each of its own dtype. Rows of these may stand apart, numbers of a row not.
         weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as by
             autocast; sums are float32.
         out: `[B, O]`; may be `residual`, not `x` or `gate`.
@@ -141,19 +150,21 @@ def small_linear(
         residual: `[B, O]`, added to the outputs; None for none.
         gate: `[B, I]`, whose SiLU multiplies the (normalised) inputs; None for none.
         glu: whether to multiply the SiLU of the first half of the outputs by the second half.
+        early: whether to begin, and to read weights, while what was launched before still runs (programmatic dependent
+            launch): that must not write `weight`.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or layout.
+        ValueError: an argument of the wrong shape, dtype, device or layout, or more tokens than it takes.
     """
     _check(x, weight, out, bias, norm_weight, norm_groups, residual, gate, glu)
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return small_linear(
                 x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps, norm_groups=norm_groups,
-                residual=residual, gate=gate, glu=glu,
+                residual=residual, gate=gate, glu=glu, early=early,
             )  # fmt: skip
     tokens, inputs = x.shape
     outputs = out.shape[1]
@@ -164,8 +175,6 @@ def small_linear(
     group_padded, groups_padded = triton.next_power_of_2(group), triton.next_power_of_2(groups)
     padded = groups_padded * group_padded
     tokens_padded = triton.next_power_of_2(tokens)
-    if tokens > FEW or tokens_padded * padded > MOST_INPUTS:
-        return _in_several_kernels(x, weight, out, bias, norm_weight, norm_eps, norm_groups, residual, gate, glu)
     halves = 2 if glu else 1
     row_bytes = inputs * weight.element_size() * halves
     token_bytes = inputs * (x.element_size() + (0 if gate is None else gate.element_size()))
@@ -179,33 +188,9 @@ def small_linear(
         TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
         GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu,
-        num_warps=warps,
+        **dependent(early), num_warps=warps,
     )  # fmt: skip
     return out
-
-
-def _in_several_kernels(
-    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_eps: float,
-    norm_groups: int, residual: Tensor | None, gate: Tensor | None, glu: bool,
-) -> Tensor:  # fmt: skip
-    """`small_linear` of more tokens."""
-    if norm_weight is not None:
-        grouped = x.float().unflatten(1, (norm_groups, -1))
-        scale = norm_weight.float().unflatten(0, (norm_groups, -1))
-        if norm_groups == 1:
-            x = functional.rms_norm(grouped, grouped.shape[-1:], scale[0], norm_eps).flatten(1)
-        else:
-            x = (functional.rms_norm(grouped, grouped.shape[-1:], eps=norm_eps) * scale).flatten(1)
-    if gate is not None:
-        x = x.float() * functional.silu(gate.float())
-    x = x.to(weight.dtype)
-    y = wide_product(x, weight.T)
-    if bias is not None:
-        y += bias
-    if glu:
-        first, second = y.chunk(2, dim=1)
-        y = functional.silu(first).mul_(second)
-    return out.copy_(y) if residual is None else torch.add(y, residual, out=out)
 
 
 @lru_cache(maxsize=1024)
@@ -247,3 +232,5 @@ def _check(
         raise ValueError("weight: is not contiguous; take weight.contiguous()")
     if norm_groups < 1 or inputs % norm_groups:
         raise ValueError(f"norm_groups: got {norm_groups}, takes a divisor of I = {inputs}")
+    if tokens > (most := most_tokens(inputs, 1 if norm_weight is None else norm_groups)):
+        raise ValueError(f"x: got {tokens} tokens of {inputs} inputs, takes up to {most}; give fewer at a time")

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from factorization_memory.ops.triton.dense import on_device_of
-from factorization_memory.ops.triton.launcher import launch
+from factorization_memory.ops.triton.launcher import dependent, launch
 from factorization_memory.ops.triton.plan import power_of_two
 
 TILE = 4096
@@ -57,7 +58,11 @@ def step_kernel(
     HAS_PLACES: tl.constexpr,
     HAS_UNDO: tl.constexpr,
     ROUNDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     blocks = tl.cdiv(width, BD)
     column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     unit = tl.program_id(0) // blocks
@@ -73,20 +78,24 @@ def step_kernel(
         token = (sequence * tokens + t) * heads + head
         merged = tl.zeros([BD], tl.float32)
         if kept_in >= 0:
-            v = tl.load(value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0).to(tl.float32)
+            v = tl.load(
+                value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0, cache_modifier=".cg"
+            ).to(tl.float32)
             for start in range(first, end, ROWS):
                 row = start + tl.arange(0, ROWS)
                 real = row < end
-                theta = tl.load(update + token * chosen + row, mask=real, other=0).to(tl.float32)
-                phi = tl.load(merge + token * chosen + row, mask=real, other=0).to(tl.float32)
+                theta = tl.load(update + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                phi = tl.load(merge + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
                 chosen_state = row.to(tl.int64)
                 if SPARSE:
-                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0).to(tl.int64)
+                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(
+                        tl.int64
+                    )
                 at = chosen_state[:, None] * width + column[None, :]
                 both = real[:, None] & there[None, :]
-                held = tl.load(memory + at, mask=both, other=0)
+                held = tl.load(memory + at, mask=both, other=0, cache_modifier=".cg")
                 if HAS_UNDO:
-                    layer = tl.load(position).to(tl.int64) * batch * tokens * heads
+                    layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * tokens * heads
                     aside = ((layer + token) * chosen + row[:, None]) * width + column[None, :]
                     tl.store(undo + aside, held, mask=both)
                 new = held.to(tl.float32) * (1 - theta[:, None]) + theta[:, None] * v[None, :]
@@ -153,56 +162,128 @@ def undo_kernel(
 
 
 @triton.jit
-def weigh_kernel(
-    affinity_logits,  # [B, H, M]
-    update_logits,  # [B, H, R]
-    merge_logits,  # [B, H, R]
-    update,  # out: [B, H, M]
-    merge,  # out: [B, H, M]
+def _rate(logits, bias, at, mask, HAS_BIAS: tl.constexpr):
+    """The sigmoid of logits at `at`, plus their bias there."""
+    x = tl.load(logits + at, mask=mask, other=0, cache_modifier=".cg").to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + at, mask=mask, other=0).to(tl.float32)
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def dense_step_kernel(
+    affinity,  # logits [B, H, M], `logits_row` numbers from sequence to sequence
+    update,  # logits [B, H, R], likewise
+    merge,  # logits [B, H, R], likewise
+    rate_bias,  # [2, H, R]: of update and merge rates
+    value,  # [B, H, D], `value_row` numbers from sequence to sequence
+    state,  # in and out: [B, H, M, D]
+    undo,  # out: [depth, B, H, M, D]
+    position,  # [1]: which of the depth
+    output,  # out: [splits, B, H, D]
+    batch,
     temperature,
-    affinity_row,
-    update_row,
-    merge_row,
+    width,
+    split_rows,
+    logits_row,
+    value_row,
     HEADS: tl.constexpr,
     STATES: tl.constexpr,
     PADDED: tl.constexpr,
     RATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_UNDO: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    state = tl.arange(0, PADDED)
-    there = state < STATES
-    source = affinity_logits + sequence * affinity_row + head * STATES + state
-    logits = tl.load(source, mask=there, other=-float("inf")).to(tl.float32) / temperature
-    shares = tl.exp(logits - tl.max(logits, 0))
-    affinity = shares / tl.sum(shares, 0)
-    rate = head * RATES + tl.minimum(state, RATES - 1)
-    target = tl.program_id(0).to(tl.int64) * STATES + state
-    logits = tl.load(update_logits + sequence * update_row + rate, mask=there, other=0).to(tl.float32)
-    tl.store(update + target, affinity * tl.sigmoid(logits), mask=there)
-    logits = tl.load(merge_logits + sequence * merge_row + rate, mask=there, other=0).to(tl.float32)
-    tl.store(merge + target, affinity * tl.sigmoid(logits), mask=there)
+    """`step_kernel` of one token in the dense form, from the logits of its weights: each program does the softmax itself."""
+    blocks = tl.cdiv(width, BD)
+    column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    unit = tl.program_id(0).to(tl.int64) // blocks
+    sequence, head = unit // HEADS, unit % HEADS
+    there = column < width
+    split = tl.program_id(1)
+    memory = state + unit * STATES * width
+    first, end = split * split_rows, tl.minimum((split + 1) * split_rows, STATES)
+    # States are under way while the softmax is computed, and each tile of them while the one before is.
+    row = first + tl.arange(0, ROWS)
+    both = (row < end)[:, None] & there[None, :]
+    held = tl.load(memory + row[:, None] * width + column[None, :], mask=both, other=0, cache_modifier=".cg")
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    affinity += sequence * logits_row + head * STATES
+    update += sequence * logits_row
+    merge += sequence * logits_row
+    v = tl.load(value + sequence * value_row + head * width + column, mask=there, other=0, cache_modifier=".cg").to(tl.float32)
+    every = tl.arange(0, PADDED)
+    all_logits = tl.load(affinity + every, mask=every < STATES, other=-float("inf"), cache_modifier=".cg").to(tl.float32)
+    all_logits /= temperature
+    top = tl.max(all_logits, 0)
+    total = tl.sum(tl.exp(all_logits - top), 0)
+    merged = tl.zeros([ROWS, BD], tl.float32)
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        real = row < end
+        logits = tl.load(affinity + row, mask=real, other=-float("inf"), cache_modifier=".cg").to(tl.float32) / temperature
+        share = tl.exp(logits - top) / total
+        rate = head * RATES + tl.minimum(row, RATES - 1)
+        theta = share * _rate(update, rate_bias, rate, real, HAS_BIAS)
+        phi = share * _rate(merge, rate_bias + HEADS * RATES if HAS_BIAS else rate_bias, rate, real, HAS_BIAS)
+        at = row[:, None] * width + column[None, :]
+        both = (row + ROWS < end)[:, None] & there[None, :]
+        after = tl.load(memory + ROWS * width + at, mask=both, other=0, cache_modifier=".cg")
+        both = real[:, None] & there[None, :]
+        if HAS_UNDO:
+            layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * HEADS
+            tl.store(undo + (layer + unit) * STATES * width + at, held, mask=both)
+        new = held * (1 - theta[:, None]) + theta[:, None] * v[None, :]
+        tl.store(memory + at, new, mask=both)
+        merged += phi[:, None] * new
+        held = after
+    target = (split.to(tl.int64) * batch * HEADS + unit) * width + column
+    tl.store(output + target, tl.sum(merged, 0), mask=there)
 
 
 @on_device_of
-def weigh_all(affinity: Tensor, update: Tensor, merge: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Update and merge weights of the dense form, float32 `[B, H, M]`, of few tokens; not differentiable.
+def dense_step(
+    affinity: Tensor, update: Tensor, merge: Tensor, rate_bias: Tensor | None, temperature: float, value: Tensor,
+    state: Tensor, undo: Tensor | None, position: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One token of each sequence in the dense form, with its routing; `state` is updated in place. Not differentiable.
+
+    What was launched before must not write `state`: it may be read while that still runs.
 
     Args:
-        affinity: logits `[B, H, M]`, whose rows `[H, M]` may stand apart.
-        update: logits of the update rates, `[B, H, R]`, likewise; R is M or 1.
+        affinity: logits `[B, H, M]`, rows `[H, M]` may stand apart, those of the three logits equally.
+        update: logits of the update rates, `[B, H, R]`; R is M or 1.
         merge: logits of the merge rates, likewise.
+        rate_bias: added to the logits of the update rates and of the merge rates, contiguous `[2 * H * R]`; None for none.
         temperature: divides the affinity logits.
+        value: v, `[B, H, D]`, whose rows `[H, D]` may stand apart.
+        state: h, contiguous float32 `[B, H, M, D]`.
+        undo: takes the states as they were, contiguous `[depth, B, H, M, D]`.
+        position: int `[1]`, which of `undo`'s depth to take.
+
+    Returns:
+        y, float32 `[B, H, D]`.
     """
-    batch, heads, states = affinity.shape
-    rates = update.shape[2]
-    theta, phi = (affinity.new_empty(batch, heads, states, dtype=torch.float32) for _ in range(2))
-    if batch:
-        launch(
-            weigh_kernel, (batch * heads,), affinity, update, merge, theta, phi, float(temperature), affinity.stride(0),
-            update.stride(0), merge.stride(0),
-            HEADS=heads, STATES=states, PADDED=power_of_two(states, 16), RATES=rates, num_warps=4,
-        )  # fmt: skip
-    return theta, phi
+    batch, heads, states, width = state.shape
+    assert affinity.stride(0) == update.stride(0) == merge.stride(0), "they are parts of one tensor"
+    if batch == 0:
+        return state.new_empty(batch, heads, width)
+    columns, rows, splits = _tiles(batch * heads, states, width, value.device)
+    rows = max(1, rows // 2)  # two tiles are held
+    parts = state.new_empty(splits, batch, heads, width)
+    launch(
+        dense_step_kernel, (batch * heads * -(-width // columns), splits), affinity, update, merge, rate_bias, value, state,
+        undo, position, parts, batch, float(temperature), width, -(-states // (splits * rows)) * rows, affinity.stride(0),
+        value.stride(0),
+        HEADS=heads, STATES=states, PADDED=power_of_two(states, 16), RATES=update.shape[2], ROWS=rows, BD=columns,
+        HAS_BIAS=rate_bias is not None, HAS_UNDO=undo is not None, num_warps=4, **dependent(early=True),
+    )  # fmt: skip
+    return parts[0] if splits == 1 else parts.sum(0)
 
 
 @lru_cache(maxsize=256)
@@ -259,7 +340,7 @@ def _step(
         step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices, places, undo,
         position, seed, parts, batch, tokens, heads, num_states, chosen, width, split_rows, value_row,
         ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, HAS_UNDO=undo is not None,
-        ROUNDS=seed is not None, num_warps=4,
+        ROUNDS=seed is not None, num_warps=4, **dependent(early=True),
     )  # fmt: skip
     return output if splits == 1 else parts.sum(0).to(value.dtype)
 

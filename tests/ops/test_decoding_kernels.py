@@ -1,0 +1,138 @@
+"""What stands between the products of a decoding step, and its step with routing, against PyTorch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from factorization_memory.layers.convolution import CausalConvolution
+from factorization_memory.ops import reference
+from factorization_memory.ops.routing import route
+from factorization_memory.ops.triton import step
+from factorization_memory.ops.triton.decoding import convolve, glu, normalise
+from factorization_memory.ops.triton.step import dense_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW, FULL = torch.bfloat16, torch.float32
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
+
+def random(*shape: int, dtype: torch.dtype = FULL) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "groups", "parts", "gated", "normed", "dtype"),
+    [(40, 1, 1, False, True, FULL), (75, 1, 3, True, True, LOW), (75, 5, 0, True, True, FULL), (33, 3, 0, False, True, FULL),
+     (40, 4, 0, True, False, LOW), (1, 1, 2, False, True, FULL)],
+)  # fmt: skip
+def test_normalise(inputs: int, groups: int, parts: int, gated: bool, normed: bool, dtype: torch.dtype) -> None:
+    """Rows of x and of the gate stand apart."""
+    wide = random(5, 2 * inputs + 3)
+    x, gate = wide[:, 1 : inputs + 1], wide[:, inputs + 2 : -1] if gated else None
+    added = random(parts, 5, inputs) if parts else None
+    weight = random(inputs, dtype=dtype) if normed else None
+    stream = x.clone() if added is None else x + added.sum(0)
+    expected, around = stream, wide.clone()
+    if weight is not None:
+        expected = rms_norm(stream.unflatten(1, (groups, -1)), (inputs // groups,), eps=0.1).flatten(1) * weight.float()
+    if gate is not None:
+        expected = expected * silu(gate)
+    y = normalise(x, added, gate, weight, 0.1, groups, dtype)
+    assert y.dtype == dtype
+    # The interpreter cuts to bfloat16 instead of rounding.
+    torch.testing.assert_close(y.float(), expected, rtol=1e-5 if dtype == FULL else 8e-3, atol=1e-5)
+    close(x, stream)
+    assert torch.equal(wide[:, 0], around[:, 0])
+    assert torch.equal(wide[:, inputs + 1 :], around[:, inputs + 1 :])
+
+
+def test_glu() -> None:
+    for width, dtype in ((7, FULL), (600, LOW)):
+        gate_up = random(5, 2 * width)
+        y = glu(gate_up, dtype)
+        assert y.dtype == dtype
+        expected = silu(gate_up[:, :width]) * gate_up[:, width:]
+        torch.testing.assert_close(y.float(), expected, rtol=1e-5 if dtype == FULL else 8e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+def test_convolve(taps: int) -> None:
+    layer = CausalConvolution(530, taps).to(DEVICE).requires_grad_(False)
+    layer.bias.copy_(random(530))
+    wide, tail = random(3, 540), random(3, taps - 1, 530)
+    x, expected_tail = wide[:, 4:-6], tail.clone()
+    expected = layer.step(x, expected_tail)
+    close(convolve(x, tail, layer.weight, layer.bias), expected)
+    assert torch.equal(tail, expected_tail)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "states", "width", "rates", "biased", "kept", "split"),
+    [(5, 3, 6, 13, 6, True, True, 1), (2, 1, 21, 40, 1, True, False, 3), (1, 2, 9, 8, 9, False, True, 2)],
+)
+def test_dense_step(
+    batch: int, heads: int, states: int, width: int, rates: int, biased: bool, kept: bool, split: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With more tiles than one, and parts of the states."""
+    monkeypatch.setattr(step, "_tiles", lambda units, rows, width, device: (16, 4, split))
+    sizes = [heads * states, heads * rates, heads * rates, heads * width]
+    affinity, update, merge, value = (x.unflatten(1, (heads, -1)) for x in (3 * random(batch, sum(sizes))).split(sizes, 1))
+    bias = random(2, heads, rates) if biased else None
+    state, undo = random(batch, heads, states, width), random(3, batch, heads, states, width)
+    before, untouched = state.clone(), undo.clone()
+    first, second = (0, 0) if bias is None else bias
+    _, theta, phi, _ = route(affinity, update + first, merge + second, None, 0.7, "plain")
+    expected_state = state.clone()
+    expected = reference.step(theta, phi, value, None, expected_state)
+    y = dense_step(
+        affinity, update, merge, None if bias is None else bias.flatten(), 0.7, value, state, undo if kept else None,
+        torch.tensor([1], device=DEVICE) if kept else None,
+    )  # fmt: skip
+    close(y, expected)
+    close(state, expected_state)
+    if kept:
+        untouched[1] = before
+    assert torch.equal(undo, untouched)
+
+
+def test_no_sequences() -> None:
+    assert normalise(random(0, 8), None, None, None, 0.1, 1, LOW).shape == (0, 8)
+    assert glu(random(0, 8), LOW).shape == (0, 4)
+    assert convolve(random(0, 8), random(0, 1, 8), random(2, 8), random(8)).shape == (0, 8)
+    logits = random(0, 1, 4)
+    assert dense_step(logits, logits, logits, None, 1.0, random(0, 1, 8), random(0, 1, 4, 8), None, None).shape == (0, 1, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "states", "width"), [(1, 64, 2048), (64, 64, 2048), (5, 1024, 1920), (130, 100, 336)])
+def test_dense_step_at_real_sizes(batch: int, states: int, width: int) -> None:
+    logits, bias, value = random(batch, 3 * states), random(2 * states), random(batch, 1, width)
+    affinity, update, merge = logits[:, None].split(states, 2)
+    state = random(batch, 1, states, width)
+    expected_state = state.double()
+    rates = [x + y for x, y in zip((update.double(), merge.double()), bias.double().split(states), strict=True)]
+    _, theta, phi, _ = route(affinity.double(), *rates, None, 1.0, "plain")
+    expected = reference.step(theta, phi, value.double(), None, expected_state)
+    runs = []
+    for _ in range(2):
+        mine = state.clone()
+        runs.append((dense_step(affinity, update, merge, bias, 1.0, value, mine, None, None), mine))
+    torch.testing.assert_close(runs[0][0].double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(runs[0][1].double(), expected_state, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+def test_normalise_at_real_sizes() -> None:
+    for inputs, parts, groups in ((1024, 4, 1), (2048, 1, 8), (8190, 2, 3)):
+        x, added, weight = random(64, inputs), random(parts, 64, inputs), random(inputs)
+        stream = x.double() + added.double().sum(0)
+        expected = rms_norm(stream.unflatten(1, (groups, -1)), (inputs // groups,), eps=1e-6).flatten(1) * weight
+        y = normalise(x, added, None, weight, 1e-6, groups, FULL)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
