@@ -105,6 +105,9 @@ class ModelConfig:
     ("memory", "memory", "memory", "attention")."""
     tie_word_embeddings: bool = True
     """Whether the output head shares the embedding's weights."""
+    embedding_multiplier: float = 1.0
+    """Multiplies the embeddings where they enter the blocks, not in a tied output head. They start at a standard deviation of
+    0.02, what blocks add to them near 1: a multiplier of 50 makes both of one size."""
     norm_eps: float = 1e-6
     """Added to the mean square under every RMSNorm's root."""
 
@@ -196,6 +199,9 @@ class ModelConfig:
         _require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
         _require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
         _require(self.conv_input in ("value", "layer"), "model.conv_input", self.conv_input, "use value or layer")
+        _require(
+            self.embedding_multiplier > 0, "model.embedding_multiplier", self.embedding_multiplier, "use a positive number"
+        )
         _require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
         known = typing.get_args(Mixer)
         _require(

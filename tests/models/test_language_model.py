@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional
@@ -227,3 +229,25 @@ def test_norm_takes_any_layout() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_embeddings_are_multiplied_where_they_enter_and_not_in_the_head() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_states=4)
+    plain = LanguageModel(config).double()
+    larger = LanguageModel(dataclasses.replace(config, embedding_multiplier=50.0)).double()
+    larger.load_state_dict(plain.state_dict())
+    tokens = torch.randint(0, 30, (2, 7))
+    torch.testing.assert_close(larger.embed(tokens), 50 * plain.embed(tokens))
+    logits, _ = larger(tokens)
+    state = larger.initial_state(2)
+    for t in range(7):
+        step, state = larger.step(tokens[:, t], state)
+        torch.testing.assert_close(step, logits[:, t])
+    with torch.no_grad():  # without blocks, the norm takes the multiplier away again
+        for block in (*plain.blocks, *larger.blocks):
+            for weight in block.parameters():
+                weight.zero_()
+    torch.testing.assert_close(larger(tokens)[0], plain(tokens)[0], rtol=0, atol=1e-2)
+    with pytest.raises(ConfigError, match="embedding_multiplier=0"):
+        ModelConfig(embedding_multiplier=0)

@@ -273,7 +273,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
         pytest.skip(reason)
     torch.use_deterministic_algorithms(False)  # PyTorch's cumsum there is not
     case = make(1 if borders else 2, 333, heads=4, groups=1, width=64, size=64, strength=0.3, borders=borders)
-    leaves = [x.bfloat16() if i in (0, 3, 4) else x.float() for i, x in enumerate(case.arguments)]
+    leaves = [x.detach().bfloat16() if i in (0, 3, 4) else x.detach().float() for i, x in enumerate(case.arguments)]
     rounded = replace(case, arguments=[x.double() for x in leaves])
     keep = borders is None or backend != "mamba-ssm"
     if not keep:
@@ -282,7 +282,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
     leaves = [x.cuda().requires_grad_() for x in leaves]
     if keep:
         assert case.initial is not None
-        leaves.append(case.initial.float().cuda().requires_grad_())
+        leaves.append(case.initial.detach().float().cuda().requires_grad_())
     cu_seqlens = None if case.borders is None else case.borders.cuda()
     function = torch.compile(ssd, fullgraph=True, dynamic=False) if compiled else ssd
     y, final = function(*leaves[:5], 64, leaves[5] if keep else None, keep, cu_seqlens, backend)

@@ -63,7 +63,7 @@ class DecodingModel:
 
         model = self.model
         norm, head = model.final_norm, model.head.weight
-        x = model.embedding(tokens).float()
+        x = model.embed(tokens).float()
         if len(tokens) <= self.few:
             for block, layer_state in zip(self.blocks, state, strict=True):
                 block.step_few(x, layer_state)

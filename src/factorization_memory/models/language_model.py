@@ -168,10 +168,15 @@ class LanguageModel(nn.Module):
         losses = linear_cross_entropy(self.final_norm(x).flatten(0, 1), self.head.weight, targets.flatten(), reduction)
         return (losses.view(targets.shape) if reduction == "none" else losses), ModelState(final) if keep_state else None
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the blocks, `[..., d]`, of tokens `[...]`."""
+        x = self.embedding(tokens)
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
+
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned."""
-        x = self.embedding(tokens)
+        x = self.embed(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             x = block.step(x, layer_state)
         state.step_done()
@@ -206,7 +211,7 @@ class LanguageModel(nn.Module):
         keep_state: bool = True,
     ) -> tuple[Tensor, list[MixerState]]:
         """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
-        x = self.embedding(tokens)
+        x = self.embed(tokens)
         states: list[MixerState] = []
         for i, block in enumerate(self.blocks):
             x, layer_state = block(x, None if state is None else state.layers[i], cu_seqlens, padding_mask, keep_state)
