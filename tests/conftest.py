@@ -22,7 +22,6 @@ collect_ignore = (
         "ops/test_decoding_kernels.py",
         "ops/test_triton.py",
         "ops/test_triton_gates.py",
-        "ops/test_quadratic.py",
         "ops/test_small_linear.py",
         "ops/test_sparse.py",
         "benchmarks/test_tuning.py",

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 Mixer = Literal["memory", "attention", "mamba2"]
-Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse", "triton-quadratic"]
+Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
 
 
 class ConfigError(ValueError):

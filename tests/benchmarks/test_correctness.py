@@ -30,13 +30,6 @@ def test_every_dtype_has_a_tolerance_that_holds(dtype: torch.dtype) -> None:
     assert check("chunked", Problem.random(SMALL, dtype, initial_state=True))["passed"]
 
 
-def test_a_backend_without_states_is_asked_for_none() -> None:
-    problem = dataclasses.replace(Problem.random(SMALL), stateless=True)
-    assert set(problem.solve("chunked")) == {"output", "d_update", "d_merge", "d_value"}
-    assert check("triton-quadratic", problem)["passed"]
-    assert "no state" in check("triton-quadratic", Problem.random(SMALL))["reason"]
-
-
 def test_a_wrong_output_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(update: Any, merge: Any, *rest: Any) -> Any:
         return forward(update, merge * 1.001, *rest)

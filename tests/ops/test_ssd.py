@@ -314,3 +314,17 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     given = {"x": torch.zeros(2, 5, 4, 3), "dt": torch.zeros(2, 5, 4), "decay_rate": torch.zeros(4)}
     with pytest.raises(ValueError, match=message):
         ssd(**({**given, "input_map": maps, "output_map": maps} | change))
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "refused"),
+    [((9, 0), "3.6.0", True), ((9, 0), "3.7.1", False), ((9, 0), "3.3.1", False), ((8, 0), "3.6.0", False)],
+)
+def test_fla_is_not_taken_where_it_would_refuse(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: str, refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(ssd_kernels.metadata, "version", lambda name: version)
+    reason = ssd_kernels._refusal("cuda:0")
+    assert (reason is not None) == refused
+    assert reason is None or f"Triton {version}" in reason

@@ -83,8 +83,6 @@ class Problem:
     cu_seqlens: Tensor | None
     d_output: Tensor
     d_final: Tensor
-    stateless: bool = False
-    """Whether the final state is not asked for."""
 
     @classmethod
     def random(
@@ -171,17 +169,11 @@ class Problem:
         )
 
     def solve(self, backend: str) -> dict[str, Tensor]:
-        """Output, final state (unless `stateless`) and every gradient, by name."""
+        """Output, final state and every gradient, by name."""
         leaves = self.leaves()
-        if self.stateless:
-            results = self.forward(backend, leaves)
-            gradients = torch.autograd.grad(results, leaves, (self.d_output,))
-            names = ["output"]
-        else:
-            results = self.forward(backend, leaves, output_final_state=True)
-            gradients = torch.autograd.grad(results, leaves, (self.d_output, self.d_final))
-            names = ["output", "final state"]
-        names += ["d_update", "d_merge", "d_value", "d_initial_state"]
+        results = self.forward(backend, leaves, output_final_state=True)
+        gradients = torch.autograd.grad(results, leaves, (self.d_output, self.d_final))
+        names = ("output", "final state", "d_update", "d_merge", "d_value", "d_initial_state")
         return dict(zip(names, (*(x.detach() for x in results), *gradients), strict=False))
 
 

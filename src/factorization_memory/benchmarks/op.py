@@ -199,11 +199,8 @@ def gate(benchmark: OpBenchmark, device: torch.device) -> Records:
     results = []
     for shape, tested in sizes:
         release(device)
-        full = Problem.random(shape, benchmark.dtype, device, initial_state=True)
-        alone = replace(full, initial_state=None, stateless=True)
-        for backend in tested:
-            problem = alone if backend == "triton-quadratic" else full  # which has no states
-            results.append({"backend": backend, "shape": str(shape)} | check(backend, problem))
+        problem = Problem.random(shape, benchmark.dtype, device, initial_state=True)
+        results += [{"backend": backend, "shape": str(shape)} | check(backend, problem) for backend in tested]
     return results
 
 

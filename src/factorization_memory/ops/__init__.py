@@ -24,7 +24,7 @@ from factorization_memory.ops.arguments import (
 )
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
-BACKENDS = ("auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse", "triton-quadratic")
+BACKENDS = ("auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse")
 
 
 def factorization_memory(
@@ -53,8 +53,7 @@ def factorization_memory(
         backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch), "triton" (kernels for
             GPUs; not for float64), or "auto": triton where it can run, chunked elsewhere. With `indices`, "triton" takes
             kernels that compute with the selected states alone where that is faster by measurement, and otherwise those of
-            the dense form; "triton-sparse" and "triton-dense" insist on either. "triton-quadratic" is the dense form without
-            states, for sequences that begin with no memory and leave none.
+            the dense form; "triton-sparse" and "triton-dense" insist on either.
 
     Returns:
         y `[B, T, H, D]` in value's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 values),
@@ -268,16 +267,6 @@ def recurrence_unchecked(
         return triton.forward_sparse(update, merge, value, indices, num_states, initial_state, output_final_state, cu_seqlens)
     if indices is not None:
         update, merge = (_scatter(x, indices, num_states) for x in (update, merge))
-    if backend == "triton-quadratic":
-        if not alone or cu_seqlens is not None:
-            given = [
-                name for name, there in (
-                    ("initial_state", initial_state is not None), ("output_final_state", output_final_state),
-                    ("cu_seqlens", cu_seqlens is not None),
-                ) if there
-            ]  # fmt: skip
-            raise ValueError(f"backend={backend!r}: it has no states, but {', '.join(given)} is given; use 'triton'")
-        return triton.forward_quadratic(update, merge, value), None
     if backend == "triton-dense":
         return triton.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
     borders = None if cu_seqlens is None else read_borders(cu_seqlens)

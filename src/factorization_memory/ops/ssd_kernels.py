@@ -7,9 +7,11 @@ Under `torch.compile` they are an operator, as neither can be traced; its backwa
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ PACKAGES = {
     "fla": ("fla.ops.simple_gla", "chunk_simple_gla", "fla-core"),
 }
 """Backend -> module, function, and the name to install it by; the first is preferred."""
+FLA_HOPPER_TRITON = (3, 7, 1)
+"""Triton from which on fla's gated kernels run on GPUs of capability 9; from 3.4 up to it they refuse."""
 MAMBA_CHUNK = 256
 """Tokens of a chunk in mamba-ssm's kernels: its own choice. fla's take 64."""
 
@@ -39,7 +43,24 @@ def obstacle(backend: str, x: Tensor, packed_states: bool) -> str | None:
         return f"x is empty, {tuple(x.shape)}"
     if backend == "mamba-ssm" and packed_states:
         return "it has no gradients of states of packed sequences"
+    if backend == "fla" and (reason := _refusal(str(x.device))) is not None:
+        return reason
     return _missing(backend)
+
+
+@torch.compiler.assume_constant_result
+def _refusal(device: str) -> str | None:
+    """Why fla would refuse to run, which it says only when it computes gradients; None if it does not."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if (3, 4, 0) <= numbers < FLA_HOPPER_TRITON:
+        return f"its gradients are wrong on this GPU with Triton {version}; pip install 'triton>=3.7.1'"
+    return None
 
 
 @torch.compiler.assume_constant_result

@@ -144,22 +144,6 @@ def forward_sparse(
     return output, final if keep_final else None
 
 
-def forward_quadratic(update: Tensor, merge: Tensor, value: Tensor) -> Tensor:
-    """The dense recurrence over whole sequences that begin with no memory and leave none, in its quadratic form.
-
-    Args:
-        update: theta, `[B, T, H, M]`.
-        merge: phi, same shape.
-        value: v, `[B, T, H, D]`, bfloat16, float16 or float32.
-
-    Returns:
-        y `[B, T, H, D]` in value's dtype.
-    """
-    from factorization_memory.ops.triton.quadratic import quadratic
-
-    return quadratic(update, merge, value)[0]
-
-
 def step_in_place(
     update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, places: Tensor | None,
     undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
