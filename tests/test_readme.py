@@ -37,7 +37,7 @@ def test_python_snippets(number: int) -> None:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
@@ -49,9 +49,10 @@ def test_fmem_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         text = "".join(f"Line {line} of text {number}. これは{line}行目です。\n" for line in range(40))
         (tmp_path / "my-texts" / f"{number}.txt").write_text(text, encoding="utf-8")
     run = [words[1:] for words in commands() if words[0] == "fmem"]
-    assert [words[0] for words in run] == ["data", "data", "plan", "train", "evaluate", "generate", "inspect"]
+    assert [words[0] for words in run] == ["data", "data", "plan", "train", "evaluate", "generate", "inspect", "compare"]
+    short = {"train": TINY, "compare": ["--dry-run"]}
     for words in run:
-        assert dispatch([*words, *(TINY if words[0] == "train" else [])]) == 0, words
+        assert dispatch([*words, *short.get(words[0], [])]) == 0, words
     assert capsys.readouterr().out.startswith("It was ")
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
     assert (tmp_path / "inspection.html").exists()

@@ -21,6 +21,7 @@ def demo() -> RunConfig:
         name="demo",
         model=ModelConfig(
             hidden_size=160, num_layers=3, num_states=32, top_k=4, num_heads=4, conv_size=4, output_gate=True,
+            embedding_multiplier=10.0,
         ),
         data=DataConfig(context_length=256),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, weight_decay=1.0, schedule="wsd", decay_fraction=0.3),
@@ -36,6 +37,7 @@ def books() -> RunConfig:
         name="books",
         model=ModelConfig(
             hidden_size=192, num_layers=4, num_states=32, top_k=4, num_heads=4, conv_size=4, output_gate=True,
+            embedding_multiplier=10.0,
         ),
         data=DataConfig(context_length=512),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, schedule="wsd", decay_fraction=0.3),
@@ -50,9 +52,9 @@ def paper() -> RunConfig:
     """The paper's equations and nothing else, dense: one head, no convolution, no gate; for one GPU."""
     return RunConfig(
         name="paper",
-        model=ModelConfig(hidden_size=512, num_layers=8, num_states=64),
+        model=ModelConfig(hidden_size=512, num_layers=8, num_states=64, embedding_multiplier=50.0),
         data=DataConfig(context_length=1024),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         training=TrainingConfig(steps=2000, tokens_per_step=65536, evaluate_every=250, checkpoint_every=500),
     )
 
@@ -62,7 +64,7 @@ def paper_sparse() -> RunConfig:
     config = paper()
     return RunConfig(
         name="paper_sparse",
-        model=ModelConfig(hidden_size=512, num_layers=8, num_states=64, top_k=16),
+        model=ModelConfig(hidden_size=512, num_layers=8, num_states=64, top_k=16, embedding_multiplier=50.0),
         data=config.data,
         optimizer=config.optimizer,
         training=config.training,
@@ -74,7 +76,13 @@ def transformer() -> RunConfig:
     config = paper()
     return RunConfig(
         name="transformer",
-        model=ModelConfig(hidden_size=512, num_layers=8, mixers=("attention",), attention=AttentionConfig(num_heads=8)),
+        model=ModelConfig(
+            hidden_size=512,
+            num_layers=8,
+            mixers=("attention",),
+            attention=AttentionConfig(num_heads=8),
+            embedding_multiplier=50.0,
+        ),
         data=config.data,
         optimizer=config.optimizer,
         training=config.training,
@@ -88,7 +96,7 @@ def mamba2() -> RunConfig:
         name="mamba2",
         model=ModelConfig(
             hidden_size=512, num_layers=16, mixers=("mamba2",), feed_forward=False,
-            mamba2=Mamba2Config(state_size=128, head_size=64, expand=2.0),
+            mamba2=Mamba2Config(state_size=128, head_size=64, expand=2.0), embedding_multiplier=50.0,
         ),
         data=config.data,
         optimizer=config.optimizer,
