@@ -87,7 +87,7 @@ class Mamba2Config:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model of memory layers. Fields that the paper leaves open are marked "silent"; docs/method.md says how each
+    """A language model. Fields that the paper leaves open are marked "silent"; docs/method.md says how each
     was settled."""
 
     vocab_size: int = 0
@@ -95,7 +95,7 @@ class ModelConfig:
     hidden_size: int = 256
     """Width d of the residual stream."""
     num_layers: int = 4
-    """Number of blocks, each a memory layer and a feed-forward layer."""
+    """Number of blocks, each a layer that mixes tokens (see `mixers`) and, unless told otherwise, a feed-forward layer."""
     intermediate_size: int = 0
     """Width of the SwiGLU feed-forward; 0 takes 8/3 of hidden_size, rounded up to a multiple of 32."""
     feed_forward: bool = True
@@ -394,6 +394,13 @@ class RunConfig:
             "training.tokens_per_step",
             self.training.tokens_per_step,
             f"must be a multiple of data.context_length={self.data.context_length}",
+        )
+        grows = "attention" in self.model.layer_mixers and self.model.attention.sliding_window is None
+        _require(
+            not (self.training.carry_state and grows),
+            "training.carry_state",
+            self.training.carry_state,
+            "attention keeps all it has read, without end; set model.attention.sliding_window, or carry no state",
         )
         sequences = self.sequences_per_step
         micro = self.training.micro_batch_size

@@ -49,7 +49,7 @@ def books() -> RunConfig:
 
 
 def paper() -> RunConfig:
-    """The paper's equations and nothing else, dense: one head, no convolution, no gate; for one GPU."""
+    """The paper's equations in every layer, dense: one head, no convolution, no gate; for one GPU."""
     return RunConfig(
         name="paper",
         model=ModelConfig(hidden_size=512, num_layers=8, num_states=64, embedding_multiplier=50.0),

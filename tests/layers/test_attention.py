@@ -265,7 +265,7 @@ def test_autocast_takes_a_carried_state() -> None:
         ({"padding_mask": torch.ones(2, 2, dtype=torch.bool)}, r"padding_mask: got torch.bool \(2, 2\)"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: B = 2"),
         ({"state": Attention(16, 4).initial_state(1)}, r"state.keys: got shape \(1, 4, 0, 4\), takes \(2, 4, 0, 4\)"),
-        ({"state": Attention(16, 4).initial_state(2, 9)}, "state: it has 9 places, sliding_window=8"),
+        ({"state": Attention(16, 4).initial_state(2, 9)}, "sliding_window=None, not 8"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Tensor], message: str) -> None:
@@ -278,3 +278,24 @@ def test_wrong_sizes() -> None:
         Attention(16, 3)
     with pytest.raises(ConfigError, match=r"num_key_value_heads=3: must divide num_heads=4"):
         Attention(16, 4, 3)
+
+
+def test_an_empty_stretch_gives_a_state_of_its_own() -> None:
+    torch.manual_seed(0)
+    for options, borders in (({"sliding_window": 4}, None), ({}, torch.tensor([0, 0]))):
+        layer = Attention(16, 2, **options).double()  # type: ignore[arg-type]
+        _, state = layer(torch.randn(1, 6, 16, dtype=torch.float64))
+        assert state is not None
+        kept = [tensor.clone() for tensor in state.tensors()]
+        _, after = layer(torch.randn(1, 0, 16, dtype=torch.float64), state, borders)
+        assert after is not None
+        for _ in range(3):
+            layer.step(torch.randn(1, 16, dtype=torch.float64), after)
+        assert all(torch.equal(a, b) for a, b in zip(kept, state.tensors(), strict=True))
+
+
+def test_no_sequences() -> None:
+    layer = Attention(16, 2)
+    y, state = layer(torch.randn(0, 5, 16))
+    assert y.shape == (0, 5, 16)
+    assert layer.step(torch.randn(0, 16), state).shape == (0, 16)

@@ -232,3 +232,10 @@ def test_transformers_as_a_witness(groups: int) -> None:
                 theirs = mixer(x[:, t : t + 1], cache_params=cache)[:, 0]
                 torch.testing.assert_close(layer.step(x[:, t], state), theirs, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(state.memory, cache.get_recurrent_state(index, state_idx=0), rtol=1e-5, atol=1e-5)
+
+
+def test_no_sequences() -> None:
+    layer = Mamba2(16, Mamba2Config(state_size=4, head_size=8))
+    y, state = layer(torch.randn(0, 5, 16))
+    assert y.shape == (0, 5, 16)
+    assert layer.step(torch.randn(0, 16), state).shape == (0, 16)

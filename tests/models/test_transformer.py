@@ -3,6 +3,7 @@ everything that a model goes through."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +20,14 @@ from transformers import (
 )
 from transformers import Mamba2Config as TheirMamba2Config
 
-from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConfig
+from factorization_memory.config import AttentionConfig, ConfigError, Mamba2Config, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.generation import prefill_batch
 from factorization_memory.generation.graph import StepGraph, Steps
 from factorization_memory.models import LanguageModel, ModelState
 from factorization_memory.models.conversion import from_llama, from_mamba2
 from factorization_memory.models.counting import count, training_memory
 from factorization_memory.models.decoding import obstacle
-from factorization_memory.models.routing import RoutingHealth, observe_routing
+from factorization_memory.models.routing import RoutingHealth, memory_layers, observe_routing
 
 MIXED = ModelConfig(
     vocab_size=30, hidden_size=16, num_layers=3, num_states=8, top_k=2, mixers=("memory", "attention", "mamba2"),
@@ -281,3 +282,42 @@ def test_activations_of_a_transformer() -> None:
     assert abs(training_memory(config, 3, 100, bfloat16=False)["activations"] - expected) <= 0.02 * expected
     counts = count(config, 100)
     assert counts.attention_flops == 2 * 4 * 32 * 101 // 2
+
+
+def test_states_of_other_models_are_named() -> None:
+    def build(mixers: tuple[Any, ...], window: int | None = None) -> LanguageModel:
+        attention = AttentionConfig(num_heads=2, sliding_window=window)
+        return LanguageModel(
+            ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_states=4, mixers=mixers, attention=attention)
+        ).eval()
+
+    tokens = torch.randint(0, 30, (2, 6))
+    memory, attention = build(("memory",)), build(("attention",))
+    with torch.no_grad():
+        for model, other in ((attention, memory), (memory, attention), (build(("memory", "attention")), memory)):
+            state = other(tokens)[1]
+            with pytest.raises(ValueError, match=r"state: got layers of .*, takes .*; take one from initial_state"):
+                model(tokens, state)
+            with pytest.raises(ValueError, match="state: got layers of"):
+                model.step(tokens[:, 0], state)
+        narrow, wide = build(("attention",), 4), build(("attention",), 8)
+        mine, given = narrow(tokens)[1], wide(tokens)[1]
+        before = [tensor.clone() for tensor in mine.tensors()]
+        with pytest.raises(ValueError, match="not of this model"):
+            mine.load(given)
+        with pytest.raises(ValueError, match="sliding_window=8, not 4"):
+            narrow(tokens, given)
+        assert all(torch.equal(a, b) for a, b in zip(before, mine.tensors(), strict=True))
+
+
+def test_a_cache_without_end_is_not_carried_through_training() -> None:
+    model = ModelConfig(hidden_size=16, mixers=("memory", "attention"), attention=AttentionConfig(num_heads=2))
+    with pytest.raises(ConfigError, match=r"training\.carry_state=True.*sliding_window"):
+        RunConfig(model=model, training=TrainingConfig(carry_state=True))
+    windowed = dataclasses.replace(model, attention=AttentionConfig(num_heads=2, sliding_window=8))
+    RunConfig(model=windowed, training=TrainingConfig(carry_state=True))
+
+
+def test_routing_health_is_of_layers_that_route() -> None:
+    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_states=4, affinity="none"))
+    assert memory_layers(model) == {}

@@ -122,6 +122,8 @@ def test_dense_step_at_real_sizes(batch: int, states: int, width: int) -> None:
     runs = []
     for _ in range(2):
         mine = state.clone()
+        if mine.is_cuda:
+            torch.cuda.synchronize()  # it reads the state before what was launched in front of it has ended
         runs.append((dense_step(affinity, update, merge, bias, 1.0, value, mine, None, None), mine))
     torch.testing.assert_close(runs[0][0].double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(runs[0][1].double(), expected_state, rtol=1e-4, atol=1e-5)

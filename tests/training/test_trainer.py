@@ -159,7 +159,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(corpus: PackedCorpus, run_dir: P
 
 OTHER_MIXERS = ModelConfig(
     hidden_size=16, num_layers=3, num_states=4, mixers=("attention", "memory", "mamba2"),
-    attention=AttentionConfig(num_heads=2), mamba2=Mamba2Config(state_size=4, head_size=8, chunk_size=8),
+    attention=AttentionConfig(num_heads=2, sliding_window=12), mamba2=Mamba2Config(state_size=4, head_size=8, chunk_size=8),
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ class AttentionState(GrowingState):
         values: `[B, G, C, P]`.
         positions: of what lies in each place, int64 `[B, C]`; 0 where nothing does.
         length: tokens read, int64 `[B]`.
+        most: places that there may be, W; None where the cache grows.
         room: steps that fit without a look at `length`; 0 if that is not known.
         undo: None: steps cannot be taken back.
     """
@@ -43,13 +44,14 @@ class AttentionState(GrowingState):
     values: Tensor
     positions: Tensor
     length: Tensor
+    most: int | None = None
     room: int = 0
     undo: None = None
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
         """The state with `function` applied to each tensor."""
         keys, values, positions, length = map(function, self.tensors())
-        return AttentionState(keys, values, positions, length)
+        return AttentionState(keys, values, positions, length, self.most)
 
     def tensors(self) -> list[Tensor]:
         """The tensors that make up the state."""
@@ -71,7 +73,7 @@ class AttentionState(GrowingState):
         if more == 0:
             return self
         keys, values = (functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.keys, self.values))
-        return AttentionState(keys, values, functional.pad(self.positions, (0, more)), self.length)
+        return AttentionState(keys, values, functional.pad(self.positions, (0, more)), self.length, self.most)
 
     def reserve(self, capacity: int) -> None:
         """Have at least so many places."""
@@ -94,6 +96,8 @@ class Attention(nn.Module):
     Raises:
         ConfigError: a value that cannot be, named with its remedy.
     """
+
+    state_type = AttentionState
 
     def __init__(
         self,
@@ -136,7 +140,7 @@ class Attention(nn.Module):
         weight, places = self.output.weight, self._places(capacity)
         keys, values = (weight.new_zeros(batch_size, self.num_key_value_heads, places, self.head_size) for _ in range(2))
         positions = weight.new_zeros(batch_size, places, dtype=torch.int64)
-        return AttentionState(keys, values, positions, weight.new_zeros(batch_size, dtype=torch.int64))
+        return AttentionState(keys, values, positions, weight.new_zeros(batch_size, dtype=torch.int64), self.sliding_window)
 
     def forward(
         self,
@@ -186,7 +190,7 @@ class Attention(nn.Module):
         state.length.add_(1)
         keys, values = (kept[:, :, used].to(q.dtype) for kept in (state.keys, state.values))
         # The query heads that share keys are queries of one head.
-        q = q.reshape(len(x), self.num_key_value_heads, -1, self.head_size)
+        q = q.reshape(len(x), self.num_key_value_heads, self.num_heads // self.num_key_value_heads, self.head_size)
         y = functional.scaled_dot_product_attention(q, keys, values, (state.positions[:, used] > 0)[:, None, None])
         return self.output(y.flatten(1))
 
@@ -202,9 +206,9 @@ class Attention(nn.Module):
                 raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, takes {shape}")
             if tensor.device != x.device:
                 raise ValueError(f"state.{name}: is on {tensor.device}, x on {x.device}; move them to one device")
-        if self.sliding_window is not None and state.capacity > self.sliding_window:
+        if state.most != self.sliding_window:
             raise ValueError(
-                f"state: it has {state.capacity} places, sliding_window={self.sliding_window} takes no more; "
+                f"state: it is of a layer with sliding_window={state.most}, not {self.sliding_window}; "
                 "take one from initial_state or forward"
             )
 
@@ -308,7 +312,9 @@ class Attention(nn.Module):
                 torch.where(new[:, None, :, None], x.transpose(1, 2)[row, index].transpose(1, 2), old)
                 for x, old in ((k, keys), (v, values))
             )
-        return AttentionState(keys.contiguous(), values.contiguous(), position, length)
+        else:  # copies: the state that was given is not that which comes back
+            keys, values = keys.clone(), values.clone()
+        return AttentionState(keys.contiguous(), values.contiguous(), position, length, window)
 
 
 @dataclass

@@ -89,6 +89,8 @@ class FactorizationMemory(nn.Module):
         ConfigError: a value that cannot be, named with its remedy.
     """
 
+    state_type = LayerState
+
     def __init__(
         self,
         hidden_size: int,

@@ -72,6 +72,8 @@ class Mamba2(nn.Module):
         ConfigError: a value that cannot be, named with its remedy.
     """
 
+    state_type = Mamba2State
+
     def __init__(
         self, hidden_size: int, config: Mamba2Config | None = None, *, norm_eps: float = 1e-5, backend: Backend = "auto"
     ) -> None:

@@ -21,6 +21,8 @@ class SequenceMixer(Protocol):
 
     output: nn.Linear
     """The projection into the residual stream."""
+    state_type: type[Any]
+    """The class of its states."""
 
     def __call__(
         self,

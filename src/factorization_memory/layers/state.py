@@ -39,7 +39,10 @@ class MixerState(Protocol):
 
 
 class GrowingState(ABC):
-    """A `MixerState` whose tensors grow with the text read, as a cache of keys and values."""
+    """A `MixerState` whose tensors grow with the text read, as a cache of keys and values, up to `most` tokens if that is not
+    None."""
+
+    most: int | None
 
     @property
     @abstractmethod
@@ -116,6 +119,16 @@ class LayerState:
         return [self.memory] if self.convolution is None else [self.memory, self.convolution]
 
 
+def _alike(mine: MixerState, given: MixerState) -> bool:
+    """Whether the states are of layers of one kind and size, whatever the number of sequences and the text read."""
+    if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
+        capacity = max(mine.capacity, given.capacity)
+        if mine.most != given.most:
+            return False
+        mine, given = mine.resized(capacity), given.resized(capacity)
+    return type(mine) is type(given) and [x.shape[1:] for x in mine.tensors()] == [x.shape[1:] for x in given.tensors()]
+
+
 _POINTS = count()
 """A number for each point that any state comes to by a step, or by being written to."""
 
@@ -169,16 +182,15 @@ class ModelState:
         expected = self.batch_size if places is None else len(places)
         if state.batch_size != expected:
             raise ValueError(f"state: got {state.batch_size} sequences, takes {expected}; use select or place first")
-        pairs = []
-        for mine, given in zip(self.layers, state.layers, strict=False):
+        if len(self) != len(state) or not all(map(_alike, self.layers, state.layers)):
+            raise ValueError("state: it is not of this model; take one from its initial_state or forward")
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for mine, given in zip(self.layers, state.layers, strict=True):
             if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
                 mine.reserve(given.capacity)
                 given = given.resized(mine.capacity)
-            pairs += [(mine.tensors(), given.tensors())]
-        shapes = [[[x.shape[1:] for x in tensors] for tensors in pair] for pair in pairs]
-        if len(self) != len(state) or any(mine != given for mine, given in shapes):
-            raise ValueError("state: it is not of this model; take one from its initial_state or forward")
-        for target, source in (two for pair in pairs for two in zip(*pair, strict=True)):
+            pairs += zip(mine.tensors(), given.tensors(), strict=True)
+        for target, source in pairs:
             if places is None:
                 target.copy_(source)
             else:

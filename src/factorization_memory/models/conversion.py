@@ -1,6 +1,7 @@
 """Weights of well-known models under the names of ours, from state dictionaries as `transformers` writes them.
 
-The models are the same functions: `LanguageModel(config)` with these weights gives the logits of the original.
+The models are the same functions: `LanguageModel(config)` with these weights gives the logits of the original; but for Llamas
+whose rotary positions are scaled (`rope_scaling`, Llama 3.1 and later) or whose heads are not of width d / H, which ours lacks.
 """
 
 from __future__ import annotations

@@ -176,6 +176,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned."""
+        self._check_state(state)
         x = self.embed(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             x = block.step(x, layer_state)
@@ -202,6 +203,14 @@ class LanguageModel(nn.Module):
             layers.append(block.mixer.keep_undo(layer, steps, position))
         return ModelState(layers)
 
+    def _check_state(self, state: ModelState) -> None:
+        """ValueError for a state of another number of layers, or of layers of another kind."""
+        kinds = [block.mixer.state_type for block in self.blocks]
+        if len(state) != len(kinds) or not all(isinstance(one, kind) for one, kind in zip(state, kinds, strict=True)):
+            found = ", ".join(type(one).__name__ for one in state)
+            takes = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"state: got layers of {found}, takes {takes}; take one from initial_state or forward")
+
     def _hidden(
         self,
         tokens: Tensor,
@@ -211,6 +220,8 @@ class LanguageModel(nn.Module):
         keep_state: bool = True,
     ) -> tuple[Tensor, list[MixerState]]:
         """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
+        if state is not None:
+            self._check_state(state)
         x = self.embed(tokens)
         states: list[MixerState] = []
         for i, block in enumerate(self.blocks):

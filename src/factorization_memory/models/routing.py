@@ -21,8 +21,10 @@ DEAD_SHARE = 0.01
 
 
 def memory_layers(model: LanguageModel) -> dict[int, FactorizationMemory]:
-    """The memory layers of a model, by the number of their block."""
-    return {i: block.mixer for i, block in enumerate(model.blocks) if isinstance(block.mixer, FactorizationMemory)}
+    """The memory layers of a model that share tokens out among states (not those of `affinity="none"`), by the number of their
+    block."""
+    mixers = {i: block.mixer for i, block in enumerate(model.blocks)}
+    return {i: mixer for i, mixer in mixers.items() if isinstance(mixer, FactorizationMemory) and mixer.affinity is not None}
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def attend_packed(
 
 def rotate(x: Tensor, position: Tensor, heads: int, head_size: int, theta: float) -> Tensor:
     """The first `heads` heads of x `[B, T, all heads * P]`, which is written to, turned by rotary positions: numbers i and
-    i + P / 2 of a head by the angle `(position - 1) * theta^(-2 i / P)`, in float32.
+    i + P / 2 of a head by the angle `(position - 1) * theta^(-2 i / P)`; angles are float32, all else of dtype of x.
 
     Args:
         x: projections of tokens.

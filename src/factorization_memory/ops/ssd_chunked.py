@@ -133,13 +133,13 @@ def _forward(
     # Within chunks: [B, n, H, L, L] weights.
     # The compiler fuses the plain form with what follows, both ways.
     decay = _decays(logs) if torch.compiler.is_compiling() else _Decays.apply(logs)
-    decay = decay.unflatten(2, (groups, -1))
+    decay = decay.unflatten(2, (groups, heads // groups))
     weights = ((outputs @ inputs.mT)[:, :, :, None] * decay).to(x.dtype).flatten(2, 3)
     inner = (weights @ values.transpose(2, 3)).transpose(2, 3)
 
     # From chunk to chunk: rows [B, H, states, P N], first the initial ones.
     kept = values * to_end.transpose(2, 3)[..., None]
-    kept = kept.to(x.dtype).unflatten(3, (groups, -1)).flatten(4).permute(0, 1, 3, 4, 2)
+    kept = kept.to(x.dtype).unflatten(3, (groups, heads // groups)).flatten(4).permute(0, 1, 3, 4, 2)
     states = (kept @ inputs).to(wide).view(batch, chunks, heads, width * size).transpose(1, 2)
     sequences = batch if packing is None else len(packing.last)
     begin = states.new_zeros(sequences, heads, width * size) if initial is None else initial.to(wide).flatten(2)
@@ -151,7 +151,7 @@ def _forward(
         total = total.masked_fill(packing.starts, -torch.inf)
     states = _carry(total, states)
     before = states[:, :, :-1] if packing is None else states.index_select(2, packing.before)
-    before = before.transpose(1, 2).to(x.dtype).reshape(batch, chunks, groups, -1, size)
+    before = before.transpose(1, 2).to(x.dtype).reshape(batch, chunks, groups, heads // groups * width, size)
     outer = (outputs @ before.mT).transpose(2, 3).reshape(batch, chunks, chunk, heads, width)
 
     y = (inner + outer * from_start.transpose(2, 3)[..., None]).to(x.dtype).flatten(1, 2)

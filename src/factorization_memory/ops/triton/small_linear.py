@@ -29,7 +29,7 @@ PROCESSORS = 132
 
 
 @triton.jit
-def _silu(gate, at, mask):
+def _silu_at(gate, at, mask):
     """The SiLU of gate at `at`."""
     g = tl.load(gate + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return g / (1.0 + tl.exp(-g))
@@ -88,7 +88,7 @@ def few_kernel(
     there = (token < TOKENS) & inside[None, :]
     rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if HAS_GATE:
-        factor = _silu(gate, token * gate_row + column[None, :], there)
+        factor = _silu_at(gate, token * gate_row + column[None, :], there)
     mask = (token < TOKENS) & known[None, :]
     first, second, after = _added(
         bias, residual, index[None, :], token * residual_row + index[None, :], mask, OUTPUTS, GLU, HAS_BIAS, HAS_RESIDUAL
