@@ -366,7 +366,7 @@ def test_demo_stopped_and_resumed_by_the_command_it_prints(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda config: config["model"].pop("num_states"), r"config\.json: model\.num_states missing"),
+        (lambda config: config.pop("model"), r"config\.json: model missing"),
         (lambda config: config.pop("data"), r"config\.json: data missing"),
         (lambda config: config.update(colour="red"), r"config\.json: .*colour: no such field"),
     ],

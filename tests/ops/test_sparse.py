@@ -193,7 +193,8 @@ def test_compiles_as_one_graph(alone: bool) -> None:
     [
         ({}, False, False, True),
         ({"M": 1023}, False, False, False),
-        ({"K": 17}, False, False, False),
+        ({"K": 32}, False, False, True),
+        ({"K": 33}, False, False, False),
         ({"T": 33}, False, False, False),
         ({"H": 2}, False, False, False),
         ({"D": 7}, False, False, False),
