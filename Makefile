@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/fmem demo
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check
