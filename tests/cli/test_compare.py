@@ -23,27 +23,34 @@ TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--model.num-heads", "1",
     "--data.context-length", "32", "--training.tokens-per-step", "128", "--training.steps", "8", "--training.log-every", "1",
     "--training.evaluate-every", "4", "--training.evaluation-tokens", "256", "--training.device", "cpu",
+    "--optimizer.warmup-steps", "4",
 ]  # fmt: skip
 CONTENDERS = ["demo", "wide=demo:model.num-states=16,model.top-k=none"]
 
-# A loss that depends on the contender, the learning rate (best at 0.002) and the seed; the model "breaks" at --seeds 7.
+# A loss that depends on the contender, the learning rate (best at 0.002) and the seed. The model "breaks" at --seeds 7, that of
+# one called "broken" always; at --seeds 8 the loss far into a text is not finite, and at --seeds 9 no loss is.
 WORKER = """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1]).parent
 job = json.loads((folder / "job.json").read_text())
 config = job["config"]
 training, rate = config["training"], config["optimizer"]["learning_rate"]
-if training["seed"] == 7:
+if training["seed"] == 7 or config["name"] == "broken":
     sys.exit("out of memory")
 if rate > 0.1:
     (folder / "failure.json").write_text(json.dumps({"message": "the loss is nan", "diverged": True, "stopped": False}))
     sys.exit(1)
 loss = 2 + 100 * abs(rate - 0.002) + training["seed"] / 100 + (0.5 if config["name"] == "wide" else 0) * (1 + training["seed"])
+if training["seed"] == 9:
+    loss = None
 def figures(loss):
+    if loss is None:
+        return {"tokens": 1000, "bytes": 3000, "loss": None, "bits_per_byte": None, "perplexity": None}
     return {"tokens": 1000, "bytes": 3000, "loss": loss, "bits_per_byte": loss / 2, "perplexity": 1.0}
 def a_bin(start, end):
     more = {"restarted_loss": 1.0, "restarted_bits_per_byte": 1.0, "gain": 0.0, "gain_error": 0.0, "loss_error": 0.1}
-    return {"start": start, "end": end, **figures(loss + 0.1), **more}
+    far = None if loss is None or training["seed"] == 8 else loss + 0.1
+    return {"start": start, "end": end, **figures(far), **more}
 with open(folder / "metrics.jsonl", "w") as file:
     for step in range(training["steps"]):
         line = {"kind": "train", "step": step + 1, "loss": loss, "tokens_per_second": 1.0 if step == 0 else 50.0 + step}
@@ -54,7 +61,7 @@ if job["evaluation"] is not None:
     position = {"context_length": length, "max_position": 4 * length, "bins": bins}
     evaluation = {"sources": {"en": figures(loss)}, "total": figures(loss), "position": {"en": position}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-evaluation = {"step": 1, "sources": {"en": figures(loss)}, "bits_per_byte": loss / 2}
+evaluation = {"step": 1, "sources": {"en": figures(loss)}, "bits_per_byte": figures(loss)["bits_per_byte"]}
 (folder / "result.json").write_text(json.dumps({"stopped": "finished", "seconds": 1.0, "evaluation": evaluation}))
 """
 
@@ -152,7 +159,7 @@ def test_search_seeds_and_figures(
     assert (wide["learning_rate"]["chosen"], wide["learning_rate"]["at_edge"]) == (0.004, True)
     assert [each["diverged"] for each in wide["learning_rate"]["candidates"]] == [False, False, True]
     search = json.loads((tmp_path / "out" / "runs" / "demo" / "search-0.002" / "job.json").read_text())["config"]
-    assert (search["training"]["steps"], search["training"]["seed"], search["optimizer"]["warmup_steps"]) == (2, 1000, 5)
+    assert (search["training"]["steps"], search["training"]["seed"], search["optimizer"]["warmup_steps"]) == (2, 1000, 1)
     trained = json.loads((tmp_path / "out" / "runs" / "wide" / "seed-2" / "job.json").read_text())["config"]
     assert (trained["training"]["steps"], trained["training"]["seed"], trained["optimizer"]["learning_rate"]) == (8, 2, 0.004)
 
@@ -176,6 +183,10 @@ def test_search_seeds_and_figures(
     assert "+1.2000 ± 0.2887" in table
     assert "diverged" in table
     assert "wide: model.intermediate_size from" in table
+    assert "![Loss by position](compare.png)" in table
+    assert "Learning rates were chosen on held-out text" in table
+    assert "(given)" not in table
+    assert record["parallel"] == [3]
     assert "3.2100 ± 0.5100" in err
 
 
@@ -193,8 +204,60 @@ def test_a_failing_run_is_named_and_tried_again(
     assert [len(each["seeds"]) for each in record["contenders"]] == [1, 1]
     assert "NOT DONE: wide, seed 7 (runs/wide/seed-7): exit status 1; out of memory" in err
     assert len(pretended) == 4
+    table = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert table.count("| wide (1 of 2 seeds) |") == 2
+    assert "(given) The learning rate of demo, wide was not searched." in table
+    assert "Learning rates were chosen" not in table
     assert call(capsys, *arguments)[0] == 1
     assert [path.parent.name for path in pretended[4:]] == ["seed-7", "seed-7"]
+
+
+def test_figures_that_are_not_finite_are_a_failure(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, 8, "--learning-rates", "2e-3", "--corpus", corpus, "--out", tmp_path / "out"]
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 1, err
+    record = json.loads(out)
+    assert [each["message"] for each in record["failures"]] == ["its evaluation is not finite"] * 2
+    assert [[seed["seed"] for seed in each["seeds"]] for each in record["contenders"]] == [[0], [0]]
+    # A search without any loss says so, rather than that nothing is missing.
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, "--search-seed", 9, "--learning-rates", "1e-3", "2e-3", "--corpus", corpus]
+    status, out, err = call(capsys, *arguments, "--out", tmp_path / "none", "--json")
+    assert status == 1, err
+    assert "diverged at every learning rate" in json.loads(out)["failures"][0]["message"]
+    assert "compare.png" not in (tmp_path / "none" / "compare.md").read_text(encoding="utf-8")
+
+
+def test_differences_are_to_the_first_that_was_trained(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    arguments = ["broken=demo", *CONTENDERS, *TINY, "--seeds", 0, "--learning-rates", "2e-3", "--parallel", 3]
+    arguments += ["--corpus", corpus, "--out", tmp_path / "out"]
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 1, err
+    broken, demo, wide = json.loads(out)["contenders"]
+    assert (broken["difference"], demo["difference"], wide["difference"]["n"]) == (None, None, 1)
+    page = tmp_path / "out" / "compare.md"
+    table = page.read_text(encoding="utf-8")
+    assert "| broken (0 of 1 seeds) |" in table
+    below = table.partition("Difference to demo in nats per token")[2]
+    assert [line.split(" |")[0] for line in below.split("\n\n")[1].splitlines()[2:]] == ["| wide"]
+
+
+def test_pages_that_are_missing_are_written_again(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, "--learning-rates", "2e-3", "--corpus", corpus, "--out", tmp_path / "out"]
+    assert call(capsys, *arguments)[0] == 0
+    page, picture, record = (tmp_path / "out" / name for name in ("compare.md", "compare.png", "compare.json"))
+    text, before = page.read_bytes(), record.stat().st_mtime_ns
+    page.unlink()
+    picture.unlink()
+    assert call(capsys, *arguments)[0] == 0
+    assert page.read_bytes() == text
+    assert picture.exists()
+    assert record.stat().st_mtime_ns == before
 
 
 def test_another_comparison_is_refused(
@@ -227,7 +290,10 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert plan["contenders"]["demo"]["learning_rates"] == [0.002, 0.004, 0.008]
     assert plan["contenders"]["demo"]["model"]["vocab_size"] == PackedCorpus.open(corpus).tokenizer.vocab_size
     assert "intermediate_size" in err
+    assert "Contenders differ" not in err
     assert not (tmp_path / "out").exists()
+    status, _, err = call(capsys, "demo", "wide=demo:optimizer.warmup-steps=2", *TINY, *options)
+    assert "Contenders differ in optimizer.warmup_steps (demo 4, wide 2)." in err
 
 
 @pytest.mark.parametrize(
@@ -249,6 +315,10 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["demo", "b=demo", "--optimizer.learning-rate", "3"], "give the candidates with --learning-rates"),
         (["demo", "b=demo", "--parameters", "100"], "contender 'demo': model.intermediate_size cannot bring"),
         (["demo", "b=demo:model.top-k=99"], "contender 'b=demo:model.top-k=99': model.top_k=99"),
+        (
+            ["demo", "b=demo:optimizer.warmup-steps=8"],
+            "contender 'b': optimizer.warmup_steps=8: use fewer than training.steps=8",
+        ),
         (["demo", "b=demo:optimizer.learning-rate=-1"], "optimizer.learning_rate=-1.0: use a positive number"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 
 from factorization_memory.config import ConfigError, RunConfig, to_dict
 from factorization_memory.experiments.compare import first_difference, mean_and_spread
+from factorization_memory.experiments.comparison_table import change, differing
 from factorization_memory.experiments.contenders import override, read_contender, split_overrides
 from factorization_memory.experiments.processes import FAILURE_NAME, JOB_NAME, LOG_NAME, Job, Watcher, run_jobs
 from factorization_memory.presets import PRESETS
@@ -23,6 +24,7 @@ def test_flags_of_a_run_are_told_from_others() -> None:
         [
             "a", "--seeds", "0", "1", "--model.top-k", "none", "--model.mixers", "memory", "attention", "--out", "o",
             "--model.no-output-gate", "--data.document-boundary=continue", "--training.carry-state", "b",
+            "--model.attention.sliding-window", "8",
             "--model.update-rate-init", "0.1", "0.9", "--data.weights", "en", "1", "ja", "2",
         ]
     )  # fmt: skip
@@ -157,6 +159,7 @@ def test_jobs_run_side_by_side_and_go_on_to_what_follows(tmp_path: Path) -> None
     assert most <= 2
     order = json.loads((last.folder / JOB_NAME).read_text())
     assert (order["config"], order["threads"]) == (json.loads(json.dumps(to_dict(RunConfig()))), 1)
+    assert last.parallel() == [2]
     # Nothing is left to do.
     assert work(first, then=lambda _: [last]) == 0
 
@@ -174,7 +177,8 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
     assert diverges.diverged
     assert sorted(watcher.notes)[:3] == [("end", "0-good"), ("failed", "bad"), ("failed", "diverges")]
     # What diverged would do so again; what failed may not.
-    assert work(jobs) == 1
+    assert work(jobs, parallel=3) == 1
+    assert [each.parallel() for each in jobs] == [[2, 3], [2], [2]]
 
 
 def test_a_stop_is_passed_on(tmp_path: Path) -> None:
@@ -212,3 +216,20 @@ def test_first_difference() -> None:
     assert first_difference(old, {"a": {"b": [1, 3], "c": None}, "d": 2}) == ("a.b", [1, 2], [1, 3])
     assert first_difference(old, {"a": {"b": [1, 2]}, "d": 1}) == ("a.c", None, None)
     assert first_difference(None, old)[0] == ""
+
+
+def test_what_contenders_differ_in() -> None:
+    one: dict[str, Any] = {
+        "optimizer": {"learning_rate": 1.0, "warmup_steps": 2, "schedule": "wsd"},
+        "training": {"micro_batch_size": 0, "steps": 9},
+    }
+    other = {"optimizer": {**one["optimizer"], "learning_rate": 2.0}, "training": {**one["training"], "steps": 8}}
+    assert differing({"a": one, "b": other}) == []
+    other["optimizer"]["warmup_steps"], other["training"]["micro_batch_size"] = 3, 4
+    said = "Contenders differ in optimizer.warmup_steps (a 2, b 3), training.micro_batch_size (a 0, b 4)."
+    assert differing({"a": one, "b": other}) == [said]
+
+
+def test_a_large_change_is_said_with_its_factor() -> None:
+    assert change("model.intermediate_size", 1024, 512) == "model.intermediate_size from 1024 to 512"
+    assert change("model.intermediate_size", 1024, 416) == "model.intermediate_size from 1024 to 416 (a factor of 2.46)"

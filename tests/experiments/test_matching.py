@@ -70,6 +70,13 @@ def test_blocks_without_feed_forward_change_depth_and_width() -> None:
 def test_refuses_what_cannot_be_matched() -> None:
     with pytest.raises(ConfigError, match=r"model\.intermediate_size .* 1,000 parameters .* mixers alone have .* fewer layers"):
         match_parameters(MEMORY, 1000)
+    own = non_embedding_parameters(MEMORY)
+    for target, nearest in ((5 * own, 1408), (round(0.4 * own), 88)):
+        message = (
+            rf"model\.intermediate_size, up to a factor of 4 from 352, .* model\.intermediate_size={nearest}; .* --match-to"
+        )
+        with pytest.raises(ConfigError, match=message):
+            match_parameters(MEMORY, target)
     given = dataclasses.replace(MEMORY, feed_forward=False)
     with pytest.raises(ConfigError, match=r"model\.num_layers .* a factor of 2, cannot .* nearest, .*model\.num_layers=4"):
         match_parameters(given, 50 * non_embedding_parameters(given))

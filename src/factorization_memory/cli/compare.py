@@ -17,7 +17,7 @@ import tyro
 
 from factorization_memory.cli.common import choose, console, emit, parse, write_aside
 from factorization_memory.cli.tables import table, wide_console
-from factorization_memory.config import ConfigError
+from factorization_memory.config import ConfigError, to_dict
 from factorization_memory.experiments.contenders import Contender, read_contender, split_overrides
 from factorization_memory.experiments.processes import Watcher
 
@@ -307,7 +307,6 @@ def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: 
     import torch
 
     from factorization_memory.experiments.compare import make_record
-    from factorization_memory.experiments.comparison_table import markdown
     from factorization_memory.experiments.processes import read_json
     from factorization_memory.training import resolve_device
     from factorization_memory.training.record import describe_environment, strict_json
@@ -315,32 +314,45 @@ def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: 
     path = plan.folder / RECORD_NAME
     made = make_record(plan)
     before = read_json(path)
-    if before is not None and not changed and before["failures"] == made["failures"]:
+    same_form = before is not None and before["schema_version"] == made["schema_version"]
+    if same_form and not changed and before["failures"] == made["failures"]:
+        _write_pages(plan.folder, before, again=False)
         return dict(before)
     device = resolve_device(plan.entries[0].config.training.device)
     record = {
         "schema_version": made.pop("schema_version"),
         "command": shlex.join(["fmem", "compare", *arguments]),
         "environment": describe_environment(device),
-        "parallel": options.parallel,
         "threads": threads(torch.get_num_threads(), options.parallel),
         **made,
     }
     record = json.loads(strict_json(record))
-    curves = {each["name"]: each["summary"]["by_position"] for each in record["contenders"]}
-    if any(curves.values()):
-        from factorization_memory.experiments.figures import comparison_curves, png
-
-        figure = comparison_curves(curves, record["shared"]["context_length"])
-        if figure is not None:
-            png(figure, plan.folder / FIGURE_NAME)
-    write_aside(plan.folder / TABLE_NAME, markdown(record))
+    _write_pages(plan.folder, record, again=True)
     # Last: with it, the comparison is there.
     write_aside(path, json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1))
     return record
 
 
+def _write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
+    """The record's figure, if it has one, and its table; without `again` only what is missing."""
+    from factorization_memory.experiments.comparison_table import markdown
+
+    page, picture = folder / TABLE_NAME, folder / FIGURE_NAME
+    curves = {each["name"]: each["summary"]["by_position"] for each in record["contenders"]}
+    drawable = any(curves.values())
+    if drawable and (again or not picture.exists()):
+        from factorization_memory.experiments.figures import comparison_curves, png
+
+        figure = comparison_curves(curves, record["shared"]["context_length"])
+        assert figure is not None
+        png(figure, picture)
+    if again or not page.exists():
+        write_aside(page, markdown(record, figure=drawable))
+
+
 def _show_plan(plan: Plan, people: Console) -> None:
+    from factorization_memory.experiments.comparison_table import change, differing
+
     first = plan.entries[0].config
     tokens = first.training.steps * first.training.tokens_per_step
     people.print(
@@ -350,10 +362,12 @@ def _show_plan(plan: Plan, people: Console) -> None:
     )
     shown = table("", "contender", "parameters", "off", "varied", "learning rates")
     for entry in plan.entries:
-        varied = ", ".join(f"{name} {old:g} -> {new:g}" for name, (old, new) in entry.match.varied.items())
+        varied = ", ".join(change(name, old, new) for name, (old, new) in entry.match.varied.items())
         rates = " ".join(f"{rate:g}" for rate in entry.rates)
         shown.add_row(entry.name, f"{entry.match.parameters:,}", f"{entry.match.difference:+.2%}", varied or "nothing", rates)
     people.print(shown)
+    for sentence in differing({entry.name: to_dict(entry.config) for entry in plan.entries}):
+        people.print(sentence, markup=False, soft_wrap=True)
 
 
 def _show_record(record: dict[str, Any], people: Console) -> None:
@@ -411,8 +425,8 @@ class Display(Watcher):
             self._say(f"{job.title}: {said}" + ("" if failure["stopped"] else f" (see {job.folder / 'log.txt'})"))
             return
         result = job.result()
-        evaluation = None if result is None else result["evaluation"]
-        loss = "" if evaluation is None else f", held-out {evaluation['bits_per_byte']:.4f} bits/byte"
+        bits = ((result or {}).get("evaluation") or {}).get("bits_per_byte")
+        loss = "" if bits is None else f", held-out {bits:.4f} bits/byte"
         self._say(f"{job.title}: {'was done before' if before else 'done'}{loss}")
 
     def on_tick(self) -> None:

@@ -5,7 +5,8 @@ A plan says everything that decides the result; it stands in `plan.json`, and a 
 folders is read back into one record, `compare.json`:
 
 schema_version   1
-command, environment, parallel, threads
+command, environment, threads
+parallel         a list: how many runs could be under way at once with those of the seeds, each number once
 shared           context_length, steps, tokens, seeds, search, evaluation, positions, corpus fingerprints, order (a digest of
                  what every contender reads, by seed)
 contenders       a list: name, text, config (as trained, for the first seed), parameters, matching, learning_rate, seeds,
@@ -14,7 +15,7 @@ complete         whether every run is there; failures: those that are not, each 
 
 Losses are nats per token, and bits per byte of text. `context` is the loss in windows of the training context; `positions` that
 of tokens that stand between half of so many training contexts and all of them, the memory carried on from the beginning.
-Spread is the sample standard deviation over seeds. A difference is to the first contender, seed by seed.
+Spread is the sample standard deviation over seeds. A difference is to the first contender that has seeds, seed by seed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from factorization_memory.experiments.contenders import Contender
 from factorization_memory.experiments.matching import Match, match_parameters, non_embedding_parameters
 from factorization_memory.experiments.processes import MEMORY_NAME, Job, read_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+PLAN_VERSION = 1
 UNITS = ("loss", "bits_per_byte")
 SAME_COMMAND_MAY_CHANGE = ("data.corpus", "data.read_ahead")
 """Fields left out of `plan.json`: where the corpus lies (its fingerprint tells which it is) and how it is read."""
@@ -93,7 +95,7 @@ class Plan:
                 del config[section][field]
             contenders[entry.name] = {"learning_rates": list(entry.rates), **config}
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": PLAN_VERSION,
             "contenders": contenders,
             "corpus": {"fingerprint": self.corpus.fingerprint, "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint},
             "seeds": list(self.seeds),
@@ -124,7 +126,7 @@ class Plan:
             entry.config.training, steps=self.search_steps, seed=self.search_seed, evaluate_every=0, checkpoint_every=0
         )
         share = self.search_steps / entry.config.training.steps
-        warmup = round(entry.config.optimizer.warmup_steps * share)
+        warmup = min(round(entry.config.optimizer.warmup_steps * share), self.search_steps - 1)
         jobs = []
         for rate in entry.rates:
             optimizer = dataclasses.replace(entry.config.optimizer, learning_rate=rate, warmup_steps=warmup)
@@ -163,7 +165,8 @@ class Plan:
         candidates: list[dict[str, Any]] = []
         for rate, job in zip(entry.rates, jobs, strict=True) if jobs else ():
             losses = _held_out(job.result())
-            candidates.append({"learning_rate": rate, **losses, "diverged": job.diverged, "folder": self._relative(job)})
+            diverged = job.diverged or (job.done and losses["loss"] is None)
+            candidates.append({"learning_rate": rate, **losses, "diverged": diverged, "folder": self._relative(job)})
         if not jobs:
             return {"chosen": entry.rates[0], "searched": False, "at_edge": None, "candidates": []}
         ready = all(job.done for job in jobs)
@@ -218,6 +221,11 @@ def make_entries(
             )
         except ConfigError as error:
             raise ConfigError(f"contender {contender.name!r}: {error}") from None
+        if config.optimizer.warmup_steps >= training.steps:
+            raise ConfigError(
+                f"contender {contender.name!r}: optimizer.warmup_steps={config.optimizer.warmup_steps}: use fewer than "
+                f"training.steps={training.steps}, or train longer; all would be warm-up"
+            )
         complete.append(config)
         if contender.name == match_to:
             target = non_embedding_parameters(config.model)
@@ -257,12 +265,15 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
 def make_record(plan: Plan) -> dict[str, Any]:
     """The comparison as far as it has come: all of `compare.json` but the command, the environment and how it was run."""
     contenders = [_contender_record(plan, entry) for entry in plan.entries]
+    trained = [contender for contender in contenders if contender["seeds"]]
     for contender in contenders:
-        contender["difference"] = _difference(contenders[0], contender) if contender is not contenders[0] else None
+        other = contender in trained[1:]
+        contender["difference"] = _difference(trained[0], contender) if other else None
     failures = _failures(plan)
     first = plan.entries[0].config
     return {
         "schema_version": SCHEMA_VERSION,
+        "parallel": sorted({number for each in contenders for seed in each["seeds"] for number in seed["parallel"]}),
         "shared": {
             "context_length": first.data.context_length,
             "steps": first.training.steps,
@@ -287,9 +298,8 @@ def make_record(plan: Plan) -> dict[str, Any]:
 
 def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
     jobs = plan.seed_jobs(entry)
-    seeds = [
-        _seed_record(plan, job) for job in jobs if job.done and not job.diverged
-    ]  # the failed stand in the record's failures
+    # Those that failed stand in the record's failures.
+    seeds = [_seed_record(plan, job) for job in jobs if job.done and not job.diverged and _finite(job)]
     embedding = entry.config.model.vocab_size * entry.config.model.hidden_size
     embedding *= 1 if entry.config.model.tie_word_embeddings else 2
     alone = next((job for job in plan.alone_jobs() if job.contender == entry.name), None)
@@ -335,7 +345,16 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
         "tokens_per_second": _tokens_per_second(job),
         "seconds": result["seconds"],
         "memory": read_json(job.folder / MEMORY_NAME),
+        "parallel": job.parallel(),
     }
+
+
+def _finite(job: Job) -> bool:
+    """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null."""
+    evaluation = read_json(job.folder / "evaluation.json")
+    parts = [{unit: part[unit] for unit in UNITS} for part in (*evaluation["sources"].values(), evaluation["total"])]
+    parts += [each for read in evaluation.get("position", {}).values() for each in read["bins"]]
+    return all(value is not None for part in parts for value in part.values())
 
 
 def _tokens_per_second(job: Job) -> float | None:
@@ -430,7 +449,11 @@ def _failures(plan: Plan) -> list[dict[str, Any]]:
         # A search that diverged at some rate has found something.
         if not job.done or (job.diverged and job.kind != "search"):
             message = "not finished; the same command goes on with it" if failure is None else failure["message"]
-            failures.append({"run": job.title, "folder": job.folder.relative_to(plan.folder).as_posix(), "message": message})
+        elif job.kind == "seed" and not _finite(job):
+            message = "its evaluation is not finite"
+        else:
+            continue
+        failures.append({"run": job.title, "folder": job.folder.relative_to(plan.folder).as_posix(), "message": message})
     for entry in plan.entries:
         search = plan.search(entry)
         if search["searched"] and search["candidates"] and all(each["diverged"] for each in search["candidates"]):

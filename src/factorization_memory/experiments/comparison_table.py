@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ class Table:
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
-    """Losses; what the models are; differences to the first contender; searches of the learning rate, where there were any."""
+    """Losses; what the models are; differences to the first contender that has seeds; searches of the learning rate, if any."""
     made = (_losses(record), _models(record), _differences(record), _searches(record))
     return [each for each in made if each.rows and len(each.columns) > 1]
 
@@ -37,19 +38,28 @@ def notes(record: dict[str, Any]) -> list[str]:
     for contender in record["contenders"]:
         varied, off = contender["matching"]["varied"], contender["matching"]["difference"]
         if varied:
-            changes = ", ".join(f"{name} from {each['from']:g} to {each['to']:g}" for name, each in varied.items())
+            changes = ", ".join(change(name, each["from"], each["to"]) for name, each in varied.items())
             said.append(f"{contender['name']}: {changes}, which leaves {off:+.2%} parameters outside the embedding.")
         elif off:
             said.append(f"{contender['name']}: near enough as it is, {off:+.2%} parameters outside the embedding.")
+    said += differing({each["name"]: each["config"] for each in record["contenders"]})
+    if any(each["learning_rate"]["searched"] for each in record["contenders"]):
+        said.append(
+            "Learning rates were chosen on held-out text that the final losses are measured on too (a part of it, or all), the "
+            "same for all contenders."
+        )
+    given = [each["name"] for each in record["contenders"] if not each["learning_rate"]["searched"]]
+    if given:
+        said.append(f"(given) The learning rate of {', '.join(given)} was not searched.")
     edged = [each["name"] for each in record["contenders"] if each["learning_rate"]["at_edge"]]
     if edged:
         said.append(
             f"(edge) The best learning rate of {', '.join(edged)} is at the edge of the list: a better one may lie beyond it."
         )
-    if record["parallel"] > 1 and not shared["alone_steps"]:
+    at_once = max(record["parallel"], default=1)
+    if at_once > 1 and not shared["alone_steps"]:
         said.append(
-            f"Tokens per second are those of up to {record['parallel']} runs at once on one device; "
-            "--alone-steps measures each alone."
+            f"Tokens per second are those of up to {at_once} runs at once on one device; --alone-steps measures each alone."
         )
     where = environment["gpu"] or f"{environment['cpu']}, {record['threads']} thread(s) a run"
     said.append(f"{where}, torch {environment['torch']}, commit {environment['git_commit']}, {environment['date']}.")
@@ -57,8 +67,28 @@ def notes(record: dict[str, Any]) -> list[str]:
     return said
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The text of `compare.md`."""
+def change(name: str, old: float, new: float) -> str:
+    """A field that matching has varied, with the factor where it is beyond 2."""
+    factor = max(old / new, new / old)
+    return f"{name} from {old:g} to {new:g}" + (f" (a factor of {factor:.2f})" if factor > 2 else "")
+
+
+def differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What contenders differ in beside the model and the learning rate, by their configurations as JSON: a sentence or none."""
+    first = next(iter(configs.values()))
+    places = [("optimizer", name) for name in first["optimizer"] if name != "learning_rate"] + [
+        ("training", "micro_batch_size")
+    ]
+    found = []
+    for section, name in places:
+        values = {contender: config[section][name] for contender, config in configs.items()}
+        if any(value != first[section][name] for value in values.values()):
+            found.append(f"{section}.{name} ({', '.join(f'{contender} {value}' for contender, value in values.items())})")
+    return [f"Contenders differ in {', '.join(found)}."] if found else []
+
+
+def markdown(record: dict[str, Any], figure: bool) -> str:
+    """The text of `compare.md`; `figure` tells whether `compare.png` is there."""
     parts = ["# Comparison", f"`{record['command']}`"]
     losses, models = _losses(record), _models(record)
     # A page is wider than a terminal: losses and models side by side.
@@ -68,7 +98,9 @@ def markdown(record: dict[str, Any]) -> str:
     for table in (joined, *others):
         lines = [_row(table.columns), _row(["---", *["---:"] * (len(table.columns) - 1)])]
         parts.append("\n".join([f"{table.title}\n", *lines, *(_row(row) for row in table.rows)]))
-    parts += ["\n".join(f"- {note}" for note in notes(record)), "![Loss by position](compare.png)"]
+    parts.append("\n".join(f"- {note}" for note in notes(record)))
+    if figure:
+        parts.append("![Loss by position](compare.png)")
     return "\n\n".join(parts) + "\n"
 
 
@@ -81,7 +113,7 @@ def _sources(record: dict[str, Any]) -> list[str]:
     return [source for source in dict.fromkeys(found) if source != "all"]
 
 
-def _places(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+def _columns(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
     """Heading and place in a summary of every loss that the tables show."""
     context = record["shared"]["context_length"]
     places: list[tuple[str, tuple[str, ...]]] = []
@@ -98,12 +130,18 @@ def _at(summary: dict[str, Any], place: tuple[str, ...]) -> Any:
     return summary or None
 
 
+def _counted(record: dict[str, Any], name: str, n: int) -> str:
+    """A contender's name in front of means over `n` seeds, which are said where they are not all."""
+    asked = len(record["shared"]["seeds"])
+    return name if n == asked else f"{name} ({n} of {asked} seeds)"
+
+
 def _losses(record: dict[str, Any]) -> Table:
-    places = _places(record)
+    places = _columns(record)
     table = Table("Loss in nats per token", ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
         losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]
-        table.rows.append([contender["name"], *losses])
+        table.rows.append([_counted(record, contender["name"], contender["summary"]["n"]), *losses])
     return table
 
 
@@ -114,12 +152,13 @@ def _models(record: dict[str, Any]) -> Table:
     table = Table("Models; bits per byte in windows of the training context", [*columns, *(f"{s} bits/byte" for s in sources)])
     for contender in record["contenders"]:
         summary, rate, parameters = contender["summary"], contender["learning_rate"], contender["parameters"]
-        chosen = "" if rate["chosen"] is None else f"{rate['chosen']:g}" + (" (edge)" if rate["at_edge"] else "")
+        mark = " (edge)" if rate["at_edge"] else "" if rate["searched"] else " (given)"
+        chosen = "" if rate["chosen"] is None else f"{rate['chosen']:g}{mark}"
         speed = contender["tokens_per_second_alone"] or summary["tokens_per_second"]
         peak = summary["peak_memory_bytes"]
         table.rows.append(
             [
-                contender["name"],
+                _counted(record, contender["name"], summary["n"]),
                 f"{parameters['non_embedding'] / 1e6:.2f} M + {parameters['embedding'] / 1e6:.2f} M",
                 chosen,
                 "" if speed is None else f"{speed:,.0f}",
@@ -131,16 +170,18 @@ def _models(record: dict[str, Any]) -> Table:
 
 
 def _differences(record: dict[str, Any]) -> Table:
-    places = _places(record)
-    first = record["contenders"][0]["name"]
-    title = f"Difference to {first} in nats per token, same seed against same seed; ± is the standard error"
+    places = _columns(record)
+    base = next((each["name"] for each in record["contenders"] if each["seeds"]), "none")
+    title = f"Difference to {base} in nats per token, same seed against same seed; ± is the standard error"
     table = Table(title, ["contender", *(heading for heading, _ in places)])
-    for contender in record["contenders"][1:]:
+    for contender in record["contenders"]:
+        if contender["difference"] is None:
+            continue
         cells = []
         for _, place in places:
             difference = _at(contender["difference"], (*place, "loss"))
             cells.append("" if difference is None else _signed(difference["mean"], difference["standard_error"]))
-        table.rows.append([contender["name"], *cells])
+        table.rows.append([_counted(record, contender["name"], contender["difference"]["n"]), *cells])
     return table
 
 

@@ -21,6 +21,8 @@ FEED_FORWARD_MULTIPLES = (32, 16, 8, 4)
 """Widths of a feed-forward layer are multiples of the first of these that comes near enough."""
 FARTHEST = 2.0
 """Depth and mixer width of blocks without feed-forward may change by this factor, up or down."""
+FEED_FORWARD_FARTHEST = 4.0
+"""The same for the width of a feed-forward layer."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,31 @@ def _by_feed_forward(model: ModelConfig, target: int, tolerance: float) -> Model
     narrow, wide = (non_embedding_parameters(sized(width)) for width in (32, 64))
     of_one = (wide - narrow) / 32
     exact = 32 + (target - narrow) / of_one
+    step = FEED_FORWARD_MULTIPLES[-1]
+    lowest = max(1, math.ceil(model.feed_forward_size / FEED_FORWARD_FARTHEST / step)) * step
+    highest = max(lowest, math.floor(model.feed_forward_size * FEED_FORWARD_FARTHEST / step) * step)
+
+    def difference_at(width: int) -> float:
+        return (narrow + (width - 32) * of_one) / target - 1
+
     best = math.inf
     for multiple in FEED_FORWARD_MULTIPLES:
         width = max(1, round(exact / multiple)) * multiple
-        difference = (narrow + (width - 32) * of_one) / target - 1
-        best = min(best, difference, key=abs)
-        if abs(difference) <= tolerance:
+        best = min(best, difference_at(width), key=abs)
+        if abs(difference_at(width)) <= tolerance and lowest <= width <= highest:
             return sized(width)
-    least = narrow - (32 - FEED_FORWARD_MULTIPLES[-1]) * of_one
+    least = narrow - (32 - step) * of_one
+    if target >= least and not lowest <= exact <= highest:
+        nearest = lowest if exact < lowest else highest
+        raise ConfigError(
+            f"model.intermediate_size, up to a factor of {FEED_FORWARD_FARTHEST:g} from {model.feed_forward_size}, cannot "
+            f"bring the model to {target:,} parameters outside the embedding; the nearest, {difference_at(nearest):+.2%}, is "
+            f"model.intermediate_size={nearest}; choose another hidden_size or depth, or --match-to this contender"
+        )
     remedy = (
         f"its mixers alone have {round(narrow - 32 * of_one):,}; use fewer layers or a smaller hidden_size, or a larger target"
         if target < least
-        else f"widths in multiples of {FEED_FORWARD_MULTIPLES[-1]} leave {best:+.2%} at best; use another hidden_size or depth"
+        else f"widths in multiples of {step} leave {best:+.2%} at best; use another hidden_size or depth"
     )
     raise ConfigError(
         f"model.intermediate_size cannot bring the model to {target:,} parameters outside the embedding: {remedy}"

@@ -64,6 +64,10 @@ class Job:
         """`message`, and whether it `diverged`; None where nothing went wrong."""
         return read_json(self.folder / FAILURE_NAME)
 
+    def parallel(self) -> list[int]:
+        """How many jobs could run at once when a process began to work on this one, each number once."""
+        return list((read_json(self.folder / JOB_NAME) or {}).get("parallel", []))
+
     def metrics(self) -> list[dict[str, Any]]:
         """The training lines of `metrics.jsonl`."""
         path = self.folder / "metrics.jsonl"
@@ -138,7 +142,7 @@ def run_jobs(
                     watcher.on_end(job, job.failure())
                     waiting = [*then(job), *waiting]
                     continue
-                running.append(_Process(job, command, threads))
+                running.append(_Process(job, command, parallel, threads))
                 started += 1
                 watcher.on_start(job)
             for process in list(running):
@@ -161,11 +165,18 @@ def run_jobs(
 class _Process:
     """The process of one job."""
 
-    def __init__(self, job: Job, command: Callable[[Path], Sequence[str]], threads: int) -> None:
+    def __init__(self, job: Job, command: Callable[[Path], Sequence[str]], parallel: int, threads: int) -> None:
         self.job = job
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / FAILURE_NAME).unlink(missing_ok=True)
-        order = {"config": to_dict(job.config), "evaluation": job.evaluation, "kind": job.kind, "threads": threads}
+        order: dict[str, Any] = {
+            "config": to_dict(job.config),
+            "evaluation": job.evaluation,
+            "kind": job.kind,
+            "threads": threads,
+        }
+        # All there have been: a job that goes on may have other company than when it began.
+        order["parallel"] = sorted({*job.parallel(), parallel})
         order["parent"] = os.getpid()
         (job.folder / JOB_NAME).write_text(json.dumps(order, ensure_ascii=False, indent=1), encoding="utf-8")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "NO_COLOR": "1"}
