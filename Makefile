@@ -4,13 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format clean
+# Versions of transformers that the models are tested with, each in a virtual environment of its own.
+MATRIX := 5.16.1 5.19.0 newest
+
+.PHONY: demo test test-matrix lint format clean
 
 demo: $(READY)
 	$(BIN)/fmem demo
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+test-matrix: $(MATRIX:%=.venv-matrix/%/tested)
+
+.venv-matrix/%/tested: FORCE
+	$(PYTHON) -m venv .venv-matrix/$*
+	grep -v ^transformers constraints.txt > .venv-matrix/$*/constraints.txt
+	[ $* = newest ] || echo transformers==$* >> .venv-matrix/$*/constraints.txt
+	.venv-matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-matrix/$*/constraints.txt torch
+	.venv-matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-matrix/$*/constraints.txt --upgrade --upgrade-strategy eager --editable '.[dev]'
+	.venv-matrix/$*/bin/python -m pytest --numprocesses 2 tests/models/test_huggingface.py tests/models/test_huggingface_training.py tests/models/test_transformer.py $(ARGS)
+	@touch $@
+
+FORCE:
 
 lint: $(READY)
 	$(BIN)/ruff format --check
@@ -22,7 +38,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-matrix
 
 # torch comes first: where a CPU build of the pinned version lies at hand it is taken, before anything could ask for another.
 $(READY): pyproject.toml constraints.txt

@@ -35,7 +35,7 @@ OUTSIDE = {
     "pyarrow": {"data/corpora.py"},
     "zstandard": {"data/corpora.py"},
     "matplotlib": {"experiments/figures.py", "benchmarks/plot.py"},
-    "transformers": {"benchmarks/training.py", "benchmarks/inference_peers.py"},
+    "transformers": {"models/huggingface/", "benchmarks/training.py", "benchmarks/inference_peers.py"},
     "triton": {"ops/triton/"},
     "tyro": {"cli/"},
 }

@@ -21,8 +21,13 @@ class CausalConvolution(nn.Module):
         super().__init__()
         self.taps = taps
         self.weight = nn.Parameter(torch.empty(taps, channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        nn.init.uniform_(self.weight, -(taps**-0.5), taps**-0.5)
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial weights: uniform within 1/sqrt(taps), no bias."""
+        nn.init.uniform_(self.weight, -(self.taps**-0.5), self.taps**-0.5)
+        nn.init.zeros_(self.bias)
 
     def initial_tail(self, batch_size: int) -> Tensor:
         """The tail of sequences that have not begun, `[batch_size, taps - 1, channels]`."""

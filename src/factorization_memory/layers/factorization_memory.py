@@ -181,6 +181,10 @@ class FactorizationMemory(nn.Module):
         count = self.rates_per_head if self.rates_per_head > 1 else self.num_heads
         spread = torch.linspace(low, high, count) if count > 1 else torch.tensor([(low + high) / 2])
         self.update_rate.bias.copy_(spread if self.rates_per_head == 1 else spread.repeat(self.num_heads))
+        if self.convolution is not None:
+            self.convolution.reset_parameters()
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
 
     def initial_state(self, batch_size: int) -> LayerState:
         """The empty memory of `batch_size` sequences."""

@@ -113,6 +113,7 @@ class Mamba2(nn.Module):
         step_size.add_(torch.log(-torch.expm1(-step_size)))  # the inverse of softplus
         nn.init.ones_(self.skip)
         nn.init.ones_(self.norm_weight)
+        self.convolution.reset_parameters()
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """The empty state of `batch_size` sequences."""

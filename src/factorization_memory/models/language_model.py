@@ -43,6 +43,21 @@ class Block(nn.Module):
         self.mixer = make_mixer(mixer, config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.feed_forward else None
         self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size) if config.feed_forward else None
+        self.residual_scale = ((2 if config.feed_forward else 1) * config.num_layers) ** -0.5
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights: 1/sqrt(inputs) for projections, those into the residual stream smaller with depth so that its
+        variance does not grow with the number of blocks."""
+        self.mixer_norm.reset_parameters()
+        self.mixer.reset_parameters()
+        self.mixer.output.weight.mul_(self.residual_scale)
+        if self.feed_forward is None or self.feed_forward_norm is None:
+            return
+        self.feed_forward_norm.reset_parameters()
+        gate_up, down = self.feed_forward.gate_up, self.feed_forward.down
+        nn.init.normal_(gate_up.weight, std=gate_up.in_features**-0.5)
+        nn.init.normal_(down.weight, std=self.residual_scale * down.in_features**-0.5)
 
     def forward(
         self,
@@ -91,20 +106,13 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial weights: 0.02 for the embedding, 1/sqrt(inputs) for projections, those into the residual stream smaller
-        with depth so that its variance does not grow with the number of blocks."""
-        residual = ((2 if self.config.feed_forward else 1) * self.config.num_layers) ** -0.5
+        """Initial weights: a standard deviation of 0.02 for the embedding and the head; see `Block` for the rest."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         if not self.config.tie_word_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
         for block in self.blocks:
-            block.mixer.reset_parameters()
-            block.mixer.output.weight.mul_(residual)
-            if block.feed_forward is None:
-                continue
-            gate_up, down = block.feed_forward.gate_up, block.feed_forward.down
-            nn.init.normal_(gate_up.weight, std=gate_up.in_features**-0.5)
-            nn.init.normal_(down.weight, std=residual * down.in_features**-0.5)
+            block.reset_parameters()
+        self.final_norm.reset_parameters()
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> ModelState:
         """The empty memory of `batch_size` sequences; attention has room for `capacity` tokens, and makes more at need."""

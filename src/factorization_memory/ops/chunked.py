@@ -192,12 +192,8 @@ class _Tree:
 def _corners(inner: Tensor, width: int) -> Tensor:
     """Lower left corners `[n, C / 2w, w, w]` of the blocks of 2w tokens on the diagonal of `inner` `[n, C, C]`, as a view."""
     n, chunk, _ = inner.shape
-    step = 2 * width * (chunk + 1)
-    return inner.as_strided(
-        (n, chunk // (2 * width), width, width),
-        (chunk * chunk, step, chunk, 1),
-        inner.storage_offset() + width * chunk,
-    )
+    blocks = chunk // (2 * width)
+    return inner.view(n, blocks, 2, width, blocks, 2, width)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""Our models as those of `transformers` (5.16 or newer): the same weights and the same layers behind its interface.
+
+Importing this makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoModelForSequenceClassification` know the model
+type `factorization_memory`. Private hooks of `transformers` are used where there are no others: `_supports_default_dynamic_cache`
+and `_prepare_cache_for_generation`, because its own caches take a model without attention for an empty one, `_is_stateful`, by
+which decoding with a draft model is refused, and `_initialize_weights`, so that blocks are initialised as a whole.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from factorization_memory.models.huggingface.cache import FactorizationMemoryCache
+from factorization_memory.models.huggingface.configuration import FactorizationMemoryConfig
+from factorization_memory.models.huggingface.modeling import (
+    FactorizationMemoryForCausalLM,
+    FactorizationMemoryForSequenceClassification,
+    FactorizationMemoryModel,
+)
+from factorization_memory.models.huggingface.shim import save_shim
+from factorization_memory.models.huggingface.tokenizer import fast_tokenizer
+from factorization_memory.models.huggingface_format import MODEL_TYPE
+
+__all__ = [
+    "FactorizationMemoryCache",
+    "FactorizationMemoryConfig",
+    "FactorizationMemoryForCausalLM",
+    "FactorizationMemoryForSequenceClassification",
+    "FactorizationMemoryModel",
+    "fast_tokenizer",
+    "save_shim",
+]
+
+AutoConfig.register(MODEL_TYPE, FactorizationMemoryConfig, exist_ok=True)
+AutoModel.register(FactorizationMemoryConfig, FactorizationMemoryModel, exist_ok=True)
+AutoModelForCausalLM.register(FactorizationMemoryConfig, FactorizationMemoryForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    FactorizationMemoryConfig, FactorizationMemoryForSequenceClassification, exist_ok=True
+)

@@ -1,0 +1,121 @@
+"""What a model carries from one call to the next, as a cache of `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from factorization_memory.layers import MixerState, ModelState
+
+
+class CacheLayer(CacheLayerMixin):
+    """What one block carries; `is_sliding` and the like tell `transformers` what it cannot do with it."""
+
+    is_compileable = is_croppable = is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: MixerState | None = None
+        self.seen = 0
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+        """Nothing: a block makes its state when it reads the first tokens."""
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        """There are no keys and values to add."""
+        raise RuntimeError("past_key_values: a memory is updated by the model's forward alone")
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Tokens read."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
+        """Tokens that a mask over all that was read and `query_length` more would have, and where it begins."""
+        return self.seen + (query_length if isinstance(query_length, int) else len(query_length)), 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put `function` of each tensor in its place."""
+        if self.state is not None:
+            self.state = self.state.apply(function)
+
+    def reset(self) -> None:
+        """Forget all that was read."""
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def offload(self) -> None:
+        """Nothing: states are small, and stay where their block is."""
+
+    def prefetch(self) -> None:
+        """Nothing, likewise."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what `beam_idx[i]` was."""
+        self.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence becomes `repeats` ones, side by side."""
+        self.apply(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these sequences stay."""
+        self.reorder_cache(indices)
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        """Refused: what was read cannot be taken out of a memory again."""
+        raise RuntimeError("past_key_values: a memory cannot forget its last tokens; keep a clone() of it from before them")
+
+
+class FactorizationMemoryCache(Cache):
+    """What a model carries from one call to the next, as `past_key_values`. Reading changes it; `clone()` before that to go on
+    from one text in several ways.
+
+    Args:
+        num_layers: blocks of the model.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[CacheLayer() for _ in range(num_layers)])
+
+    @classmethod
+    def from_state(cls, state: ModelState, seen: int) -> FactorizationMemoryCache:
+        """The state of a `LanguageModel` that has read `seen` tokens; the tensors are shared."""
+        cache = cls(len(state))
+        for layer, one in zip(cache.own_layers(), state, strict=True):
+            layer.state, layer.seen, layer.is_initialized = one, seen, True
+        return cache
+
+    def own_layers(self) -> list[CacheLayer]:
+        """The layers, by their type."""
+        return cast(list[CacheLayer], self.layers)
+
+    def state(self) -> ModelState | None:
+        """What a `LanguageModel` takes as its state, the tensors shared; None if nothing was read."""
+        states = [layer.state for layer in self.own_layers()]
+        return None if states[0] is None else ModelState(cast(list[MixerState], states))
+
+    def clone(self) -> FactorizationMemoryCache:
+        """An independent copy."""
+        return self._copied(torch.clone)
+
+    def detach(self) -> FactorizationMemoryCache:
+        """The same numbers, cut off from the graph that made them."""
+        return self._copied(torch.detach)
+
+    def _copied(self, function: Callable[[Tensor], Tensor]) -> FactorizationMemoryCache:
+        state = self.state()
+        if state is None:
+            return type(self)(len(self.layers))
+        return type(self).from_state(state.apply(function), self.own_layers()[0].seen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FactorizationMemoryCache:
+        return self._copied(lambda tensor: tensor.detach().clone())

@@ -1,0 +1,82 @@
+"""The configuration of a model as `transformers` has it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.models.huggingface.shim import AUTO_MAP
+from factorization_memory.models.huggingface_format import MODEL_TYPE, RENAMED, config_fields, config_from_fields, field_names
+
+_DEFAULT = config_fields(ModelConfig())
+
+
+class FactorizationMemoryConfig(PreTrainedConfig):
+    """The configuration of a model: the fields of `factorization_memory.config.ModelConfig`, flat, three of them under the
+    names that other models have for them (`num_hidden_layers`, `rms_norm_eps`) or that do not collide with those of sampling
+    (`affinity_temperature`).
+
+    Raises:
+        ConfigError: a field is of the wrong type, does not go with another, or is unknown and looks like a misspelt one.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32000
+    hidden_size: int = _DEFAULT["hidden_size"]
+    num_hidden_layers: int = _DEFAULT["num_hidden_layers"]
+    intermediate_size: int = 0
+    feed_forward: bool = _DEFAULT["feed_forward"]
+    mixers: list[str] | tuple[str, ...] = tuple(_DEFAULT["mixers"])
+    tie_word_embeddings: bool = _DEFAULT["tie_word_embeddings"]
+    embedding_multiplier: float = _DEFAULT["embedding_multiplier"]
+    rms_norm_eps: float = _DEFAULT["rms_norm_eps"]
+    num_states: int = _DEFAULT["num_states"]
+    top_k: int | None = _DEFAULT["top_k"]
+    affinity_threshold: float | None = _DEFAULT["affinity_threshold"]
+    num_heads: int = _DEFAULT["num_heads"]
+    expand: float = _DEFAULT["expand"]
+    affinity_temperature: float = _DEFAULT["affinity_temperature"]
+    affinity_init: float = _DEFAULT["affinity_init"]
+    affinity: str = _DEFAULT["affinity"]
+    query: str = _DEFAULT["query"]
+    rates: str = _DEFAULT["rates"]
+    update_rate_init: list[float] | tuple[float, float] = tuple(_DEFAULT["update_rate_init"])
+    norm: str = _DEFAULT["norm"]
+    conv_size: int = _DEFAULT["conv_size"]
+    conv_input: str = _DEFAULT["conv_input"]
+    output_gate: bool = _DEFAULT["output_gate"]
+    attention: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["attention"]))
+    mamba2: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["mamba2"]))
+    backend: str = _DEFAULT["backend"]
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        names = field_names()
+        for name in kwargs:
+            near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+            if near and not hasattr(PreTrainedConfig, name):
+                raise ConfigError(f"{name}={kwargs[name]!r}: no such field; did you mean {near[0]!r}?")
+        model = self.model_config()
+        # Lists, as JSON has them, and all that is chosen automatically said.
+        for name, value in config_fields(model).items():
+            setattr(self, name, value)
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    def model_config(self) -> ModelConfig:
+        """The configuration of the `LanguageModel`. Raises `ConfigError` for fields that were set to what cannot be."""
+        return config_from_fields({name: getattr(self, name) for name in field_names()})
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig, **kwargs: Any) -> FactorizationMemoryConfig:
+        """The same model; `kwargs` are other fields, such as `eos_token_id`."""
+        return cls(**config_fields(config), **kwargs)

@@ -1,0 +1,324 @@
+"""The models as `transformers` has them.
+
+Shapes: B sequences, T tokens, S tokens that a mask speaks of, d hidden size, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from factorization_memory.layers.norm import RMSNorm
+from factorization_memory.models.huggingface.cache import CacheLayer, FactorizationMemoryCache
+from factorization_memory.models.huggingface.configuration import FactorizationMemoryConfig
+from factorization_memory.models.huggingface.shim import save_shim
+from factorization_memory.models.language_model import Block, LanguageModel
+
+
+class FactorizationMemoryPreTrainedModel(PreTrainedModel):
+    """What the classes below share."""
+
+    config_class = FactorizationMemoryConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = ("past_key_values",)
+    # Assisted and prompt-lookup decoding, which would crop the cache, are refused with a clear error.
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> Any:
+        """As in `transformers`, but of safetensors alone: other files of weights can hold programs."""
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(f"use_safetensors={kwargs['use_safetensors']!r}: only safetensors is read; leave it out")
+        return super().from_pretrained(pretrained_model_name_or_path, *arguments, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **kwargs: Any) -> None:
+        """As in `transformers`, and the file through which `trust_remote_code=True` finds these classes."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub=True: call the model's push_to_hub() instead, which uploads all files")
+        super().save_pretrained(save_directory, *arguments, **kwargs)
+        if kwargs.get("is_main_process", True):
+            save_shim(save_directory)
+
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        # Without what is meant for custom code, which leaves out modules such as blocks that have no weights of their own.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial weights, as a `LanguageModel` has them; those that were loaded stay."""
+        if isinstance(module, Block):
+            loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+            module.reset_parameters()
+            for parameter, value in loaded:
+                parameter.copy_(value)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, (nn.Embedding, nn.Linear)):
+            # Linear layers within a block are set again, with it.
+            init.normal_(module.weight, std=0.02)
+
+
+class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
+    """Embedding, blocks and last norm of a `LanguageModel`."""
+
+    def __init__(self, config: FactorizationMemoryConfig) -> None:
+        super().__init__(config)
+        model_config = config.model_config()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(model_config, mixer) for mixer in model_config.layer_mixers)
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Take another embedding."""
+        self.embedding = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: FactorizationMemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """What the blocks make of the tokens.
+
+        Args:
+            input_ids: int64 `[B, T]`; or else
+            inputs_embeds: `[B, T, d]`, as `get_input_embeddings()` gives them, before `embedding_multiplier`.
+            attention_mask: `[B, S]`, 0 for padding, which may be anywhere and then is as if it were not there; S is T, or with
+                a cache the tokens read before and T.
+            past_key_values: what was read before. It is changed.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1), which do not see each other; also as
+                `cu_seq_lens_q`. Collators that pack sequences may tell them by `position_ids` `[B, T]` alone, which begin anew.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: got both or none, takes exactly one of them")
+        x = cast(Tensor, self.embedding(input_ids)) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
+        shape, tokens = x.shape, x.shape[1]
+        blocks, checkpointed = cast(list[Block], self.blocks), self.gradient_checkpointing and self.training
+        cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        layers = self._cache_layers(past_key_values, x.shape[0])
+        mask = _padding_mask(attention_mask, x, layers[0].seen if layers else 0)
+        borders, position_ids = cu_seqlens, kwargs.get("position_ids")
+        if borders is not None and past_key_values is not None:
+            raise ValueError("cu_seqlens: not together with past_key_values; packed sequences each begin anew")
+        if borders is None and position_ids is not None and past_key_values is None:
+            borders = _borders(position_ids, x, mask)
+        if borders is not None:
+            # One row for all; what the mask left out is in sequences of its own.
+            x, mask = x.flatten(0, 1)[None], None if cu_seqlens is None else mask
+        cache = past_key_values
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache and borders is None and not checkpointed:
+            cache = FactorizationMemoryCache(len(blocks))
+            layers = cache.own_layers()
+        # Reading a token in place is what a step is made for; what needs a gradient or a mask goes the long way.
+        step = tokens == 1 and mask is None and borders is None and not torch.is_grad_enabled()
+        keep = cache is not None
+        hidden = [x.view(shape)] if output_hidden_states else []
+        for i, block in enumerate(blocks):
+            layer = layers[i] if layers else None
+            state = None if layer is None else layer.state
+            if step and state is not None:
+                x = block.step(x[:, 0], state)[:, None]
+            elif checkpointed:
+                checkpoint = cast(Any, self._gradient_checkpointing_func)
+                x, state = checkpoint(block.__call__, x, state, borders, mask, keep)
+            else:
+                x, state = block(x, state, borders, mask, keep)
+            if layer is not None:
+                layer.state, layer.is_initialized = state, True
+                layer.seen += tokens
+            if output_hidden_states:
+                hidden.append(x.view(shape))
+        x = self.final_norm(x).view(shape)
+        if output_hidden_states:
+            hidden[-1] = x
+        result = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+        return result.to_tuple() if _as_tuple(self.config, return_dict) else result
+
+    def _cache_layers(self, cache: Cache | None, batch_size: int) -> list[CacheLayer]:
+        if cache is None:
+            return []
+        if not isinstance(cache, FactorizationMemoryCache):
+            raise ValueError(
+                f"past_key_values: got {type(cache).__name__}, takes FactorizationMemoryCache, such as an earlier call returned"
+            )
+        kinds = [block.mixer.state_type for block in cast(list[Block], self.blocks)]
+        layers = cache.own_layers()
+        states = [layer.state for layer in layers]
+        if len(states) != len(kinds) or not all(s is None or isinstance(s, k) for s, k in zip(states, kinds, strict=True)):
+            raise ValueError("past_key_values: it is of another model; take one that an earlier call of this model returned")
+        if states[0] is not None and states[0].batch_size != batch_size:
+            raise ValueError(
+                f"past_key_values: it is of {states[0].batch_size} sequences, the input has {batch_size}; "
+                "use batch_repeat_interleave or batch_select_indices first"
+            )
+        return layers
+
+
+def _padding_mask(mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
+    """The part of an attention mask that speaks of these tokens, bool `[B, T]`; None if they are all real."""
+    if mask is None:
+        return None
+    batch, tokens = x.shape[:2]
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (tokens, seen + tokens):
+        sizes = f"[{batch}, {tokens}]" + (f" or [{batch}, {seen + tokens}]" if seen else "")
+        raise ValueError(f"attention_mask: got shape {tuple(mask.shape)}, takes {sizes}, 0 for padding")
+    mask = mask[:, -tokens:] != 0
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+
+
+def _borders(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The borders of the sequences in all rows, one row behind the other, from positions that do not go on; None if each row
+    is one sequence."""
+    if position_ids.dim() != 2 or position_ids.shape[1] != x.shape[1]:
+        raise ValueError(f"position_ids: got shape {tuple(position_ids.shape)}, takes {list(x.shape[:2])}")
+    starts = position_ids.diff(dim=1) <= 0
+    if not bool(starts.any()):
+        return None
+    if mask is not None and bool((mask[:, 1:] & ~mask[:, :-1] & ~starts).any()):
+        raise ValueError("attention_mask: padding within a sequence, by position_ids; leave position_ids out")
+    starts = torch.cat((torch.ones_like(starts[:, :1]), starts), dim=1).expand(x.shape[0], -1).flatten()
+    return torch.cat((starts.nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.int64))).to(torch.int32)
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Without the messages of a logger."""
+    logger = logging.getLogger(name)
+    logger.addFilter(refuse := lambda _: False)
+    try:
+        yield
+    finally:
+        logger.removeFilter(refuse)
+
+
+def _as_tuple(config: PreTrainedConfig, return_dict: bool | None) -> bool:
+    return not (config.return_dict if return_dict is None else return_dict)
+
+
+class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, GenerationMixin):
+    """A `LanguageModel` as `AutoModelForCausalLM` gives it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: FactorizationMemoryConfig) -> None:
+        with _silenced("transformers.generation.configuration_utils"):
+            super().__init__(config)
+        self._correct_generation_config()
+        self.model = FactorizationMemoryModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_language_model(cls, model: LanguageModel, **kwargs: Any) -> FactorizationMemoryForCausalLM:
+        """The same model, its weights shared; `kwargs` are other fields of the configuration, such as `eos_token_id`."""
+        with torch.device("meta"):
+            result = cls(FactorizationMemoryConfig.from_model_config(model.config, **kwargs))
+        result.model.embedding, result.model.blocks = model.embedding, cast(nn.ModuleList, model.blocks)
+        result.model.final_norm, result.lm_head = model.final_norm, model.head
+        return result.train(model.training)
+
+    def language_model(self) -> LanguageModel:
+        """The same model as ours, its weights shared: for what needs no `transformers`, such as steps in a CUDA graph."""
+        config = FactorizationMemoryConfig.from_dict(self.config.to_dict() | {"vocab_size": self.lm_head.out_features})
+        with torch.device("meta"):
+            result = LanguageModel(config.model_config())
+        result.embedding, result.blocks = self.model.embedding, cast(Any, self.model.blocks)
+        result.final_norm, result.head = self.model.final_norm, self.lm_head
+        return result.train(self.training)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: FactorizationMemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next token `[B, T, V]`, and with `labels` (int64 `[B, T]`, -100 where there is none; shifted here) the
+        mean loss in nats per token. All else is as in `FactorizationMemoryModel`.
+
+        Args:
+            logits_to_keep: how many of the last tokens to give logits of, or which, 0 for all.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(f"logits_to_keep={logits_to_keep!r}: not together with labels; a loss takes all logits")
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        return result.to_tuple() if _as_tuple(self.config, return_dict) else result
+
+    def adjust_generation_fn(self, *arguments: Any, **kwargs: Any) -> None:
+        """Called by `from_pretrained` to find the generation config, which without a file is made of the model's."""
+        with _silenced("transformers.generation.configuration_utils"):
+            super().adjust_generation_fn(*arguments, **kwargs)
+        self._correct_generation_config()
+
+    def _correct_generation_config(self) -> None:
+        """Undo that `transformers` takes the model's `top_k` states for a number of tokens to sample from."""
+        made = self.generation_config
+        if made is not None and getattr(made, "_from_model_config", False):
+            made.top_k, made._from_model_config = None, False
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a memory is of one kind; leave it out"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = FactorizationMemoryCache(len(self.model.blocks))
+
+
+class FactorizationMemoryForSequenceClassification(GenericForSequenceClassification, FactorizationMemoryPreTrainedModel):
+    """A model whose last token of each sequence is scored for `num_labels` classes."""
+
+    def __init__(self, config: FactorizationMemoryConfig) -> None:
+        super().__init__(config)

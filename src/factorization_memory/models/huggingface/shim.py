@@ -1,0 +1,28 @@
+"""The file beside a saved model through which `trust_remote_code=True` finds our classes, where nobody has imported them.
+
+It holds one line, which imports them from the installed package; where that is missing `transformers` says so, and
+`pip install factorization_memory`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MODULE = "modeling_factorization_memory"
+CLASSES = {
+    "AutoConfig": "FactorizationMemoryConfig",
+    "AutoModel": "FactorizationMemoryModel",
+    "AutoModelForCausalLM": "FactorizationMemoryForCausalLM",
+    "AutoModelForSequenceClassification": "FactorizationMemoryForSequenceClassification",
+}
+AUTO_MAP = {automatic: f"{MODULE}.{name}" for automatic, name in CLASSES.items()}
+"""The field `auto_map` of config.json."""
+
+
+def save_shim(folder: Path | str) -> None:
+    """Write the file, aside and renamed."""
+    path = Path(folder) / f"{MODULE}.py"
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(f"from factorization_memory.models.huggingface import {', '.join(CLASSES.values())}\n", encoding="utf-8")
+    os.replace(aside, path)

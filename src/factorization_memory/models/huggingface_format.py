@@ -1,0 +1,165 @@
+"""The layout in which Hugging Face's libraries keep a model: config.json and weights. Needs none of these libraries itself.
+
+A folder of it holds config.json (flat fields, below), and model.safetensors, or several such files with an index beside them.
+Only safetensors is read: no other format of weights can be told from a program that runs when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from factorization_memory.config import ConfigError, ModelConfig, from_dict, to_dict
+from factorization_memory.models.language_model import LanguageModel
+
+MODEL_TYPE = "factorization_memory"
+CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+RENAMED = {"num_layers": "num_hidden_layers", "norm_eps": "rms_norm_eps", "temperature": "affinity_temperature"}
+"""Our names of fields, and theirs where they differ: as in other models, and apart from the temperature of sampling."""
+_OURS = {theirs: ours for ours, theirs in RENAMED.items()}
+
+
+class FormatError(ValueError):
+    """A folder that holds no model that can be read: the message names the file, what is wrong with it and the remedy."""
+
+
+def config_fields(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that say what a model is, the automatic choice of `intermediate_size` resolved."""
+    fields = {RENAMED.get(name, name): value for name, value in to_dict(config).items()}
+    return json.loads(json.dumps(fields | {"intermediate_size": config.feed_forward_size}))
+
+
+def config_from_fields(fields: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a model from such fields, of which any may be missing.
+
+    Raises:
+        ConfigError: a field is unknown, of the wrong type or does not go with another; it has the name that it has there.
+    """
+    for ours, theirs in RENAMED.items():
+        if ours in fields:
+            raise ConfigError(f"{ours}: no such field; did you mean {theirs!r}?")
+    try:
+        return from_dict(ModelConfig, {_OURS.get(name, name): value for name, value in fields.items()}, "model.")
+    except ConfigError as error:
+        message = re.sub(r"\bmodel\.(\w+)", lambda match: RENAMED.get(match[1], match[1]), str(error))
+        raise ConfigError(message) from None
+
+
+def field_names() -> list[str]:
+    """All names of such fields."""
+    return list(config_fields(ModelConfig()))
+
+
+def exported_name(name: str) -> str:
+    """The name that a weight of `LanguageModel` has in that layout."""
+    return name.replace("head.", "lm_head.", 1) if name.startswith("head.") else f"model.{name}"
+
+
+def own_name(name: str) -> str:
+    """The inverse of `exported_name`."""
+    return name.removeprefix("lm_").removeprefix("model.")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of such a folder, by the names they have there.
+
+    Raises:
+        FormatError: there are none, they are in another format, or damaged.
+    """
+    folder = Path(folder)
+    names = [WEIGHTS_NAME]
+    if not (folder / WEIGHTS_NAME).exists():
+        if not (folder / INDEX_NAME).exists():
+            others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            found = f"{', '.join(others)} can run programs when loaded and is not read; " if others else ""
+            raise FormatError(f"{folder}: there is no {WEIGHTS_NAME}; {found}save the model with safetensors")
+        names = sorted(set(_read_json(folder / INDEX_NAME).get("weight_map", {}).values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name:
+            raise FormatError(f"{folder / INDEX_NAME}: it names a file outside the folder, {name!r}; do not use it")
+        try:
+            tensors |= load_file(folder / name)
+        except FileNotFoundError:
+            raise FormatError(f"{folder / name}: missing, though {INDEX_NAME} names it; copy the whole model") from None
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{folder / name}: damaged or cut short ({error}); copy or download it again") from None
+    return tensors
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json holds. Raises `FormatError` when it is missing or not a configuration."""
+    path = Path(folder) / CONFIG_NAME
+    fields = _read_json(path)
+    if not isinstance(fields.get("model_type"), str):
+        raise FormatError(f"{path}: it lacks the field 'model_type'; this is no model of Hugging Face's layout")
+    return fields
+
+
+def own_config(fields: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The model of a config.json of ours. Raises `FormatError` naming the file when it is of another kind or wrong."""
+    if fields["model_type"] != MODEL_TYPE:
+        raise FormatError(f"{path}: model_type={fields['model_type']!r}, takes {MODEL_TYPE!r}; convert it with `fmem import`")
+    known = set(field_names())
+    try:
+        return config_from_fields({name: value for name, value in fields.items() if name in known})
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
+def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> LanguageModel:
+    """The model of a folder as `save_pretrained` of our classes writes it, in evaluation mode, in float32.
+
+    Raises:
+        FormatError: there is no such model, it is damaged, or its weights are not those of its configuration.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder; give one that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    config = own_config(read_config(folder), folder / CONFIG_NAME)
+    weights = {own_name(name): tensor for name, tensor in read_weights(folder).items()}
+    model = LanguageModel(config)
+    if config.tie_word_embeddings:
+        weights.setdefault("head.weight", weights.get("embedding.weight", torch.empty(0)))
+    load_weights(model, weights, folder)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def load_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy weights by our names into `model`. Raises `FormatError` for the first that is missing, too many or of another
+    shape."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights or name not in own:
+            problem = "is missing" if name not in weights else "should not be there"
+            raise FormatError(
+                f"{folder}: weight {exported_name(name)!r} {problem} of its {CONFIG_NAME}; use the one saved with it"
+            )
+        if weights[name].shape != own[name].shape:
+            raise FormatError(
+                f"{folder}: weight {exported_name(name)!r} has shape {tuple(weights[name].shape)}, by {CONFIG_NAME} it should "
+                f"have {tuple(own[name].shape)}; use the one saved with it"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path}: missing; give a folder of Hugging Face's layout") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: not JSON, damaged or cut short ({error}); copy or download it again") from None
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path}: not an object of fields; copy or download it again")
+    return fields
