@@ -1,4 +1,4 @@
-"""Fine-tune a model with TRL's SFTTrainer and PEFT's LoRA, then let it write: `python fine_tune_with_trl.py MODEL DATA.jsonl [STEPS]`.
+"""Fine-tune a model with TRL and PEFT, then let it write: `python fine_tune_with_trl.py MODEL DATA.jsonl [STEPS]`.
 
 MODEL is a folder that `fmem export` wrote, DATA.jsonl holds a `prompt` and a `completion` on each line. Needs `trl` and `peft`.
 """
