@@ -38,7 +38,7 @@ from factorization_memory.models.huggingface import (
     FactorizationMemoryModel,
     fast_tokenizer,
 )
-from factorization_memory.models.huggingface_format import FormatError, config_fields, config_from_fields, load_pretrained
+from factorization_memory.models.pretrained.format import FormatError, config_fields, config_from_fields, load_pretrained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),  # transformers about its own names
@@ -378,7 +378,8 @@ def test_damaged_folders(tmp_path: Path) -> None:
         (broken("config.json", b"{"), r"config\.json: not JSON"),
         (broken("config.json", b"[]"), "not an object"),
         (broken("config.json", b'{"hidden_size": 3}'), "lacks the field 'model_type'"),
-        (broken("config.json", json.dumps(fields | {"model_type": "llama"}).encode()), "fmem import"),
+        (broken("config.json", json.dumps(fields | {"model_type": "bert"}).encode()), "model_type='bert', takes one of"),
+        (broken("config.json", json.dumps(fields | {"model_type": "llama"}).encode()), "num_attention_heads: missing"),
         (broken("config.json", json.dumps(fields | {"top_k": 99}).encode()), r"config\.json: top_k=99: use 1 to num_states=8"),
         (
             broken("config.json", json.dumps(fields | {"num_states": 16}).encode()),

@@ -22,12 +22,12 @@ from factorization_memory.training.checkpoint import (
     first_difference,
     list_checkpoints,
     load_checkpoint,
-    load_model,
     prune_checkpoints,
     read_state,
     save_checkpoint,
 )
 from factorization_memory.training.optimizer import make_optimizer
+from factorization_memory.training.pretrained import load_model
 
 TOKENIZER = Tokenizer.bytes_level()
 CONFIG = RunConfig(

@@ -21,8 +21,13 @@ VERBS = {
     "evaluate": "held-out loss, bits per byte, loss by position, routing health",
     "generate": "continue a prompt",
     "inspect": "which memory states a text's tokens update and read",
+    "export": "write a run's model in the layout of Hugging Face's libraries",
+    "import": "make a run folder of a model in that layout",
     "bench": "measure the recurrence and whole models on this machine",
 }
+
+MODULES = {"import": "import_model"}
+"""Modules of verbs that are words of Python."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +53,7 @@ def dispatch(arguments: list[str]) -> int:
     from factorization_memory.config import ConfigError
 
     try:
-        return import_module(f"{__name__}.{verb}").run(rest)
+        return import_module(f"{__name__}.{MODULES.get(verb, verb)}").run(rest)
     except ConfigError as error:
         return complain(str(error), 2)
     except KeyboardInterrupt:

@@ -5,11 +5,11 @@ from factorization_memory.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    load_model,
     save_checkpoint,
 )
 from factorization_memory.training.device import resolve_device
 from factorization_memory.training.guard import RunLockedError, TrainingDivergedError
+from factorization_memory.training.pretrained import export_run, import_model, load_model
 from factorization_memory.training.progress import RichProgress, TrainingObserver
 from factorization_memory.training.record import RunFolderError
 from factorization_memory.training.schedule import learning_rate
@@ -23,7 +23,9 @@ __all__ = [
     "Trainer",
     "TrainingDivergedError",
     "TrainingObserver",
+    "export_run",
     "find_checkpoint",
+    "import_model",
     "learning_rate",
     "list_checkpoints",
     "load_checkpoint",

@@ -28,17 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
-from factorization_memory.training.device import resolve_device
-from factorization_memory.training.record import TOKENIZER_NAME, strict_json
+from factorization_memory.training.record import strict_json
 
 if TYPE_CHECKING:
-    from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel, ModelState
 
 FORMAT_VERSION = 1
 CHECKPOINTS_NAME = "checkpoints"
-_STATE, _MODEL, _OPTIMIZER, _CARRIED = "state.json", "model.safetensors", "optimizer.safetensors", "carried.safetensors"
-_FOLDER = re.compile(r"step-(\d{8,})")
+STATE_NAME, _MODEL, _OPTIMIZER, _CARRIED = "state.json", "model.safetensors", "optimizer.safetensors", "carried.safetensors"
+FOLDER_NAME = re.compile(r"step-(\d{8,})")
 
 MAY_CHANGE = frozenset(
     {
@@ -95,12 +93,12 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folder = run_dir / CHECKPOINTS_NAME
-    found = [path for path in folder.iterdir() if _FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=_step_of)
 
 
 def _step_of(path: Path) -> int:
-    match = _FOLDER.fullmatch(path.name)
+    match = FOLDER_NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
 
@@ -109,14 +107,14 @@ def save_checkpoint(
     run_dir: Path,
     *,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     config: RunConfig,
     state: TrainingState,
     tokenizer_fingerprint: str,
     corpus_fingerprint: str,
     carried: Sequence[ModelState | None] | None = None,
 ) -> Path:
-    """Write a checkpoint of `state.step` and return its folder.
+    """Write a checkpoint of `state.step` and return its folder. Without `optimizer` it is one to use, not to go on from.
 
     `carried` holds the memory of each micro-batch (None: one that has not begun), or is None when nothing is carried.
     Raises `CheckpointError` when it cannot be written whole (a full disk); earlier checkpoints are then as they were.
@@ -136,7 +134,8 @@ def save_checkpoint(
         _remove(partial)
         partial.mkdir(parents=True)
         save_file(_contiguous(model_tensors(model)), partial / _MODEL)
-        save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
+        if optimizer is not None:
+            save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
         if carried is not None:
             # Cloned: parts of one state may share storage, which the format refuses.
             tensors = {
@@ -146,7 +145,7 @@ def save_checkpoint(
                 for number, tensor in enumerate(memory.tensors())
             }
             save_file(tensors, partial / _CARRIED)
-        (partial / _STATE).write_text(strict_json(record, indent=1), encoding="utf-8")
+        (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
         if path.exists():
             replaced = path.with_name(path.name + ".replaced.partial")
             _remove(replaced)
@@ -217,12 +216,12 @@ def _best(paths: list[Path]) -> Path:
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's `state.json`. Raises `CheckpointError` when it is missing, damaged or of a newer version."""
     try:
-        record: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
         version = record["format_version"]
     except FileNotFoundError:
-        raise _DamagedError(f"{path}: no checkpoint here ({_STATE} is missing); {_present(path)}") from None
+        raise _DamagedError(f"{path}: no checkpoint here ({STATE_NAME} is missing); {_present(path)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(f"{path / _STATE}: damaged or cut short ({error}); {_present(path)}") from None
+        raise _DamagedError(f"{path / STATE_NAME}: damaged or cut short ({error}); {_present(path)}") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version!r} is newer than this package reads ({FORMAT_VERSION}); "
@@ -230,7 +229,7 @@ def read_state(path: Path) -> dict[str, Any]:
         )
     wrong = _first_wrong_field(record)
     if wrong is not None:
-        raise _DamagedError(f"{path / _STATE}: {wrong}; the file was changed or damaged; {_present(path)}")
+        raise _DamagedError(f"{path / STATE_NAME}: {wrong}; the file was changed or damaged; {_present(path)}")
     return record
 
 
@@ -273,11 +272,12 @@ def _first_wrong_field(record: dict[str, Any]) -> str | None:
     return None if "cpu" in record["random"] else "the field 'random.cpu' is missing"
 
 
-def _read_config(record: dict[str, Any], path: Path) -> RunConfig:
+def read_run_config(record: dict[str, Any], path: Path) -> RunConfig:
+    """The configuration in the `state.json` of the checkpoint at `path`. Raises `CheckpointError` where it cannot be."""
     try:
         return from_dict(RunConfig, record["config"])
     except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / _STATE}: its configuration cannot be read ({error}); {_present(path)}") from None
+        raise CheckpointError(f"{path / STATE_NAME}: its configuration cannot be read ({error}); {_present(path)}") from None
 
 
 def load_checkpoint(
@@ -289,7 +289,7 @@ def load_checkpoint(
     `CheckpointError` when the checkpoint is damaged, or of another configuration than `config`.
     """
     record = read_state(path)
-    saved = _read_config(record, path)
+    saved = read_run_config(record, path)
     difference = first_difference(saved, config)
     if difference is not None:
         name, old, new = difference
@@ -302,38 +302,6 @@ def load_checkpoint(
     carried = None if record["carried"] is None else _load_carried(model, config.micro_batch_size, record["carried"], path)
     _set_random_states(model, record["random"])
     return state, carried
-
-
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer, RunConfig]:
-    """A trained model in evaluation mode on `device`, with its tokenizer and the configuration of its run.
-
-    `path` is a run folder (its best checkpoint, else its last) or one checkpoint's folder inside it. Raises `CheckpointError`
-    when there is none or it is damaged.
-    """
-    from factorization_memory.data.tokenizer import Tokenizer
-    from factorization_memory.models import LanguageModel
-
-    path = Path(path)
-    if not (path / _STATE).exists() and not _FOLDER.fullmatch(path.name):
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder; give a run folder or a checkpoint's folder")
-        path = find_checkpoint(path, "best")
-    record = read_state(path)
-    config = _read_config(record, path)
-    places = (path / TOKENIZER_NAME, path.resolve().parent.parent / TOKENIZER_NAME)
-    tokenizer_path = next((place for place in places if place.exists()), None)
-    if tokenizer_path is None:
-        raise CheckpointError(f"{path}: no {TOKENIZER_NAME} beside it or in its run folder; copy the run's there")
-    tokenizer = Tokenizer.load(tokenizer_path)
-    if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
-        raise CheckpointError(
-            f"{tokenizer_path}: not the tokenizer this model was trained with (fingerprint {tokenizer.fingerprint}, "
-            f"the checkpoint's is {record['tokenizer_fingerprint']}); put the run's own {TOKENIZER_NAME} there"
-        )
-    model = LanguageModel(config.model)
-    load_tensors(model, path)
-    model.to(resolve_device(device, "device") if isinstance(device, str) else device)
-    return model.eval(), tokenizer, config
 
 
 def first_difference(
@@ -408,6 +376,11 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    if not (path / _OPTIMIZER).exists():
+        raise CheckpointError(
+            f"{path / _OPTIMIZER}: missing, as of an imported model, which is there to be used and not to go on from; "
+            f"{_present(path)}"
+        )
     tensors = _read_tensors(path / _OPTIMIZER)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # The optimizer numbers its parameters in the order of its groups; loading through it puts each tensor on the right device.

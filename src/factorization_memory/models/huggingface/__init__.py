@@ -18,9 +18,9 @@ from factorization_memory.models.huggingface.modeling import (
     FactorizationMemoryForSequenceClassification,
     FactorizationMemoryModel,
 )
-from factorization_memory.models.huggingface.shim import save_shim
 from factorization_memory.models.huggingface.tokenizer import fast_tokenizer
-from factorization_memory.models.huggingface_format import MODEL_TYPE
+from factorization_memory.models.pretrained.format import MODEL_TYPE
+from factorization_memory.models.pretrained.shim import save_shim
 
 __all__ = [
     "FactorizationMemoryCache",

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from factorization_memory.config import ConfigError, ModelConfig
-from factorization_memory.models.huggingface.shim import AUTO_MAP
-from factorization_memory.models.huggingface_format import MODEL_TYPE, RENAMED, config_fields, config_from_fields, field_names
+from factorization_memory.models.pretrained.format import MODEL_TYPE, RENAMED, config_fields, config_from_fields, field_names
+from factorization_memory.models.pretrained.shim import AUTO_MAP
 
 _DEFAULT = config_fields(ModelConfig())
 

@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.huggingface.cache import CacheLayer, FactorizationMemoryCache
 from factorization_memory.models.huggingface.configuration import FactorizationMemoryConfig
-from factorization_memory.models.huggingface.shim import save_shim
 from factorization_memory.models.language_model import Block, LanguageModel
+from factorization_memory.models.pretrained.shim import save_shim
 
 
 class FactorizationMemoryPreTrainedModel(PreTrainedModel):

@@ -1,4 +1,4 @@
-"""The layout in which Hugging Face's libraries keep a model: config.json and weights. Needs none of these libraries itself.
+"""The layout in which Hugging Face's libraries keep a model, read without them.
 
 A folder of it holds config.json (flat fields, below), and model.safetensors, or several such files with an index beside them.
 Only safetensors is read: no other format of weights can be told from a program that runs when it is loaded.
@@ -6,9 +6,10 @@ Only safetensors is read: no other format of weights can be told from a program 
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from factorization_memory.config import ConfigError, ModelConfig, from_dict, to_dict
 from factorization_memory.models.language_model import LanguageModel
+from factorization_memory.models.pretrained.conversion import NATIVE, from_native, native_config
 
 MODEL_TYPE = "factorization_memory"
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_NAME = "tokenizer.json"
 RENAMED = {"num_layers": "num_hidden_layers", "norm_eps": "rms_norm_eps", "temperature": "affinity_temperature"}
 """Our names of fields, and theirs where they differ: as in other models, and apart from the temperature of sampling."""
 _OURS = {theirs: ours for ours, theirs in RENAMED.items()}
@@ -104,19 +107,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def own_config(fields: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The model of a config.json of ours. Raises `FormatError` naming the file when it is of another kind or wrong."""
-    if fields["model_type"] != MODEL_TYPE:
-        raise FormatError(f"{path}: model_type={fields['model_type']!r}, takes {MODEL_TYPE!r}; convert it with `fmem import`")
-    known = set(field_names())
+def read_model_config(folder: Path | str) -> ModelConfig:
+    """The configuration of the model in such a folder, ours or one of `NATIVE`.
+
+    Raises:
+        FormatError: it is missing, of another kind, or cannot be; the file is named.
+    """
+    path = Path(folder) / CONFIG_NAME
+    fields = read_config(Path(folder))
+    kind = fields["model_type"]
     try:
-        return config_from_fields({name: value for name, value in fields.items() if name in known})
+        if kind in NATIVE:
+            return native_config(fields)
+        if kind == MODEL_TYPE:
+            known = set(field_names())
+            return config_from_fields({name: value for name, value in fields.items() if name in known})
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
+    takes = ", ".join(map(repr, (MODEL_TYPE, *NATIVE)))
+    raise FormatError(f"{path}: model_type={kind!r}, takes one of {takes}; other models cannot be read here")
+
+
+def is_pretrained(folder: Path | str) -> bool:
+    """Whether a folder looks like one of this layout: its config.json says of what type the model is."""
+    try:
+        return "model_type" in _read_json(Path(folder) / CONFIG_NAME)
+    except FormatError:
+        return False
 
 
 def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model of a folder as `save_pretrained` of our classes writes it, in evaluation mode, in float32.
+    """The model of a folder, ours or one of `NATIVE`, in evaluation mode, in float32.
 
     Raises:
         FormatError: there is no such model, it is damaged, or its weights are not those of its configuration.
@@ -124,29 +145,42 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
     folder = Path(folder)
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder; give one that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
-    config = own_config(read_config(folder), folder / CONFIG_NAME)
-    weights = {own_name(name): tensor for name, tensor in read_weights(folder).items()}
+    config = read_model_config(folder)
+    kind = read_config(folder)["model_type"]
+    weights = read_weights(folder)
+    if kind in NATIVE:
+        try:
+            weights = from_native(kind, weights)
+        except (ValueError, RuntimeError, IndexError) as error:  # a missing weight, or shapes that cannot be joined
+            raise FormatError(f"{folder}: {error}") from None
+    else:
+        weights = {own_name(name): tensor for name, tensor in weights.items()}
+        if config.tie_word_embeddings:
+            weights.setdefault("head.weight", weights.get("embedding.weight", torch.empty(0)))
     model = LanguageModel(config)
-    if config.tie_word_embeddings:
-        weights.setdefault("head.weight", weights.get("embedding.weight", torch.empty(0)))
-    load_weights(model, weights, folder)
+    load_weights(model, weights, folder, str if kind in NATIVE else exported_name)
     return model.to(device).eval()
 
 
+def builtin_model() -> Path:
+    """The folder of the small model of English and Japanese books that comes with the package; its README.md is its card."""
+    return Path(str(importlib.resources.files(__package__) / "builtin"))
+
+
 @torch.no_grad()
-def load_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+def load_weights(
+    model: LanguageModel, weights: Mapping[str, Tensor], folder: Path, named: Callable[[str], str] = exported_name
+) -> None:
     """Copy weights by our names into `model`. Raises `FormatError` for the first that is missing, too many or of another
-    shape."""
+    shape, calling it what `named` makes of its name."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own:
             problem = "is missing" if name not in weights else "should not be there"
-            raise FormatError(
-                f"{folder}: weight {exported_name(name)!r} {problem} of its {CONFIG_NAME}; use the one saved with it"
-            )
+            raise FormatError(f"{folder}: weight {named(name)!r} {problem} of its {CONFIG_NAME}; use the one saved with it")
         if weights[name].shape != own[name].shape:
             raise FormatError(
-                f"{folder}: weight {exported_name(name)!r} has shape {tuple(weights[name].shape)}, by {CONFIG_NAME} it should "
+                f"{folder}: weight {named(name)!r} has shape {tuple(weights[name].shape)}, by {CONFIG_NAME} it should "
                 f"have {tuple(own[name].shape)}; use the one saved with it"
             )
     for name, tensor in own.items():

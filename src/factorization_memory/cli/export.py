@@ -1,0 +1,63 @@
+"""`fmem export RUN --to huggingface DIR`: a run's model as Hugging Face's libraries keep models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from factorization_memory.cli.common import console, emit, parse
+from factorization_memory.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a run's model, tokenizer and model card to a folder that `transformers` loads and the hub takes.
+
+    A Transformer or Mamba-2 becomes the Llama, Mistral or Mamba2 of `transformers` that it is."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or the folder of one of its checkpoints."""
+    output: tyro.conf.Positional[Path]
+    """Folder to write."""
+    to: Literal["huggingface"] = "huggingface"
+    """Layout."""
+    name: str = ""
+    """Name of the model on its card; by default the folder's."""
+    license: str = ""
+    """Licence of the weights, as the hub names it, for example apache-2.0."""
+    data: str = ""
+    """A sentence on the training data, for the card."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights; float32 is what they were trained in, so that nothing is lost."""
+    max_shard_size: str = "5GB"
+    """Of one file of weights."""
+    overwrite: bool = False
+    """Replace a folder that is there."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """`fmem export`."""
+    options = parse(ExportOptions, arguments, "export")
+    from factorization_memory.training import export_run
+
+    try:
+        name = export_run(
+            options.run, options.output, name=options.name, license=options.license, data=options.data, dtype=options.dtype,
+            max_shard_size=options.max_shard_size, overwrite=options.overwrite,
+        )  # fmt: skip
+    except FileExistsError:
+        raise ConfigError(f"{options.output}: it exists; choose another folder, or give --overwrite") from None
+    out = console()
+    size = sum(path.stat().st_size for path in options.output.iterdir())
+    out.print(f"{options.output}: {size / 1e6:,.1f} MB, for AutoModelForCausalLM.from_pretrained, as {name}")
+    said = {"--license": options.license, "--data": options.data}
+    missing = [flag for flag, value in said.items() if not value]
+    if missing:
+        out.print(f"its card, README.md, does not say what only you know: {' and '.join(missing)} fill it in")
+    emit({"output": str(options.output), "class": name, "bytes": size}, options.json)
+    return 0

@@ -1,0 +1,16 @@
+"""Models in the layout in which Hugging Face's libraries keep them, read and written without `transformers`; and the one that
+comes with the package."""
+
+from factorization_memory.models.pretrained.card import CardFacts, model_card
+from factorization_memory.models.pretrained.export import save_pretrained
+from factorization_memory.models.pretrained.format import FormatError, builtin_model, is_pretrained, load_pretrained
+
+__all__ = [
+    "CardFacts",
+    "FormatError",
+    "builtin_model",
+    "is_pretrained",
+    "load_pretrained",
+    "model_card",
+    "save_pretrained",
+]

@@ -1,0 +1,155 @@
+"""Writing a model, its tokenizer and its card in the layout in which Hugging Face's libraries keep them.
+
+| file | what |
+| --- | --- |
+| config.json, generation_config.json | what the model is; how `generate()` ends and pads |
+| model.safetensors | weights; several files and an index where they are large |
+| tokenizer.json, tokenizer_config.json | the tokenizer, as `PreTrainedTokenizerFast` |
+| README.md | the model card |
+| modeling_factorization_memory.py | for `trust_remote_code=True`, unless `transformers` knows the model |
+| training.json | how it was trained, for `fmem import` |
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from factorization_memory.config import ModelConfig
+from factorization_memory.models.language_model import LanguageModel
+from factorization_memory.models.pretrained.conversion import NATIVE, native_fields, native_type, to_native
+from factorization_memory.models.pretrained.format import (
+    CONFIG_NAME,
+    MODEL_TYPE,
+    TOKENIZER_NAME,
+    config_fields,
+    exported_name,
+)
+from factorization_memory.models.pretrained.shim import AUTO_MAP, CLASSES, save_shim
+
+CARD_NAME, TRAINING_NAME = "README.md", "training.json"
+DOCUMENT_END, PADDING = "</s>", "<pad>"
+"""Special tokens of our tokenizers; the first also stands before a document."""
+TOKENIZER_FIELDS: dict[str, Any] = {
+    "bos_token": DOCUMENT_END,
+    "eos_token": DOCUMENT_END,
+    "pad_token": PADDING,
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    "split_special_tokens": True,
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+"""What `PreTrainedTokenizerFast` has to be told beside tokenizer.json."""
+
+
+def save_pretrained(
+    model: LanguageModel,
+    folder: Path | str,
+    tokenizer_file: Path | str,
+    *,
+    card: str,
+    dtype: torch.dtype = torch.float32,
+    context_length: int = 1024,
+    training: Mapping[str, Any] | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+) -> str:
+    """Write a model to a folder, which appears when it is whole.
+
+    A Transformer or Mamba-2 of ours is written as the `LlamaForCausalLM`, `MistralForCausalLM` or `Mamba2ForCausalLM` that it
+    is, all else as `FactorizationMemoryForCausalLM`.
+
+    Args:
+        tokenizer_file: its tokenizer.json.
+        card: text of README.md.
+        dtype: of the weights: float32, bfloat16 or float16.
+        context_length: tokens of a training sequence.
+        training: what training.json holds; None writes no such file.
+        max_shard_size: of one file of weights, in bytes or as "5GB".
+        overwrite: replace a folder that is there.
+
+    Returns:
+        The name of the class.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: the tokenizer is none of ours.
+    """
+    folder, tokenizer_file = Path(folder), Path(tokenizer_file)
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder}: it exists; choose another folder, or overwrite it")
+    definition = tokenizer_file.read_text(encoding="utf-8")
+    ids = special_ids(definition, tokenizer_file)
+    kind = native_type(model.config)
+    name = CLASSES["AutoModelForCausalLM"] if kind is None else NATIVE[kind]
+    fields: dict[str, Any] = {
+        "architectures": [name],
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        **(_own_fields(model.config) if kind is None else native_fields(model.config, context_length)),
+        **ids,
+    }
+    aside, replaced = (folder.with_name(folder.name + ending) for ending in (".partial", ".replaced.partial"))
+    for leftover in (aside, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        # Copies: parts of one tensor, as some are, would be refused.
+        weights = {
+            key: value.to(dtype).clone(memory_format=torch.contiguous_format)
+            for key, value in exported_weights(model).items()
+        }
+        save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
+        _write_json(aside / CONFIG_NAME, fields)
+        _write_json(aside / "generation_config.json", ids)
+        (aside / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
+        _write_json(aside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **TOKENIZER_FIELDS})
+        (aside / CARD_NAME).write_text(card, encoding="utf-8")
+        if training is not None:
+            _write_json(aside / TRAINING_NAME, training)
+        if kind is None:
+            save_shim(aside)
+        if folder.exists():
+            folder.rename(replaced)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    return name
+
+
+def exported_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """The weights under the names that they have in that layout; a tied head is left out."""
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["head.weight"]
+    if native_type(model.config) is not None:
+        return to_native(model.config, weights)
+    return {exported_name(name): tensor for name, tensor in weights.items()}
+
+
+def special_ids(definition: str, path: Path) -> dict[str, int]:
+    """The fields that name special tokens by their ids, from the text of a tokenizer.json."""
+    try:
+        known = {token["content"]: token["id"] for token in json.loads(definition)["added_tokens"]}
+        end, padding = known[DOCUMENT_END], known[PADDING]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a tokenizer of ours, which has {DOCUMENT_END} and {PADDING} ({error})") from None
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": padding}
+
+
+def _own_fields(config: ModelConfig) -> dict[str, Any]:
+    return {"model_type": MODEL_TYPE, "auto_map": AUTO_MAP, **config_fields(config)}
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
