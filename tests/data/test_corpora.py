@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import gzip
 import json
+import re
 import sys
 import types
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pyarrow
@@ -13,8 +18,19 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from factorization_memory.config import ConfigError
 from factorization_memory.data import corpora
-from factorization_memory.data.corpora import CorpusError, Document, builtin_corpus, fetch_dataset, read_documents
+from factorization_memory.data.corpora import (
+    CorpusError,
+    Document,
+    builtin_corpus,
+    fetch_dataset,
+    read_documents,
+    source_record,
+)
+from factorization_memory.data.named_corpora import CORPORA
+from factorization_memory.data.shards import pack
+from factorization_memory.data.tokenizer import Tokenizer
 
 ROWS = [
     {"text": "One day,\nit rained.", "id": "a", "author": "Ann", "language": "en"},
@@ -157,15 +173,18 @@ class TestBadFiles:
         assert "holds no" in error_of(tmp_path)
 
 
-def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: list) -> dict:
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Iterable, commit: str = COMMIT) -> dict:
     """Stands in for the optional library; returns the arguments it was called with."""
     asked: dict = {}
 
-    def load_dataset(name, config, **options):
+    def load_dataset_builder(name, config=None, **options):
         asked.update(name=name, config=config, **options)
-        return iter(rows)
+        return types.SimpleNamespace(hash=commit, as_streaming_dataset=lambda split: asked.update(split=split) or iter(rows))
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset_builder=load_dataset_builder))
     return asked
 
 
@@ -183,23 +202,50 @@ class TestFetch:
         ]
         asked = fake_datasets(monkeypatch, rows)
         output = tmp_path / "new" / "a.jsonl.zst"
-        count = fetch_dataset("some/name", output, config="x", split="test", text_column="body", revision="v1", max_documents=3)
-        assert count == 3
-        assert asked == {"name": "some/name", "config": "x", "split": "test", "revision": "v1", "streaming": True}
+        record = fetch_dataset(
+            "some/name", output, config="x", split="test", text_column="body", revision="v1", max_documents=3
+        )
+        assert asked == {"name": "some/name", "config": "x", "split": "test", "revision": "v1"}
         documents = list(read_documents(output))
         assert [document.text for document in documents] == [ROWS[0]["text"], ROWS[1]["text"], "third?"]
+        assert [document.language for document in documents] == ["en", "ja", None]
         assert (documents[0].id, documents[0].author, documents[2].id) == ("a", "Ann", "some/name:4")
-        assert [file.name for file in output.parent.iterdir()] == ["a.jsonl.zst"]
+        assert sorted(file.name for file in output.parent.iterdir()) == ["a.jsonl.zst", "a.source.json"]
+        written = json.loads(source_record(output).read_text(encoding="utf-8"))
+        assert written == dataclasses.asdict(record)
+        # A tag or branch is told by the commit it stood for.
+        assert written == {
+            "data_set": "some/name", "config": "x", "split": "test", "revision": COMMIT, "local_files": None,
+            "text_column": "body", "language": None, "licence": None, "documents": 3, "max_documents": 3,
+            "fetched": record.fetched,
+        }  # fmt: skip
+        assert datetime.fromisoformat(record.fetched).utcoffset() == timedelta(0)
+
+    def test_stops_without_reading_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def rows() -> Iterator[dict]:
+            yield from ROWS[:2]
+            pytest.fail("a row more than asked for was read")
+
+        fake_datasets(monkeypatch, rows())
+        assert fetch_dataset("some/name", tmp_path / "a.jsonl.zst", max_documents=2).documents == 2
+
+    def test_tells_progress(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake_datasets(monkeypatch, ROWS[:1] * 2500)
+        told: list = []
+        fetch_dataset("some/name", tmp_path / "a.jsonl.zst", progress=lambda *numbers: told.append(numbers))
+        assert [documents for documents, _ in told] == [1000, 2000]
+        assert told[1][1] == 2 * told[0][1] > 0
 
     def test_failures_leave_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         output = tmp_path / "a.jsonl.zst"
 
-        def rows():
+        def rows(error: Exception) -> Iterator[dict]:
             yield ROWS[0]
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
 
         for bad, message in (
-            (rows(), "no space left"),
+            (rows(OSError(errno.ENOSPC, "No space left on device")), "no space left"),
+            (rows(OSError("connection reset")), r"stopped after 1 rows \(OSError: connection reset\); nothing was kept"),
             ([{"body": "x"}], "no column 'text' among body"),
             ([], "no row has text"),
         ):
@@ -214,10 +260,222 @@ class TestFetch:
         with pytest.raises(CorpusError, match="must end in"):
             fetch_dataset("x", tmp_path / "a.json")
 
-    def test_local_data_set_through_the_library(self, tmp_path: Path) -> None:
-        pytest.importorskip("datasets")
+    @pytest.mark.parametrize("number", [0, -1])
+    def test_number_of_documents(self, tmp_path: Path, number: int) -> None:
+        with pytest.raises(ConfigError, match=f"max_documents={number}: use 1 or more"):
+            fetch_dataset("pg19", tmp_path / "a.jsonl.zst", max_documents=number)
+
+    def test_local_data_set_through_the_library(self, tmp_path: Path, real_datasets: None) -> None:
         (tmp_path / "set").mkdir()
         write(tmp_path / "set" / "train.jsonl", jsonl([row | {"id": "x"} for row in ROWS[:2]]))
-        assert fetch_dataset(str(tmp_path / "set"), tmp_path / "a.jsonl.zst") == 2
+        record = fetch_dataset(str(tmp_path / "set"), tmp_path / "a.jsonl.zst")
+        assert (record.documents, record.revision) == (2, None)
         with pytest.raises(CorpusError, match="cannot be loaded"):
             fetch_dataset(str(tmp_path / "none"), tmp_path / "b.jsonl.zst")
+
+
+@pytest.fixture
+def real_datasets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library itself, with no network and a cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    for name, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(cache)}.items():
+        monkeypatch.setenv(name, value)
+    datasets = pytest.importorskip("datasets")
+    # What it read from the environment if an earlier test imported it.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def parquet(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def fineweb_edu_row(number: int) -> dict:
+    return {
+        "text": f"Page {number} teaches that water boils.", "id": f"<urn:uuid:{number}>", "dump": "CC-MAIN-2024-10",
+        "url": f"https://example.org/{number}", "file_path": "s3://warc", "language": "eng", "language_score": 0.97,
+        "token_count": 9, "score": 3.2, "int_score": 3,
+    }  # fmt: skip
+
+
+def wikipedia_row(number: int) -> dict:
+    title = f"第{number}の湖"
+    return {
+        "id": str(number),
+        "url": "https://ja.wikipedia.org/wiki/湖",
+        "title": title,
+        "text": f"{title}は湖である。\n深い。",
+    }
+
+
+@pytest.fixture
+def fineweb_edu(tmp_path: Path) -> Path:
+    """Two files of the sample, and one of another configuration."""
+    folder = tmp_path / "fineweb-edu"
+    for part in range(2):
+        rows = [fineweb_edu_row(10 * part + i) for i in range(10)]
+        parquet(folder / "sample" / "10BT" / f"00{part}_00000.parquet", rows)
+    parquet(folder / "sample" / "100BT" / "000_00000.parquet", [fineweb_edu_row(99)])
+    return folder
+
+
+@pytest.fixture
+def wikipedia(tmp_path: Path) -> Path:
+    """Two files in Japanese, one in English, and what macOS leaves beside them."""
+    folder = tmp_path / "wiki [2023]"
+    for part in range(2):
+        rows = [wikipedia_row(10 * part + i) for i in range(10)]
+        parquet(folder / "20231101.ja" / f"train-0000{part}-of-00015.parquet", rows)
+    write(folder / "20231101.ja" / "._train-00000-of-00015.parquet", b"no parquet")
+    english = {"id": "7", "url": "https://en.wikipedia.org/wiki/Lake", "title": "Lake", "text": "A lake is water."}
+    parquet(folder / "20231101.en" / "train-00000-of-00041.parquet", [english])
+    return folder
+
+
+class TestNamedCorpora:
+    def test_table(self) -> None:
+        for name, corpus in CORPORA.items():
+            assert re.fullmatch("[0-9a-f]{40}", corpus.revision or ""), name
+            assert corpus.data_set.count("/") == 1, name
+            assert corpus.language in ("en", "ja"), name
+            assert all((corpus.about, corpus.size, corpus.licence, corpus.pattern)), name
+            assert "{" not in str(corpus.pattern), name
+
+    def test_unknown_short_name_names_the_nearest(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"name='wikipedia_jp'.*did you mean 'wikipedia-ja'.*OWNER/NAME"):
+            fetch_dataset("wikipedia_jp", tmp_path / "a.jsonl.zst")
+        with pytest.raises(ConfigError, match=r"known are .*fineweb-edu.*pg19"):
+            fetch_dataset("zzzzzz", tmp_path / "a.jsonl.zst")
+
+    def test_pinned_revision_unless_another_is_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pinned = CORPORA["wikipedia-ja"].revision
+        assert pinned is not None
+        asked = fake_datasets(monkeypatch, [wikipedia_row(1)], commit=pinned)
+        record = fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst")
+        assert asked == {"name": "wikimedia/wikipedia", "config": "20231101.ja", "split": "train", "revision": pinned}
+        assert (record.revision, record.language, record.licence) == (pinned, "ja", "CC BY-SA 3.0, GFDL")
+        asked = fake_datasets(monkeypatch, [wikipedia_row(1)])
+        record = fetch_dataset("wikipedia-ja", tmp_path / "b.jsonl.zst", revision=COMMIT)
+        assert asked["revision"] == record.revision == COMMIT
+
+    def test_language_of_another_configuration_is_not_taken_for_known(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake_datasets(monkeypatch, [{"text": "Ein See."}], commit=str(CORPORA["wikipedia-ja"].revision))
+        record = fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", config="20231101.de")
+        assert (record.config, record.language) == ("20231101.de", None)
+        assert [document.source for document in read_documents(tmp_path / "a.jsonl.zst")] == ["a"]
+
+    def test_cached_copy_of_another_revision_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The library falls back on one, whatever was asked for, where there is no network."""
+        fake_datasets(monkeypatch, [wikipedia_row(1)], commit=COMMIT)
+        with pytest.raises(CorpusError, match=f"the cache holds revision {COMMIT}.*--revision {COMMIT}.*hf download"):
+            fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst")
+
+    def test_folder_of_the_same_name_is_not_taken_for_the_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "emozilla" / "pg19").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(CorpusError, match="--data-dir emozilla/pg19"):
+            fetch_dataset("pg19", tmp_path / "a.jsonl.zst")
+
+    def test_other_columns(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        row = {"short_book_title": "Emma", "publication_date": 1815, "url": "http://gutenberg.org/158", "text": "Emma was"}
+        fake_datasets(monkeypatch, [row], commit=str(CORPORA["pg19"].revision))
+        fetch_dataset("pg19", tmp_path / "a.jsonl.zst")
+        line = json.loads(zstandard.ZstdDecompressor().decompressobj().decompress((tmp_path / "a.jsonl.zst").read_bytes()))
+        assert line == {"id": "http://gutenberg.org/158", "title": "Emma", "language": "en", "text": "Emma was"}
+
+
+class TestLocalFiles:
+    """Files on disk, laid out like the data sets, through the `datasets` library."""
+
+    def test_fetched_then_packed(self, tmp_path: Path, fineweb_edu: Path, wikipedia: Path, real_datasets: None) -> None:
+        english = fetch_dataset("fineweb-edu", tmp_path / "en.jsonl.zst", data_dir=fineweb_edu)
+        japanese = fetch_dataset("wikipedia-ja", tmp_path / "ja.jsonl.zst", data_dir=wikipedia)
+        assert english.local_files == ("sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet")
+        assert japanese.local_files == tuple(f"20231101.ja/train-0000{i}-of-00015.parquet" for i in range(2))
+        assert [record.documents for record in (english, japanese)] == [20, 20]
+        documents = list(read_documents(tmp_path / "en.jsonl.zst"))
+        assert [document.id for document in documents] == [f"<urn:uuid:{i}>" for i in range(20)]
+        assert {document.language for document in documents} == {"en"}  # the rows say "eng"
+        data = zstandard.ZstdDecompressor().decompressobj().decompress((tmp_path / "ja.jsonl.zst").read_bytes())
+        expected = {key: value for key, value in wikipedia_row(0).items() if key != "url"} | {"language": "ja"}
+        assert json.loads(data.splitlines()[0]) == expected
+
+        fetched = [(None, tmp_path / "en.jsonl.zst"), (None, tmp_path / "ja.jsonl.zst")]
+        corpus = pack(fetched, Tokenizer.bytes_level(), tmp_path / "packed", holdout_fraction=0.2)
+        assert set(corpus.sources) == {"en", "ja"}
+        for source in corpus.sources.values():
+            assert sum(split.num_documents for split in source.splits.values()) == 20
+
+    @pytest.mark.parametrize("links", [False, True])
+    def test_inner_folder(self, tmp_path: Path, wikipedia: Path, real_datasets: None, links: bool) -> None:
+        """Just the folder that holds the files; also one of links to them, as the hub's cache is."""
+        folder = wikipedia / "20231101.ja"
+        if links:
+            for number, path in enumerate(sorted(folder.glob("train-*"))):
+                path.rename(wikipedia / str(number))
+                path.symlink_to(wikipedia / str(number))
+        record = fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", data_dir=folder, max_documents=15)
+        assert (record.documents, len(record.local_files or ())) == (15, 2)
+
+    def test_lines_of_json(self, tmp_path: Path, real_datasets: None) -> None:
+        folder = tmp_path / "c4"
+        (folder / "en").mkdir(parents=True)
+        for part in range(2):
+            rows = jsonl([{"text": f"page {part}", "timestamp": "2019-04-25T12:57:54Z", "url": f"https://example.org/{part}"}])
+            write(folder / "en" / f"c4-train.0000{part}-of-01024.json.gz", gzip.compress(rows))
+        write(folder / "en" / "c4-validation.00000-of-00008.json.gz", gzip.compress(jsonl([{"text": "held out"}])))
+        fetch_dataset("c4-en", tmp_path / "a.jsonl.zst", data_dir=folder)
+        documents = list(read_documents(tmp_path / "a.jsonl.zst"))
+        assert [(d.id, d.text, d.source) for d in documents] == [
+            (f"https://example.org/{part}", f"page {part}", "en") for part in range(2)
+        ]
+        fetch_dataset("c4-en", tmp_path / "b.jsonl.zst", data_dir=folder, split="validation")
+        assert [document.text for document in read_documents(tmp_path / "b.jsonl.zst")] == ["held out"]
+        write(folder / "en" / "c4-train.00002.parquet", b"")
+        with pytest.raises(CorpusError, match=r"several kinds \(json, parquet\)"):
+            fetch_dataset("c4-en", tmp_path / "c.jsonl.zst", data_dir=folder)
+
+    def test_another_configuration_and_other_data_sets(self, tmp_path: Path, wikipedia: Path, real_datasets: None) -> None:
+        fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", config="20231101.en", data_dir=wikipedia)
+        assert [document.text for document in read_documents(tmp_path / "a.jsonl.zst")] == ["A lake is water."]
+        parquet(tmp_path / "folder" / "train.parquet", [{"text": "A lake is water."}])
+        record = fetch_dataset("some/name", tmp_path / "b.jsonl.zst", data_dir=tmp_path / "folder")
+        assert (record.data_set, record.documents, record.local_files) == ("some/name", 1, None)
+
+    def test_files_of_another_corpus(self, tmp_path: Path, wikipedia: Path, fineweb_edu: Path) -> None:
+        message = r"fineweb-edu: holds no 20231101.ja/train-\* .*hf download wikimedia/wikipedia .*--local-dir DIR"
+        with pytest.raises(CorpusError, match=message):
+            fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", data_dir=fineweb_edu)
+        with pytest.raises(CorpusError, match="holds no"):
+            fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", data_dir=wikipedia / "20231101.en")
+        with pytest.raises(CorpusError, match="no such file or folder; did you mean"):
+            fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", data_dir=tmp_path / "fineweb-ed")
+
+    def test_damaged_file(self, tmp_path: Path, wikipedia: Path, real_datasets: None) -> None:
+        """The second file is cut short: what the first held is not kept either."""
+        second = wikipedia / "20231101.ja" / "train-00001-of-00015.parquet"
+        second.write_bytes(second.read_bytes()[:-20])
+        (tmp_path / "out").mkdir()
+        with pytest.raises(CorpusError, match="'wikipedia-ja': reading stopped after 10 rows"):
+            fetch_dataset("wikipedia-ja", tmp_path / "out" / "a.jsonl.zst", data_dir=wikipedia)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_no_network_says_what_to_give_instead(self, tmp_path: Path, real_datasets: None) -> None:
+        with pytest.raises(CorpusError) as caught:
+            fetch_dataset("wikipedia-ja", tmp_path / "out" / "a.jsonl.zst")
+        message = str(caught.value)
+        assert "'wikipedia-ja'" in message
+        assert "the hub cannot be reached" in message
+        assert "--data-dir DIR" in message
+        assert (
+            "hf download wikimedia/wikipedia --repo-type dataset --revision b04c8d1ceb2f5cd4588862100d08de323dccfbaa "
+            "--include '20231101.ja/train-*' --local-dir DIR"
+        ) in message
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(CorpusError, match="hf download some/name --repo-type dataset --revision v1 --local-dir DIR"):
+            fetch_dataset("some/name", tmp_path / "a.jsonl.zst", revision="v1")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,20 +15,24 @@ from factorization_memory.config import ConfigError
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """Stream a data set of the Hugging Face hub once, to disk, as .jsonl.zst (needs the `datasets` package)."""
+    """Stream a data set once, to disk, as .jsonl.zst, with a record of where it comes from (needs the `datasets` package)."""
 
-    name: tyro.conf.Positional[str]
-    """Name of the data set."""
-    output: Path
+    name: tyro.conf.Positional[str | None] = None
+    """A short name of the list, or OWNER/NAME on the Hugging Face hub, or a folder; without it, the list is shown."""
+    output: Path | None = None
     """File to write; its name ends in .jsonl.zst."""
+    show_list: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Show the corpora that have a short name, and stop."""
+    data_dir: Path | None = None
+    """Folder with the data set's files, laid out as on the hub; the hub is not asked."""
     config: str | None = None
-    """Configuration of the data set, where it has several."""
-    split: str = "train"
-    """Split to read."""
-    text_column: str = "text"
-    """Column that holds the text."""
+    """Configuration of the data set, where it has several; of a short name, another than that of the list."""
+    split: str | None = None
+    """Split to read; "train" if not given."""
+    text_column: str | None = None
+    """Column that holds the text; "text" if not given."""
     revision: str | None = None
-    """Revision to pin."""
+    """Revision to pin; of a short name, another than that of the list."""
     max_documents: int | None = None
     """Stop after this many documents."""
     json: bool = False
@@ -77,7 +81,7 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         console().print(
             "usage: fmem data VERB [options]; fmem data VERB --help tells more\n\n"
-            "  fetch      stream a data set of the hub once, to disk\n"
+            "  fetch      stream a data set of the hub once, to disk; alone, it lists those with a short name\n"
             "  tokenizer  train a byte-level BPE tokenizer\n"
             "  pack       tokenize texts into a packed corpus"
         )
@@ -87,14 +91,46 @@ def run(arguments: list[str]) -> int:
 
 def _fetch(arguments: list[str]) -> int:
     options = parse(FetchOptions, arguments, "data fetch")
-    from factorization_memory.data.corpora import fetch_dataset
+    if options.show_list or options.name is None:
+        return _list_corpora(options.json)
+    if options.output is None:
+        raise ConfigError(
+            f"--output is missing; name the file to write, for example --output {Path(options.name).name}.jsonl.zst"
+        )
+    from factorization_memory.data.corpora import fetch_dataset, source_record
 
-    documents = fetch_dataset(
-        options.name, options.output, config=options.config, split=options.split, text_column=options.text_column,
-        revision=options.revision, max_documents=options.max_documents,
-    )  # fmt: skip
-    console().print(f"{documents:,} documents of {options.name} are in {options.output}")
-    emit({"output": str(options.output), "documents": documents}, options.json)
+    out = console()
+    with out.status("opening the data set") as status:
+        record = fetch_dataset(
+            options.name,
+            options.output,
+            config=options.config,
+            split=options.split,
+            text_column=options.text_column,
+            revision=options.revision,
+            data_dir=options.data_dir,
+            max_documents=options.max_documents,
+            progress=lambda documents, size: status.update(f"fetching: {documents:,} documents, {size / 1e6:,.1f} MB"),
+        )
+    beside = source_record(options.output)
+    out.print(
+        f"{record.documents:,} documents of {options.name} are in {options.output}; {beside.name} says where they come from"
+    )
+    emit({"output": str(options.output), "record": str(beside), **asdict(record)}, options.json)
+    return 0
+
+
+def _list_corpora(as_json: bool) -> int:
+    from factorization_memory.data.named_corpora import CORPORA
+
+    out = console()
+    for name, corpus in CORPORA.items():
+        out.print(f"{name}: {corpus.about}", soft_wrap=True, markup=False)
+        where = corpus.data_set + (f", {corpus.config}" if corpus.config else "")
+        out.print(f"    {where}, revision {corpus.revision}", soft_wrap=True, markup=False)
+        out.print(f"    {corpus.size}; {corpus.licence}", soft_wrap=True, markup=False)
+    out.print("\nfmem data fetch NAME --output NAME.jsonl.zst", markup=False)
+    emit({name: asdict(corpus) for name, corpus in CORPORA.items()}, as_json)
     return 0
 
 
