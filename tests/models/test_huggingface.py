@@ -31,6 +31,7 @@ from factorization_memory.config import AttentionConfig, ConfigError, Mamba2Conf
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.huggingface import (
+    CACHE_NAME,
     FactorizationMemoryCache,
     FactorizationMemoryConfig,
     FactorizationMemoryForCausalLM,
@@ -116,7 +117,7 @@ def test_reading_in_any_pieces(config: ModelConfig, data: st.DataObject) -> None
     while done < 12:
         size = data.draw(st.integers(1, 12 - done))
         outputs = theirs(tokens[:, done : done + size], past_key_values=cache, use_cache=True)
-        cache, done = outputs.past_key_values, done + size
+        cache, done = outputs[CACHE_NAME], done + size
         parts.append(outputs.logits)
         assert cache.get_seq_length() == done
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
@@ -166,10 +167,10 @@ def test_generate_with_padding_anywhere(config: ModelConfig) -> None:
         outputs = model(shown, attention_mask=holes, use_cache=True)
         torch.testing.assert_close(outputs.logits[holes == 1], alone[0], rtol=1e-4, atol=1e-4)
         if "attention" not in config.layer_mixers:  # whose places hold padding too, unseen
-            for mine, expected in zip(outputs.past_key_values.state().tensors(), state.tensors(), strict=True):
+            for mine, expected in zip(outputs[CACHE_NAME].state().tensors(), state.tensors(), strict=True):
                 torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
         # One more token, padding in one of two rows: that row's memory stays.
-        cache = model(texts[0][None].expand(2, -1), use_cache=True).past_key_values
+        cache = model(texts[0][None].expand(2, -1), use_cache=True)[CACHE_NAME]
         more = torch.tensor([[5], [PADDING]])
         model(more, attention_mask=torch.cat((torch.ones(2, 9), (more != PADDING)), dim=1).long(), past_key_values=cache)
         follow = model(torch.tensor([[7], [7]]), past_key_values=cache).logits
@@ -206,19 +207,19 @@ def test_going_on_from_a_kept_state(config: ModelConfig) -> None:
     whole = torch.cat((prompt, more), dim=1)
     expected = generated(model, whole)
     with torch.no_grad():
-        kept = model(prompt, use_cache=True).past_key_values
+        kept = model(prompt, use_cache=True)[CACHE_NAME]
     for fork in (kept.clone(), copy.deepcopy(kept), kept.detach().clone()):
-        assert generated(model, whole, past_key_values=fork) == expected
+        assert generated(model, whole, **{CACHE_NAME: fork}) == expected
         assert fork.get_seq_length() == 9 + 6  # all but the last token drawn
-    assert generated(model, more, past_key_values=kept.clone(), attention_mask=torch.ones(2, 9).long()) == expected
+    assert generated(model, more, **{CACHE_NAME: kept.clone()}, attention_mask=torch.ones(2, 9).long()) == expected
     beams = kept.clone()
     beams.batch_repeat_interleave(3)
-    assert generated(model, whole, past_key_values=beams, num_beams=3) == generated(model, whole, num_beams=3)
+    assert generated(model, whole, **{CACHE_NAME: beams}, num_beams=3) == generated(model, whole, num_beams=3)
     one = kept.clone()
     one.batch_select_indices(torch.tensor([1]))
-    assert generated(model, whole[1:], past_key_values=one) == expected[1:]
+    assert generated(model, whole[1:], **{CACHE_NAME: one}) == expected[1:]
     kept.reset()
-    assert generated(model, whole, past_key_values=kept) == expected
+    assert generated(model, whole, **{CACHE_NAME: kept}) == expected
 
 
 def test_streamer_scores_and_embeddings() -> None:
@@ -245,7 +246,7 @@ def test_streamer_scores_and_embeddings() -> None:
     )  # fmt: skip
     assert [score.argmax(-1).item() for score in outputs.scores] == expected[0][:3]
     assert len(outputs.hidden_states) == 3
-    assert isinstance(outputs.past_key_values, FactorizationMemoryCache)
+    assert isinstance(outputs[CACHE_NAME], FactorizationMemoryCache)
     embeddings = model.get_input_embeddings()(tokens)
     result = model.generate(inputs_embeds=embeddings, max_new_tokens=7, do_sample=False, suppress_tokens=[END, PADDING])
     assert result.tolist() == expected
@@ -297,7 +298,7 @@ def test_saved_and_loaded(config: ModelConfig, tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16
     for name, tensor in half.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
-    assert half(tokens, use_cache=True).past_key_values.state().tensors()[0].dtype == torch.float32
+    assert half(tokens, use_cache=True)[CACHE_NAME].state().tensors()[0].dtype == torch.float32
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     assert torch.equal(wide(tokens).logits, load_pretrained(tmp_path / "half")(tokens)[0])
 
@@ -453,8 +454,8 @@ def test_configurations_that_cannot_be(fields: dict[str, Any], message: str) -> 
 def test_refused() -> None:
     _, model = make(PURE)
     tokens = text(2, 5)
-    cache = model(tokens, use_cache=True).past_key_values
-    other = make(MIXED)[1](tokens, use_cache=True).past_key_values
+    cache = model(tokens, use_cache=True)[CACHE_NAME]
+    other = make(MIXED)[1](tokens, use_cache=True)[CACHE_NAME]
     ones = torch.ones(2, 5, dtype=torch.int64)
     for message, options in (
         ("of 2 sequences, the input has 1", {"input_ids": tokens[:1], "past_key_values": cache}),

@@ -28,6 +28,7 @@ from factorization_memory.generation.graph import StepGraph, Steps
 from factorization_memory.models import LanguageModel, ModelState
 from factorization_memory.models.counting import count, training_memory
 from factorization_memory.models.decoding import obstacle
+from factorization_memory.models.huggingface import CACHE_NAME
 from factorization_memory.models.pretrained.conversion import from_llama, from_mamba2
 from factorization_memory.models.routing import RoutingHealth, memory_layers, observe_routing
 
@@ -84,7 +85,7 @@ def test_is_llama(kind: str, shared: int, tied: bool) -> None:
     )  # fmt: skip
     ours = LanguageModel(config).eval()
     ours.load_state_dict(from_llama(shake(theirs).state_dict()))
-    check_against(theirs, ours, "past_key_values")
+    check_against(theirs, ours, CACHE_NAME)
 
 
 @pytest.mark.parametrize(("groups", "tied"), [(1, True), (2, False)])
@@ -103,7 +104,7 @@ def test_is_mamba2(groups: int, tied: bool) -> None:
     )  # fmt: skip
     ours = LanguageModel(config).eval()
     ours.load_state_dict(from_mamba2(shake(theirs).state_dict()))
-    check_against(theirs, ours, "cache_params")
+    check_against(theirs, ours, "cache" if CACHE_NAME == "cache" else "cache_params")
 
 
 def test_weights_that_do_not_fit() -> None:

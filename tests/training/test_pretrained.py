@@ -103,6 +103,12 @@ def test_there_and_back(corpus: PackedCorpus, run_dir: Path, tmp_path: Path, kin
         # Automatic sizes come back as the numbers they were.
         assert own_config.model.layer_mixers == saved.model.layer_mixers
         assert own_config.model.feed_forward_size == saved.model.feed_forward_size or not config.feed_forward
+    # What `transformers` saves itself is taken too, as after a training of theirs.
+    theirs.save_pretrained(tmp_path / "saved")
+    fast.save_pretrained(tmp_path / "saved")
+    again, own_tokenizer, _ = load_model(tmp_path / "saved")
+    assert torch.equal(logits(again, tokens), expected)
+    assert own_tokenizer.encode(text) == tokenizer.encode(text)
     export_run(tmp_path / "back", tmp_path / "again", name="model")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name

@@ -16,6 +16,7 @@ from factorization_memory.benchmarks import training
 from factorization_memory.benchmarks.timing import tensor_bytes
 from factorization_memory.generation import weights_dtype
 from factorization_memory.models.counting import count
+from factorization_memory.models.huggingface import CACHE_NAME
 
 if TYPE_CHECKING:
     from factorization_memory.benchmarks.inference import InferenceBenchmark, Step
@@ -117,7 +118,7 @@ class Llama:
         self.cache = None
 
     def _forward(self, tokens: Tensor) -> Tensor:
-        return self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{CACHE_NAME: self.cache}).logits[:, -1]
 
     def _make_room(self, batch: int, context: int) -> None:
         self.cache = None  # not two at a time

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from factorization_memory.models.huggingface.cache import FactorizationMemoryCache
+from factorization_memory.models.huggingface.cache import CACHE_NAME, FactorizationMemoryCache
 from factorization_memory.models.huggingface.configuration import FactorizationMemoryConfig
 from factorization_memory.models.huggingface.modeling import (
     FactorizationMemoryForCausalLM,
@@ -23,6 +23,7 @@ from factorization_memory.models.pretrained.format import MODEL_TYPE
 from factorization_memory.models.pretrained.shim import save_shim
 
 __all__ = [
+    "CACHE_NAME",
     "FactorizationMemoryCache",
     "FactorizationMemoryConfig",
     "FactorizationMemoryForCausalLM",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from factorization_memory.layers import MixerState, ModelState
+
+CACHE_NAME = "cache" if "cache" in signature(BaseModelOutputWithPast).parameters else "past_key_values"
+"""The field of outputs, and argument of `generate()`, for the cache: transformers 5.24 renamed it. `forward` takes both."""
 
 
 class CacheLayer(CacheLayerMixin):
@@ -27,7 +32,7 @@ class CacheLayer(CacheLayerMixin):
 
     def update(self, *_: Any, **__: Any) -> Any:
         """There are no keys and values to add."""
-        raise RuntimeError("past_key_values: a memory is updated by the model's forward alone")
+        raise RuntimeError(f"{CACHE_NAME}: a memory is updated by the model's forward alone")
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Tokens read."""
@@ -72,12 +77,12 @@ class CacheLayer(CacheLayerMixin):
 
     def crop(self, *_: Any, **__: Any) -> None:
         """Refused: what was read cannot be taken out of a memory again."""
-        raise RuntimeError("past_key_values: a memory cannot forget its last tokens; keep a clone() of it from before them")
+        raise RuntimeError(f"{CACHE_NAME}: a memory cannot forget its last tokens; keep a clone() of it from before them")
 
 
 class FactorizationMemoryCache(Cache):
-    """What a model carries from one call to the next, as `past_key_values`. Reading changes it; `clone()` before that to go on
-    from one text in several ways.
+    """What a model carries from one call to the next, as `past_key_values`, or `cache`. Reading changes it; `clone()` before that
+    to go on from one text in several ways.
 
     Args:
         num_layers: blocks of the model.

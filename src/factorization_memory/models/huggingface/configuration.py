@@ -25,7 +25,7 @@ class FactorizationMemoryConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     vocab_size: int = 32000
     hidden_size: int = _DEFAULT["hidden_size"]

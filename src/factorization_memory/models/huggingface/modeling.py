@@ -19,7 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from factorization_memory.layers.norm import RMSNorm
-from factorization_memory.models.huggingface.cache import CacheLayer, FactorizationMemoryCache
+from factorization_memory.models.huggingface.cache import CACHE_NAME, CacheLayer, FactorizationMemoryCache
 from factorization_memory.models.huggingface.configuration import FactorizationMemoryConfig
 from factorization_memory.models.language_model import Block, LanguageModel
 from factorization_memory.models.pretrained.shim import save_shim
@@ -32,7 +32,7 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
     # Assisted and prompt-lookup decoding, which would crop the cache, are refused with a clear error.
     _is_stateful = True
 
@@ -104,6 +104,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: FactorizationMemoryCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """What the blocks make of the tokens.
@@ -113,10 +114,11 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
             inputs_embeds: `[B, T, d]`, as `get_input_embeddings()` gives them, before `embedding_multiplier`.
             attention_mask: `[B, S]`, 0 for padding, which may be anywhere and then is as if it were not there; S is T, or with
                 a cache the tokens read before and T.
-            past_key_values: what was read before. It is changed.
+            past_key_values: what was read before. It is changed. Also as `cache`, its name from transformers 5.24 on.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1), which do not see each other; also as
                 `cu_seq_lens_q`. Collators that pack sequences may tell them by `position_ids` `[B, T]` alone, which begin anew.
         """
+        cache = _the_one(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: got both or none, takes exactly one of them")
         x = cast(Tensor, self.embedding(input_ids)) if inputs_embeds is None else inputs_embeds
@@ -125,17 +127,16 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         shape, tokens = x.shape, x.shape[1]
         blocks, checkpointed = cast(list[Block], self.blocks), self.gradient_checkpointing and self.training
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-        layers = self._cache_layers(past_key_values, x.shape[0])
+        layers = self._cache_layers(cache, x.shape[0])
         mask = _padding_mask(attention_mask, x, layers[0].seen if layers else 0)
         borders, position_ids = cu_seqlens, kwargs.get("position_ids")
-        if borders is not None and past_key_values is not None:
-            raise ValueError("cu_seqlens: not together with past_key_values; packed sequences each begin anew")
-        if borders is None and position_ids is not None and past_key_values is None:
+        if borders is not None and cache is not None:
+            raise ValueError(f"cu_seqlens: not together with {CACHE_NAME}; packed sequences each begin anew")
+        if borders is None and position_ids is not None and cache is None:
             borders = _borders(position_ids, x, mask)
         if borders is not None:
             # One row for all; what the mask left out is in sequences of its own.
             x, mask = x.flatten(0, 1)[None], None if cu_seqlens is None else mask
-        cache = past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache and borders is None and not checkpointed:
@@ -165,8 +166,8 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
             hidden[-1] = x
         result = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
             hidden_states=tuple(hidden) if output_hidden_states else None,
+            **{CACHE_NAME: cache},
         )
         return result.to_tuple() if _as_tuple(self.config, return_dict) else result
 
@@ -175,19 +176,28 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
             return []
         if not isinstance(cache, FactorizationMemoryCache):
             raise ValueError(
-                f"past_key_values: got {type(cache).__name__}, takes FactorizationMemoryCache, such as an earlier call returned"
+                f"{CACHE_NAME}: got {type(cache).__name__}, takes FactorizationMemoryCache, such as an earlier call returned"
             )
         kinds = [block.mixer.state_type for block in cast(list[Block], self.blocks)]
         layers = cache.own_layers()
         states = [layer.state for layer in layers]
         if len(states) != len(kinds) or not all(s is None or isinstance(s, k) for s, k in zip(states, kinds, strict=True)):
-            raise ValueError("past_key_values: it is of another model; take one that an earlier call of this model returned")
+            raise ValueError(f"{CACHE_NAME}: it is of another model; take one that an earlier call of this model returned")
         if states[0] is not None and states[0].batch_size != batch_size:
             raise ValueError(
-                f"past_key_values: it is of {states[0].batch_size} sequences, the input has {batch_size}; "
+                f"{CACHE_NAME}: it is of {states[0].batch_size} sequences, the input has {batch_size}; "
                 "use batch_repeat_interleave or batch_select_indices first"
             )
         return layers
+
+
+def _the_one(
+    past_key_values: FactorizationMemoryCache | None, cache: FactorizationMemoryCache | None
+) -> FactorizationMemoryCache | None:
+    """The cache, by whichever of its two names it was given."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values, cache: these are two names of one argument and got two caches; leave one out")
+    return past_key_values if cache is None else cache
 
 
 def _padding_mask(mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
@@ -273,6 +283,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: FactorizationMemoryCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token `[B, T, V]`, and with `labels` (int64 `[B, T]`, -100 where there is none; shifted here) the
@@ -281,9 +292,8 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         Args:
             logits_to_keep: how many of the last tokens to give logits of, or which, 0 for all.
         """
-        outputs = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, True, **kwargs
-        )
+        cache = _the_one(past_key_values, cache)
+        outputs = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -292,7 +302,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
                 raise ValueError(f"logits_to_keep={logits_to_keep!r}: not together with labels; a loss takes all logits")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
         )
         return result.to_tuple() if _as_tuple(self.config, return_dict) else result
 
@@ -313,8 +323,8 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a memory is of one kind; leave it out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = FactorizationMemoryCache(len(self.model.blocks))
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = FactorizationMemoryCache(len(self.model.blocks))
 
 
 class FactorizationMemoryForSequenceClassification(GenericForSequenceClassification, FactorizationMemoryPreTrainedModel):

@@ -103,10 +103,11 @@ def save_pretrained(
     try:
         # Copies: parts of one tensor, as some are, would be refused.
         weights = {
-            key: value.to(dtype).clone(memory_format=torch.contiguous_format)
-            for key, value in exported_weights(model).items()
+            key: value.to(dtype).clone(memory_format=torch.contiguous_format) for key, value in exported_weights(model).items()
         }
         save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
+        for path in aside.iterdir():
+            path.chmod(0o644)  # as written they are for their owner alone
         _write_json(aside / CONFIG_NAME, fields)
         _write_json(aside / "generation_config.json", ids)
         (aside / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
