@@ -32,10 +32,12 @@ ROOMS = {
 OUTSIDE = {
     "datasets": {"data/corpora.py"},
     "tokenizers": {"data/tokenizer.py"},
+    "huggingface_hub": {"models/pretrained/export.py"},
     "pyarrow": {"data/corpora.py"},
     "zstandard": {"data/corpora.py"},
     "matplotlib": {"experiments/figures.py", "benchmarks/plot.py"},
     "transformers": {"models/huggingface/", "benchmarks/training.py", "benchmarks/inference_peers.py"},
+    "lm_eval": {"evaluation/harness"},
     "triton": {"ops/triton/"},
     "tyro": {"cli/"},
 }

@@ -15,6 +15,10 @@ from factorization_memory.config import ConfigError, suggestion
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from factorization_memory.config import RunConfig
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
 T = TypeVar("T")
 
 
@@ -36,6 +40,16 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunConfig]:
+    """The model that a verb was given, or else the one that comes with the package; `device` is its `--device`."""
+    from factorization_memory.models.pretrained import builtin_model
+    from factorization_memory.training import load_model, resolve_device
+
+    if run is None:
+        console().print("[dim]no model named: this is the one that comes with the package[/dim]")
+    return load_model(builtin_model() if run is None else run, resolve_device(device, "--device"))
 
 
 def emit(result: Any, as_json: bool) -> None:

@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     checkpoint = find_checkpoint(run_dir, "best")
     model, tokenizer, config = load_model(checkpoint, resolve_device(options.device, "--device"))
     out.rule("[bold]3  evaluation on the held-out end of each book")
-    evaluation = evaluate.evaluate(model, corpus, config, checkpoint, stretches=4)
+    evaluation = evaluate.evaluate(model, corpus, config, checkpoint.name, stretches=4)
     evaluate.show(evaluation)
 
     out.rule("[bold]4  writing")

@@ -1,25 +1,40 @@
-"""`fmem evaluate RUN`: how good a trained model is on held-out text, and how it uses its memory."""
+"""`fmem evaluate [RUN]`: how good a trained model is on held-out text or on tasks, and how it uses its memory."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, parse, write_aside
+from factorization_memory.cli.common import console, emit, load, parse, write_aside
 from factorization_memory.config import ConfigError
+
+if TYPE_CHECKING:
+    from factorization_memory.config import RunConfig
+    from factorization_memory.data.shards import PackedCorpus
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+HELD_OUT = ("corpus", "max_position", "max_tokens", "stretches")
+"""Options for held-out text alone."""
+HARNESS = ("harness_data", "harness_tasks", "harness_shots", "harness_limit", "harness_batch_size")
+"""Options for tasks alone."""
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a trained model: loss, perplexity, bits per byte, loss by position with carried memory, routing health."""
+    """Evaluate a trained model: loss, perplexity, bits per byte, loss by position with carried memory, routing health; or, with
+    --harness, tasks of lm-evaluation-harness."""
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, or the folder of one of its checkpoints."""
+    run: tyro.conf.Positional[Path | None] = None
+    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
+    the package."""
     corpus: Path | None = None
-    """Packed corpus; by default the one that the run was trained on."""
+    """Packed corpus; by default the one that the run was trained on. For the model that comes with the package: the two books
+    that come with it too, which it has not read."""
     max_position: int | None = None
     """Read by position up to here; by default 16 training contexts, 0 leaves positions out."""
     max_tokens: int | None = None
@@ -28,6 +43,18 @@ class EvaluateOptions:
     """Stretches of text of each source that are read by position."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda or cuda:N."""
+    harness: tuple[str, ...] = ()
+    """Tasks or groups of lm-evaluation-harness, or `english` or `japanese` for several of them, instead of held-out text."""
+    harness_data: Path | None = None
+    """Folder with data of tasks, TASK/SPLIT.jsonl (or .json, .parquet); what is not there comes from the hub."""
+    harness_tasks: Path | None = None
+    """Folder with YAML files of tasks of your own."""
+    harness_shots: int | None = None
+    """Examples before each question; by default each task's own number."""
+    harness_limit: int | None = None
+    """Only the first so many examples of each task."""
+    harness_batch_size: int = 64
+    """Sequences that the tasks read or write at a time."""
     json: bool = False
     """Write the result to stdout as JSON."""
 
@@ -35,6 +62,17 @@ class EvaluateOptions:
 def run(arguments: list[str]) -> int:
     """`fmem evaluate`."""
     options = parse(EvaluateOptions, arguments, "evaluate")
+    default = EvaluateOptions()
+    with_harness = [f"--{name.replace('_', '-')}" for name in HARNESS if getattr(options, name) != getattr(default, name)]
+    without = [f"--{name.replace('_', '-')}" for name in HELD_OUT if getattr(options, name) != getattr(default, name)]
+    if options.harness and without:
+        raise ConfigError(f"{without[0]}: it is about held-out text, which --harness leaves out; leave one of them out")
+    if options.harness:
+        from factorization_memory.cli import evaluate_harness
+
+        return evaluate_harness.run(options)
+    if with_harness:
+        raise ConfigError(f"{with_harness[0]}: there is no task; name some with --harness")
     for flag, value, least in (
         ("--max-tokens", options.max_tokens, 1),
         ("--stretches", options.stretches, 1),
@@ -43,34 +81,52 @@ def run(arguments: list[str]) -> int:
         if value is not None and value < least:
             raise ConfigError(f"{flag}={value}: use {least} or more")
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.training import find_checkpoint, list_checkpoints, load_model, resolve_device
+    from factorization_memory.training import find_checkpoint, list_checkpoints
     from factorization_memory.training.checkpoint import read_state
 
-    checkpoint = find_checkpoint(options.run, "best") if list_checkpoints(options.run) else options.run
-    model, tokenizer, config = load_model(checkpoint, resolve_device(options.device, "--device"))
-    folder = options.corpus or Path(config.data.corpus)
-    if not folder.exists():
-        raise ValueError(f"{folder}: the run's corpus is not there any more; name where it is with --corpus DIR")
-    corpus = PackedCorpus.open(folder)
-    if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{folder}: packed with another tokenizer than the model's; pack it with the run's tokenizer.json")
-    result = evaluate(
-        model, corpus, config, checkpoint,
-        max_position=options.max_position, max_tokens=options.max_tokens, stretches=options.stretches,
-    )  # fmt: skip
+    run_dir = options.run if options.run is not None and list_checkpoints(options.run) else None
+    checkpoint = options.run if run_dir is None else find_checkpoint(run_dir, "best")
+    model, tokenizer, config = load(checkpoint, options.device)
+    limits: dict[str, Any] = {name: getattr(options, name) for name in ("max_position", "max_tokens", "stretches")}
+    if checkpoint is None and options.corpus is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            corpus = sample_books(tokenizer, Path(temporary))
+            result = evaluate(model, corpus, config, "builtin", ngram_orders=(), **limits)
+    else:
+        if options.corpus is None and not config.data.corpus:
+            raise ValueError(f"{options.run}: an exported model does not say where its corpus is; name one with --corpus DIR")
+        folder = options.corpus or Path(config.data.corpus)
+        if not folder.exists():
+            raise ValueError(f"{folder}: the run's corpus is not there any more; name where it is with --corpus DIR")
+        corpus = PackedCorpus.open(folder)
+        if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{folder}: packed with another tokenizer than the model's; pack it with the tokenizer.json beside the model"
+            )
+        result = evaluate(model, corpus, config, "builtin" if checkpoint is None else checkpoint.name, **limits)
     show(result)
-    if (options.run / "config.json").exists():
+    if run_dir is not None and checkpoint is not None:
         if read_state(checkpoint)["corpus_fingerprint"] == corpus.fingerprint:
-            record_evaluation(options.run, result)
+            record_evaluation(run_dir, result)
         else:
-            console().print(f"{folder}: not the corpus of the run, whose evaluation.json stays as it is; --json gives this one")
+            console().print(
+                f"{corpus.folder}: not the corpus of the run, whose evaluation.json stays as it is; --json gives this one"
+            )
     emit(result, options.json)
     return 0
 
 
+def sample_books(tokenizer: Tokenizer, folder: Path) -> PackedCorpus:
+    """The two books that come with the package, nearly all of them as held-out text, packed into `folder`."""
+    from factorization_memory.data.corpora import builtin_corpus
+    from factorization_memory.data.shards import pack
+
+    return pack([(None, builtin_corpus())], tokenizer, folder / "packed", holdout="tail", holdout_fraction=0.99)
+
+
 def evaluate(
-    model: Any, corpus: Any, config: Any, checkpoint: Path, *,
-    max_position: int | None = None, max_tokens: int | None = None, stretches: int = 8,
+    model: LanguageModel, corpus: PackedCorpus, config: RunConfig, checkpoint: str, *,
+    max_position: int | None = None, max_tokens: int | None = None, stretches: int = 8, ngram_orders: tuple[int, ...] = (3, 5),
 ) -> dict[str, Any]:  # fmt: skip
     """`evaluate_run` under a progress bar and the run's precision; `evaluated` says what was evaluated, and how."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -89,8 +145,8 @@ def evaluate(
             bar.update(tasks[what], completed=done, total=total)
 
         options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches}
-        record = evaluate_run(model, corpus, config, progress=progress, **options)
-    return {"evaluated": {"checkpoint": checkpoint.name, "corpus_fingerprint": corpus.fingerprint, **options}, **record}
+        record = evaluate_run(model, corpus, config, ngram_orders=ngram_orders, progress=progress, **options)
+    return {"evaluated": {"checkpoint": checkpoint, "corpus_fingerprint": corpus.fingerprint, **options}, **record}
 
 
 def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:

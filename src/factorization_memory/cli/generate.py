@@ -1,4 +1,4 @@
-"""`fmem generate RUN`: continue prompts with a trained model."""
+"""`fmem generate [RUN]`: continue prompts with a trained model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, parse, read_text
+from factorization_memory.cli.common import console, emit, load, parse, read_text
 from factorization_memory.config import ConfigError
 from factorization_memory.generation.sampling import SamplingConfig
 
@@ -19,8 +19,9 @@ from factorization_memory.generation.sampling import SamplingConfig
 class GenerateOptions:
     """Continue one prompt or several, all at once. The text streams to stdout (to stderr with --json)."""
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, or the folder of one of its checkpoints."""
+    run: tyro.conf.Positional[Path | None] = None
+    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
+    the package."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times."""
     prompt_file: str | None = None
@@ -62,11 +63,9 @@ def run(arguments: list[str]) -> int:
     if not all(prompts):
         raise ConfigError("prompt: it is empty; give at least one character to start from")
     from factorization_memory.generation import weights_dtype, with_dtype
-    from factorization_memory.training import load_model, resolve_device
 
-    device = resolve_device(options.device, "--device")
-    model, tokenizer, _ = load_model(options.run, device)
-    model = with_dtype(model, weights_dtype(options.precision, device))
+    model, tokenizer, _ = load(options.run, options.device)
+    model = with_dtype(model, weights_dtype(options.precision, next(model.parameters()).device))
     results = stream(
         model, tokenizer, *prompts,
         to=sys.stderr if options.json else sys.stdout, max_tokens=options.max_tokens, sampling=options.sampling,

@@ -1,4 +1,4 @@
-"""`fmem inspect RUN`: which memory states a text's tokens update and read."""
+"""`fmem inspect [RUN]`: which memory states a text's tokens update and read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, parse, read_text, write_aside
+from factorization_memory.cli.common import console, emit, load, parse, read_text, write_aside
 from factorization_memory.config import ConfigError
 
 
@@ -15,8 +15,9 @@ from factorization_memory.config import ConfigError
 class InspectOptions:
     """Show the memory at work on a text: an HTML page with the text coloured by its strongest state, layer by layer."""
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, or the folder of one of its checkpoints."""
+    run: tyro.conf.Positional[Path | None] = None
+    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
+    the package."""
     text: str | None = None
     """Text to read."""
     file: str | None = None
@@ -38,9 +39,8 @@ def run(arguments: list[str]) -> int:
     if not text:
         raise ConfigError("text: it is empty; give at least one character to read")
     from factorization_memory.evaluation import inspect_text, inspection_html
-    from factorization_memory.training import load_model, resolve_device
 
-    model, tokenizer, _ = load_model(options.run, resolve_device(options.device, "--device"))
+    model, tokenizer, _ = load(options.run, options.device)
     record = inspect_text(model, tokenizer, text)
     write_aside(options.output, inspection_html(record))
     console().print(f"{len(record['tokens']):,} tokens, {len(record['layers'])} layers: {options.output}")

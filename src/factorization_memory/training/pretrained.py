@@ -102,9 +102,11 @@ def export_run(
     model = _model(path, config)
     run_dir = path.resolve().parent.parent
     environment = _read_json(run_dir / ENVIRONMENT_NAME)
+    # A path on this machine is nobody else's business, and of no use to them.
+    published = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=""))
     training = {
         "format_version": FORMAT_VERSION,
-        "config": to_dict(config),
+        "config": to_dict(published),
         "state": record["state"],
         "corpus_fingerprint": record["corpus_fingerprint"],
         "environment": environment,

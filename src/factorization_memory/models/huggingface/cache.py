@@ -81,8 +81,8 @@ class CacheLayer(CacheLayerMixin):
 
 
 class FactorizationMemoryCache(Cache):
-    """What a model carries from one call to the next, as `past_key_values`, or `cache`. Reading changes it; `clone()` before that
-    to go on from one text in several ways.
+    """What a model carries from one call to the next, as `past_key_values` or `cache`. Reading changes it; `clone()` it before
+    that to go on from one text in several ways.
 
     Args:
         num_layers: blocks of the model.

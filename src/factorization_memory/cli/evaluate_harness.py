@@ -1,0 +1,79 @@
+"""`fmem evaluate [RUN] --harness TASKS`: a trained model on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from factorization_memory.cli.common import console, emit, load, write_aside
+from factorization_memory.config import ConfigError
+
+if TYPE_CHECKING:
+    from factorization_memory.cli.evaluate import EvaluateOptions
+
+RECORD = "harness.json"
+"""The file in a run folder."""
+
+
+def run(options: EvaluateOptions) -> int:
+    """`fmem evaluate` with `--harness`."""
+    for flag, value, least in (
+        ("--harness-limit", options.harness_limit, 1),
+        ("--harness-shots", options.harness_shots, 0),
+        ("--harness-batch-size", options.harness_batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{flag}={value}: use {least} or more")
+    from factorization_memory.training import find_checkpoint, list_checkpoints, resolve_device
+    from factorization_memory.training.device import autocast
+
+    run_dir = options.run if options.run is not None and list_checkpoints(options.run) else None
+    checkpoint = options.run if run_dir is None else find_checkpoint(run_dir, "best")
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint}: no such folder; give that of a run, of a checkpoint or of an exported model")
+    device = resolve_device(options.device, "--device")
+    try:
+        from factorization_memory.evaluation.harness_tasks import choose_tasks, run_tasks
+    except ModuleNotFoundError as error:
+        raise RuntimeError(str(error)) from error
+
+    # What the harness prints is for people; stdout is for the result.
+    with (
+        redirect_stdout(sys.stderr),
+        choose_tasks(
+            options.harness, data=options.harness_data, own_tasks=options.harness_tasks, shots=options.harness_shots
+        ) as chosen,
+    ):
+        model, tokenizer, config = load(checkpoint, options.device)
+        with autocast(config.training, device):
+            record = run_tasks(chosen, model, tokenizer, limit=options.harness_limit, batch_size=options.harness_batch_size)
+    result = {"checkpoint": "builtin" if checkpoint is None else checkpoint.resolve().name, **record}
+    show(result)
+    if run_dir is not None:
+        write_aside(run_dir / RECORD, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
+        console().print(f"results: {run_dir / RECORD}")
+    emit(result, options.json)
+    return 0
+
+
+def show(result: dict[str, Any]) -> None:
+    """The results as a table on stderr."""
+    from rich.table import Column, Table
+
+    table = Table(Column("task", no_wrap=True), "examples", "shots", "metric", "value", "standard error")
+    for part in ("groups", "tasks"):
+        for name, entry in result[part].items():
+            first = [name, *(("", "") if part == "groups" else (str(entry["examples"]), str(entry["shots"])))]
+            for metric, found in entry["metrics"].items():
+                table.add_row(*first, metric, _short(found["value"]), _short(found["stderr"]))
+                first = ["", "", ""]
+    console().print(table)
+
+
+def _short(value: float | None) -> str:
+    """Four digits behind the point, unless a perplexity is that of a model that knows nothing."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

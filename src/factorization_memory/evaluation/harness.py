@@ -1,0 +1,360 @@
+"""Our models in lm-evaluation-harness: its `LM` on a `LanguageModel` and a `Tokenizer`, with the metrics of its own adapter.
+
+A memory of constant size makes it cheap: each distinct context is read once and all its continuations go on from copies of the
+state; what the contexts of a batch begin with in common, such as the same examples before every question, is read once for all;
+a text of any length is scored exactly, its state carried. Sequences are packed one behind the other, without padding.
+
+    from factorization_memory.evaluation.harness import FactorizationMemoryLM
+    lm_eval.simple_evaluate(model=FactorizationMemoryLM(model, tokenizer), tasks=["hellaswag"])
+
+Shapes: N sequences, T tokens, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from factorization_memory.data.tokenizer import DOCUMENT_END
+from factorization_memory.evaluation.loss import evaluating
+
+if TYPE_CHECKING:
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel, ModelState
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"the harness is not installed ({error}): pip install 'factorization_memory[harness]'") from error
+
+MAX_GENERATED_TOKENS = 256
+"""Tokens that a task without a limit of its own is given, as the harness's own adapters have it."""
+_LOGITS = 1 << 26
+"""Logits held at a time."""
+_SHARED = 16
+"""Tokens in common that are worth a forward of their own."""
+
+Tokens = Sequence[int]
+
+
+@register_model("factorization_memory")
+class FactorizationMemoryLM(TemplateLM):
+    """A model and its tokenizer as lm-evaluation-harness takes them. It runs where the model is, under the caller's autocast.
+
+    By name, `simple_evaluate(model="factorization_memory", model_args={"model": model, "tokenizer": tokenizer})`, once this
+    module is imported.
+
+    Args:
+        batch_size: contexts read, continuations scored and texts generated at a time.
+        device: where to move the model; None leaves it where it is.
+
+    Raises:
+        ValueError: `batch_size` is no positive number, or the tokenizer has more ids than the model.
+    """
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, batch_size: int | str = 64, device: str | None = None
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size!r}: use a number of 1 or more")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer: it has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; take the one of its run"
+            )
+        self.model = model if device is None else model.to(device)
+        self.batch_size = int(batch_size)
+        self._text = tokenizer  # not `tokenizer`: the harness takes that for one of transformers
+        self._device = next(model.parameters()).device
+        self._chunk = 16384 if self._device.type == "cuda" else 1024
+        self._encode_head = lru_cache(maxsize=256)(tokenizer.encode)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a document, and stands before its first token."""
+        return self._text.document_end
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens generated where a task does not say how many."""
+        return MAX_GENERATED_TOKENS
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text; none is ever added."""
+        # Up to its last line a context is the same for all its continuations, and no token goes on over the end of a line.
+        cut = string.rfind("\n")
+        while cut > 0 and string[cut - 1] == "\n":
+            cut -= 1
+        return self._text.encode(string) if cut <= 0 else self._encode_head(string[:cut]) + self._text.encode(string[cut:])
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood in nats of each continuation after its context, and whether it is what greedy decoding gives.
+
+        Raises:
+            ValueError: a continuation holds no token.
+        """
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        for index, (strings, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ValueError(f"{strings}: this continuation adds no token to its context; correct the task's data")
+            contexts.setdefault(tuple(context) or (self.prefix_token_id,), []).append(index)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
+        with evaluating(self.model), progress:
+            # In this order contexts that begin alike are neighbours.
+            for some in _batches(sorted(contexts), self.batch_size):
+                logits, state = self._read(some)
+                forks = [(row, index) for row, context in enumerate(some) for index in contexts[context]]
+                for part in _batches(forks, self.batch_size):
+                    scores = self._score(logits, state, [(row, requests[index][2]) for row, index in part])
+                    for (_row, index), answer in zip(part, scores, strict=True):
+                        answers[index] = answer
+                        if requests[index][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                    progress.update(len(part))
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of each text, every token given all before it, however long; the first given `</s>`."""
+        texts = [request.args[0] for request in requests]
+        encoded = [self._text.encode(text) for text in texts]
+        whole = [(None, [self.prefix_token_id], tokens) for tokens in encoded if tokens]
+        scores = iter(self._loglikelihood_tokens(whole, disable_tqdm=disable_tqdm))
+        answers = [next(scores)[0] if tokens else 0.0 for tokens in encoded]
+        for text, answer in zip(texts, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), answer)
+        return answers
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to the first of its `until` strings or the end of the document.
+
+        Prompts of any lengths go on side by side. The options of a request are those of `Decoding`.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        settings = [Decoding(requests[indices[0]].args[1], self.max_gen_toks) for indices in groups.values()]
+        answers = [""] * len(requests)
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests")
+        with evaluating(self.model), progress:
+            for decoding, indices in zip(settings, groups.values(), strict=True):
+                prompts = sorted((tuple(self.tok_encode(requests[i].args[0])) or (self.prefix_token_id,), i) for i in indices)
+                for batch in _batches(prompts, self.batch_size):
+                    texts = self._generate([prompt for prompt, _ in batch], decoding)
+                    for (_, index), text in zip(batch, texts, strict=True):
+                        answers[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    progress.update(len(batch))
+        return answers
+
+    def _generate(self, prompts: Sequence[Tokens], decoding: Decoding) -> list[str]:
+        rows = [_Continuation(self._text, decoding.until) for _ in prompts]
+        live = list(range(len(rows)))
+        logits, state = self._read(prompts)
+        tokens = logits.new_zeros(0)
+        for count in range(decoding.max_tokens):
+            if count:
+                logits, state = self.model.step(tokens, state)
+            tokens = decoding.choose(logits[:, : self._text.vocab_size])
+            going = [place for place, token in enumerate(tokens.tolist()) if rows[live[place]].push(token)]
+            if not going:
+                break
+            if len(going) < len(live):
+                live, tokens, state = [live[place] for place in going], tokens[going], state.select(going)
+        return [row.finish() for row in rows]
+
+    def _read(self, sequences: Sequence[Tokens]) -> tuple[Tensor, ModelState]:
+        """Logits `[N, V]` after the last token of each of N sequences, none of them empty, and the state of N rows.
+
+        What the first and the last have in common at their beginning all have: they are sorted.
+        """
+        shared = 0
+        if len(sequences) > 1:
+            most = min(map(len, sequences)) - 1  # something is left of each
+            pairs = zip(sequences[0][:most], sequences[-1][:most], strict=True)
+            shared = next((place for place, (one, other) in enumerate(pairs) if one != other), most)
+        begin: ModelState | None = None
+        if shared >= _SHARED:
+            begin = self._read([sequences[0][:shared]])[1]
+            sequences = [sequence[shared:] for sequence in sequences]
+        logits: list[Tensor] = []
+        final: ModelState | None = None
+        for piece, last, state in self._forward(
+            sequences, lambda rows: None if begin is None else begin.select([0] * len(rows)), self._chunk, last_only=True
+        ):
+            ended = [place for place, (row, _, stop) in enumerate(piece) if stop == len(sequences[row])]
+            logits.append(last[ended])
+            if len(ended) == len(piece) == len(sequences):
+                final = state
+            elif ended:
+                final = self.model.initial_state(len(sequences)) if final is None else final
+                final.load(state.select(ended), [piece[place][0] for place in ended])
+        assert final is not None, "there is no sequence without tokens"
+        return torch.cat(logits), final
+
+    def _score(self, logits: Tensor, state: ModelState, forks: Sequence[tuple[int, list[int]]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation and whether it is greedy, after its row of `logits` and `state`."""
+        scores = torch.zeros(len(forks), dtype=torch.float64)
+        wrong = torch.zeros(len(forks), dtype=torch.int64)
+
+        def add(found: Tensor, targets: list[int], owners: list[int]) -> None:
+            target, owner = torch.tensor(targets, device=found.device), torch.tensor(owners)
+            nats = torch.nn.functional.cross_entropy(found.float(), target, reduction="none")
+            scores.index_add_(0, owner, -nats.cpu().double())
+            wrong.index_add_(0, owner, (found.argmax(-1) != target).cpu().long())
+
+        size = max(64, min(self._chunk, _LOGITS // logits.shape[-1]))
+        add(logits[[row for row, _ in forks]], [continuation[0] for _, continuation in forks], list(range(len(forks))))
+        for piece, found, _ in self._forward(
+            [continuation[:-1] for _, continuation in forks],
+            lambda rows: state.select([forks[row][0] for row in rows]),
+            size,
+            last_only=False,
+        ):
+            targets = [token for row, start, stop in piece for token in forks[row][1][start + 1 : stop + 1]]
+            add(found, targets, [row for row, start, stop in piece for _ in range(start, stop)])
+        return list(zip(scores.tolist(), (wrong == 0).tolist(), strict=True))
+
+    def _forward(
+        self,
+        sequences: Sequence[Tokens],
+        begin: Callable[[list[int]], ModelState | None],
+        size: int,
+        last_only: bool,
+    ) -> Iterator[tuple[list[tuple[int, int, int]], Tensor, ModelState]]:
+        """Read sequences packed one behind the other, `size` tokens and `batch_size` sequences in one forward.
+
+        Args:
+            begin: the state that the sequences of these numbers begin from, a new one; None for an empty one.
+            last_only: give logits of the last token of each piece alone.
+
+        Yields:
+            Of each forward the pieces (sequence, start, stop) of which it read, logits `[T, V]`, or a row for each piece, and
+            the state after each piece. A piece that ends short of its sequence goes on as the first of the next forward.
+        """
+        carried: ModelState | None = None
+        for piece in _pieces([len(sequence) for sequence in sequences], size, self.batch_size):
+            rows = [row for row, _, _ in piece]
+            state = carried if carried is not None and len(piece) == 1 else begin(rows)
+            if carried is not None and len(piece) > 1:
+                if state is None:
+                    state = carried.place([0], len(piece))
+                else:
+                    state.load(carried, [0])
+            tokens = torch.tensor([token for row, start, stop in piece for token in sequences[row][start:stop]])
+            borders = None
+            if len(piece) > 1:  # one sequence needs no borders, and costs less without
+                borders = torch.tensor([0, *accumulate(stop - start for _, start, stop in piece)], dtype=torch.int32)
+                borders = borders.to(self._device)
+            logits, after = self.model(tokens.to(self._device)[None], state=state, cu_seqlens=borders, last_only=last_only)
+            yield piece, logits[0], after
+            last, _, stop = piece[-1]
+            carried = after.select([len(piece) - 1]) if stop < len(sequences[last]) else None
+
+
+class Decoding:
+    """How the texts of a task are generated, from the options of its requests.
+
+    `until` (stop strings), `max_gen_toks` (or one of its other names), `do_sample`, `temperature`, `top_k`, `top_p`. Greedy
+    unless `do_sample` is set, or a temperature alone. Drawn from PyTorch's own generator, which the harness seeds.
+
+    Raises:
+        ValueError: an option is out of range or none of these.
+    """
+
+    def __init__(self, options: dict[str, Any], max_tokens: int) -> None:
+        options = dict(options)
+        until = options.pop("until", None) or []
+        self.until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "max_gen_toks"):  # the last one counts
+            max_tokens = options.pop(name, None) or max_tokens
+        self.max_tokens = int(max_tokens)
+        self.temperature = float(options.pop("temperature", None) or 0.0)
+        sampled = options.pop("do_sample", None)
+        self.top_k = int(options.pop("top_k", None) or 0)
+        self.top_p = float(options.pop("top_p", None) or 1.0)
+        if options.pop("num_beams", 1) != 1:
+            raise ValueError("num_beams: a task asks for beam search, which this model does not have here; leave the task out")
+        if options:
+            raise ValueError(
+                f"{', '.join(sorted(options))}: options of a task that this model does not have; leave the task out"
+            )
+        if self.max_tokens < 0 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"max_gen_toks={self.max_tokens}, temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: "
+                "use 0 or more for the first three, and over 0 to 1 for top_p"
+            )
+        if sampled and not self.temperature:
+            self.temperature = 1.0
+        elif sampled is False:
+            self.temperature = 0.0
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token of each row of `logits` `[N, V]`, int64 `[N]`."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
+        probabilities, tokens = logits.softmax(-1).sort(descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        drawn = torch.multinomial(probabilities.masked_fill(before >= self.top_p, 0.0), 1)
+        return tokens.gather(-1, drawn)[:, 0]
+
+
+class _Continuation:
+    """The text of one row as it is generated."""
+
+    def __init__(self, tokenizer: Tokenizer, until: list[str]) -> None:
+        self._stream = tokenizer.stream()
+        self._end = tokenizer.document_end
+        # The characters "</s>" end a text too, as with the harness's own adapter.
+        self._until = [*until, *([] if DOCUMENT_END in until else [DOCUMENT_END])]
+        self._text = ""
+
+    def push(self, token: int) -> bool:
+        """Take the next token; whether the text goes on."""
+        if token == self._end:
+            return False
+        old, self._text = len(self._text), self._text + self._stream.push(token)
+        return all(self._text.find(stop, max(0, old + 1 - len(stop))) < 0 for stop in self._until)
+
+    def finish(self) -> str:
+        """The text before its first stop string."""
+        text = self._text + self._stream.flush()
+        for stop in self._until:
+            text = text.partition(stop)[0]
+        return text
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Stretches of `size` items; the last may be shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _pieces(lengths: Sequence[int], size: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Sequences one behind the other, cut every `size` tokens or `most` sequences, as lists of (sequence, start, stop)."""
+    piece: list[tuple[int, int, int]] = []
+    room = size
+    for row, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            piece.append((row, start, stop))
+            room -= stop - start
+            start = stop
+            if not room or len(piece) == most:
+                yield piece
+                piece, room = [], size
+    if piece:
+        yield piece

@@ -1,0 +1,381 @@
+"""Tasks of lm-evaluation-harness for a model of ours: named groups, names checked before anything is loaded, data from files.
+
+    with choose_tasks(["japanese", "hellaswag"], data=Path("data")) as chosen:
+        record = run_tasks(chosen, model, tokenizer)
+
+The record is what `harness.json` of a run folder holds:
+
+tasks       {name: {metrics: {metric: {value, stderr, filter, higher_is_better}}, shots, examples, version, local_data}}; stderr
+            is null where the harness has none, a metric with several filters stands as "metric, filter"
+groups      the same of groups that the harness averages over
+asked       {tasks, shots, limit, batch_size}: what was asked for, null is the default
+versions    {lm_eval, factorization_memory, torch}
+seconds     time of the evaluation, without loading the data
+
+The command line adds `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from factorization_memory import __version__
+from factorization_memory.config import ConfigError
+from factorization_memory.evaluation.harness import FactorizationMemoryLM
+
+if TYPE_CHECKING:
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "english": (
+        "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "boolq", "lambada_openai", "mmlu",
+    ),
+    "japanese": tuple(
+        f"ja_leaderboard_{name}"
+        for name in ("jcommonsenseqa", "jnli", "marc_ja", "jsquad", "jaqket_v2", "xlsum", "xwinograd", "mgsm")
+    ),
+}  # fmt: skip
+"""Names of ours for several tasks of the harness."""
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""Kinds of data files, and what the `datasets` library calls them."""
+BOOTSTRAPS = 1000
+"""Resamplings behind the standard error of a metric that has no formula for it."""
+_NAME = re.compile(rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
+
+
+class HarnessDataError(ValueError):
+    """Data of a task that cannot be had."""
+
+
+@dataclass(frozen=True)
+class ChosenTasks:
+    """Tasks that exist, and where their data come from."""
+
+    asked: tuple[str, ...]
+    """As they were named."""
+    names: tuple[str, ...]
+    """Names of the harness."""
+    manager: Any
+    """`TaskManager` that knows them."""
+    leaves: dict[str, dict[str, Any]]
+    """The single tasks in them, with their configurations."""
+    shots: int | None
+    """Examples before each question, None: the tasks' own numbers."""
+    local: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Tasks whose data are read from files, and the file of each split."""
+
+
+@contextmanager
+def choose_tasks(
+    names: Iterable[str], *, data: Path | None = None, own_tasks: Path | None = None, shots: int | None = None
+) -> Iterator[ChosenTasks]:
+    """Look up tasks, and point those with files in `data` to them; nothing is read yet.
+
+    Args:
+        names: tasks and groups of the harness, or `GROUPS`.
+        data: folder with `TASK/SPLIT.jsonl` (or .json, .parquet), rows like those of the data set that the task has on the hub;
+            tasks that are not in it take theirs from the hub.
+        own_tasks: folder with YAML files of tasks, which come before those of the harness.
+        shots: examples before each question; None: the tasks' own numbers.
+
+    Raises:
+        ConfigError: a name does not exist (the nearest are named), or is there twice; a folder is not there.
+        HarnessDataError: a task's folder lacks a file that the task needs.
+    """
+    asked = tuple(dict.fromkeys(names))
+    expanded = tuple(dict.fromkeys(name for one in asked for name in GROUPS.get(one, (one,))))
+    for what, folder in (("data", data), ("own tasks", own_tasks)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder for the harness's {what}; name one that is there")
+    manager = _task_manager(expanded, own_tasks)
+    leaves: dict[str, dict[str, Any]] = {}
+    owner: dict[str, str] = {}
+    for name in expanded:
+        for leaf in _leaves(manager.task_index, name):
+            if leaf in owner:
+                raise ConfigError(f"task {leaf!r} is in {owner[leaf]!r} and in {name!r}; leave one of them out")
+            owner[leaf] = name
+            leaves[leaf] = manager.task_index[leaf].cfg or {}
+    with tempfile.TemporaryDirectory() as workspace:
+        local: dict[str, dict[str, str]] = {}
+        for name, config in leaves.items():
+            if data is not None and (data / name).is_dir():
+                change, local[name] = _from_files(name, config, data / name, shots)
+                inherited = {"include": str(manager.task_index[name].yaml_path), "task": name, **change}
+                # JSON is YAML. The folder of a task with functions in it stays the one of the file that is included.
+                (Path(workspace) / f"{len(local)}.yaml").write_text(json.dumps(inherited), encoding="utf-8")
+        if local:
+            from lm_eval.tasks import TaskManager
+
+            changed = TaskManager(include_path=workspace, include_defaults=False).task_index
+            # Not its tags: they hold these tasks alone.
+            manager.task_index.update({name: changed[name] for name in local})
+        yield ChosenTasks(asked, expanded, manager, leaves, shots, local)
+
+
+def run_tasks(
+    chosen: ChosenTasks, model: LanguageModel, tokenizer: Tokenizer, *, limit: int | None = None, batch_size: int = 64
+) -> dict[str, Any]:
+    """Evaluate a model on the tasks, under the caller's autocast.
+
+    Args:
+        limit: only the first so many examples of each task.
+        batch_size: of `FactorizationMemoryLM`.
+
+    Returns the record that the head of this file describes. Raises `HarnessDataError` when a task's data cannot be loaded.
+    """
+    from lm_eval import simple_evaluate
+
+    adapter = FactorizationMemoryLM(model, tokenizer, batch_size)
+    objects = _load(chosen)
+    start = time.perf_counter()
+    results = simple_evaluate(
+        adapter,
+        tasks=objects,
+        task_manager=chosen.manager,
+        num_fewshot=chosen.shots,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAPS,
+        log_samples=False,
+    )
+    record: dict[str, Any] = {"tasks": {}, "groups": {}}
+    for name, row in results["results"].items():
+        is_task = name in chosen.leaves
+        metrics = _metrics(row, results["higher_is_better"].get(name, {}))
+        if not metrics:
+            continue
+        entry: dict[str, Any] = {"metrics": metrics}
+        if is_task:
+            entry |= {
+                "shots": results["n-shot"].get(name),
+                "examples": results["n-samples"][name]["effective"],
+                "version": results["versions"].get(name),
+                "local_data": name in chosen.local,
+            }
+        record["tasks" if is_task else "groups"][name] = entry
+    asked = {"tasks": list(chosen.asked), "shots": chosen.shots, "limit": limit, "batch_size": batch_size}
+    versions = {"lm_eval": version("lm_eval"), "factorization_memory": __version__, "torch": version("torch")}
+    return {**record, "asked": asked, "versions": versions, "seconds": time.perf_counter() - start}
+
+
+def _metrics(row: dict[str, Any], higher_is_better: dict[str, bool | None]) -> dict[str, dict[str, Any]]:
+    """The metrics of a row of results, which stand there as "metric,filter" and "metric_stderr,filter"."""
+    found = [key.partition(",") for key in row if "," in key and not key.partition(",")[0].endswith("_stderr")]
+    names = [name for name, _, _ in found]
+    metrics = {}
+    for name, _, kept in found:
+        value = _number(row[f"{name},{kept}"])
+        if value is not None:
+            metrics[name if names.count(name) == 1 else f"{name}, {kept}"] = {
+                "value": value,
+                "stderr": _number(row.get(f"{name}_stderr,{kept}")),
+                "filter": kept,
+                "higher_is_better": higher_is_better.get(name),
+            }
+    return metrics
+
+
+def _number(value: Any) -> float | None:
+    """None for what is no number, such as the harness's "N/A"."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+@cache
+def _standard_tasks() -> Path:
+    """The folder of the harness's own tasks."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
+
+
+@cache
+def _named_files(folder: Path) -> dict[str, Path]:
+    """The YAML file of each task and group in a folder, by a look at the text: a tenth of the time of reading all as YAML."""
+    found: dict[str, Path] = {}
+    for place, _, files in os.walk(folder):
+        for name in files:
+            if name.endswith(".yaml"):
+                path = Path(place, name)
+                for match in _NAME.finditer(path.read_bytes()):
+                    found.setdefault(match[1].decode(), path)
+    return found
+
+
+def _task_manager(names: Iterable[str], own: Path | None) -> Any:
+    """A `TaskManager` that knows the names and all that is in them: of their folders alone if that will do, which saves reading
+    some 14,000 files, otherwise of all. Raises ConfigError for a name that is not there."""
+    from lm_eval.tasks import TaskManager
+
+    standard, extra = _standard_tasks(), [] if own is None else [own]
+    of_own = TaskManager(include_path=extra, include_defaults=False).task_index
+    files = _named_files(standard)
+    if all(name in of_own or name in files for name in names):
+        folders = dict.fromkeys(files[name].parent for name in names if name not in of_own)
+        manager = TaskManager(include_path=[*folders, *extra], include_defaults=False)
+        if all(_is_whole(manager.task_index, name) for name in names):
+            return manager
+    for name in names:
+        if name not in of_own and name not in files and not _is_mentioned(standard, name):
+            raise _unknown(name, [*GROUPS, *of_own, *files])
+    manager = TaskManager(include_path=[standard, *extra], include_defaults=False)
+    for name in names:
+        if name not in manager.task_index:
+            raise _unknown(name, [*GROUPS, *manager.task_index])
+    return manager
+
+
+def _is_mentioned(folder: Path, name: str) -> bool:
+    """Whether a word stands in some file of a folder, as a tag would: a quick no spares reading all files as YAML."""
+    word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+    return any(
+        word.search(Path(place, file).read_bytes())
+        for place, _, files in os.walk(folder)
+        for file in files
+        if not file.endswith((".py", ".pyc", ".md"))
+    )
+
+
+def _unknown(name: str, known: list[str]) -> ConfigError:
+    """The error that names up to three: those that hold `name`, the shortest first, and those spelt like it."""
+    holding = sorted((one for one in known if name and name in one), key=len)[:2]
+    near = list(dict.fromkeys([*holding, *difflib.get_close_matches(name, known, n=3, cutoff=0.6)]))[:3]
+    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm_eval ls tasks` lists all"
+    return ConfigError(f"task {name!r}: there is none of this name; {remedy}")
+
+
+def _children(entry: Any) -> list[str]:
+    """The names of what a group or tag holds."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    children = (entry.cfg or {}).get("task") or []
+    children = [children] if isinstance(children, str) else children
+    return [child if isinstance(child, str) else child.get("task", child.get("group", "")) for child in children]
+
+
+def _is_whole(index: dict[str, Any], name: str) -> bool:
+    """Whether an index of some folders holds all there is to a name. Of a tag it cannot tell."""
+    entry = index.get(name)
+    if entry is None or entry.kind.name == "TAG":
+        return False
+    return entry.kind.name != "GROUP" or all(_is_whole(index, child) for child in _children(entry))
+
+
+def _leaves(index: dict[str, Any], name: str) -> dict[str, None]:
+    """The single tasks of a name, in their order, each once."""
+    entry = index.get(name)
+    if entry is None:  # written out within its group
+        return {}
+    if entry.kind.name not in ("GROUP", "TAG"):
+        return {name: None}
+    return {leaf: None for child in _children(entry) for leaf in _leaves(index, child)}
+
+
+def _splits(config: dict[str, Any], shots: int | None) -> tuple[str, str | None]:
+    """The split that a task is evaluated on, and the one that its examples come from, None without examples."""
+    evaluated = config.get("test_split") or config.get("validation_split") or "test"
+    own = config.get("num_fewshot")
+    if not (own if own == 0 or shots is None else shots):
+        return evaluated, None
+    examples = config.get("fewshot_config")
+    chosen = examples.get("split") if isinstance(examples, dict) else None
+    return evaluated, chosen or config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
+
+
+def _wanted(config: dict[str, Any], shots: int | None) -> list[str]:
+    """The splits that a task cannot do without."""
+    evaluated, examples = _splits(config, shots)
+    return [evaluated] if examples in (None, evaluated) else [str(examples), evaluated]
+
+
+def _from_files(name: str, config: dict[str, Any], folder: Path, shots: int | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """What to change in a task's configuration so that it reads the files of a folder, and the file of each split."""
+    if "class" in config:
+        raise HarnessDataError(
+            f"{folder}: task {name} gets its data by a program of its own, not from files; remove the folder"
+        )
+    there = [path for path in sorted(folder.iterdir()) if path.suffix in FORMATS]
+    examples = config.get("fewshot_config")
+    named = {config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")}
+    named |= {*_wanted(config, shots), examples.get("split") if isinstance(examples, dict) else None}
+    found = {path.stem: path for path in there if path.stem in named}
+    missing = [split for split in _wanted(config, shots) if split not in found]
+    if missing:
+        needed = ", ".join(f"{split}.jsonl" for split in missing)
+        holds = ", ".join(path.name for path in there) or "no data file"
+        raise HarnessDataError(f"{folder}: task {name} needs {needed} (or .json, .parquet) there; it holds {holds}")
+    formats = {FORMATS[path.suffix] for path in found.values()}
+    if len(formats) > 1:
+        raise HarnessDataError(
+            f"{folder}: files of task {name} are of several kinds; give all of them as .jsonl or as .parquet"
+        )
+    files = {split: str(path.resolve()) for split, path in found.items()}
+    change: dict[str, Any] = {
+        "dataset_path": formats.pop(),
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        "custom_dataset": None,
+    }
+    # Splits that are not there, and not needed, must not be asked for: the harness takes examples from another one.
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if config.get(key) not in (None, *files):
+            change[key] = None
+    if isinstance(examples, dict) and examples.get("split") not in (None, *files):
+        change["fewshot_config"] = {key: value for key, value in examples.items() if key != "split"}
+    return change, files
+
+
+def _load(chosen: ChosenTasks) -> list[Any]:
+    """The tasks and groups with their data."""
+    objects: list[Any] = []
+    for name in chosen.names:
+        try:
+            loaded = chosen.manager.load([name])
+        except Exception as error:  # of which kind depends on the library, the cache and the network
+            task, cause = _culprit(chosen, name, error)
+            raise HarnessDataError(_complaint(chosen, task, cause)) from cause
+        group = loaded.get("groups", {}).get(name)
+        objects += loaded["tasks"].values() if group is None else [group]
+    return objects
+
+
+def _culprit(chosen: ChosenTasks, name: str, error: Exception) -> tuple[str, Exception]:
+    """The first single task of `name` that cannot be loaded, and why."""
+    leaves = _leaves(chosen.manager.task_index, name)
+    for leaf in leaves if len(leaves) > 1 else ():
+        try:
+            chosen.manager.load([leaf])
+        except Exception as cause:
+            return leaf, cause
+    return next(iter(leaves), name), error
+
+
+def _complaint(chosen: ChosenTasks, task: str, error: Exception) -> str:
+    """What to say when a task cannot be loaded."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, ImportError):
+        return f"task {task}: {error}; install what is missing, or leave the task out"
+    if task in chosen.local:
+        return f"task {task}: its data files do not fit it ({reason}); give rows like those of its own data set"
+    config = chosen.leaves.get(task, {})
+    data_set = " ".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or "its data set"
+    files = " and ".join(f"DIR/{task}/{split}.jsonl" for split in _wanted(config, chosen.shots))
+    others = [leaf for leaf in chosen.leaves if leaf not in chosen.local and leaf != task]
+    more = f"; without files are also {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''}"
+    return (
+        f"task {task}: {data_set} cannot be had from the hub ({reason}); without it give files like its own, {files} "
+        f"(or .json, .parquet), with --harness-data DIR{more if others else ''}"
+    )
