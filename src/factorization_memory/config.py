@@ -479,7 +479,10 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path}={value!r}: expected an object")
         return {name: _from_plain(typing.get_args(hint)[1], item, f"{path}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{path}: a number of {len(str(value))} digits; expected float") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{path}={value!r}: expected {hint.__name__}")
     return value

@@ -40,6 +40,7 @@ from factorization_memory.models.huggingface import (
     fast_tokenizer,
 )
 from factorization_memory.models.pretrained.format import FormatError, config_fields, config_from_fields, load_pretrained
+from factorization_memory.models.pretrained.shim import AUTO_MAP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),  # transformers about its own names
@@ -360,6 +361,32 @@ def test_only_safetensors_is_read(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
     with pytest.raises(FormatError, match=r"pytorch_model\.bin can run programs when loaded"):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shard.bin", "../model.safetensors", ""])
+def test_an_index_of_other_files(tmp_path: Path, name: str) -> None:
+    _, model = make(PURE)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    for read in (load_pretrained, AutoModelForCausalLM.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(FormatError, match="no safetensors file of this folder"):
+            read(tmp_path)
+
+
+def test_saving_copies_no_code(tmp_path: Path) -> None:
+    """Also after `trust_remote_code=True`, which registers classes whose file would be copied beside each model."""
+    _, model = make(PURE)
+    model.save_pretrained(tmp_path / "one")
+    folder = str(tmp_path / "one")
+    for auto in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+        loaded = auto.from_pretrained(folder, trust_remote_code=True)
+        type(loaded).register_for_auto_class(auto.__name__)
+        type(loaded.config).register_for_auto_class()
+        loaded.save_pretrained(tmp_path / "two")
+        assert [path.name for path in (tmp_path / "two").glob("*.py")] == ["modeling_factorization_memory.py"]
+        assert json.loads((tmp_path / "two" / "config.json").read_text())["auto_map"] == AUTO_MAP
+        shutil.rmtree(tmp_path / "two")
 
 
 def test_damaged_folders(tmp_path: Path) -> None:

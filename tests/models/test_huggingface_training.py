@@ -131,12 +131,19 @@ def test_lora(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
 def test_supervised_fine_tuning(model: FactorizationMemoryForCausalLM, tokenizer: Any, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    rows = [{"prompt": text[:8], "completion": text[8:]} for text in TEXTS]
+    # As in examples/fine_tune_with_trl.py: tokens with their end, which TRL would add as the characters "</s>".
+    end = tokenizer.eos_token_id
+    rows = [{"input_ids": [*tokenizer(text)["input_ids"], end], "completion_mask": [0] * 8 + [1] * 80} for text in TEXTS]
+    for row in rows:
+        row["completion_mask"] = row["completion_mask"][: len(row["input_ids"])]
     options = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True, max_length=64,
-        logging_steps=1, learning_rate=1e-2, disable_tqdm=True,
+        logging_steps=1, learning_rate=1e-2, disable_tqdm=True, completion_only_loss=True,
     )  # fmt: skip
     trainer = trl.SFTTrainer(model, args=options, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    labels = next(iter(trainer.get_train_dataloader()))["labels"]
+    assert (labels == end).sum(1).tolist() == [1] * 4
+    assert (labels[:, :8] == -100).all()
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0]

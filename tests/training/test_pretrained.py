@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import factorization_memory.models.huggingface  # noqa: F401 - makes transformers know our models
 from factorization_memory.config import AttentionConfig, DataConfig, Mamba2Config, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
+from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.pretrained import FormatError, export
 from factorization_memory.training import CheckpointError, export_run, find_checkpoint, import_model, load_model
@@ -179,7 +181,14 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
         "3 of them updated", "| en | 1 |", "## Limits",
     ):  # fmt: skip
         assert words in card.text, words
-    export_run(run, tmp_path / "silent")
+    command = card.text.partition("```sh\n")[2].partition("\n")[0]
+    assert str(tmp_path) not in command
+    import_model(tmp_path / "model", tmp_path / "back")
+    export_run(tmp_path / "back", tmp_path / "again")
+    assert "| en | 1 |" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    export_run(run, tmp_path / "silent", data="A sentence.")
+    assert "Data: A sentence.\n" in (tmp_path / "silent" / "README.md").read_text(encoding="utf-8")
+    export_run(run, tmp_path / "silent", overwrite=True)
     assert "Data: not said by those who exported it." in ModelCard.load(tmp_path / "silent" / "README.md").text
 
 
@@ -214,6 +223,70 @@ def test_a_folder_that_is_there_stays(run: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(FileExistsError, match="not empty"):
         import_model(folder, tmp_path / "back")
     assert not list(tmp_path.glob("*.partial"))
+    # Nothing but what an export wrote is ever removed.
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    for place, message in ((folder, "it holds 'notes.txt'"), (run, "no exported model"), (run.parent, "no exported model")):
+        with pytest.raises(FileExistsError, match=message):
+            export_run(run, place, overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "back")
+    with pytest.raises(FileExistsError, match="no exported model"):
+        export_run(run, tmp_path / "link", overwrite=True)
+    assert load_model(run)
+    assert (folder / "notes.txt").exists()
+
+
+def test_two_exports_to_one_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that began while another was writing does not take its files away, and fails when it comes second."""
+    write, inner = export.save_shim, []
+
+    def meanwhile(folder: Path) -> None:
+        if not inner:
+            inner.append(folder)
+            export_run(run, tmp_path / "model")
+        write(folder)
+
+    monkeypatch.setattr(export, "save_shim", meanwhile)
+    with pytest.raises(OSError, match="not empty"):
+        export_run(run, tmp_path / "model")
+    assert load_model(tmp_path / "model")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_weights_that_were_trained_further(run: Path, tmp_path: Path) -> None:
+    """What was known of a model is not said of the one that others made of it; its tokenizer stays its own."""
+    export_run(run, tmp_path / "model")
+    theirs, fast = (auto.from_pretrained(tmp_path / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    # As users do before they save: these leave traces in tokenizer.json.
+    fast(["a", "longer"], padding=True)
+    fast(["a", "longer"], truncation=True, max_length=3)
+    with torch.no_grad():
+        theirs.lm_head.weight.mul_(1.01)
+    theirs.save_pretrained(tmp_path / "model")
+    fast.save_pretrained(tmp_path / "model")
+    _, tokenizer, config = load_model(tmp_path / "model")
+    _, own, _ = load_model(run)
+    assert tokenizer.fingerprint == own.fingerprint
+    text = "It was.\nHe said: " + "word" * 50
+    assert tokenizer.encode(text) == own.encode(text)
+    assert config.training.steps == 2
+    import_model(tmp_path / "model", tmp_path / "back")
+    export_run(tmp_path / "back", tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert "nats per token" not in card
+    assert "128 tokens" not in card
+    own.save(tmp_path / "model" / "tokenizer.json")
+    Tokenizer.train(["a b c " * 100], 260).save(tmp_path / "model" / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="not the tokenizer of this model"):
+        load_model(tmp_path / "model")
+
+
+def test_numbers_that_a_type_cannot_hold(run: Path, tmp_path: Path) -> None:
+    path = find_checkpoint(run) / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"final_norm.weight": tensors["final_norm.weight"] * 1e6}, path)
+    with pytest.raises(ValueError, match=r"'model\.final_norm\.weight' is not finite in float16"):
+        export_run(run, tmp_path / "model", dtype="float16")
+    assert not (tmp_path / "model").exists()
 
 
 def damage_config(folder: Path, **fields: Any) -> None:
@@ -232,7 +305,8 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
             (folder / name).unlink()
         for name, content in fields.pop("write", {}).items():
             (folder / name).write_text(content, encoding="utf-8")
-        damage_config(folder, **fields)
+        if not fields.pop("damaged", False):
+            damage_config(folder, **fields)
         with pytest.raises((FormatError, CheckpointError, ValueError), match=message):
             import_model(folder, tmp_path / "back")
         assert not (tmp_path / "back").exists()
@@ -245,8 +319,28 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
             write={"pytorch_model.bin": "x"})  # fmt: skip
     refused(r"training\.json: not JSON", write={"training.json": "{"})
     refused(r"training\.json: format version 9", write={"training.json": '{"format_version": 9}'})
-    refused(r"training\.json: it cannot be read", write={"training.json": '{"format_version": 1, "state": {"steps": 3}}'})
+    known = json.loads((tmp_path / "model" / "training.json").read_text(encoding="utf-8"))
+    for field, value, words in (
+        ("config", {"steps": 3}, "steps: no such field"),
+        ("state", known["state"] | {"step": -1}, r"'state\.step' cannot be -1"),
+        ("state", known["state"] | {"step": "x"}, r"'state\.step' cannot be 'x'"),
+        ("state", {}, "is missing"),
+        ("environment", [], "'environment' cannot be"),
+        ("corpus_fingerprint", 5, "'corpus_fingerprint' cannot be 5"),
+    ):
+        refused(rf"training\.json: .*{words}", write={"training.json": json.dumps(known | {field: value})})
     refused(r"num_states=0", num_states=0)
+    refused(r"config\.json: vocab_size=0", vocab_size=0)
+    refused(r"config\.json: rms_norm_eps", rms_norm_eps=10**400)
+    refused(r"config\.json: 1,000,000 layers, but", num_hidden_layers=1_000_000)
+    refused(r"has shape \(16, 64\), by config\.json it should have \(100000000, 64\)", hidden_size=10**8)
+    refused(r"not the tokenizer of this model.*eos_token_id=7", eos_token_id=7)
+    refused(r"not JSON, damaged", write={"config.json": "{"}, damaged=True)
+    for files in ({}, [], {"a": 3}, {"a": ""}, {"a": ".."}, {"a": "../b.safetensors"}, {"a": "shard.bin"}):
+        refused(
+            r"index\.json: it(s weight_map does not say| names '.*', which is no safetensors file of this folder)",
+            remove=["model.safetensors"], write={"model.safetensors.index.json": json.dumps({"weight_map": files})},
+        )  # fmt: skip
     (tmp_path / "model" / "training.json").unlink()
     _, _, config = load_model(tmp_path / "model")
     assert (config.name, config.model.num_states) == ("imported", 8)
@@ -256,8 +350,16 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"rope_parameters\.rope_type='llama3'"),
-        ({"rope_scaling": {"factor": 2}}, "rope_scaling="),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"rope_parameters=\{'rope_type': 'llama3'\}"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "do not scale rotary positions"),
+        ({"rope_parameters": [1]}, "of the wrong kind"),
+        ({"hidden_size": "16"}, "of the wrong kind"),
+        ({"num_attention_heads": 0}, "of the wrong kind"),
+        ({"num_attention_heads": None}, "of the wrong kind"),
+        ({"vocab_size": 258.0}, "vocab_size=258.0: expected int"),
+        ({"rms_norm_eps": "1e-6"}, "norm_eps='1e-6': expected float"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no': expected bool"),
+        ({"tie_word_embeddings": True}, "head's weight differs from the embedding's"),
         ({"head_dim": 8}, "head_dim=8"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"intermediate_size": 32}, r"'blocks\.0\.feed_forward\.down\.weight' has shape \(16, 64\).*should have \(16, 32\)"),
@@ -267,6 +369,18 @@ def test_llamas_that_ours_are_not(
     corpus: PackedCorpus, run_dir: Path, tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     export_run(trained(corpus, run_dir, ATTENTION), tmp_path / "model")
+    damage_config(tmp_path / "model", **fields)
+    with pytest.raises(FormatError, match=message):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"time_step_limit": [0.0, 0.1]}, "time_step_limit="), ({"num_heads": 3}, "num_heads=3: heads of")]
+)
+def test_mamba2s_that_ours_are_not(
+    corpus: PackedCorpus, run_dir: Path, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    export_run(trained(corpus, run_dir, MAMBA2), tmp_path / "model")
     damage_config(tmp_path / "model", **fields)
     with pytest.raises(FormatError, match=message):
         load_model(tmp_path / "model")

@@ -52,6 +52,11 @@ def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunCo
     return load_model(builtin_model() if run is None else run, resolve_device(device, "--device"))
 
 
+def say(message: str) -> None:
+    """A line for people that holds paths: nothing in it is markup, and it is not broken."""
+    console().print(message, markup=False, soft_wrap=True)
+
+
 def emit(result: Any, as_json: bool) -> None:
     """With `--json`, the result as one line on stdout."""
     if as_json:

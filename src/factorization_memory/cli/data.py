@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from factorization_memory.cli.common import choose, console, emit, parse
+from factorization_memory.cli.common import choose, console, emit, parse, say
 from factorization_memory.config import ConfigError
 
 
@@ -113,9 +113,7 @@ def _fetch(arguments: list[str]) -> int:
             progress=lambda documents, size: status.update(f"fetching: {documents:,} documents, {size / 1e6:,.1f} MB"),
         )
     beside = source_record(options.output)
-    out.print(
-        f"{record.documents:,} documents of {options.name} are in {options.output}; {beside.name} says where they come from"
-    )
+    say(f"{record.documents:,} documents of {options.name} are in {options.output}; {beside.name} says where they come from")
     emit({"output": str(options.output), "record": str(beside), **asdict(record)}, options.json)
     return 0
 
@@ -163,9 +161,7 @@ def _tokenizer(arguments: list[str]) -> int:
         tokenizer = Tokenizer.train(texts(max(1, -(-total // max(limit, 1)))), options.vocab_size)
     tokenizer.save(options.output)
     seconds = time.perf_counter() - start
-    console().print(
-        f"{options.output}: {tokenizer.vocab_size:,} ids from {read / 1e6:.1f} of {total / 1e6:.1f} MB in {seconds:.0f} s"
-    )
+    say(f"{options.output}: {tokenizer.vocab_size:,} ids from {read / 1e6:.1f} of {total / 1e6:.1f} MB in {seconds:.0f} s")
     emit({"output": str(options.output), "vocab_size": tokenizer.vocab_size, "bytes": read, "seconds": seconds}, options.json)
     return 0
 
@@ -207,7 +203,7 @@ def _pack(arguments: list[str]) -> int:
             out.print(f"{name:>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
                       f"{numbers['bytes']:>14,} bytes")  # fmt: skip
     result["megabytes_per_second"] = size / 1e6 / seconds
-    out.print(f"packed into {options.output} at {result['megabytes_per_second']:.1f} MB/s")
+    say(f"packed into {options.output} at {result['megabytes_per_second']:.1f} MB/s")
     emit(result, options.json)
     return 0
 

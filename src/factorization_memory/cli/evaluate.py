@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, load, parse, write_aside
+from factorization_memory.cli.common import console, emit, load, parse, say, write_aside
 from factorization_memory.config import ConfigError
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def run(arguments: list[str]) -> int:
         if read_state(checkpoint)["corpus_fingerprint"] == corpus.fingerprint:
             record_evaluation(run_dir, result)
         else:
-            console().print(
-                f"{corpus.folder}: not the corpus of the run, whose evaluation.json stays as it is; --json gives this one"
-            )
+            say(f"{corpus.folder}: not the corpus of the run, whose evaluation.json stays as it is; --json gives this one")
     emit(result, options.json)
     return 0
 
@@ -156,7 +154,7 @@ def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:
     from factorization_memory.experiments.report import write_report
 
     write_aside(run_dir / "evaluation.json", json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
-    console().print(f"report: {write_report(run_dir)}")
+    say(f"report: {write_report(run_dir)}")
 
 
 def show(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import console, emit, load, write_aside
+from factorization_memory.cli.common import console, emit, load, say, write_aside
 from factorization_memory.config import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(options: EvaluateOptions) -> int:
     show(result)
     if run_dir is not None:
         write_aside(run_dir / RECORD, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
-        console().print(f"results: {run_dir / RECORD}")
+        say(f"results: {run_dir / RECORD}")
     emit(result, options.json)
     return 0
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, parse
+from factorization_memory.cli.common import emit, parse, say
 from factorization_memory.config import ConfigError
 
 
@@ -33,7 +33,7 @@ class ExportOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights; float32 is what they were trained in, so that nothing is lost."""
     max_shard_size: str = "5GB"
-    """Of one file of weights."""
+    """Of one file of weights, in bytes or with a unit."""
     overwrite: bool = False
     """Replace a folder that is there."""
     json: bool = False
@@ -50,14 +50,13 @@ def run(arguments: list[str]) -> int:
             options.run, options.output, name=options.name, license=options.license, data=options.data, dtype=options.dtype,
             max_shard_size=options.max_shard_size, overwrite=options.overwrite,
         )  # fmt: skip
-    except FileExistsError:
-        raise ConfigError(f"{options.output}: it exists; choose another folder, or give --overwrite") from None
-    out = console()
+    except FileExistsError as error:
+        raise ConfigError(str(error).replace("or overwrite it", "or give --overwrite")) from None
     size = sum(path.stat().st_size for path in options.output.iterdir())
-    out.print(f"{options.output}: {size / 1e6:,.1f} MB, for AutoModelForCausalLM.from_pretrained, as {name}")
+    say(f"{options.output}: {size / 1e6:,.1f} MB, for AutoModelForCausalLM.from_pretrained, as {name}")
     said = {"--license": options.license, "--data": options.data}
     missing = [flag for flag, value in said.items() if not value]
     if missing:
-        out.print(f"its card, README.md, does not say what only you know: {' and '.join(missing)} fill it in")
+        say(f"its card, README.md, does not say what only you know: give {' and '.join(missing)}")
     emit({"output": str(options.output), "class": name, "bytes": size}, options.json)
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, parse
+from factorization_memory.cli.common import emit, parse, say
 from factorization_memory.config import ConfigError
 
 
@@ -33,6 +33,6 @@ def run(arguments: list[str]) -> int:
         checkpoint = import_model(options.model, options.run)
     except FileExistsError as error:
         raise ConfigError(str(error)) from None
-    console().print(f"{checkpoint}: for `fmem generate`, `fmem evaluate` and `fmem inspect`; training cannot go on from it")
+    say(f"{checkpoint}: for `fmem generate`, `fmem evaluate` and `fmem inspect`; training cannot go on from it")
     emit({"checkpoint": str(checkpoint)}, options.json)
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, load, parse, read_text, write_aside
+from factorization_memory.cli.common import emit, load, parse, read_text, say, write_aside
 from factorization_memory.config import ConfigError
 
 
@@ -43,6 +43,6 @@ def run(arguments: list[str]) -> int:
     model, tokenizer, _ = load(options.run, options.device)
     record = inspect_text(model, tokenizer, text)
     write_aside(options.output, inspection_html(record))
-    console().print(f"{len(record['tokens']):,} tokens, {len(record['layers'])} layers: {options.output}")
+    say(f"{len(record['tokens']):,} tokens, {len(record['layers'])} layers: {options.output}")
     emit(record, options.json)
     return 0

@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, filterfalse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -80,9 +81,11 @@ class Tokenizer:
 
     def __init__(self, definition: str) -> None:
         try:
-            self._definition = _canonical(json.loads(definition))
-            self._backend = tokenizers.Tokenizer.from_str(definition)
+            self._definition = _canonical(_as_first_written(json.loads(definition)))
+            self._backend = tokenizers.Tokenizer.from_str(self._definition)
             parts = json.loads(self._backend.to_str())
+        except TokenizerError:
+            raise
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"not a tokenizer definition: {error}") from error
         expected = json.loads(_new_backend(models.BPE()).to_str())
@@ -242,6 +245,24 @@ def _new_backend(model: models.Model) -> tokenizers.Tokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _as_first_written(definition: dict[str, Any]) -> dict[str, Any]:
+    """The definition without what `transformers` writes into it when it saves a tokenizer that was used: how to pad and to cut,
+    and a template that adds nothing. What would change the ids is refused."""
+    template = definition.get("post_processor")
+    if template is not None:
+        single = template.get("single") if template.get("type") == "TemplateProcessing" else None
+        if single is None or [list(piece) for piece in single] != [["Sequence"]]:
+            raise TokenizerError("its post_processor adds tokens to a text; train one with `fmem data tokenizer`")
+    if definition.get("model", {}).get("dropout"):
+        raise TokenizerError("its merges drop out at random, which ours do not; set model.dropout to null")
+    for token in definition.get("added_tokens", []):
+        if token.get("content") not in (DOCUMENT_END, PADDING):
+            raise TokenizerError(
+                f"the token {token.get('content')!r} was added to it; train one without with `fmem data tokenizer`"
+            )
+    return definition | {"padding": None, "truncation": None, "post_processor": None}
 
 
 def _canonical(definition: object) -> str:

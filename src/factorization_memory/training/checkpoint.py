@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,16 +260,25 @@ _STATE_FIELDS: dict[str, tuple[type, ...]] = {
 
 def _first_wrong_field(record: dict[str, Any]) -> str | None:
     """What is missing from `state.json`, unknown in it or of the wrong kind; None when all is there."""
-    for prefix, values, fields in (("", record, _RECORD_FIELDS), ("state.", record.get("state"), _STATE_FIELDS)):
-        assert isinstance(values, dict)  # the first round has seen to it
-        for name in sorted(fields.keys() | values.keys()):
-            if name not in values:
-                return f"the field {prefix + name!r} is missing"
-            if name not in fields:
-                return f"the field {prefix + name!r} is unknown"
-            if not isinstance(values[name], fields[name]):
-                return f"the field {prefix + name!r} cannot be {values[name]!r}"
-    return None if "cpu" in record["random"] else "the field 'random.cpu' is missing"
+    wrong = _wrong_field("", record, _RECORD_FIELDS) or wrong_state_field(record["state"])
+    return wrong or (None if "cpu" in record["random"] else "the field 'random.cpu' is missing")
+
+
+def wrong_state_field(state: dict[str, Any]) -> str | None:
+    """What is missing from the fields of a `TrainingState`, unknown among them or of the wrong kind; None when all is there."""
+    wrong = _wrong_field("state.", state, _STATE_FIELDS)
+    return wrong or (f"the field 'state.step' cannot be {state['step']!r}" if state["step"] < 0 else None)
+
+
+def _wrong_field(prefix: str, values: dict[str, Any], fields: Mapping[str, tuple[type, ...]]) -> str | None:
+    for name in sorted(fields.keys() | values.keys()):
+        if name not in values:
+            return f"the field {prefix + name!r} is missing"
+        if name not in fields:
+            return f"the field {prefix + name!r} is unknown"
+        if not isinstance(values[name], fields[name]):
+            return f"the field {prefix + name!r} cannot be {values[name]!r}"
+    return None
 
 
 def read_run_config(record: dict[str, Any], path: Path) -> RunConfig:

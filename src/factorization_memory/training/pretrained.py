@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
-from factorization_memory.models.counting import count
 from factorization_memory.models.pretrained import CardFacts, is_pretrained, load_pretrained, model_card, save_pretrained
-from factorization_memory.models.pretrained.export import TRAINING_NAME
+from factorization_memory.models.pretrained.export import (
+    TRAINING_NAME,
+    digest,
+    exported_weights,
+    require_free,
+    whole_folder,
+)
+from factorization_memory.models.pretrained.format import read_config, read_weights
 from factorization_memory.training.checkpoint import (
     FOLDER_NAME,
     STATE_NAME,
     CheckpointError,
     TrainingState,
     find_checkpoint,
+    list_checkpoints,
     load_tensors,
     read_run_config,
     read_state,
     save_checkpoint,
+    wrong_state_field,
 )
 from factorization_memory.training.device import resolve_device
 from factorization_memory.training.record import CONFIG_NAME, ENVIRONMENT_NAME, TOKENIZER_NAME, strict_json, write_json
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 FORMAT_VERSION = 1
-EVALUATION_NAME = "evaluation.json"
+EVALUATION_NAME, SOURCES_NAME = "evaluation.json", "sources.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,7 +58,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[La
     """
     path = Path(path)
     device = resolve_device(device, "device") if isinstance(device, str) else device
-    if is_pretrained(path):
+    if not _is_own(path) and is_pretrained(path):
         model, tokenizer, config, _ = _read_pretrained(path)
         return model.to(device), tokenizer, config
     path = _checkpoint(path)
@@ -90,18 +97,27 @@ def export_run(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         FileExistsError: the folder exists.
-        ConfigError: no such `dtype`.
+        ConfigError: no such `dtype`, `license` or `max_shard_size`.
+        ValueError: a weight is not finite in `dtype`.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
-    path, folder = _checkpoint(Path(run)), Path(folder)
+    if license and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
+        raise ConfigError(f"license={license!r}: use an identifier as the hub has it, for example apache-2.0")
+    max_shard_size = _bytes(max_shard_size)
+    run, folder = Path(run), Path(folder).absolute()
+    if not _is_own(run) and is_pretrained(run):
+        raise CheckpointError(f"{run}: it is an exported model already; copy it, or make a run of it with `fmem import`")
+    require_free(folder, overwrite)
+    path = _checkpoint(run)
     record = read_state(path)
     config = read_run_config(record, path)
     tokenizer_file = _tokenizer_file(path)
     _tokenizer(path, record)  # that it is this model's
     model = _model(path, config)
     run_dir = path.resolve().parent.parent
-    environment = _read_json(run_dir / ENVIRONMENT_NAME)
+    environment = _published(_read_json(run_dir / ENVIRONMENT_NAME))
+    sources, languages = _sources(config, record, _read_json(run_dir / SOURCES_NAME))
     # A path on this machine is nobody else's business, and of no use to them.
     published = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=""))
     training = {
@@ -109,10 +125,28 @@ def export_run(
         "config": to_dict(published),
         "state": record["state"],
         "corpus_fingerprint": record["corpus_fingerprint"],
+        "tokenizer_fingerprint": record["tokenizer_fingerprint"],
         "environment": environment,
+        "sources": {"sizes": sources, "languages": list(languages)},
     }
-    facts = _facts(
-        name or folder.name, config, record, environment, _evaluation(run_dir, path, record), license=license, data=data
+    held_out, note = _evaluation(run_dir, path, record)
+    context = config.data.context_length
+    facts = CardFacts(
+        name=" ".join((name or folder.name).split()),
+        config=config.model,
+        parameters=sum(tensor.numel() for tensor in exported_weights(model).values()),
+        license=license,
+        data=" ".join(data.split()).rstrip("."),
+        languages=languages,
+        sources=sources,
+        context_length=context,
+        tokens=record["state"]["tokens"],
+        steps=record["state"]["step"],
+        held_out=held_out,
+        held_out_note=f"{note}, in windows of {context:,} tokens, the memory empty where each begins." if note else "",
+        environment=environment,
+        seconds=record["state"]["seconds"],
+        precision=config.training.precision.replace("auto", ""),
     )
     return save_pretrained(
         model, folder, tokenizer_file,
@@ -134,28 +168,24 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
         FormatError: there is no such model, or it is damaged.
         FileExistsError: `run_dir` exists and is not empty.
     """
-    folder, run_dir = Path(folder), Path(run_dir)
-    model, tokenizer, config, record = _read_pretrained(folder)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    folder, run_dir = Path(folder), Path(run_dir).absolute()
+    if _is_own(folder):
+        raise CheckpointError(f"{folder}: it is a run, or a part of one; use it as it is, or `fmem export` it")
+    if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
         raise FileExistsError(f"{run_dir}: it exists and is not empty; choose another run folder")
-    aside = run_dir.with_name(run_dir.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    model, tokenizer, config, record = _read_pretrained(folder)
+    with whole_folder(run_dir) as aside:
         checkpoint = save_checkpoint(
-            aside, model=model, optimizer=None, config=config, state=_state(record),
+            aside, model=model, optimizer=None, config=config, state=TrainingState(**record.get("state", {})),
             tokenizer_fingerprint=tokenizer.fingerprint, corpus_fingerprint=record.get("corpus_fingerprint", ""),
         )  # fmt: skip
-        if record.get("environment"):
-            write_json(aside / ENVIRONMENT_NAME, record["environment"])
+        for name, key in ((ENVIRONMENT_NAME, "environment"), (SOURCES_NAME, "sources")):
+            if record.get(key):
+                write_json(aside / name, record[key])
         tokenizer.save(aside / TOKENIZER_NAME)
         write_json(aside / CONFIG_NAME, to_dict(config))
-        if run_dir.exists():
-            run_dir.rmdir()
-        aside.rename(run_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return run_dir / checkpoint.relative_to(aside)
+        place = checkpoint.relative_to(aside)
+    return run_dir / place
 
 
 def _checkpoint(path: Path) -> Path:
@@ -196,39 +226,52 @@ def _tokenizer(path: Path, record: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def _is_own(path: Path) -> bool:
+    """Whether a folder is one of ours: a run's, or a checkpoint's."""
+    return (path / STATE_NAME).exists() or bool(FOLDER_NAME.fullmatch(path.name)) or bool(list_checkpoints(path))
+
+
 def _read_pretrained(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig, dict[str, Any]]:
-    """Model, tokenizer, configuration, and what training.json holds, {} where it is missing."""
+    """Model, tokenizer, configuration, and what training.json says of these weights, {} if nothing."""
     from factorization_memory.data.tokenizer import Tokenizer
 
     model = load_pretrained(folder)
-    file = folder / TOKENIZER_NAME
+    file, path = folder / TOKENIZER_NAME, folder / TRAINING_NAME
     if not file.exists():
         raise CheckpointError(f"{file}: missing; copy the model's tokenizer there")
     tokenizer = Tokenizer.load(file)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"{file}: it has {tokenizer.vocab_size:,} ids, the model {model.config.vocab_size:,}; use the model's own"
-        )
-    record = _read_json(folder / TRAINING_NAME)
+    record = _read_json(path)
     if record and (not isinstance(record.get("format_version"), int) or record["format_version"] > FORMAT_VERSION):
         raise CheckpointError(
-            f"{folder / TRAINING_NAME}: format version {record.get('format_version')!r} is not one that this package reads "
+            f"{path}: format version {record.get('format_version')!r} is not one that this package reads "
             f"({FORMAT_VERSION}); upgrade factorization-memory, or remove that file, which only says how the model was trained"
         )
     try:
         config = from_dict(RunConfig, record.get("config", {"name": "imported"}))
-        config = dataclasses.replace(config, model=model.config)
-        _state(record)
-    except (ConfigError, TypeError, KeyError) as error:
+    except ConfigError as error:
+        raise _unreadable(path, str(error)) from None
+    fields = read_config(folder)
+    ends = {"eos_token_id": tokenizer.document_end, "pad_token_id": tokenizer.padding}
+    wrong = [name for name, own in ends.items() if fields.get(name) not in (None, own, [own])]
+    other = record.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint)
+    if tokenizer.vocab_size > model.config.vocab_size or wrong or other:
         raise CheckpointError(
-            f"{folder / TRAINING_NAME}: it cannot be read ({error}); restore it, or remove it: it only says how the model was "
-            "trained"
-        ) from None
-    return model, tokenizer, config, record
+            f"{file}: not the tokenizer of this model, whose config.json has vocab_size={model.config.vocab_size} and "
+            f"eos_token_id={fields.get('eos_token_id')}; put its own there"
+        )
+    if record and record.get("weights") != digest(read_weights(folder)):
+        record = {}  # somebody went on training: what was known is of other weights
+    for name, kind in (("state", dict), ("corpus_fingerprint", str), ("environment", dict), ("sources", dict)):
+        if record and not isinstance(record.get(name), kind):
+            raise _unreadable(path, f"the field {name!r} cannot be {record.get(name)!r}")
+    wrong_field = wrong_state_field(record["state"]) if record else None
+    if wrong_field is not None:
+        raise _unreadable(path, wrong_field)
+    return model, tokenizer, dataclasses.replace(config, model=model.config), record
 
 
-def _state(record: Mapping[str, Any]) -> TrainingState:
-    return TrainingState(**record.get("state", {}))
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {reason}; restore it, or remove it: it only says how the model was trained")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -243,62 +286,41 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _evaluation(run_dir: Path, path: Path, record: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The held-out results of a checkpoint by source, and a sentence on them: those of `fmem evaluate` if they are of this
+    """The held-out results of a checkpoint by source, and what they are of: those of `fmem evaluate` if they are of this
     checkpoint, else those of training, else nothing."""
     found = _read_json(run_dir / EVALUATION_NAME)
-    if found.get("evaluated", {}).get("checkpoint") == path.name and "sources" in found:
-        every = "all of it" if found["evaluated"].get("max_tokens") is None else "a part of it, spread evenly"
+    by = found.get("evaluated", {})
+    if by.get("checkpoint") == path.name and _are_scores(found.get("sources")) and _are_scores({"all": found.get("total")}):
+        every = "all of it" if by.get("max_tokens") is None else "a part of it, spread evenly"
         return {**found["sources"], "all": found["total"]}, f"Text kept apart before training, {every}"
     state = record["state"]
     for evaluation in (state["best_evaluation"], state["last_evaluation"]):
-        if evaluation is not None and evaluation["step"] == state["step"]:
+        if evaluation and evaluation.get("step") == state["step"] and _are_scores(evaluation.get("sources")):
             return evaluation["sources"], "A part of the text that was kept apart before training, spread evenly"
     return {}, ""
 
 
-def _facts(
-    name: str,
-    config: RunConfig,
-    record: Mapping[str, Any],
-    environment: dict[str, Any],
-    evaluation: tuple[dict[str, Any], str],
-    license: str,
-    data: str,
-) -> CardFacts:
-    held_out, note = evaluation
-    sources, languages = _sources(config, record)
-    context = config.data.context_length
-    if environment.get("command"):
-        environment = environment | {"command": [shlex.quote(word) for word in environment["command"]]}
-    return CardFacts(
-        name=name,
-        config=config.model,
-        parameters=count(config.model).parameters,
-        license=license,
-        data=data,
-        languages=languages,
-        sources=sources,
-        context_length=context,
-        tokens=record["state"]["tokens"],
-        steps=record["state"]["step"],
-        held_out=held_out,
-        held_out_note=f"{note}, in windows of {context:,} tokens, the memory empty where each begins." if note else "",
-        environment=environment,
-        seconds=record["state"]["seconds"],
-        precision=config.training.precision.replace("auto", ""),
+def _are_scores(sources: Any) -> bool:
+    """Whether these are scores by source, as the card shows them."""
+    names = ("loss", "bits_per_byte", "tokens")
+    return isinstance(sources, dict) and all(
+        isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in names) for row in sources.values()
     )
 
 
-def _sources(config: RunConfig, record: Mapping[str, Any]) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
-    """Sizes of the training text's sources and its languages; nothing where the corpus is not there any more."""
+def _sources(
+    config: RunConfig, record: Mapping[str, Any], known: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
+    """Sizes of the training text's sources and its languages, from the corpus or else from what an import brought along."""
+    from factorization_memory.data.corpora import CorpusError
     from factorization_memory.data.shards import PackedCorpus
 
-    folder = Path(config.data.corpus)
-    if not config.data.corpus or not folder.exists():
-        return {}, ()
-    corpus = PackedCorpus.open(folder)
-    if corpus.fingerprint != record["corpus_fingerprint"]:
-        return {}, ()
+    try:
+        corpus = PackedCorpus.open(Path(config.data.corpus)) if config.data.corpus else None
+    except (CorpusError, OSError):  # gone, or something else is there now
+        corpus = None
+    if corpus is None or corpus.fingerprint != record["corpus_fingerprint"]:
+        return known.get("sizes", {}), tuple(known.get("languages", ()))
     sizes = {
         name: {"documents": split.num_documents, "tokens": len(split.tokens), "bytes": split.text_bytes}
         for name, source in corpus.sources.items()
@@ -306,3 +328,25 @@ def _sources(config: RunConfig, record: Mapping[str, Any]) -> tuple[dict[str, di
     }
     languages = {source.language for source in corpus.sources.values() if source.language}
     return sizes, tuple(sorted(languages))
+
+
+def _published(environment: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the machine, without its paths."""
+    command = environment.get("command")
+    if not isinstance(command, list):
+        return environment
+
+    def bare(word: str) -> str:
+        flag, equals, value = word.partition("=")
+        return f"{flag}={bare(value)}" if equals else Path(word).name if Path(word).is_absolute() else word
+
+    return environment | {"command": [" ".join(bare(str(word)).split()) for word in command]}
+
+
+def _bytes(size: str | int) -> int:
+    """A number of bytes, from one or from text such as "5GB"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(size).strip().upper())
+    number = 0 if found is None else int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+    if number < 1:
+        raise ConfigError(f"max_shard_size={size!r}: use a number of bytes, or one with a unit such as 5GB")
+    return number

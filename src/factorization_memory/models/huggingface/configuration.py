@@ -72,6 +72,10 @@ class FactorizationMemoryConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing, where `transformers` would copy this file beside each model it saves: the shim there imports it."""
+
     def model_config(self) -> ModelConfig:
         """The configuration of the `LanguageModel`. Raises `ConfigError` for fields that were set to what cannot be."""
         return config_from_fields({name: getattr(self, name) for name in field_names()})

@@ -6,8 +6,10 @@ Shapes: B sequences, T tokens, S tokens that a mask speaks of, d hidden size, V 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.huggingface.cache import CACHE_NAME, CacheLayer, FactorizationMemoryCache
 from factorization_memory.models.huggingface.configuration import FactorizationMemoryConfig
 from factorization_memory.models.language_model import Block, LanguageModel
+from factorization_memory.models.pretrained.format import INDEX_NAME, indexed_files
 from factorization_memory.models.pretrained.shim import save_shim
 
 
@@ -43,9 +46,16 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> Any:
         """As in `transformers`, but of safetensors alone: other files of weights can hold programs."""
-        if kwargs.setdefault("use_safetensors", True) is not True:
+        if kwargs.get("use_safetensors") not in (None, True):
             raise ValueError(f"use_safetensors={kwargs['use_safetensors']!r}: only safetensors is read; leave it out")
+        kwargs["use_safetensors"] = True
+        if os.path.isfile(os.path.join(str(pretrained_model_name_or_path), INDEX_NAME)):
+            indexed_files(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, *arguments, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing, where `transformers` would copy this file beside each model it saves: the shim there imports it."""
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **kwargs: Any) -> None:
         """As in `transformers`, and the file through which `trust_remote_code=True` finds these classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +120,8 @@ def _training(facts: CardFacts) -> str:
     if facts.tokens:
         where = facts.environment.get("gpu") or facts.environment.get("cpu")
         precision = f" in {facts.precision}" if facts.precision else ""
-        on = f", {facts.seconds / 60:.0f} minutes on {where}{precision}" if where else ""
+        time = f"{facts.seconds:.0f} seconds" if facts.seconds < 120 else f"{facts.seconds / 60:.0f} minutes"
+        on = f", {time} on {where}{precision}" if where else ""
         lines.append(f"{facts.tokens:,} tokens in {facts.steps:,} steps{on}.")
     command = facts.environment.get("command")
     if command:
@@ -128,7 +130,7 @@ def _training(facts: CardFacts) -> str:
             for name, key in (("factorization_memory", "package"), ("commit", "git_commit"), ("torch", "torch"))
             if facts.environment.get(key)
         )
-        lines.append(f"```sh\n{' '.join(command)}\n```\n\n{versions}; {str(facts.environment.get('date', ''))[:10]}.")
+        lines.append(f"```sh\n{shlex.join(command)}\n```\n\n{versions}; {str(facts.environment.get('date', ''))[:10]}.")
     return "\n\n".join(lines) + "\n"
 
 

@@ -6,13 +6,14 @@ whose rotary positions are scaled (`rope_scaling`, Llama 3.1 and later) or whose
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from factorization_memory.config import AttentionConfig, ConfigError, Mamba2Config, ModelConfig
+from factorization_memory.config import ConfigError, ModelConfig, from_dict
 
 NATIVE = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 """Types of model that need no code of ours in `transformers`, and their classes there."""
@@ -79,52 +80,78 @@ def native_config(fields: Mapping[str, Any]) -> ModelConfig:
     """The inverse: our configuration of a config.json whose `model_type` is one of `NATIVE`.
 
     Raises:
-        ConfigError: it has what our models lack; the field is named.
+        ConfigError: it has what our models lack, or is no such configuration; the field is named.
     """
     kind = fields["model_type"]
-    rope = fields.get("rope_parameters") or {}
-    # What a field must be, as far as ours has no choice there, and what it is where it is missing.
-    fixed: list[tuple[str, Any, Any]] = [("hidden_act", "silu", "silu")]
-    if kind == "mamba2":
-        fixed += [("use_bias", False, False), ("use_conv_bias", True, True)]
-    else:
-        fixed += [("attention_bias", False, False), ("mlp_bias", False, False), ("rope_scaling", None, None)]
-    for name, takes, default in fixed:
-        if fields.get(name, default) != takes:
-            raise ConfigError(f"{name}={fields[name]!r}: our models have no such thing; takes {takes!r}")
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_parameters.rope_type={rope['rope_type']!r}: our models have no such thing; takes 'default'")
     try:
-        common: dict[str, Any] = {
-            "vocab_size": fields["vocab_size"],
-            "hidden_size": fields["hidden_size"],
-            "num_layers": fields["num_hidden_layers"],
-            "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-        }
-        if kind == "mamba2":
-            sizes = Mamba2Config(
-                state_size=fields["state_size"], head_size=fields["head_dim"], expand=float(fields["expand"]),
-                num_groups=fields["n_groups"], conv_size=fields["conv_kernel"], chunk_size=fields["chunk_size"],
-            )  # fmt: skip
-            return ModelConfig(
-                **common, mixers=("mamba2",), feed_forward=False, mamba2=sizes, norm_eps=fields["layer_norm_epsilon"]
-            )
-        heads = fields["num_attention_heads"]
-        width, head_size = fields["hidden_size"], fields.get("head_dim") or fields["hidden_size"] // heads
-        if head_size * heads != width:
-            raise ConfigError(f"head_dim={head_size}: our models have heads of hidden_size / heads; takes {width // heads}")
-        attention = AttentionConfig(
-            num_heads=heads,
-            num_key_value_heads=fields.get("num_key_value_heads") or heads,
-            rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0),
-            sliding_window=fields.get("sliding_window") if kind == "mistral" else None,
-        )
-        return ModelConfig(
-            **common, mixers=("attention",), attention=attention, intermediate_size=fields["intermediate_size"],
-            norm_eps=fields["rms_norm_eps"],
-        )  # fmt: skip
+        return from_dict(ModelConfig, _mamba2_values(fields) if kind == "mamba2" else _llama_values(fields), "")
+    except ConfigError:
+        raise
     except KeyError as error:
         raise ConfigError(f"{error.args[0]}: missing; give the whole config.json of such a model") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"a field of the wrong kind ({error}); give the config.json of a {kind} model as it was saved"
+        ) from None
+
+
+def _mamba2_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(fields, use_bias=False, use_conv_bias=True, hidden_act="silu")
+    low, high = fields.get("time_step_limit") or (0.0, math.inf)
+    # JSON has no infinity: this is how `transformers` writes it.
+    if low != 0 or high not in (math.inf, {"__float__": "Infinity"}):
+        raise ConfigError(f"time_step_limit={[low, high]!r}: our models have no such thing; takes [0.0, Infinity]")
+    heads, inner = fields["num_heads"], fields["expand"] * fields["hidden_size"]
+    if heads * fields["head_dim"] != inner:
+        raise ConfigError(f"num_heads={heads}: heads of head_dim={fields['head_dim']} must fill expand * hidden_size = {inner}")
+    sizes = {
+        "state_size": fields["state_size"],
+        "head_size": fields["head_dim"],
+        "expand": fields["expand"],
+        "num_groups": fields["n_groups"],
+        "conv_size": fields["conv_kernel"],
+        "chunk_size": fields["chunk_size"],
+    }
+    common = {"mixers": ["mamba2"], "feed_forward": False, "norm_eps": fields["layer_norm_epsilon"]}
+    return _common(fields) | common | {"mamba2": sizes}
+
+
+def _llama_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(fields, attention_bias=False, mlp_bias=False, hidden_act="silu")
+    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0
+    scaled = {name: value for name, value in rope.items() if value not in (None, "default")}
+    if scaled:
+        raise ConfigError(f"rope_parameters={scaled!r}: our models do not scale rotary positions; takes rope_type='default'")
+    heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    if (fields.get("head_dim") or width // heads) * heads != width:
+        raise ConfigError(
+            f"head_dim={fields['head_dim']!r}: our models have heads of hidden_size / heads; takes {width // heads}"
+        )
+    attention = {
+        "num_heads": heads,
+        "num_key_value_heads": fields.get("num_key_value_heads") or heads,
+        "rope_theta": theta,
+        "sliding_window": fields.get("sliding_window") if fields["model_type"] == "mistral" else None,
+    }
+    sizes = {"intermediate_size": fields["intermediate_size"], "norm_eps": fields["rms_norm_eps"]}
+    return _common(fields) | sizes | {"mixers": ["attention"], "attention": attention}
+
+
+def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "vocab_size": fields["vocab_size"],
+        "hidden_size": fields["hidden_size"],
+        "num_layers": fields["num_hidden_layers"],
+        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+    }
+
+
+def _refuse(fields: Mapping[str, Any], **takes: Any) -> None:
+    """ConfigError for a field that is there and not what our models have without a choice."""
+    for name, value in takes.items():
+        if fields.get(name, value) != value:
+            raise ConfigError(f"{name}={fields[name]!r}: our models have no such thing; takes {value!r}")
 
 
 def to_native(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

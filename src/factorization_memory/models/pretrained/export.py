@@ -12,9 +12,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from factorization_memory.models.pretrained.format import (
     TOKENIZER_NAME,
     config_fields,
     exported_name,
+    is_pretrained,
 )
 from factorization_memory.models.pretrained.shim import AUTO_MAP, CLASSES, save_shim
 
@@ -47,6 +52,11 @@ TOKENIZER_FIELDS: dict[str, Any] = {
     "model_input_names": ["input_ids", "attention_mask"],
 }
 """What `PreTrainedTokenizerFast` has to be told beside tokenizer.json."""
+_WRITTEN = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|training|model\.safetensors\.index)\.json|README\.md"
+    r"|model(-\d+-of-\d+)?\.safetensors|modeling_factorization_memory\.py"
+)
+"""Files of a folder that may be replaced."""
 
 
 def save_pretrained(
@@ -79,12 +89,12 @@ def save_pretrained(
         The name of the class.
 
     Raises:
-        FileExistsError: the folder exists.
-        ValueError: the tokenizer is none of ours.
+        FileExistsError: the folder exists; with `overwrite`, it holds something else than an exported model.
+        OSError: it cannot be written, or another export to it was faster.
+        ValueError: the tokenizer is none of ours; a weight is not finite in `dtype`.
     """
-    folder, tokenizer_file = Path(folder), Path(tokenizer_file)
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder}: it exists; choose another folder, or overwrite it")
+    folder, tokenizer_file = Path(folder).absolute(), Path(tokenizer_file)
+    require_free(folder, overwrite)
     definition = tokenizer_file.read_text(encoding="utf-8")
     ids = special_ids(definition, tokenizer_file)
     kind = native_type(model.config)
@@ -96,36 +106,71 @@ def save_pretrained(
         **(_own_fields(model.config) if kind is None else native_fields(model.config, context_length)),
         **ids,
     }
-    aside, replaced = (folder.with_name(folder.name + ending) for ending in (".partial", ".replaced.partial"))
-    for leftover in (aside, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        # Copies: parts of one tensor, as some are, would be refused.
-        weights = {
-            key: value.to(dtype).clone(memory_format=torch.contiguous_format) for key, value in exported_weights(model).items()
-        }
+    # Copies: parts of one tensor, as some are, would be refused.
+    weights = {
+        key: value.to(dtype).clone(memory_format=torch.contiguous_format) for key, value in exported_weights(model).items()
+    }
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"weight {key!r} is not finite in {fields['dtype']}; export in float32, or an earlier checkpoint")
+    with whole_folder(folder, overwrite) as aside:
         save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
-        for path in aside.iterdir():
-            path.chmod(0o644)  # as written they are for their owner alone
         _write_json(aside / CONFIG_NAME, fields)
+        for path in aside.glob("*.safetensors"):
+            path.chmod((aside / CONFIG_NAME).stat().st_mode)  # as written they are for their owner alone
         _write_json(aside / "generation_config.json", ids)
         (aside / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
         _write_json(aside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **TOKENIZER_FIELDS})
         (aside / CARD_NAME).write_text(card, encoding="utf-8")
         if training is not None:
-            _write_json(aside / TRAINING_NAME, training)
+            _write_json(aside / TRAINING_NAME, {**training, "weights": digest(weights)})
         if kind is None:
             save_shim(aside)
-        if folder.exists():
-            folder.rename(replaced)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
     return name
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError unless a folder can be written: there is none, or what is there is an exported model alone."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder}: it exists; choose another folder, or overwrite it")
+    if folder.is_symlink() or not folder.is_dir() or not is_pretrained(folder):
+        raise FileExistsError(f"{folder}: it is no exported model, and stays as it is; choose another folder")
+    others = sorted(path.name for path in folder.iterdir() if path.is_dir() or not _WRITTEN.fullmatch(path.name))
+    if others:
+        raise FileExistsError(f"{folder}: it holds {others[0]!r}, which no export wrote; move it, or choose another folder")
+
+
+@contextmanager
+def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the block ends well, and else is removed. One that is there by then is
+    replaced if `replace`, else OSError, unless it is empty."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(".partial", f"{folder.name}.", folder.parent))
+    new, old = workplace / "new", workplace / "old"
+    new.mkdir()
+    try:
+        yield new
+        if replace and folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 of weights as they stand in the files: names, types and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def exported_weights(model: LanguageModel) -> dict[str, Tensor]:

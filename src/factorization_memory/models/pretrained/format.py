@@ -84,11 +84,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
             found = f"{', '.join(others)} can run programs when loaded and is not read; " if others else ""
             raise FormatError(f"{folder}: there is no {WEIGHTS_NAME}; {found}save the model with safetensors")
-        names = sorted(set(_read_json(folder / INDEX_NAME).get("weight_map", {}).values()))
+        names = indexed_files(folder)
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if Path(name).name != name:
-            raise FormatError(f"{folder / INDEX_NAME}: it names a file outside the folder, {name!r}; do not use it")
         try:
             tensors |= load_file(folder / name)
         except FileNotFoundError:
@@ -96,6 +94,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{folder / name}: damaged or cut short ({error}); copy or download it again") from None
     return tensors
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """The files that an index names. Raises `FormatError` unless all are files of safetensors within the folder."""
+    path = Path(folder) / INDEX_NAME
+    files = _read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise FormatError(f"{path}: its weight_map does not say in which file each weight is; copy or download it again")
+    for name in files.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise FormatError(f"{path}: it names {name!r}, which is no safetensors file of this folder; do not use it")
+    return sorted(set(files.values()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -116,24 +126,32 @@ def read_model_config(folder: Path | str) -> ModelConfig:
     path = Path(folder) / CONFIG_NAME
     fields = read_config(Path(folder))
     kind = fields["model_type"]
+    if kind not in (MODEL_TYPE, *NATIVE):
+        takes = ", ".join(map(repr, (MODEL_TYPE, *NATIVE)))
+        raise FormatError(f"{path}: model_type={kind!r}, takes one of {takes}; other models cannot be read here")
     try:
         if kind in NATIVE:
-            return native_config(fields)
-        if kind == MODEL_TYPE:
+            config = native_config(fields)
+        else:
             known = set(field_names())
-            return config_from_fields({name: value for name, value in fields.items() if name in known})
+            config = config_from_fields({name: value for name, value in fields.items() if name in known})
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
-    takes = ", ".join(map(repr, (MODEL_TYPE, *NATIVE)))
-    raise FormatError(f"{path}: model_type={kind!r}, takes one of {takes}; other models cannot be read here")
+    if config.vocab_size < 1:
+        raise FormatError(f"{path}: vocab_size={config.vocab_size}: a model needs the number of its tokenizer's ids")
+    return config
 
 
 def is_pretrained(folder: Path | str) -> bool:
-    """Whether a folder looks like one of this layout: its config.json says of what type the model is."""
+    """Whether a folder is one of this layout, if damaged: its config.json says of what type the model is or cannot be read, or
+    it has weights and no config.json."""
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).exists():
+        return any((folder / name).exists() for name in (WEIGHTS_NAME, INDEX_NAME))
     try:
-        return "model_type" in _read_json(Path(folder) / CONFIG_NAME)
+        return "model_type" in _read_json(folder / CONFIG_NAME)
     except FormatError:
-        return False
+        return True
 
 
 def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> LanguageModel:
@@ -155,10 +173,22 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
             raise FormatError(f"{folder}: {error}") from None
     else:
         weights = {own_name(name): tensor for name, tensor in weights.items()}
-        if config.tie_word_embeddings:
-            weights.setdefault("head.weight", weights.get("embedding.weight", torch.empty(0)))
+    if config.tie_word_embeddings and "embedding.weight" in weights:
+        table = weights["embedding.weight"]
+        if not torch.equal(weights.setdefault("head.weight", table), table):
+            raise FormatError(
+                f"{folder}: the head's weight differs from the embedding's, though {CONFIG_NAME} says that they are tied; "
+                "set tie_word_embeddings to false"
+            )
+    # Before anything of that size is made.
+    if config.num_layers > len(weights):
+        raise FormatError(f"{folder / CONFIG_NAME}: {config.num_layers:,} layers, but {len(weights):,} weights; use its own")
+    with torch.device("meta"):
+        check_weights(LanguageModel(config), weights, folder, str if kind in NATIVE else exported_name)
     model = LanguageModel(config)
-    load_weights(model, weights, folder, str if kind in NATIVE else exported_name)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
     return model.to(device).eval()
 
 
@@ -167,24 +197,21 @@ def builtin_model() -> Path:
     return Path(str(importlib.resources.files(__package__) / "builtin"))
 
 
-@torch.no_grad()
-def load_weights(
-    model: LanguageModel, weights: Mapping[str, Tensor], folder: Path, named: Callable[[str], str] = exported_name
-) -> None:
-    """Copy weights by our names into `model`. Raises `FormatError` for the first that is missing, too many or of another
-    shape, calling it what `named` makes of its name."""
+def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: Path, named: Callable[[str], str]) -> None:
+    """Raise `FormatError` for the first weight, by our names, that is missing, too many, of another shape or no real number;
+    it is called what `named` makes of its name."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own:
             problem = "is missing" if name not in weights else "should not be there"
-            raise FormatError(f"{folder}: weight {named(name)!r} {problem} of its {CONFIG_NAME}; use the one saved with it")
+            raise FormatError(f"{folder}: weight {named(name)!r} {problem} by its {CONFIG_NAME}; use the one saved with it")
         if weights[name].shape != own[name].shape:
             raise FormatError(
                 f"{folder}: weight {named(name)!r} has shape {tuple(weights[name].shape)}, by {CONFIG_NAME} it should "
                 f"have {tuple(own[name].shape)}; use the one saved with it"
             )
-    for name, tensor in own.items():
-        tensor.copy_(weights[name])
+        if not weights[name].is_floating_point():
+            raise FormatError(f"{folder}: weight {named(name)!r} is of {weights[name].dtype}; save it in float32 or bfloat16")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
