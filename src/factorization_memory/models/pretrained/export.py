@@ -139,13 +139,13 @@ def require_free(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder}: it is no exported model, and stays as it is; choose another folder")
     others = sorted(path.name for path in folder.iterdir() if path.is_dir() or not _WRITTEN.fullmatch(path.name))
     if others:
-        raise FileExistsError(f"{folder}: it holds {others[0]!r}, which no export wrote; move it, or choose another folder")
+        raise FileExistsError(f"{folder}: it holds {others[0]!r}, which no export wrote; choose another folder")
 
 
 @contextmanager
 def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when the block ends well, and else is removed. One that is there by then is
-    replaced if `replace`, else OSError, unless it is empty."""
+    """A folder to write into, which becomes `folder` when the block ends well, and else is removed. One that is there by then
+    is replaced if `replace`; otherwise, unless it is empty, OSError is raised."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(".partial", f"{folder.name}.", folder.parent))
     new, old = workplace / "new", workplace / "old"
