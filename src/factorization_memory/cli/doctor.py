@@ -14,8 +14,8 @@ from factorization_memory.cli.common import console, emit, parse
 if TYPE_CHECKING:
     from rich.console import Console
 
-REQUIRED = ("torch", "numpy", "tokenizers", "safetensors")
-OPTIONAL = ("triton", "transformers", "datasets")
+REQUIRED = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub")
+OPTIONAL = ("triton", "transformers", "datasets", "lm_eval")
 
 
 @dataclass(frozen=True)
