@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from factorization_memory.cli import dispatch
+from factorization_memory.models.pretrained import builtin_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,9 +32,9 @@ def blocks(language: str) -> list[str]:
 def test_python_snippets(number: int) -> None:
     names: dict[str, object] = {}
     exec(blocks("python")[number], names)
-    shapes = {"y": (2, 1000), "logits": (1, 512)}
+    shapes = {"y": (2, 1000), "logits": (1, 512), "written": (2,)}
     (found,) = shapes.keys() & names.keys()
-    assert tuple(names[found].shape)[:2] == shapes[found]
+    assert tuple(names[found].shape)[: len(shapes[found])] == shapes[found]
 
 
 def commands() -> list[list[str]]:
@@ -49,13 +50,24 @@ def test_fmem_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         text = "".join(f"Line {line} of text {number}. これは{line}行目です。\n" for line in range(40))
         (tmp_path / "my-texts" / f"{number}.txt").write_text(text, encoding="utf-8")
     run = [words[1:] for words in commands() if words[0] == "fmem"]
-    assert [words[0] for words in run] == ["data", "data", "plan", "train", "evaluate", "generate", "inspect", "compare"]
+    assert [words[0] for words in run] == [
+        "data",
+        "data",
+        "plan",
+        "train",
+        "evaluate",
+        "generate",
+        "inspect",
+        "export",
+        "compare",
+    ]
     short = {"train": TINY, "compare": ["--dry-run"]}
     for words in run:
         assert dispatch([*words, *short.get(words[0], [])]) == 0, words
     assert capsys.readouterr().out.startswith("It was ")
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
     assert (tmp_path / "inspection.html").exists()
+    assert (tmp_path / "exported" / "model.safetensors").exists()
 
 
 def test_make_targets() -> None:
@@ -101,6 +113,9 @@ def test_examples(script: Path, tmp_path: Path) -> None:
     if script.name == "train_from_python.py":
         (tmp_path / "text.txt").write_text("It was a dark and stormy night.\n" * 100, encoding="utf-8")
         arguments = [str(tmp_path / "text.txt"), "3"]
+    if script.name == "fine_tune_with_trl.py":
+        (tmp_path / "data.jsonl").write_text('{"prompt": "It was", "completion": " dark."}\n' * 16, encoding="utf-8")
+        arguments = [str(builtin_model()), str(tmp_path / "data.jsonl"), "2"]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "False" not in done.stdout
     assert done.stdout.strip()

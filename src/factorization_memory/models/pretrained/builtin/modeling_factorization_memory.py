@@ -1,0 +1,1 @@
+from factorization_memory.models.huggingface import FactorizationMemoryConfig, FactorizationMemoryModel, FactorizationMemoryForCausalLM, FactorizationMemoryForSequenceClassification
