@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from factorization_memory.cli import dispatch
+from factorization_memory.cli import evaluate_harness as show_harness
+from factorization_memory.models.pretrained import builtin_model
+from factorization_memory.training import load_model
 
 pytest.importorskip("lm_eval")
+from factorization_memory.evaluation.harness_tasks import choose_tasks, run_tasks
+
 TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--data.context-length", "32",
     "--training.tokens-per-step", "128", "--training.steps", "2", "--training.evaluate-every", "2",
@@ -83,7 +91,7 @@ def test_tasks_on_local_data(run: Path, data: Path, capsys: pytest.CaptureFixtur
     assert result["asked"] == {"tasks": ["hellaswag", "lambada_openai"], "shots": None, "limit": 3, "batch_size": 2}
     assert json.loads((run / "harness.json").read_text(encoding="utf-8")) == result
     assert not list(run.glob("*.partial"))
-    assert all(word in err for word in ("hellaswag", "acc_norm", "perplexity", "standard error", "harness.json"))
+    assert all(word in err for word in ("hellaswag", "acc_norm", "perplexity", "± error", "harness.json"))
 
 
 def test_a_checkpoint_keeps_nothing(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +124,7 @@ def test_without_a_hub(run: Path, data: Path, capsys: pytest.CaptureFixture[str]
         (["--harness", "hellaswag", "--harness-batch-size", "0"], 2, "--harness-batch-size=0: use 1 or more"),
         (["--harness", "hellaswag", "--max-tokens", "9"], 2, "--max-tokens: it is about held-out text"),
         (["--harness-data", "data"], 2, "--harness-data: there is no task; name some with --harness"),
+        (["--harness"], 2, "--harness: no task is named"),
         (["--harness", "hellaswag", "--harness-data", "nowhere"], 2, "nowhere: no such folder"),
     ],
 )
@@ -127,6 +136,49 @@ def test_bad_usage(
     assert (got, out) == (status, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_arithmetic_is_that_of_the_adapter_in_python(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a model that was trained in bfloat16, as the one of the package was; and the record says so."""
+    status, out, _ = call(
+        capsys, "evaluate", "--harness", "lambada_openai", "--harness-data", data, "--device", "cpu", "--json"
+    )
+    assert status == 0
+    result = json.loads(out)
+    model, tokenizer, config = load_model(builtin_model())
+    assert config.training.precision == "bfloat16"
+    with choose_tasks(["lambada_openai"], data=data) as chosen:
+        expected = run_tasks(chosen, model, tokenizer)
+    assert result["tasks"]["lambada_openai"]["metrics"] == expected["tasks"]["lambada_openai"]["metrics"]
+    assert (result["checkpoint"], result["device"], result["precision"]) == ("builtin", "cpu", "float32")
+
+
+def test_the_table_in_a_narrow_terminal(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = call(
+        capsys, "evaluate", run, "--harness", "hellaswag", "lambada_openai", "--harness-data", data, "--device", "cpu", "--json"
+    )
+    assert status == 0
+    for name, task in json.loads(out)["tasks"].items():
+        assert name in err
+        for metric, found in task["metrics"].items():
+            assert metric in err
+            assert show_harness._short(found["value"]) in err
+
+
+def test_sigterm_ends_as_an_exception_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended, show_harness.ended_by_sigterm():
+        wait()
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_no_such_run(capsys: pytest.CaptureFixture[str]) -> None:

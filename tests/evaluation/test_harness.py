@@ -361,6 +361,13 @@ def test_options_that_are_not_here(options: dict[str, Any], message: str) -> Non
         Decoding(options, 1)
 
 
+def test_a_limit_of_no_tokens(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    assert Decoding({"max_gen_toks": 0}, 256).max_tokens == 0
+    assert Decoding({"max_gen_toks": None}, 256).max_tokens == 256
+    request = Instance("generate_until", {}, ("The river", {"until": [], "max_gen_toks": 0}), 0)
+    assert FactorizationMemoryLM(model, tokenizer).generate_until([request], disable_tqdm=True) == [""]
+
+
 def test_by_name_and_with_its_cache(
     data: Path, own_tasks: Path, model: LanguageModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -553,7 +560,7 @@ def test_a_task_that_needs_a_package(model: LanguageModel, tokenizer: Tokenizer,
         ("hellaswag", ["train.jsonl"], None, r"needs validation\.jsonl .*it holds train\.jsonl"),
         ("hellaswag", ["validation.jsonl"], 2, r"needs train\.jsonl"),
         ("arc_easy", ["validation.jsonl"], None, r"needs test\.jsonl"),
-        ("hellaswag", [], None, "it holds no data file"),
+        ("hellaswag", [], None, "it holds nothing"),
         ("ja_leaderboard_jcommonsenseqa", ["validation.jsonl"], None, r"needs train\.jsonl"),
         ("hellaswag", ["train.parquet", "validation.jsonl"], None, "several kinds"),
     ],
@@ -575,6 +582,49 @@ def test_files_that_do_not_fit(tmp_path: Path, model: LanguageModel, tokenizer: 
         run_tasks(chosen, model, tokenizer)
     with pytest.raises(ConfigError, match="no such folder"), choose_tasks(["hellaswag"], data=tmp_path / "nowhere"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "shots", "message"),
+    [
+        ("lambada_openai", [{"text": "a b c"}, {"text": None}], None, "task lambada_openai: its questions cannot be made"),
+        ("hellaswag", None, 100, "task hellaswag: its questions cannot be made.*ask for fewer examples of 'train'"),
+    ],
+)
+def test_rows_that_do_not_fit(
+    task: str,
+    rows: list[Any] | None,
+    shots: int | None,
+    message: str,
+    tmp_path: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+) -> None:
+    good = {"activity_label": "Men", "ctx_a": "One sits.", "ctx_b": "he", "endings": list("abcd"), "label": "1"}
+    if rows is None:
+        write(tmp_path / task / "train.jsonl", [good] * 6)
+        write(tmp_path / task / "validation.jsonl", [good])
+    else:
+        write(tmp_path / task / "test.jsonl", rows)
+    with choose_tasks([task], data=tmp_path, shots=shots) as chosen, pytest.raises(HarnessDataError, match=message):
+        run_tasks(chosen, model, tokenizer)
+
+
+def test_files_that_are_two_or_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "lambada_openai"
+
+    def refused(message: str) -> None:
+        with pytest.raises(HarnessDataError, match=message), choose_tasks(["lambada_openai"], data=tmp_path):
+            pass
+
+    write(folder / "test.jsonl", [{"text": "a b"}])
+    (folder / "test.json").write_text("[]", encoding="utf-8")
+    refused(r"test\.jsonl? and test\.jsonl? are one split of task lambada_openai; keep one")
+    (folder / "test.json").unlink()
+    (folder / "test.jsonl").write_text("", encoding="utf-8")
+    refused(r"test\.jsonl: the file is empty")
+    (folder / "test.jsonl").rename(folder / "test.csv")
+    refused(r"needs test\.jsonl .*it holds test\.csv")
 
 
 def test_parquet(tmp_path: Path, data: Path) -> None:

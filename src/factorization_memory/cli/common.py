@@ -42,6 +42,15 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def resolve(run: Path | None) -> tuple[Path | None, Path | None]:
+    """The run folder, if `run` is one; and the folder to load, of a run its best checkpoint, None for the package's model."""
+    from factorization_memory.training import find_checkpoint, list_checkpoints
+
+    if run is None or not list_checkpoints(run):
+        return None, run
+    return run, find_checkpoint(run, "best")
+
+
 def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunConfig]:
     """The model that a verb was given, or else the one that comes with the package; `device` is its `--device`."""
     from factorization_memory.models.pretrained import builtin_model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, load, parse, say, write_aside
+from factorization_memory.cli.common import console, emit, load, parse, resolve, say, write_aside
 from factorization_memory.config import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class EvaluateOptions:
     """Stretches of text of each source that are read by position."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda or cuda:N."""
-    harness: tuple[str, ...] = ()
+    harness: tuple[str, ...] | None = None
     """Tasks or groups of lm-evaluation-harness, or `english` or `japanese` for several of them, instead of held-out text."""
     harness_data: Path | None = None
     """Folder with data of tasks, TASK/SPLIT.jsonl (or .json, .parquet); what is not there comes from the hub."""
@@ -65,6 +65,8 @@ def run(arguments: list[str]) -> int:
     default = EvaluateOptions()
     with_harness = [f"--{name.replace('_', '-')}" for name in HARNESS if getattr(options, name) != getattr(default, name)]
     without = [f"--{name.replace('_', '-')}" for name in HELD_OUT if getattr(options, name) != getattr(default, name)]
+    if options.harness == ():
+        raise ConfigError("--harness: no task is named; name some, for example hellaswag or japanese")
     if options.harness and without:
         raise ConfigError(f"{without[0]}: it is about held-out text, which --harness leaves out; leave one of them out")
     if options.harness:
@@ -81,11 +83,9 @@ def run(arguments: list[str]) -> int:
         if value is not None and value < least:
             raise ConfigError(f"{flag}={value}: use {least} or more")
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.training import find_checkpoint, list_checkpoints
     from factorization_memory.training.checkpoint import read_state
 
-    run_dir = options.run if options.run is not None and list_checkpoints(options.run) else None
-    checkpoint = options.run if run_dir is None else find_checkpoint(run_dir, "best")
+    run_dir, checkpoint = resolve(options.run)
     model, tokenizer, config = load(checkpoint, options.device)
     limits: dict[str, Any] = {name: getattr(options, name) for name in ("max_position", "max_tokens", "stretches")}
     if checkpoint is None and options.corpus is None:

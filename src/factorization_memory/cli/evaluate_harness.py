@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import console, emit, load, say, write_aside
+from factorization_memory.cli.common import console, emit, load, resolve, say, write_aside
 from factorization_memory.config import ConfigError
 
 if TYPE_CHECKING:
@@ -26,11 +30,10 @@ def run(options: EvaluateOptions) -> int:
     ):
         if value is not None and value < least:
             raise ConfigError(f"{flag}={value}: use {least} or more")
-    from factorization_memory.training import find_checkpoint, list_checkpoints, resolve_device
+    from factorization_memory.training import resolve_device
     from factorization_memory.training.device import autocast
 
-    run_dir = options.run if options.run is not None and list_checkpoints(options.run) else None
-    checkpoint = options.run if run_dir is None else find_checkpoint(run_dir, "best")
+    run_dir, checkpoint = resolve(options.run)
     if checkpoint is not None and not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no such folder; give that of a run, of a checkpoint or of an exported model")
     device = resolve_device(options.device, "--device")
@@ -42,14 +45,23 @@ def run(options: EvaluateOptions) -> int:
     # What the harness prints is for people; stdout is for the result.
     with (
         redirect_stdout(sys.stderr),
+        ended_by_sigterm(),
         choose_tasks(
-            options.harness, data=options.harness_data, own_tasks=options.harness_tasks, shots=options.harness_shots
+            options.harness or (), data=options.harness_data, own_tasks=options.harness_tasks, shots=options.harness_shots
         ) as chosen,
     ):
         model, tokenizer, config = load(checkpoint, options.device)
-        with autocast(config.training, device):
+        # On a CPU in float32, as the harness's own adapter has it, whatever the model was trained in.
+        halved = device.type == "cuda" and config.training.precision != "float32"
+        arithmetic = replace(config.training, precision="bfloat16" if halved else "float32")
+        with autocast(arithmetic, device):
             record = run_tasks(chosen, model, tokenizer, limit=options.harness_limit, batch_size=options.harness_batch_size)
-    result = {"checkpoint": "builtin" if checkpoint is None else checkpoint.resolve().name, **record}
+    result = {
+        "checkpoint": "builtin" if checkpoint is None else checkpoint.resolve().name,
+        "device": str(device),
+        "precision": arithmetic.precision,
+        **record,
+    }
     show(result)
     if run_dir is not None:
         write_aside(run_dir / RECORD, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
@@ -58,11 +70,26 @@ def run(options: EvaluateOptions) -> int:
     return 0
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does, so that temporary files go."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def show(result: dict[str, Any]) -> None:
     """The results as a table on stderr."""
     from rich.table import Column, Table
 
-    table = Table(Column("task", no_wrap=True), "examples", "shots", "metric", "value", "standard error")
+    columns = [Column(name, no_wrap=True) for name in ("n", "shots", "metric", "value", "± error")]
+    table = Table(Column("task", overflow="fold"), *columns)
     for part in ("groups", "tasks"):
         for name, entry in result[part].items():
             first = [name, *(("", "") if part == "groups" else (str(entry["examples"]), str(entry["shots"])))]

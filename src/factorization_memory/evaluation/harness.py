@@ -106,7 +106,10 @@ class FactorizationMemoryLM(TemplateLM):
         contexts: dict[tuple[int, ...], list[int]] = {}
         for index, (strings, context, continuation) in enumerate(requests):
             if not continuation:
-                raise ValueError(f"{strings}: this continuation adds no token to its context; correct the task's data")
+                end, more = (strings[0][-40:], strings[1][:80]) if strings else ("", "")
+                raise ValueError(
+                    f"continuation {more!r} adds no token to its context, which ends in {end!r}; correct the task's data"
+                )
             contexts.setdefault(tuple(context) or (self.prefix_token_id,), []).append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
@@ -277,7 +280,8 @@ class Decoding:
         until = options.pop("until", None) or []
         self.until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "max_gen_toks"):  # the last one counts
-            max_tokens = options.pop(name, None) or max_tokens
+            given = options.pop(name, None)
+            max_tokens = max_tokens if given is None else given
         self.max_tokens = int(max_tokens)
         self.temperature = float(options.pop("temperature", None) or 0.0)
         sampled = options.pop("do_sample", None)

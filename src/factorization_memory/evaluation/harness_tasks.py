@@ -12,7 +12,7 @@ asked       {tasks, shots, limit, batch_size}: what was asked for, null is the d
 versions    {lm_eval, factorization_memory, torch}
 seconds     time of the evaluation, without loading the data
 
-The command line adds `checkpoint`.
+The command line adds `checkpoint`, `device` and `precision`.
 """
 
 from __future__ import annotations
@@ -143,15 +143,21 @@ def run_tasks(
     adapter = FactorizationMemoryLM(model, tokenizer, batch_size)
     objects = _load(chosen)
     start = time.perf_counter()
-    results = simple_evaluate(
-        adapter,
-        tasks=objects,
-        task_manager=chosen.manager,
-        num_fewshot=chosen.shots,
-        limit=limit,
-        bootstrap_iters=BOOTSTRAPS,
-        log_samples=False,
-    )
+    try:
+        results = simple_evaluate(
+            adapter,
+            tasks=objects,
+            task_manager=chosen.manager,
+            num_fewshot=chosen.shots,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+        )
+    except Exception as error:  # of which kind depends on what is wrong with which row
+        better = _in_rows(chosen, limit)
+        if better is None:
+            raise
+        raise better from error
     record: dict[str, Any] = {"tasks": {}, "groups": {}}
     for name, row in results["results"].items():
         is_task = name in chosen.leaves
@@ -312,16 +318,22 @@ def _from_files(name: str, config: dict[str, Any], folder: Path, shots: int | No
     named = {config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")}
     named |= {*_wanted(config, shots), examples.get("split") if isinstance(examples, dict) else None}
     found = {path.stem: path for path in there if path.stem in named}
+    for path in there:
+        if path.stem in found and path != found[path.stem]:
+            raise HarnessDataError(f"{folder}: {path.name} and {found[path.stem].name} are one split of task {name}; keep one")
     missing = [split for split in _wanted(config, shots) if split not in found]
     if missing:
         needed = ", ".join(f"{split}.jsonl" for split in missing)
-        holds = ", ".join(path.name for path in there) or "no data file"
+        holds = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise HarnessDataError(f"{folder}: task {name} needs {needed} (or .json, .parquet) there; it holds {holds}")
     formats = {FORMATS[path.suffix] for path in found.values()}
     if len(formats) > 1:
         raise HarnessDataError(
             f"{folder}: files of task {name} are of several kinds; give all of them as .jsonl or as .parquet"
         )
+    for path in found.values():
+        if path.stat().st_size == 0:
+            raise HarnessDataError(f"{path}: the file is empty; give task {name} rows like those of its own data set")
     files = {split: str(path.resolve()) for split, path in found.items()}
     change: dict[str, Any] = {
         "dataset_path": formats.pop(),
@@ -363,13 +375,40 @@ def _culprit(chosen: ChosenTasks, name: str, error: Exception) -> tuple[str, Exc
     return next(iter(leaves), name), error
 
 
+def _in_rows(chosen: ChosenTasks, limit: int | None) -> HarnessDataError | None:
+    """The error that names the first task whose questions cannot be made, and why; None if those of all can."""
+    for leaf in chosen.leaves:
+        try:
+            task = chosen.manager.load([leaf])["tasks"][leaf]
+            if chosen.shots is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=chosen.shots)
+            task.build_all_requests(limit=limit, rank=0, world_size=1)
+        except Exception as cause:
+            _, examples = _splits(chosen.leaves[leaf], chosen.shots)
+            of = f", or ask for fewer examples of {examples!r} with --harness-shots" if examples else ""
+            return HarnessDataError(
+                f"task {leaf}: its questions cannot be made of its data ({_reason(cause)}); correct the rows{of}"
+            )
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line, with the cause where the error itself says nothing of it."""
+    parts = [f"{type(error).__name__}: {error}"]
+    while error.__cause__ is not None and len(parts) < 3:
+        error = error.__cause__
+        parts.append(f"{type(error).__name__}: {error}")
+    return " ".join(": ".join(parts).split())[:300]
+
+
 def _complaint(chosen: ChosenTasks, task: str, error: Exception) -> str:
     """What to say when a task cannot be loaded."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    reason = _reason(error)
     if isinstance(error, ImportError):
         return f"task {task}: {error}; install what is missing, or leave the task out"
     if task in chosen.local:
-        return f"task {task}: its data files do not fit it ({reason}); give rows like those of its own data set"
+        files = ", ".join(chosen.local[task].values())
+        return f"task {task}: its data files do not fit it ({reason}); give rows like those of its own data set in {files}"
     config = chosen.leaves.get(task, {})
     data_set = " ".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or "its data set"
     files = " and ".join(f"DIR/{task}/{split}.jsonl" for split in _wanted(config, chosen.shots))
