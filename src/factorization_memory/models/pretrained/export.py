@@ -108,7 +108,8 @@ def save_pretrained(
     }
     # Copies: parts of one tensor, as some are, would be refused.
     weights = {
-        key: value.to(dtype).clone(memory_format=torch.contiguous_format) for key, value in exported_weights(model).items()
+        key: value.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+        for key, value in exported_weights(model).items()
     }
     for key, value in weights.items():
         if not value.isfinite().all():
