@@ -236,7 +236,7 @@ def test_transformers_as_a_witness(groups: int) -> None:
             for t in range(33, 40):
                 theirs = mixer(x[:, t : t + 1], **{cache_name: cache})[:, 0]
                 torch.testing.assert_close(layer.step(x[:, t], state), theirs, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(state.memory, cache.get_recurrent_state(index, state_idx=0), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(state.memory, cache.layers[index].recurrent_states[0], rtol=1e-5, atol=1e-5)
 
 
 def test_no_sequences() -> None:
