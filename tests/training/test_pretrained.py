@@ -181,8 +181,15 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
         "3 of them updated", "| en | 1 |", "## Limits",
     ):  # fmt: skip
         assert words in card.text, words
-    command = card.text.partition("```sh\n")[2].partition("\n")[0]
-    assert str(tmp_path) not in command
+    # The corpus lies there, and the command may have named it.
+    record = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    named = record | {"command": ["fmem", "train", f"--data.corpus={tmp_path}/packed", "--run-dir", str(run)]}
+    (run / "environment.json").write_text(json.dumps(named), encoding="utf-8")
+    export_run(run, tmp_path / "model", name='Tiny: a "test"', license="apache-2.0", overwrite=True)
+    assert "fmem train --data.corpus=packed --run-dir run" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    for path in (tmp_path / "model").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+        assert b"/pytest-of-" not in path.read_bytes(), path.name
     import_model(tmp_path / "model", tmp_path / "back")
     export_run(tmp_path / "back", tmp_path / "again")
     assert "| en | 1 |" in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")

@@ -35,6 +35,14 @@ def choose(name: str, known: dict[str, Any], what: str) -> Any:
     return known[name]
 
 
+def at_least(options: Any, **bounds: int) -> None:
+    """A usage error for the first of the named options that is set below its bound."""
+    for name, least in bounds.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}={value}: use {least} or more")
+
+
 def console() -> Console:
     """Where people read: stderr."""
     from rich.console import Console

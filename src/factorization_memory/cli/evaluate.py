@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, load, parse, resolve, say, write_aside
+from factorization_memory.cli.common import at_least, console, emit, load, parse, resolve, say, write_aside
 from factorization_memory.config import ConfigError
 
 if TYPE_CHECKING:
@@ -75,13 +75,7 @@ def run(arguments: list[str]) -> int:
         return evaluate_harness.run(options)
     if with_harness:
         raise ConfigError(f"{with_harness[0]}: there is no task; name some with --harness")
-    for flag, value, least in (
-        ("--max-tokens", options.max_tokens, 1),
-        ("--stretches", options.stretches, 1),
-        ("--max-position", options.max_position, 0),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"{flag}={value}: use {least} or more")
+    at_least(options, max_tokens=1, stretches=1, max_position=0)
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.training.checkpoint import read_state
 

@@ -11,8 +11,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import console, emit, load, resolve, say, write_aside
-from factorization_memory.config import ConfigError
+from factorization_memory.cli.common import at_least, console, emit, load, resolve, say, write_aside
 
 if TYPE_CHECKING:
     from factorization_memory.cli.evaluate import EvaluateOptions
@@ -23,13 +22,7 @@ RECORD = "harness.json"
 
 def run(options: EvaluateOptions) -> int:
     """`fmem evaluate` with `--harness`."""
-    for flag, value, least in (
-        ("--harness-limit", options.harness_limit, 1),
-        ("--harness-shots", options.harness_shots, 0),
-        ("--harness-batch-size", options.harness_batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"{flag}={value}: use {least} or more")
+    at_least(options, harness_limit=1, harness_shots=0, harness_batch_size=1)
     from factorization_memory.training import resolve_device
     from factorization_memory.training.device import autocast
 

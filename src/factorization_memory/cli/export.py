@@ -45,8 +45,9 @@ def run(arguments: list[str]) -> int:
     options = parse(ExportOptions, arguments, "export")
     from factorization_memory.training import export_run
 
+    writers = {"huggingface": export_run}
     try:
-        name = export_run(
+        name = writers[options.to](
             options.run, options.output, name=options.name, license=options.license, data=options.data, dtype=options.dtype,
             max_shard_size=options.max_shard_size, overwrite=options.overwrite,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from factorization_memory.cli.common import console, emit, load, parse, read_text
+from factorization_memory.cli.common import at_least, console, emit, load, parse, read_text
 from factorization_memory.config import ConfigError
 from factorization_memory.generation.sampling import SamplingConfig
 
@@ -50,9 +50,7 @@ def run(arguments: list[str]) -> int:
     except ConfigError as error:
         # The library names its field; here it is a flag.
         raise ConfigError(re.sub(r"^sampling\.(\w+)", lambda field: "--" + field[1].replace("_", "-"), str(error))) from None
-    for name in ("max_tokens", "num_samples"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: use 1 or more")
+    at_least(options, max_tokens=1, num_samples=1)
     if options.prefill_chunk < 0:
         raise ConfigError(f"--prefill-chunk={options.prefill_chunk}: use 1 or more tokens, or 0 (automatic)")
     if bool(options.prompt) == (options.prompt_file is not None):

@@ -59,7 +59,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[La
     path = Path(path)
     device = resolve_device(device, "device") if isinstance(device, str) else device
     if not _is_own(path) and is_pretrained(path):
-        model, tokenizer, config, _ = _read_pretrained(path)
+        model, tokenizer, config = _read_pretrained(path)
         return model.to(device), tokenizer, config
     path = _checkpoint(path)
     record = read_state(path)
@@ -173,7 +173,8 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
         raise CheckpointError(f"{folder}: it is a run, or a part of one; use it as it is, or `fmem export` it")
     if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
         raise FileExistsError(f"{run_dir}: it exists and is not empty; choose another run folder")
-    model, tokenizer, config, record = _read_pretrained(folder)
+    model, tokenizer, config = _read_pretrained(folder)
+    record = _known_training(folder)
     with whole_folder(run_dir) as aside:
         checkpoint = save_checkpoint(
             aside, model=model, optimizer=None, config=config, state=TrainingState(**record.get("state", {})),
@@ -231,25 +232,19 @@ def _is_own(path: Path) -> bool:
     return (path / STATE_NAME).exists() or bool(FOLDER_NAME.fullmatch(path.name)) or bool(list_checkpoints(path))
 
 
-def _read_pretrained(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig, dict[str, Any]]:
-    """Model, tokenizer, configuration, and what training.json says of these weights, {} if nothing."""
+def _read_pretrained(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
     from factorization_memory.data.tokenizer import Tokenizer
 
     model = load_pretrained(folder)
-    file, path = folder / TOKENIZER_NAME, folder / TRAINING_NAME
+    file = folder / TOKENIZER_NAME
     if not file.exists():
         raise CheckpointError(f"{file}: missing; copy the model's tokenizer there")
     tokenizer = Tokenizer.load(file)
-    record = _read_json(path)
-    if record and (not isinstance(record.get("format_version"), int) or record["format_version"] > FORMAT_VERSION):
-        raise CheckpointError(
-            f"{path}: format version {record.get('format_version')!r} is not one that this package reads "
-            f"({FORMAT_VERSION}); upgrade factorization-memory, or remove that file, which only says how the model was trained"
-        )
+    record = _training(folder)
     try:
         config = from_dict(RunConfig, record.get("config", {"name": "imported"}))
     except ConfigError as error:
-        raise _unreadable(path, str(error)) from None
+        raise _unreadable(folder / TRAINING_NAME, str(error)) from None
     fields = read_config(folder)
     ends = {"eos_token_id": tokenizer.document_end, "pad_token_id": tokenizer.padding}
     wrong = [name for name, own in ends.items() if fields.get(name) not in (None, own, [own])]
@@ -259,15 +254,33 @@ def _read_pretrained(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig,
             f"{file}: not the tokenizer of this model, whose config.json has vocab_size={model.config.vocab_size} and "
             f"eos_token_id={fields.get('eos_token_id')}; put its own there"
         )
-    if record and record.get("weights") != digest(read_weights(folder)):
-        record = {}  # somebody went on training: what was known is of other weights
+    return model, tokenizer, dataclasses.replace(config, model=model.config)
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    """What training.json holds, {} if it is missing."""
+    path = folder / TRAINING_NAME
+    record = _read_json(path)
+    if record and (not isinstance(record.get("format_version"), int) or record["format_version"] > FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path}: format version {record.get('format_version')!r} is not one that this package reads "
+            f"({FORMAT_VERSION}); upgrade factorization-memory, or remove that file, which only says how the model was trained"
+        )
+    return record
+
+
+def _known_training(folder: Path) -> dict[str, Any]:
+    """What training.json says of these very weights: nothing where somebody has trained them further since."""
+    record = _training(folder)
+    if not record or record.get("weights") != digest(read_weights(folder)):
+        return {}
     for name, kind in (("state", dict), ("corpus_fingerprint", str), ("environment", dict), ("sources", dict)):
-        if record and not isinstance(record.get(name), kind):
-            raise _unreadable(path, f"the field {name!r} cannot be {record.get(name)!r}")
-    wrong_field = wrong_state_field(record["state"]) if record else None
-    if wrong_field is not None:
-        raise _unreadable(path, wrong_field)
-    return model, tokenizer, dataclasses.replace(config, model=model.config), record
+        if not isinstance(record.get(name), kind):
+            raise _unreadable(folder / TRAINING_NAME, f"the field {name!r} cannot be {record.get(name)!r}")
+    wrong = wrong_state_field(record["state"])
+    if wrong is not None:
+        raise _unreadable(folder / TRAINING_NAME, wrong)
+    return record
 
 
 def _unreadable(path: Path, reason: str) -> CheckpointError:
