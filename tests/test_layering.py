@@ -30,11 +30,11 @@ ROOMS = {
     },
 }  # fmt: skip
 OUTSIDE = {
-    "datasets": {"data/corpora.py"},
+    "datasets": {"data/fetch.py"},
     "tokenizers": {"data/tokenizer.py"},
     "huggingface_hub": {"models/pretrained/export.py"},
     "pyarrow": {"data/corpora.py"},
-    "zstandard": {"data/corpora.py"},
+    "zstandard": {"data/corpora.py", "data/fetch.py"},
     "matplotlib": {"experiments/figures.py", "benchmarks/plot.py"},
     "transformers": {"models/huggingface/", "benchmarks/training.py", "benchmarks/inference_peers.py"},
     "lm_eval": {"evaluation/harness"},

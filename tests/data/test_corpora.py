@@ -24,10 +24,9 @@ from factorization_memory.data.corpora import (
     CorpusError,
     Document,
     builtin_corpus,
-    fetch_dataset,
     read_documents,
-    source_record,
 )
+from factorization_memory.data.fetch import fetch_dataset, source_record
 from factorization_memory.data.named_corpora import CORPORA
 from factorization_memory.data.shards import pack
 from factorization_memory.data.tokenizer import Tokenizer

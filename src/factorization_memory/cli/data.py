@@ -97,7 +97,7 @@ def _fetch(arguments: list[str]) -> int:
         raise ConfigError(
             f"--output is missing; name the file to write, for example --output {Path(options.name).name}.jsonl.zst"
         )
-    from factorization_memory.data.corpora import fetch_dataset, source_record
+    from factorization_memory.data.fetch import fetch_dataset, source_record
 
     out = console()
     with out.status("opening the data set") as status:

@@ -1,4 +1,4 @@
-"""Documents from files: .txt, .jsonl, .jsonl.zst, .parquet or a folder of these; and data sets fetched by name.
+"""Documents from files: .txt, .jsonl, .jsonl.zst, .parquet or a folder of these.
 
 Everything that comes out is Unicode NFC with LF line ends. A jsonl line or parquet row is one document: `text`, and if it has
 them `id`, `author` and `language`.
@@ -6,38 +6,23 @@ them `id`, `author` and `language`.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
-import glob
 import importlib.resources
 import io
 import json
-import os
-import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from factorization_memory.config import ConfigError
-from factorization_memory.data.named_corpora import (
-    CORPORA,
-    READERS,
-    HubCorpus,
-    download_command,
-    find_corpus,
-    local_files,
-    reader,
-)
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 
 _READ_SIZE = 1 << 18
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors that say so."""
 
 
 class CorpusError(ValueError):
@@ -87,102 +72,13 @@ def builtin_corpus() -> Path:
     return Path(str(importlib.resources.files(__package__) / "books"))
 
 
-@dataclass(frozen=True)
-class FetchRecord:
-    """Where a fetched file comes from; written beside it."""
-
-    data_set: str
-    """OWNER/NAME on the hub, or the folder that was named."""
-    config: str | None
-    split: str
-    revision: str | None
-    """The commit that was read. Of local files it is the one asked for: they do not tell theirs."""
-    local_files: tuple[str, ...] | None
-    """What was read instead of the hub, relative to the folder given; None: the hub, or the folder as a whole."""
-    text_column: str
-    language: str | None
-    """What was set on every document; None: what the rows say."""
-    licence: str | None
-    documents: int
-    max_documents: int | None
-    fetched: str
-    """Date and time in UTC."""
-
-
-def fetch_dataset(
-    name: str,
-    output: Path,
-    *,
-    config: str | None = None,
-    split: str | None = None,
-    text_column: str | None = None,
-    revision: str | None = None,
-    data_dir: Path | None = None,
-    max_documents: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> FetchRecord:
-    """Stream a data set once, through the `datasets` library, into `output` (.jsonl.zst).
-
-    `name` is a short one of `named_corpora`, which brings its configuration, revision and language with it, or OWNER/NAME on
-    the hub, or a folder; what else is given goes before what the short name says. With `data_dir`, files on disk laid out
-    like the data set are read and the hub is not asked. `progress` gets the documents and (unpacked) bytes written so far.
-
-    Rows without text are left out; `id`, `title`, `author` and `language` are kept where there are any. The file and the
-    record beside it (`source_record`), which is also returned, are written aside and renamed when whole.
-
-    Raises `ConfigError` for an unknown short name or a `max_documents` below 1, and `CorpusError` when `datasets` is not
-    installed, the hub cannot be reached, the data set has no such column or no text, or `output` exists.
-    """
-    output = Path(output)
-    if not output.name.endswith(".jsonl.zst"):
-        raise CorpusError(f"{output}: the name of the fetched file must end in .jsonl.zst")
-    if output.exists():
-        raise CorpusError(f"{output}: the file exists; remove it or choose another name")
-    if max_documents is not None and max_documents < 1:
-        raise ConfigError(f"max_documents={max_documents}: use 1 or more, or leave it out to take all")
-    asked = find_corpus(name).choose(config=config, split=split, text_column=text_column, revision=revision)
-    rows, read_revision, files = _open_data_set(name, asked, data_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside, record_path = output.with_name(output.name + ".partial"), source_record(output)
-    record_aside = record_path.with_name(record_path.name + ".partial")
-    try:
-        with explain_full_disk(output):
-            documents = _write_rows(_explain_reading(rows, name), aside, name, asked, max_documents, progress)
-            record = FetchRecord(
-                data_set=asked.data_set,
-                config=asked.config,
-                split=asked.split,
-                revision=read_revision,
-                local_files=files,
-                text_column=asked.text_column,
-                language=asked.language,
-                licence=asked.licence,
-                documents=documents,
-                max_documents=max_documents,
-                fetched=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
-            text = json.dumps(dataclasses.asdict(record), ensure_ascii=False, indent=2) + "\n"
-            record_aside.write_text(text, encoding="utf-8")
-        os.replace(record_aside, record_path)
-        os.replace(aside, output)
-    finally:
-        aside.unlink(missing_ok=True)
-        record_aside.unlink(missing_ok=True)
-    return record
-
-
-def source_record(output: Path) -> Path:
-    """Where `fetch_dataset` writes what it knows of `output`: `NAME.source.json` beside `NAME.jsonl.zst`."""
-    return output.with_name(output.name.removesuffix(".jsonl.zst") + ".source.json")
-
-
 @contextmanager
 def explain_full_disk(output: Path) -> Iterator[None]:
     """Turn the error of a full disk (or quota) into a `CorpusError` that says so."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        if error.errno not in FULL_DISK:
             raise
         raise CorpusError(f"{output}: no space left on the disk; nothing was kept; free some or write elsewhere") from error
 
@@ -229,10 +125,10 @@ def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iter
                 "no field 'text'" if "text" not in row else "an empty 'text'" if text == "" else f"'text' = {str(text)[:40]!r}"
             )
             raise CorpusError(f"{place}: {what}; every document needs its text as a string in the field 'text'")
-        language, author = (_optional(row, field) for field in ("language", "author"))
+        language, author = (optional_text(row, field) for field in ("language", "author"))
         yield Document(
             text=_clean(text, place),
-            id=_optional(row, "id") or f"{name}:{number}",
+            id=optional_text(row, "id") or f"{name}:{number}",
             source=source or language or fallback,
             language=language,
             author=author,
@@ -241,7 +137,8 @@ def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iter
         raise CorpusError(f"{path}: the file is empty")
 
 
-def _optional(row: Mapping[str, Any], field: str) -> str | None:
+def optional_text(row: Mapping[str, Any], field: str) -> str | None:
+    """A field of a row as text; None where it is missing or empty."""
     value = row.get(field)
     return None if value is None or value == "" else str(value)
 
@@ -343,129 +240,3 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
                     yield number, f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise CorpusError(f"{path}: not a parquet file, or damaged ({error})") from error
-
-
-def _open_data_set(
-    name: str, corpus: HubCorpus, data_dir: Path | None
-) -> tuple[Iterable[Any], str | None, tuple[str, ...] | None]:
-    """Rows to stream, the revision they are of, and the local files they come from."""
-    files: list[Path] = []
-    if data_dir is not None:
-        require_file(data_dir)
-        files = local_files(corpus, data_dir)
-        if corpus.pattern and not files:
-            raise CorpusError(
-                f"{data_dir}: holds no {corpus.pattern} of the kinds {', '.join(READERS)}, the files of {name!r}; lay them out "
-                f"as the data set does, as this does where there is a network: {download_command(corpus)}"
-            )
-        kinds = sorted({str(reader(path)) for path in files})
-        if len(kinds) > 1:
-            raise CorpusError(f"{data_dir}: {corpus.pattern} are files of several kinds ({', '.join(kinds)}); keep one")
-    elif name in CORPORA and Path(corpus.data_set).is_dir():
-        # The library would take it for the data set, whatever revision it is of.
-        raise CorpusError(
-            f"{corpus.data_set}: this folder has the name of the data set of {name!r}; read it with "
-            f"--data-dir {corpus.data_set}, or work in another folder"
-        )
-    try:
-        import datasets
-    except ImportError as error:
-        raise CorpusError(f"fetching {name!r} needs the `datasets` library: pip install datasets") from error
-    try:
-        if files:
-            # The library takes paths for patterns. Links are left as they are: what they point to may have another suffix.
-            paths = [glob.escape(str(path.absolute())) for path in files]
-            builder = datasets.load_dataset_builder(str(reader(files[0])), data_files={corpus.split: paths})
-        elif data_dir is not None:
-            builder = datasets.load_dataset_builder(str(data_dir.resolve()), corpus.config)
-        else:
-            builder = datasets.load_dataset_builder(corpus.data_set, corpus.config, revision=corpus.revision)
-        rows = builder.as_streaming_dataset(split=corpus.split)
-    except Exception as error:  # the library raises many kinds
-        what = f"data set {name!r} (config {corpus.config!r}, split {corpus.split!r}) cannot be loaded"
-        if _is_of_network(error):
-            raise CorpusError(
-                f"{what}: the hub cannot be reached (or HF_HUB_OFFLINE is set); download its files where there is a network, "
-                f"{download_command(corpus)}, and name the folder: --data-dir DIR"
-            ) from error
-        raise CorpusError(f"{what}: {error}") from error
-    if data_dir is not None:
-        return rows, corpus.revision, tuple(path.relative_to(data_dir).as_posix() for path in files) or None
-    commit = builder.hash if _is_commit(builder.hash) else corpus.revision
-    if _is_commit(corpus.revision) and commit != corpus.revision:
-        # Where there is no network, the library takes what it finds in its cache, of any revision.
-        raise CorpusError(
-            f"data set {name!r}: the hub cannot be reached, and the cache holds revision {commit}, not {corpus.revision}; "
-            f"take it with --revision {commit}, or download the files where there is a network, "
-            f"{download_command(corpus)}, and name the folder: --data-dir DIR"
-        )
-    return rows, commit, None
-
-
-def _is_of_network(error: Exception) -> bool:
-    """Whether nothing answered, as told by Python or by one of the clients that versions of the library use."""
-    client = type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
-    return client or isinstance(error, (ConnectionError, TimeoutError))
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
-
-
-def _explain_reading(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    """The rows, with the many kinds of error of their reading as a `CorpusError` each."""
-    number = 0
-    iterator = iter(rows)
-    while True:
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in _FULL_DISK:
-                raise
-            raise CorpusError(
-                f"data set {name!r}: reading stopped after {number:,} rows ({type(error).__name__}: {error}); "
-                "nothing was kept; if the network failed, run it again; if a file is damaged, download it again"
-            ) from error
-        number += 1
-        yield row
-
-
-def _write_rows(
-    rows: Iterable[Any],
-    path: Path,
-    name: str,
-    corpus: HubCorpus,
-    max_documents: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> int:
-    import zstandard
-
-    columns = {"id": corpus.id_column, "title": corpus.title_column, "author": "author", "language": "language"}
-    documents = size = 0
-    with path.open("wb") as file, zstandard.ZstdCompressor(level=6).stream_writer(file) as writer:
-        for number, row in enumerate(rows, start=1):
-            if corpus.text_column not in row:
-                raise CorpusError(
-                    f"data set {name!r}: no column {corpus.text_column!r} among {', '.join(row)}; name another text column"
-                )
-            text = row[corpus.text_column]
-            if not isinstance(text, str) or not text.strip():
-                continue
-            document = {field: value for field, column in columns.items() if (value := _optional(row, column))}
-            document.setdefault("id", f"{name}:{number}")
-            if corpus.language:
-                document["language"] = corpus.language
-            document["text"] = text
-            line = json.dumps(document, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n"
-            writer.write(line)
-            documents += 1
-            size += len(line)
-            if progress is not None and documents % 1000 == 0:
-                progress(documents, size)
-            if documents == max_documents:
-                break
-    if documents == 0:
-        raise CorpusError(f"data set {name!r}: no row has text in the column {corpus.text_column!r}")
-    return documents
