@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from factorization_memory.cli import compare as compare_verb
-from factorization_memory.cli import dispatch
+from factorization_memory.cli import compare_display, dispatch
 from factorization_memory.config import RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
@@ -382,12 +382,45 @@ def test_threads_are_shared() -> None:
     assert [compare_verb.threads(16, parallel) for parallel in (1, 6, 32)] == [16, 2, 1]
 
 
+def test_the_record_is_kept_while_runs_end_and_can_be_made_without_training(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, 1, "--learning-rates", "1e-3", "--corpus", corpus, "--out", out]
+    seen = []
+    on_end = compare_display.Display.on_end
+
+    def look(self: compare_display.Display, *told: Any) -> None:
+        on_end(self, *told)
+        record = json.loads((out / "compare.json").read_text())
+        seen.append((sum(len(each["seeds"]) for each in record["contenders"]), record["complete"]))
+
+    monkeypatch.setattr(compare_display.Display, "on_end", look)
+    assert call(capsys, *arguments)[0] == 0
+    assert seen == [(1, False), (2, False), (3, False), (4, True)]
+
+    for name in ("compare.json", "compare.md", "compare.png", "runs/wide/seed-1/evaluation.json"):
+        (out / name).unlink()
+    where = {"gpu": "A card", "torch": "0.1", "command": ["compare_run.py"], "resumed_at_step": 3}
+    (out / "runs/demo/seed-0/environment.json").write_text(json.dumps(where))
+    trained = len(pretended)
+    status, text, _ = call(capsys, *arguments, "--no-train", "--json")
+    assert (status, len(pretended)) == (1, trained)
+    record = json.loads(text)
+    assert [len(each["seeds"]) for each in record["contenders"]] == [2, 1]
+    assert [each["run"] for each in record["failures"]] == ["wide, seed 1"]
+    assert (record["environment"]["gpu"], record["environment"]["torch"]) == ("A card", "0.1")
+    assert "resumed_at_step" not in record["environment"]
+    assert "train" not in record["command"].replace("training", "")
+    assert (out / "compare.md").exists()
+
+
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from factorization_memory.experiments.processes import Job
 
     job = Job("a", "seed", "seed 0", tmp_path, RunConfig())
     line: dict[str, Any] = {"step": 20, "loss": 3.25, "tokens_per_second": 1234.5}
-    display = compare_verb.Display()
+    display = compare_display.Display()
     display.PLAIN_SECONDS = 0.0
     with display:
         display.on_start(job)

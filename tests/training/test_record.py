@@ -23,6 +23,15 @@ def test_a_begun_run_is_recorded_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "environment.json", "tokenizer.json"]
 
 
+@pytest.mark.parametrize(
+    ("started", "named"),
+    [("/bin/fmem", "fmem"), ("/src/factorization_memory/cli/__main__.py", "fmem"), ("/x/run.py", "run.py")],
+)
+def test_environment_names_the_program_as_one_types_it(monkeypatch: pytest.MonkeyPatch, started: str, named: str) -> None:
+    monkeypatch.setattr("sys.argv", [started, "train", "demo"])
+    assert describe_environment(torch.device("cpu"))["command"] == [named, "train", "demo"]
+
+
 def test_environment_names_what_a_reader_needs_and_keeps_earlier_parts(tmp_path: Path) -> None:
     environment = describe_environment(torch.device("cpu"))
     assert environment["torch"] == torch.__version__

@@ -7,7 +7,6 @@ import hashlib
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from factorization_memory.cli.common import choose, console, emit, parse, write_aside
+from factorization_memory.cli.common import choose, emit, parse, write_aside
+from factorization_memory.cli.compare_display import Display
 from factorization_memory.cli.tables import table, wide_console
 from factorization_memory.config import ConfigError, to_dict
 from factorization_memory.experiments.contenders import Contender, read_contender, split_overrides
-from factorization_memory.experiments.processes import Watcher
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
 
     from factorization_memory.config import RunConfig
     from factorization_memory.data.shards import PackedCorpus
@@ -79,6 +76,8 @@ class CompareOptions:
     """If positive, each contender also trains so many steps with nothing beside it, for its tokens per second."""
     dry_run: bool = False
     """Say what would be compared, and stop."""
+    train: bool = True
+    """Without, nothing is trained: the record is made of the runs that are done."""
     json: bool = False
     """Write the result to stdout as JSON."""
 
@@ -100,7 +99,7 @@ def run(arguments: list[str]) -> int:
 
     with RunLock(plan.folder):
         _keep_plan(plan)
-        started, stopped = _work(plan, options, people)
+        started, stopped = _work(plan, options, arguments, people) if options.train else (0, None)
         record = _record(plan, options, arguments, changed=started > 0)
     _show_record(record, people)
     emit(record, options.json)
@@ -275,15 +274,23 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _work(plan: Plan, options: CompareOptions, people: Console) -> tuple[int, str | None]:
-    """Run what is not done yet; returns the number of processes started, and the signal that stopped it."""
+def _work(plan: Plan, options: CompareOptions, arguments: list[str], people: Console) -> tuple[int, str | None]:
+    """Run what is not done yet; returns the number of processes started, and the signal that stopped it. The record is
+    written whenever a training of a seed has ended, so that what is there can be read whatever happens to the others."""
     import torch
 
     from factorization_memory.experiments.processes import run_jobs
     from factorization_memory.training.guard import GracefulStop
 
     started = 0
-    with GracefulStop() as stop, Display(people) as display:
+
+    def keep(job: Job) -> None:
+        if job.kind == "seed" and job.done:
+            write_aside(plan.folder / RECORD_NAME, _as_json(_make_record(plan, options, arguments)))
+            for name in (TABLE_NAME, FIGURE_NAME):  # of fewer runs; made again at the end
+                (plan.folder / name).unlink(missing_ok=True)
+
+    with GracefulStop() as stop, Display(people, keep) as display:
         for jobs, parallel in ((plan.jobs(), options.parallel), (plan.alone_jobs(), 1)):
             started += run_jobs(
                 jobs, command, parallel=parallel, threads=threads(torch.get_num_threads(), parallel), then=plan.after,
@@ -304,12 +311,8 @@ def threads(available: int, parallel: int) -> int:
 
 def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: bool) -> dict[str, Any]:
     """The record, written with its table and figure; the one on disk where nothing has changed since."""
-    import torch
-
     from factorization_memory.experiments.compare import make_record
     from factorization_memory.experiments.processes import read_json
-    from factorization_memory.training import resolve_device
-    from factorization_memory.training.record import describe_environment, strict_json
 
     path = plan.folder / RECORD_NAME
     made = make_record(plan)
@@ -318,19 +321,40 @@ def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: 
     if same_form and not changed and before["failures"] == made["failures"]:
         _write_pages(plan.folder, before, again=False)
         return dict(before)
-    device = resolve_device(plan.entries[0].config.training.device)
+    record = _make_record(plan, options, arguments)
+    _write_pages(plan.folder, record, again=True)
+    # Last: with it, the comparison is there.
+    write_aside(path, _as_json(record))
+    return record
+
+
+def _make_record(plan: Plan, options: CompareOptions, arguments: list[str]) -> dict[str, Any]:
+    """The record as it stands, of values that JSON knows. Where nothing is trained, the machine that it names is that of the
+    runs."""
+    import torch
+
+    from factorization_memory.experiments.compare import make_record
+    from factorization_memory.experiments.processes import read_json
+    from factorization_memory.training import resolve_device
+    from factorization_memory.training.record import describe_environment, strict_json
+
+    made = make_record(plan)
+    environment = describe_environment(resolve_device(plan.entries[0].config.training.device))
+    if not options.train:
+        where = (read_json(job.folder / "environment.json") for job in plan.all_jobs() if job.done)
+        environment |= {name: value for name, value in next(filter(None, where), {}).items() if name in environment}
     record = {
         "schema_version": made.pop("schema_version"),
-        "command": shlex.join(["fmem", "compare", *arguments]),
-        "environment": describe_environment(device),
+        "command": shlex.join(["fmem", "compare", *(each for each in arguments if each != "--no-train")]),
+        "environment": environment,
         "threads": threads(torch.get_num_threads(), options.parallel),
         **made,
     }
-    record = json.loads(strict_json(record))
-    _write_pages(plan.folder, record, again=True)
-    # Last: with it, the comparison is there.
-    write_aside(path, json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1))
-    return record
+    return dict(json.loads(strict_json(record)))
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1)
 
 
 def _write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
@@ -382,74 +406,3 @@ def _show_record(record: dict[str, Any], people: Console) -> None:
         people.print(shown)
     for note in notes(record):
         people.print(note, markup=False, soft_wrap=True)
-
-
-class Display(Watcher):
-    """All runs that are under way, live on a terminal; a line when one begins or ends, and now and then, elsewhere."""
-
-    PLAIN_SECONDS = 30.0
-
-    def __init__(self, people: Console | None = None) -> None:
-        self._people = people if people is not None else console()
-        self._running: dict[Path, tuple[Job, dict[str, Any]]] = {}
-        self._live: Live | None = None
-        self._said = time.monotonic()
-
-    def __enter__(self) -> Display:
-        if self._people.is_terminal:
-            from rich.live import Live
-
-            self._live = Live(console=self._people, get_renderable=self._table, refresh_per_second=2, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def on_start(self, job: Job) -> None:
-        """A job begins."""
-        self._running[job.folder] = (job, {})
-        self._say(f"{job.title}: begins")
-
-    def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
-        """A job has come further."""
-        self._running[job.folder] = (job, metrics)
-
-    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
-        """A job has ended, or was done before."""
-        before = self._running.pop(job.folder, None) is None
-        if failure is not None:
-            said = "stopped" if failure["stopped"] else failure["message"]
-            self._say(f"{job.title}: {said}" + ("" if failure["stopped"] else f" (see {job.folder / 'log.txt'})"))
-            return
-        result = job.result()
-        bits = ((result or {}).get("evaluation") or {}).get("bits_per_byte")
-        loss = "" if bits is None else f", held-out {bits:.4f} bits/byte"
-        self._say(f"{job.title}: {'was done before' if before else 'done'}{loss}")
-
-    def on_tick(self) -> None:
-        """Where no terminal shows them, say now and then how the runs stand."""
-        if self._live is None and time.monotonic() - self._said >= self.PLAIN_SECONDS:
-            self._said = time.monotonic()
-            for job, line in self._running.values():
-                self._say(f"{job.title}: " + "  ".join(_standing(job, line)))
-
-    def _table(self) -> Table:
-        shown = table("", "run", "step", "loss", "tokens/s")
-        for job, line in self._running.values():
-            shown.add_row(job.title, *_standing(job, line))
-        return shown
-
-    def _say(self, line: str) -> None:
-        self._people.print(line, markup=False, soft_wrap=True)
-
-
-def _standing(job: Job, line: dict[str, Any]) -> tuple[str, str, str]:
-    """Step, loss and speed of a run, from the last line of its log."""
-    steps = job.config.training.steps
-    if not line:
-        return f"0/{steps}", "", ""
-    step = "evaluation" if line["step"] == steps else f"{line['step']}/{steps}"
-    return step, f"{line['loss']:.4f}", f"{line['tokens_per_second']:,.0f}"

@@ -155,11 +155,17 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _program() -> str:
+    """The program that runs, as one would type it: `fmem` also where it was started with `python -m`."""
+    name = Path(sys.argv[0]).name
+    return "fmem" if name == "__main__.py" and Path(sys.argv[0]).parent.name == "cli" else name
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a reader of the results needs to know of the machine, the software and the command that made them."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_program(), *sys.argv[1:]],
         "package": __version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),

@@ -1,0 +1,93 @@
+"""How the runs of `fmem compare` stand, while they run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from factorization_memory.cli.common import console
+from factorization_memory.cli.tables import table
+from factorization_memory.experiments.processes import Watcher
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    from factorization_memory.experiments.processes import Job
+
+
+class Display(Watcher):
+    """All runs that are under way, live on a terminal; a line when one begins or ends, and now and then, elsewhere."""
+
+    PLAIN_SECONDS = 30.0
+
+    def __init__(self, people: Console | None = None, ended: Callable[[Job], None] = lambda job: None) -> None:
+        self._people = people if people is not None else console()
+        self._ended = ended
+        self._running: dict[Path, tuple[Job, dict[str, Any]]] = {}
+        self._live: Live | None = None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Display:
+        if self._people.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=self._people, get_renderable=self._table, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def on_start(self, job: Job) -> None:
+        """A job begins."""
+        self._running[job.folder] = (job, {})
+        self._say(f"{job.title}: begins")
+
+    def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
+        """A job has come further."""
+        self._running[job.folder] = (job, metrics)
+
+    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
+        """A job has ended, or was done before."""
+        before = self._running.pop(job.folder, None) is None
+        if not before:
+            self._ended(job)
+        if failure is not None:
+            said = "stopped" if failure["stopped"] else failure["message"]
+            self._say(f"{job.title}: {said}" + ("" if failure["stopped"] else f" (see {job.folder / 'log.txt'})"))
+            return
+        result = job.result()
+        bits = ((result or {}).get("evaluation") or {}).get("bits_per_byte")
+        loss = "" if bits is None else f", held-out {bits:.4f} bits/byte"
+        self._say(f"{job.title}: {'was done before' if before else 'done'}{loss}")
+
+    def on_tick(self) -> None:
+        """Where no terminal shows them, say now and then how the runs stand."""
+        if self._live is None and time.monotonic() - self._said >= self.PLAIN_SECONDS:
+            self._said = time.monotonic()
+            for job, line in self._running.values():
+                self._say(f"{job.title}: " + "  ".join(_standing(job, line)))
+
+    def _table(self) -> Table:
+        shown = table("", "run", "step", "loss", "tokens/s")
+        for job, line in self._running.values():
+            shown.add_row(job.title, *_standing(job, line))
+        return shown
+
+    def _say(self, line: str) -> None:
+        self._people.print(line, markup=False, soft_wrap=True)
+
+
+def _standing(job: Job, line: dict[str, Any]) -> tuple[str, str, str]:
+    """Step, loss and speed of a run, from the last line of its log."""
+    steps = job.config.training.steps
+    if not line:
+        return f"0/{steps}", "", ""
+    step = "evaluation" if line["step"] == steps else f"{line['step']}/{steps}"
+    return step, f"{line['loss']:.4f}", f"{line['tokens_per_second']:,.0f}"
