@@ -401,8 +401,10 @@ def test_the_record_is_kept_while_runs_end_and_can_be_made_without_training(
 
     for name in ("compare.json", "compare.md", "compare.png", "runs/wide/seed-1/evaluation.json"):
         (out / name).unlink()
-    where = {"gpu": "A card", "torch": "0.1", "command": ["compare_run.py"], "resumed_at_step": 3}
+    where = {"gpu": "A card", "torch": "0.1", "command": ["compare_run.py"], "resumed_at_step": 3, "date": "9999"}
     (out / "runs/demo/seed-0/environment.json").write_text(json.dumps(where))
+    order = json.loads((out / "runs/demo/seed-0/job.json").read_text())
+    (out / "runs/demo/seed-0/job.json").write_text(json.dumps(order | {"threads": 7}))
     trained = len(pretended)
     status, text, _ = call(capsys, *arguments, "--no-train", "--json")
     assert (status, len(pretended)) == (1, trained)
@@ -410,9 +412,34 @@ def test_the_record_is_kept_while_runs_end_and_can_be_made_without_training(
     assert [len(each["seeds"]) for each in record["contenders"]] == [2, 1]
     assert [each["run"] for each in record["failures"]] == ["wide, seed 1"]
     assert (record["environment"]["gpu"], record["environment"]["torch"]) == ("A card", "0.1")
+    assert record["threads"] == 7
     assert "resumed_at_step" not in record["environment"]
+    assert record["environment"]["command"] != ["compare_run.py"]
     assert "train" not in record["command"].replace("training", "")
     assert (out / "compare.md").exists()
+    status, _, err = call(capsys, *arguments[:-1], tmp_path / "other", "--no-train")
+    assert (status, (tmp_path / "other").exists()) == (2, False)
+    assert "holds no comparison to make a record of" in err
+
+
+def test_a_record_that_cannot_be_kept_ends_no_training(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    write = compare_verb.write_aside
+
+    def full(path: Path, text: str) -> None:
+        written.append(path.name)
+        if path.name == "compare.json" and written.count(path.name) < 3:
+            raise OSError("no space left")
+        write(path, text)
+
+    monkeypatch.setattr(compare_verb, "write_aside", full)
+    arguments = [*CONTENDERS, *TINY, "--seeds", 0, "--learning-rates", "1e-3", "--corpus", corpus, "--out", tmp_path / "out"]
+    status, _, err = call(capsys, *arguments)
+    assert (status, len(pretended)) == (0, 2), err
+    assert err.count("compare.json: not written yet: no space left") == 2
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["complete"]
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

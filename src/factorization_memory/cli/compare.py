@@ -97,10 +97,12 @@ def run(arguments: list[str]) -> int:
         return 0
     from factorization_memory.training.guard import RunLock
 
+    if not options.train and not (plan.folder / PLAN_NAME).exists():
+        raise ConfigError(f"--out={plan.folder}: holds no comparison to make a record of; leave --no-train out to begin one")
     with RunLock(plan.folder):
         _keep_plan(plan)
         started, stopped = _work(plan, options, arguments, people) if options.train else (0, None)
-        record = _record(plan, options, arguments, changed=started > 0)
+        record = _record(plan, options, arguments, changed=started > 0 or not options.train)
     _show_record(record, people)
     emit(record, options.json)
     if stopped is not None:
@@ -167,7 +169,8 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
     corpus = Corpus(opened.folder, opened.fingerprint, opened.tokenizer.fingerprint, opened.tokenizer.vocab_size)
     entries = make_entries(contenders, corpus, rates, options.parameters or options.match_to or names[0])
     first = entries[0].config
-    resolve_device(first.training.device)
+    if options.train:
+        resolve_device(first.training.device)
     steps = first.training.steps
     search_steps = options.search_steps or max(1, round(options.search_fraction * steps))
     if search_steps > steps:
@@ -285,10 +288,14 @@ def _work(plan: Plan, options: CompareOptions, arguments: list[str], people: Con
     started = 0
 
     def keep(job: Job) -> None:
-        if job.kind == "seed" and job.done:
-            write_aside(plan.folder / RECORD_NAME, _as_json(_make_record(plan, options, arguments)))
+        if job.kind != "seed" or not job.done:
+            return
+        try:
             for name in (TABLE_NAME, FIGURE_NAME):  # of fewer runs; made again at the end
                 (plan.folder / name).unlink(missing_ok=True)
+            write_aside(plan.folder / RECORD_NAME, _as_json(_make_record(plan, options, arguments)))
+        except Exception as error:  # the others must not end with it
+            people.print(f"{plan.folder / RECORD_NAME}: not written yet: {error}", markup=False, soft_wrap=True)
 
     with GracefulStop() as stop, Display(people, keep) as display:
         for jobs, parallel in ((plan.jobs(), options.parallel), (plan.alone_jobs(), 1)):
@@ -330,24 +337,32 @@ def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: 
 
 def _make_record(plan: Plan, options: CompareOptions, arguments: list[str]) -> dict[str, Any]:
     """The record as it stands, of values that JSON knows. Where nothing is trained, the machine that it names is that of the
-    runs."""
+    run that began last."""
     import torch
 
     from factorization_memory.experiments.compare import make_record
-    from factorization_memory.experiments.processes import read_json
+    from factorization_memory.experiments.processes import JOB_NAME, read_json
     from factorization_memory.training import resolve_device
     from factorization_memory.training.record import describe_environment, strict_json
 
     made = make_record(plan)
-    environment = describe_environment(resolve_device(plan.entries[0].config.training.device))
+    device, count = plan.entries[0].config.training.device, threads(torch.get_num_threads(), options.parallel)
+    environment = describe_environment(resolve_device(device if options.train else "cpu"))
     if not options.train:
-        where = (read_json(job.folder / "environment.json") for job in plan.all_jobs() if job.done)
-        environment |= {name: value for name, value in next(filter(None, where), {}).items() if name in environment}
+        found = [
+            (read_json(job.folder / "environment.json"), read_json(job.folder / JOB_NAME))
+            for job in plan.all_jobs()
+            if job.done
+        ]
+        theirs, order = max(found, key=lambda each: (each[0] or {}).get("date", ""), default=(None, None))
+        environment |= {name: value for name, value in (theirs or {}).items() if name in environment}
+        count = (order or {}).get("threads", count)
+    environment["command"] = ["fmem", "compare", *(each for each in arguments if each not in ("--no-train", "--no_train"))]
     record = {
         "schema_version": made.pop("schema_version"),
-        "command": shlex.join(["fmem", "compare", *(each for each in arguments if each != "--no-train")]),
+        "command": shlex.join(environment["command"]),
         "environment": environment,
-        "threads": threads(torch.get_num_threads(), options.parallel),
+        "threads": count,
         **made,
     }
     return dict(json.loads(strict_json(record)))
