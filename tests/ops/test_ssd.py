@@ -160,6 +160,20 @@ def test_compiles_as_one_graph(packed: bool) -> None:
     assert_close(case.run("chunked", function=compiled), case.run("chunked"), 1e-12)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_where_it_would_compile_wrongly_it_stands_between_the_graphs(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factorization_memory.ops.ssd._compiles_wrongly", lambda x: True)
+    traced = []
+    forward = ssd_chunked.forward
+    looked = torch.compiler.disable(lambda *given: traced.append(torch.compiler.is_compiling()) or forward(*given))
+    monkeypatch.setattr("factorization_memory.ops.ssd._uncompiled_chunked", looked)
+    case = make(1, 70, chunk=8, borders=[0, 30, 30, 70] if packed else None)
+    torch._dynamo.reset()
+    compiled = torch.compile(ssd, backend="aot_eager", dynamic=False)
+    assert_close(case.run("chunked", function=compiled), case.run("chunked"), 1e-12)
+    assert traced == [False, False]
+
+
 def test_steps_equal_the_whole() -> None:
     case = make(2, 12)
     x, dt, rate, b, c = case.arguments
@@ -284,7 +298,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
         assert case.initial is not None
         leaves.append(case.initial.detach().float().cuda().requires_grad_())
     cu_seqlens = None if case.borders is None else case.borders.cuda()
-    function = torch.compile(ssd, fullgraph=True, dynamic=False) if compiled else ssd
+    function = torch.compile(ssd, fullgraph=backend != "chunked", dynamic=False) if compiled else ssd
     y, final = function(*leaves[:5], 64, leaves[5] if keep else None, keep, cu_seqlens, backend)
     loss = (y.double() * case.d_output.cuda()).sum()
     if keep:

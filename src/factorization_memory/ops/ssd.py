@@ -46,9 +46,9 @@ def ssd(
         initial_state: S_0, `[B, H, P, N]`, or `[N, H, P, N]` for N sequences of `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state starts anew at each.
-        backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch), "mamba-ssm" or "fla" (the
-            kernels of these packages, for GPUs), or "auto": of the kernels the first that are installed, for bfloat16 and
-            float16 x; chunked elsewhere, as the kernels take float32 with fewer digits.
+        backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch; on a GPU never compiled),
+            "mamba-ssm" or "fla" (the kernels of these packages, for GPUs), or "auto": of the kernels the first that are
+            installed, for bfloat16 and float16 x; chunked elsewhere, as the kernels take float32 with fewer digits.
 
     Returns:
         y `[B, T, H, P]` in x's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 x), or None.
@@ -70,10 +70,18 @@ def ssd(
     if backend == "reference":
         return _reference(x, dt, decay_rate, input_map, output_map, initial_state, output_final_state, cu_seqlens)
     if backend == "chunked":
-        return ssd_chunked.forward(
-            x, dt, decay_rate, input_map, output_map, chunk_size, initial_state, output_final_state, cu_seqlens
-        )
+        chunked = _uncompiled_chunked if _compiles_wrongly(x) else ssd_chunked.forward
+        return chunked(x, dt, decay_rate, input_map, output_map, chunk_size, initial_state, output_final_state, cu_seqlens)
     return ssd_kernels.forward(backend, x, dt, decay_rate, input_map, output_map, initial_state, output_final_state, cu_seqlens)
+
+
+_uncompiled_chunked = torch.compiler.disable(ssd_chunked.forward)
+
+
+def _compiles_wrongly(x: Tensor) -> bool:
+    """Whether a compiled "chunked" would be wrong. On an H200 the code that PyTorch 2.11 generated gave a gradient of dt that was
+    off by more than its size, or could not be generated; so on GPUs the form is called from between the graphs."""
+    return x.is_cuda and torch.compiler.is_compiling()
 
 
 @torch.no_grad()
