@@ -79,8 +79,8 @@ _uncompiled_chunked = torch.compiler.disable(ssd_chunked.forward)
 
 
 def _compiles_wrongly(x: Tensor) -> bool:
-    """Whether a compiled "chunked" would be wrong. On an H200 the code that PyTorch 2.11 generated gave a gradient of dt that was
-    off by more than its size, or could not be generated; so on GPUs the form is called from between the graphs."""
+    """Whether a compiled "chunked" would be wrong. On an H200 the code that PyTorch 2.11 generated gave a gradient of dt that
+    was off by more than its size, or could not be generated; so on GPUs the form is called from between the graphs."""
     return x.is_cuda and torch.compiler.is_compiling()
 
 
