@@ -392,12 +392,15 @@ def test_the_record_is_kept_while_runs_end_and_can_be_made_without_training(
 
     def look(self: compare_display.Display, *told: Any) -> None:
         on_end(self, *told)
+        assert not (out / "compare.md").exists()  # that of fewer runs is gone
+        (out / "compare.md").write_text("of fewer runs")
         record = json.loads((out / "compare.json").read_text())
         seen.append((sum(len(each["seeds"]) for each in record["contenders"]), record["complete"]))
 
     monkeypatch.setattr(compare_display.Display, "on_end", look)
     assert call(capsys, *arguments)[0] == 0
     assert seen == [(1, False), (2, False), (3, False), (4, True)]
+    assert "of fewer runs" not in (out / "compare.md").read_text(encoding="utf-8")
 
     for name in ("compare.json", "compare.md", "compare.png", "runs/wide/seed-1/evaluation.json"):
         (out / name).unlink()

@@ -163,15 +163,14 @@ def test_compiles_as_one_graph(packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_where_it_would_compile_wrongly_it_stands_between_the_graphs(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("factorization_memory.ops.ssd._compiles_wrongly", lambda x: True)
-    traced = []
-    forward = ssd_chunked.forward
-    looked = torch.compiler.disable(lambda *given: traced.append(torch.compiler.is_compiling()) or forward(*given))
-    monkeypatch.setattr("factorization_memory.ops.ssd._uncompiled_chunked", looked)
     case = make(1, 70, chunk=8, borders=[0, 30, 30, 70] if packed else None)
     torch._dynamo.reset()
     compiled = torch.compile(ssd, backend="aot_eager", dynamic=False)
     assert_close(case.run("chunked", function=compiled), case.run("chunked"), 1e-12)
-    assert traced == [False, False]
+    torch._dynamo.reset()
+    whole = torch.compile(ssd, fullgraph=True, backend="aot_eager", dynamic=False)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        case.run("chunked", function=whole)
 
 
 def test_steps_equal_the_whole() -> None:

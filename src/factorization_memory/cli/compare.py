@@ -318,17 +318,14 @@ def threads(available: int, parallel: int) -> int:
 
 def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: bool) -> dict[str, Any]:
     """The record, written with its table and figure; the one on disk where nothing has changed since."""
-    from factorization_memory.experiments.compare import make_record
     from factorization_memory.experiments.processes import read_json
 
     path = plan.folder / RECORD_NAME
-    made = make_record(plan)
-    before = read_json(path)
-    same_form = before is not None and before["schema_version"] == made["schema_version"]
-    if same_form and not changed and before["failures"] == made["failures"]:
+    record, before = _make_record(plan, options, arguments), read_json(path)
+    same_form = before is not None and before["schema_version"] == record["schema_version"]
+    if same_form and not changed and before["failures"] == record["failures"]:
         _write_pages(plan.folder, before, again=False)
         return dict(before)
-    record = _make_record(plan, options, arguments)
     _write_pages(plan.folder, record, again=True)
     # Last: with it, the comparison is there.
     write_aside(path, _as_json(record))
