@@ -47,6 +47,13 @@ MODELS = {
     "convin-separate-k8": replace(LAYER, query="separate", top_k=8),
     "convin-linear": replace(LAYER, query="linear"),
     "convin-linear-k8": replace(LAYER, query="linear", top_k=8),
+    "conv-own-k8": replace(CONV, query="separate", top_k=8, merge_top_k=8),
+    "conv-linear-own-k8": replace(CONV, query="linear", top_k=8, merge_top_k=8),
+    "both": replace(CONV, conv_input="both"),
+    "both-k8": replace(CONV, conv_input="both", top_k=8),
+    "both-separate-k8": replace(CONV, conv_input="both", query="separate", top_k=8),
+    "both-own-k8": replace(CONV, conv_input="both", query="separate", top_k=8, merge_top_k=8),
+    "both-linear": replace(CONV, conv_input="both", query="linear"),
     "hgrn2-conv": replace(LAYER, affinity="none", query="linear", norm="head"),
 }
 

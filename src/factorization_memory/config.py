@@ -110,11 +110,16 @@ class ModelConfig:
     0.02, what blocks add to them near 1: a multiplier of 50 makes both of one size."""
     norm_eps: float = 1e-6
     """Added to the mean square under every RMSNorm's root."""
+    dropout: float = 0.0
+    """Share of the numbers that enter the blocks, and of those that each layer adds to them, that training sets to zero."""
 
     num_states: int = 64
     """M: memory states of each head."""
     top_k: int | None = None
     """K: states each token updates and reads; None is the dense form (all M)."""
+    merge_top_k: int | None = None
+    """States that each token reads, those of its query's largest affinities, where they are to be others than the top_k that it
+    updates (a departure; needs top_k, and a query that is not shared); None reads those."""
     affinity_threshold: float | None = None
     """Keep the states whose affinity reaches this value (and always the largest) instead of a fixed number; not with top_k."""
     num_heads: int = 1
@@ -140,8 +145,9 @@ class ModelConfig:
     memory state before it is merged, or nothing (silent)."""
     conv_size: int = 0
     """Taps of a causal depthwise convolution, followed by SiLU; 0 for none (an addition to the paper)."""
-    conv_input: Literal["value", "layer"] = "value"
-    """What the convolution takes: the values, or the layer's input, to which it is added, so that routing sees it too."""
+    conv_input: Literal["value", "layer", "both"] = "value"
+    """What the convolution takes: the values; the layer's input, to which it is added, so that routing sees it too; or both,
+    the layer's input for routing alone."""
     output_gate: bool = False
     """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -174,6 +180,13 @@ class ModelConfig:
                 self.top_k,
                 f"use 1 to num_states={self.num_states}, or none for the dense form",
             )
+        if self.merge_top_k is not None:
+            _require(self.top_k is not None, "model.merge_top_k", self.merge_top_k, "use it with top_k; or unset it")
+            _require(self.query != "shared", "model.merge_top_k", self.merge_top_k, "use it with query='separate' or 'linear'")
+            _require(
+                1 <= self.merge_top_k <= self.num_states, "model.merge_top_k", self.merge_top_k,
+                f"use 1 to num_states={self.num_states}, or none to read the states that are updated",
+            )  # fmt: skip
         if self.affinity_threshold is not None:
             _require(
                 self.top_k is None, "model.affinity_threshold", self.affinity_threshold, "not together with top_k; unset one"
@@ -198,11 +211,12 @@ class ModelConfig:
         low, high = self.update_rate_init
         _require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
         _require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
-        _require(self.conv_input in ("value", "layer"), "model.conv_input", self.conv_input, "use value or layer")
+        _require(self.conv_input in ("value", "layer", "both"), "model.conv_input", self.conv_input, "use value, layer or both")
         _require(
             self.embedding_multiplier > 0, "model.embedding_multiplier", self.embedding_multiplier, "use a positive number"
         )
         _require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use 0 (none) or a share below 1")
         known = typing.get_args(Mixer)
         _require(
             len(self.mixers) > 0 and all(mixer in known for mixer in self.mixers),
@@ -246,6 +260,14 @@ class ModelConfig:
         automatic = self.hidden_size // 64 if self.hidden_size % 64 == 0 else 1
         heads = self.attention.num_heads or automatic
         return heads, self.attention.num_key_value_heads or heads
+
+    @property
+    def touched_states(self) -> int | None:
+        """States of a head that a token updates or reads, at most; None for all."""
+        if self.top_k is None:
+            return None
+        touched = self.top_k + (self.merge_top_k or 0)
+        return touched if touched < self.num_states else None
 
     @property
     def value_size(self) -> int:

@@ -19,10 +19,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "heads": {"num_heads": 4, "top_k": 2, "norm": "head"},
     "convolution": {"conv_size": 4, "output_gate": True, "top_k": 4, "num_heads": 2},
     "convolved input": {"conv_size": 4, "conv_input": "layer", "top_k": 4, "num_heads": 2},
+    "both convolved": {"conv_size": 4, "conv_input": "both", "top_k": 4, "num_heads": 2, "output_gate": True},
     "state norm": {"norm": "state", "top_k": 3, "conv_size": 2},
     "no norm": {"norm": "none", "temperature": 0.5},
     "separate query": {"query": "separate", "top_k": 3, "num_heads": 2, "temperature": 0.7},
     "separate query, threshold": {"query": "separate", "affinity_threshold": 0.1, "rates": "head"},
+    "own selection": {"query": "separate", "top_k": 2, "merge_top_k": 3, "num_heads": 2, "temperature": 0.7},
+    "own selection, all touched": {"query": "separate", "top_k": 4, "merge_top_k": 6, "rates": "head"},
+    "own selection, linear": {"query": "linear", "top_k": 3, "merge_top_k": 2, "conv_size": 3, "conv_input": "both"},
     "linear query": {"query": "linear", "affinity_threshold": 0.1},
     "gated linear attention": {"affinity": "none", "query": "linear", "num_heads": 2, "norm": "head", "output_gate": True},
     "rates alone": {"affinity": "none"},
@@ -305,3 +309,90 @@ def test_a_linear_query_is_of_either_sign_and_rates_alone_are_the_update() -> No
     for options in ({"top_k": 2}, {"query": "separate"}, {"rates": "head"}, {"affinity_threshold": 0.1}):
         with pytest.raises(ConfigError, match="affinity='none'"):
             FactorizationMemory(16, 8, affinity="none", **options)  # type: ignore[arg-type]
+
+
+def test_a_selection_of_its_own_reads_what_its_query_asks_for() -> None:
+    """Against weights worked out one by one; and it begins as the selection of the update."""
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, 8, top_k=2, num_heads=2, query="separate", merge_top_k=3, temperature=0.7).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    shared = FactorizationMemory(16, 8, top_k=3, num_heads=2, temperature=0.7).double()
+    shared.load_state_dict({name: weight for name, weight in layer.state_dict().items() if not name.startswith("query")})
+    begun = layer.route(x)
+    expected = shared.route(x)
+    torch.testing.assert_close(begun.merge.gather(-1, expected.indices), expected.merge)
+    torch.nn.init.normal_(layer.query.weight)
+    routing = layer.route(x)
+    assert routing.indices is None
+    logits = {
+        name: getattr(layer, name)(x).unflatten(-1, (2, 8)) for name in ("affinity", "query", "update_rate", "merge_rate")
+    }
+    for name, rate, weights, count in (
+        ("affinity", "update_rate", routing.update, 2),
+        ("query", "merge_rate", routing.merge, 3),
+    ):
+        for place in torch.cartesian_prod(*(torch.arange(size) for size in weights.shape[:3])).tolist():
+            of_states = logits[name][tuple(place)]
+            chosen = sorted(range(8), key=lambda m, of_states=of_states: -of_states[m].item())[:count]
+            share = torch.zeros(8, dtype=torch.float64)
+            share[chosen] = (of_states[chosen] / 0.7).softmax(-1)
+            torch.testing.assert_close(weights[tuple(place)], share * logits[rate][tuple(place)].sigmoid())
+
+
+def test_a_linear_query_selects_by_size() -> None:
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, 8, top_k=2, query="linear", merge_top_k=3)
+    routing = layer.route(x := torch.randn(2, 5, 16))
+    query = layer.query(x).unflatten(-1, (1, 8))
+    least = query.abs().sort(-1, descending=True).values[..., 2:3]
+    torch.testing.assert_close(routing.merge, query * (query.abs() >= least))
+
+
+def test_a_step_touches_no_other_state() -> None:
+    """Those that are neither updated nor read may even hold what is not finite; those that are read alone stay as they are."""
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, 32, top_k=2, query="separate", merge_top_k=3)
+    torch.nn.init.normal_(layer.query.weight)
+    x, state = torch.randn(3, 16), layer.initial_state(3)
+    state.memory.normal_()
+    routing = layer.route(x)
+    touched = (routing.update != 0) | (routing.merge != 0)
+    updated = routing.update != 0
+    assert touched.sum(-1).max() == 5
+    expected = layer.step(x, clean := state.apply(torch.clone))
+    assert torch.equal(clean.memory[~updated], state.memory[~updated])
+    assert not torch.equal(clean.memory[updated], state.memory[updated])
+    full = touched.sum(-1).squeeze(-1) == 5  # of the others, states with weights of zero make up the number
+    state.memory[~touched] = torch.nan
+    torch.testing.assert_close(layer.step(x, state)[full], expected[full])
+
+
+def test_many_states_take_the_sparse_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a share of untouched states on, whole sequences are given the touched ones alone, with the same result."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"top_k": 1, "num_heads": 2, "query": "separate", "merge_top_k": 2}
+    layer = FactorizationMemory(16, 3 * layer_module.LEAST_SKIPPED, **options).double()
+    torch.nn.init.normal_(layer.query.weight)
+    x, seen = torch.randn(2, 9, 16, dtype=torch.float64), []
+    recurrence = layer_module.ops.recurrence_unchecked
+    monkeypatch.setattr(layer_module.ops, "recurrence_unchecked", lambda *given: (seen.append(given[3]), recurrence(*given))[1])
+    sparse, final = layer(x)
+    monkeypatch.setattr(layer_module, "LEAST_SKIPPED", 1000)
+    dense, expected = layer(x)
+    assert seen[0].shape == (2, 9, 2, 3)
+    assert seen[1] is None
+    torch.testing.assert_close(sparse, dense)
+    torch.testing.assert_close(final.memory, expected.memory)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge_top_k": 2, "query": "separate"}, "merge_top_k=2: use it with top_k"),
+        ({"merge_top_k": 2, "top_k": 2}, "merge_top_k=2: use it with query="),
+        ({"merge_top_k": 9, "top_k": 2, "query": "linear"}, "merge_top_k=9: use 1 to num_states=8"),
+    ],
+)
+def test_selections_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FactorizationMemory(16, 8, **options)

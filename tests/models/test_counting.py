@@ -92,3 +92,9 @@ def test_activations_are_what_autograd_keeps(form: dict[str, Any]) -> None:
     assert memory["weights"] + memory["gradients"] + memory["optimizer"] == 16 * parameters
     assert memory["total"] == memory["activations"] + 16 * parameters
     assert counting.training_memory(model.config, 3, 200, bfloat16=True)["activations"] < memory["activations"]
+
+
+def test_states_that_are_read_alone_cost_their_merge() -> None:
+    form = config(top_k=4, query="separate", merge_top_k=6)
+    width = form.num_layers * form.value_size
+    assert counting.count(form).recurrence_flops == width * (4 * counting.UPDATE_FLOPS + 6 * counting.MERGE_FLOPS)

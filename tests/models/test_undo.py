@@ -15,6 +15,8 @@ CONFIGS = {
     "dense": ModelConfig(**PURE),
     "sparse": ModelConfig(**PURE, top_k=2, num_heads=2, conv_size=3, output_gate=True),
     "state norm": ModelConfig(**PURE, top_k=2, norm="state"),
+    "own selection": ModelConfig(**PURE, top_k=1, query="separate", merge_top_k=2, conv_size=3, conv_input="both"),
+    "own selection, all touched": ModelConfig(**PURE, top_k=2, query="linear", merge_top_k=5),
     "threshold": ModelConfig(**PURE, affinity_threshold=0.2),
 }
 

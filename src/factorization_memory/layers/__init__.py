@@ -1,10 +1,11 @@
 """The layers that models are built from."""
 
 from factorization_memory.layers.attention import Attention, AttentionState
-from factorization_memory.layers.factorization_memory import FactorizationMemory, Routing
+from factorization_memory.layers.factorization_memory import FactorizationMemory
 from factorization_memory.layers.feed_forward import FeedForward
 from factorization_memory.layers.mamba2 import Mamba2, Mamba2State
 from factorization_memory.layers.mixer import SequenceMixer
+from factorization_memory.layers.routing import Routing
 from factorization_memory.layers.state import GrowingState, LayerState, MixerState, ModelState
 
 __all__ = [

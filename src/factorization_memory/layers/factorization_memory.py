@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -21,6 +20,7 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.norm import rms_norm
+from factorization_memory.layers.routing import Routing, among_all
 from factorization_memory.layers.state import LayerState, Undo
 from factorization_memory.ops import reference
 from factorization_memory.ops.precision import no_autocast, state_dtype
@@ -28,6 +28,8 @@ from factorization_memory.ops.routing import route
 
 STATE_NORM_PIECE = 64
 """Tokens whose states norm="state" holds at a time."""
+LEAST_SKIPPED = 32
+"""Memory states to one that is touched from which whole sequences take the sparse form."""
 
 
 def _as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
@@ -38,27 +40,6 @@ def _as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
     return alone and x.is_cuda and torch.is_grad_enabled() and sum(p.out_features for p in projections) % 8 == 0
 
 
-@dataclass
-class Routing:
-    """Which memory states each token updates and merges, and how strongly.
-
-    Attributes:
-        affinity: alpha, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; sums to 1 over the last dimension.
-        update: theta, the same shape.
-        merge: phi, the same shape.
-        indices: the selected states, int64 `[B, T, H, K]`; None in the dense form.
-        num_states: M.
-        padding_mask: bool `[B, T]`, False where a token is padding; None if none is.
-    """
-
-    affinity: Tensor
-    update: Tensor
-    merge: Tensor
-    indices: Tensor | None
-    num_states: int
-    padding_mask: Tensor | None = None
-
-
 class FactorizationMemory(nn.Module):
     """A recurrent mixing layer with a memory of M states per head, all (dense) or K (sparse) of which each token updates and
     merges. The input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are not supported.
@@ -67,6 +48,7 @@ class FactorizationMemory(nn.Module):
         hidden_size: d, width of input and output.
         num_states: M, memory states of each head.
         top_k: K, states that each token selects by affinity; the kept affinities sum to 1. None selects all.
+        merge_top_k: states that each token merges, selected by its query, where they are not the `top_k` that it updates.
         num_heads: H; each head has its own affinities and rates. The paper has 1.
         expand: total value width H * D over hidden_size.
         affinity_threshold: instead of top_k: select the states of at least this affinity (and always the largest).
@@ -80,7 +62,8 @@ class FactorizationMemory(nn.Module):
         norm: RMS normalisation before the output projection: "merged" over all heads' width, "head" over each head's, "state"
             of each memory state as it is merged (by the reference loop: slow), "none".
         conv_size: taps of a causal convolution with SiLU; 0 for none.
-        conv_input: what it takes: "value", the values; "layer", the layer's input, to which it is added before routing.
+        conv_input: what it takes: "value", the values; "layer", the layer's input, to which it is added; "both", the values,
+            and the layer's input, to which it is added for routing alone.
         output_gate: whether a SiLU gate of the input multiplies the merged vector.
         norm_eps: epsilon of the normalisation.
         backend: backend of the recurrence, see `factorization_memory.ops.factorization_memory`.
@@ -99,6 +82,7 @@ class FactorizationMemory(nn.Module):
         num_heads: int = 1,
         expand: float = 2.0,
         *,
+        merge_top_k: int | None = None,
         affinity_threshold: float | None = None,
         temperature: float = 1.0,
         affinity_init: float = ModelConfig.affinity_init,
@@ -108,7 +92,7 @@ class FactorizationMemory(nn.Module):
         update_rate_init: tuple[float, float] = ModelConfig.update_rate_init,
         norm: Literal["merged", "head", "state", "none"] = "merged",
         conv_size: int = 0,
-        conv_input: Literal["value", "layer"] = "value",
+        conv_input: Literal["value", "layer", "both"] = "value",
         output_gate: bool = False,
         norm_eps: float = 1e-6,
         backend: Backend = "auto",
@@ -117,12 +101,15 @@ class FactorizationMemory(nn.Module):
         # One place checks these fields, for the layer alone as for a whole model.
         config = ModelConfig(
             hidden_size=hidden_size, num_states=num_states, top_k=top_k, num_heads=num_heads, expand=expand,
-            affinity_threshold=affinity_threshold, temperature=temperature, affinity_init=affinity_init, affinity=affinity,
-            query=query, rates=rates, update_rate_init=update_rate_init, norm=norm, conv_size=conv_size, conv_input=conv_input,
-            output_gate=output_gate, norm_eps=norm_eps, backend=backend,
+            merge_top_k=merge_top_k, affinity_threshold=affinity_threshold, temperature=temperature,
+            affinity_init=affinity_init, affinity=affinity, query=query, rates=rates, update_rate_init=update_rate_init,
+            norm=norm, conv_size=conv_size, conv_input=conv_input, output_gate=output_gate, norm_eps=norm_eps,
+            backend=backend,
         )  # fmt: skip
         self.hidden_size, self.num_states, self.num_heads = hidden_size, num_states, num_heads
-        self.top_k = None if top_k == num_states else top_k
+        self.top_k = None if top_k == num_states and merge_top_k is None else top_k
+        self.merge_top_k = merge_top_k
+        self.touched_states = config.touched_states
         self.head_size = config.value_size // num_heads
         self.affinity_threshold, self.temperature = affinity_threshold, temperature
         self.rates_per_head = num_states if rates == "state" else 1
@@ -135,7 +122,7 @@ class FactorizationMemory(nn.Module):
         self.merge_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head) if query != "linear" else None
         self.query = nn.Linear(hidden_size, every_state, bias=False) if query != "shared" else None
         self.value = nn.Linear(hidden_size, config.value_size, bias=False)
-        convolved = config.value_size if conv_input == "value" else hidden_size
+        convolved = {"value": config.value_size, "layer": hidden_size, "both": config.value_size + hidden_size}[conv_input]
         self.convolution = CausalConvolution(convolved, conv_size) if conv_size else None
         self.conv_input = conv_input
         self.gate = nn.Linear(hidden_size, config.value_size, bias=False) if output_gate else None
@@ -150,10 +137,10 @@ class FactorizationMemory(nn.Module):
         """The layer of a model's configuration."""
         return cls(
             config.hidden_size, config.num_states, config.top_k, config.num_heads, config.expand,
-            affinity_threshold=config.affinity_threshold, temperature=config.temperature, affinity_init=config.affinity_init,
-            affinity=config.affinity, query=config.query, rates=config.rates, update_rate_init=config.update_rate_init,
-            norm=config.norm, conv_size=config.conv_size, conv_input=config.conv_input, output_gate=config.output_gate,
-            norm_eps=config.norm_eps, backend=config.backend,
+            merge_top_k=config.merge_top_k, affinity_threshold=config.affinity_threshold, temperature=config.temperature,
+            affinity_init=config.affinity_init, affinity=config.affinity, query=config.query, rates=config.rates,
+            update_rate_init=config.update_rate_init, norm=config.norm, conv_size=config.conv_size,
+            conv_input=config.conv_input, output_gate=config.output_gate, norm_eps=config.norm_eps, backend=config.backend,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -213,7 +200,10 @@ class FactorizationMemory(nn.Module):
             backend = "auto" if self.backend in ("auto", "triton") else "plain"
             rates = update_logits if merge_logits is None else merge_logits
             affinity, update, merge, indices = route(logits, update_logits, rates, self.top_k, self.temperature, backend)
-            if query is not None:
+            if query is not None and self.merge_top_k is not None:
+                affinity, update = (among_all(x, indices, self.num_states) for x in (affinity, update))
+                merge, indices = self._own_selection(query, merge_logits, backend), None
+            elif query is not None:
                 merge = self._own_merge(query, merge_logits, affinity, indices)
         assert merge is not None
         merge = merge.to(update.dtype)
@@ -231,6 +221,23 @@ class FactorizationMemory(nn.Module):
         else:
             results = iter([projection(x) for projection in some])
         return [None if each is None else next(results).unflatten(-1, (self.num_heads, -1)) for each in projections]
+
+    def _own_selection(self, query: Tensor, merge_logits: Tensor | None, backend: str) -> Tensor:
+        """Merge weights `[..., H, M]` of a query `[..., H, M]` that selects states of its own; zero for the others."""
+        if merge_logits is not None:
+            _, _, merge, indices = route(query, merge_logits, merge_logits, self.merge_top_k, self.temperature, backend)
+        else:
+            size = query.detach().abs()
+            *_, indices = route(size, size, size, self.merge_top_k, backend=backend)
+            assert indices is not None
+            merge = query.gather(-1, indices).to(torch.promote_types(query.dtype, torch.float32))
+        return among_all(merge, indices, self.num_states)
+
+    def _touched(self, routing: Routing) -> Routing:
+        """The same routing, of the states alone that a token touches where those it reads are not those it updates."""
+        if self.merge_top_k is None or self.touched_states is None:
+            return routing
+        return routing.touched(self.touched_states)
 
     def _own_merge(self, query: Tensor, merge_logits: Tensor | None, affinity: Tensor, indices: Tensor | None) -> Tensor:
         """Merge weights `[..., H, K]` of a query `[..., H, M]` that is not the update's affinity."""
@@ -281,19 +288,36 @@ class FactorizationMemory(nn.Module):
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
-        mixed, tail = x, None if state is None else state.convolution
-        if self.convolution is not None and self.conv_input == "layer":
-            before, tail = self.convolution(x, tail, cu_seqlens, padding_mask)
-            mixed = x + before
+        tail = None if state is None else state.convolution
+
+        def convolve(x: Tensor) -> Tensor:
+            nonlocal tail
+            assert self.convolution is not None
+            y, tail = self.convolution(x, tail, cu_seqlens, padding_mask)
+            return y
+
+        mixed, value = self._convolved(x, convolve)
         routing = self.route(mixed, padding_mask)
         if self.observer is not None:
             self.observer(routing)
-        value = self.value(mixed)
-        if self.convolution is not None and self.conv_input == "value":
-            value, tail = self.convolution(value, tail, cu_seqlens, padding_mask)
+        if self.backend == "triton-sparse" or self.num_states >= LEAST_SKIPPED * (self.touched_states or self.num_states):
+            routing = self._touched(routing)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens, keep_state)
         return self._output(y, x), None if memory is None else LayerState(memory, tail)
+
+    def _convolved(self, x: Tensor, convolve: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """What is routed and the values `[..., H * D]`, of the layer's input x `[..., d]`; `convolve` is the convolution."""
+        if self.convolution is None:
+            return x, self.value(x)
+        if self.conv_input == "layer":
+            mixed = x + convolve(x)
+            return mixed, self.value(mixed)
+        value = self.value(x)
+        if self.conv_input == "value":
+            return x, convolve(value)
+        value, before = convolve(torch.cat((value, x.to(value.dtype)), dim=-1)).split((value.shape[-1], x.shape[-1]), dim=-1)
+        return x + before, value
 
     def _check(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
         """Checks the arguments of `forward`."""
@@ -318,17 +342,19 @@ class FactorizationMemory(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
-        undo, tail, mixed = state.undo, state.convolution, x
+        undo, tail = state.undo, state.convolution
         if undo is not None:
             undo.put_aside(None, tail)
-        if self.convolution is not None and tail is not None and self.conv_input == "layer":
-            mixed = x + self.convolution.step(x, tail)
-        routing = self.route(mixed)
+
+        def convolve(x: Tensor) -> Tensor:
+            assert self.convolution is not None
+            assert tail is not None
+            return self.convolution.step(x, tail)
+
+        mixed, value = self._convolved(x, convolve)
+        routing = self._touched(self.route(mixed))
         if undo is not None:
             undo.put_aside(routing.indices, None)
-        value = self.value(mixed)
-        if self.convolution is not None and tail is not None and self.conv_input == "value":
-            value = self.convolution.step(value, tail)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         if self.norm == "state":
             if undo is not None:
@@ -349,14 +375,14 @@ class FactorizationMemory(nn.Module):
         """The same state, keeping what the next steps overwrite; `position` as in `Undo`."""
         memory, convolution = state.memory, state.convolution
         batch, heads, _, width = memory.shape
-        chosen = self.top_k or self.num_states
+        chosen = self.touched_states or self.num_states
         return LayerState(
             memory,
             convolution,
             Undo(
                 memory.new_empty(steps, batch, heads, chosen, width),
                 None
-                if self.top_k is None
+                if self.touched_states is None
                 else torch.zeros(steps, batch, heads, chosen, dtype=torch.int64, device=memory.device),
                 None if convolution is None else convolution.new_empty(steps, *convolution.shape),
                 position,

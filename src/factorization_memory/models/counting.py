@@ -83,9 +83,11 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
     weights = sum(
         module.weight.numel() for block in model.blocks for module in block.modules() if isinstance(module, torch.nn.Linear)
     )
-    states = {
-        "memory": (config.top_k or config.num_states) * config.value_size,
-        "mamba2": config.mamba2.state_size * int(config.mamba2.expand * config.hidden_size),
+    updated = config.top_k or config.num_states
+    merged = config.merge_top_k or updated
+    recurrence = {
+        "memory": (UPDATE_FLOPS * updated + MERGE_FLOPS * merged) * config.value_size,
+        "mamba2": (UPDATE_FLOPS + MERGE_FLOPS) * config.mamba2.state_size * int(config.mamba2.expand * config.hidden_size),
         "attention": 0,
     }
     reach = min(window or context_length, context_length)
@@ -96,7 +98,7 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
         embedding_parameters=model.embedding.weight.numel() * (1 if config.tie_word_embeddings else 2),
         projection_flops=2 * weights,
         head_flops=2 * config.hidden_size * config.vocab_size,
-        recurrence_flops=(UPDATE_FLOPS + MERGE_FLOPS) * sum(states[mixer] for mixer in config.layer_mixers),
+        recurrence_flops=sum(recurrence[mixer] for mixer in config.layer_mixers),
         attention_flops=PAIR_FLOPS * pairs // context_length,
         state_bytes=state.num_bytes,
         state_bytes_per_token=longer.num_bytes - state.num_bytes,
