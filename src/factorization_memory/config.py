@@ -262,14 +262,6 @@ class ModelConfig:
         return heads, self.attention.num_key_value_heads or heads
 
     @property
-    def touched_states(self) -> int | None:
-        """States of a head that a token updates or reads, at most; None for all."""
-        if self.top_k is None:
-            return None
-        touched = self.top_k + (self.merge_top_k or 0)
-        return touched if touched < self.num_states else None
-
-    @property
     def value_size(self) -> int:
         """D: total width of the values over all heads."""
         return int(self.expand * self.hidden_size)

@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from factorization_memory.evaluation.loss import evaluating
-from factorization_memory.layers import Routing
 from factorization_memory.models.routing import memory_layers, observe_routing
 
 if TYPE_CHECKING:
@@ -61,7 +59,8 @@ def inspect_text(
         model(torch.tensor([tokens], device=device))
     layers = []
     for index, (routing,) in zip(numbers, observed, strict=True):
-        update, merge = _dense(routing, routing.update), _dense(routing, routing.merge)
+        # Of the only row, [T, H, M].
+        update, merge = (weights[0].double().cpu().numpy() for weights in routing.over_states())
         heads = [
             {
                 "head": head,
@@ -86,15 +85,6 @@ def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]
             pieces.append({"text": text, "start": start, "end": end})
             text, start = "", end
     return pieces
-
-
-def _dense(routing: Routing, weights: Tensor) -> np.ndarray:
-    """Weights of the only row over all states, float64 [T, H, M]."""
-    weights = weights[0].double().cpu()
-    if routing.indices is None:
-        return weights.numpy()
-    full = torch.zeros(*weights.shape[:-1], routing.num_states, dtype=torch.float64)
-    return full.scatter_(-1, routing.indices[0].cpu(), weights).numpy()
 
 
 def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:

@@ -20,7 +20,7 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.norm import rms_norm
-from factorization_memory.layers.routing import Routing, among_all
+from factorization_memory.layers.routing import Routing
 from factorization_memory.layers.state import LayerState, Undo
 from factorization_memory.ops import reference
 from factorization_memory.ops.precision import no_autocast, state_dtype
@@ -29,7 +29,8 @@ from factorization_memory.ops.routing import route
 STATE_NORM_PIECE = 64
 """Tokens whose states norm="state" holds at a time."""
 LEAST_SKIPPED = 32
-"""Memory states to one that is touched from which whole sequences take the sparse form."""
+"""Memory states to one that is selected from which whole sequences take the sparse form, where a token reads others than it
+updates: below it takes longer."""
 
 
 def _as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
@@ -109,7 +110,6 @@ class FactorizationMemory(nn.Module):
         self.hidden_size, self.num_states, self.num_heads = hidden_size, num_states, num_heads
         self.top_k = None if top_k == num_states and merge_top_k is None else top_k
         self.merge_top_k = merge_top_k
-        self.touched_states = config.touched_states
         self.head_size = config.value_size // num_heads
         self.affinity_threshold, self.temperature = affinity_threshold, temperature
         self.rates_per_head = num_states if rates == "state" else 1
@@ -190,6 +190,7 @@ class FactorizationMemory(nn.Module):
             x, self.affinity, self.update_rate, self.merge_rate, self.query
         )
         assert update_logits is not None
+        merge_indices = None
         if logits is None:
             affinity, indices = torch.ones_like(update_logits, dtype=state_dtype(update_logits)), None
             update = update_logits.to(affinity.dtype).sigmoid()
@@ -201,15 +202,14 @@ class FactorizationMemory(nn.Module):
             rates = update_logits if merge_logits is None else merge_logits
             affinity, update, merge, indices = route(logits, update_logits, rates, self.top_k, self.temperature, backend)
             if query is not None and self.merge_top_k is not None:
-                affinity, update = (among_all(x, indices, self.num_states) for x in (affinity, update))
-                merge, indices = self._own_selection(query, merge_logits, backend), None
+                merge, merge_indices = self._own_selection(query, merge_logits, backend)
             elif query is not None:
                 merge = self._own_merge(query, merge_logits, affinity, indices)
         assert merge is not None
         merge = merge.to(update.dtype)
         if padding_mask is not None:
             update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
-        return Routing(affinity, update, merge, indices, self.num_states, padding_mask)
+        return Routing(affinity, update, merge, indices, self.num_states, padding_mask, merge_indices)
 
     def _projected(self, x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
         """x `[..., d]` through each projection that there is, `[..., H, outputs of a head]`."""
@@ -222,22 +222,16 @@ class FactorizationMemory(nn.Module):
             results = iter([projection(x) for projection in some])
         return [None if each is None else next(results).unflatten(-1, (self.num_heads, -1)) for each in projections]
 
-    def _own_selection(self, query: Tensor, merge_logits: Tensor | None, backend: str) -> Tensor:
-        """Merge weights `[..., H, M]` of a query `[..., H, M]` that selects states of its own; zero for the others."""
+    def _own_selection(self, query: Tensor, merge_logits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        """Merge weights `[..., H, R]` of a query `[..., H, M]` that selects states of its own, and their indices."""
         if merge_logits is not None:
             _, _, merge, indices = route(query, merge_logits, merge_logits, self.merge_top_k, self.temperature, backend)
-        else:
-            size = query.detach().abs()
-            *_, indices = route(size, size, size, self.merge_top_k, backend=backend)
             assert indices is not None
-            merge = query.gather(-1, indices).to(torch.promote_types(query.dtype, torch.float32))
-        return among_all(merge, indices, self.num_states)
-
-    def _touched(self, routing: Routing) -> Routing:
-        """The same routing, of the states alone that a token touches where those it reads are not those it updates."""
-        if self.merge_top_k is None or self.touched_states is None:
-            return routing
-        return routing.touched(self.touched_states)
+            return merge, indices
+        size = query.detach().abs()
+        *_, indices = route(size, size, size, self.merge_top_k, backend=backend)
+        assert indices is not None
+        return query.gather(-1, indices), indices
 
     def _own_merge(self, query: Tensor, merge_logits: Tensor | None, affinity: Tensor, indices: Tensor | None) -> Tensor:
         """Merge weights `[..., H, K]` of a query `[..., H, M]` that is not the update's affinity."""
@@ -300,8 +294,6 @@ class FactorizationMemory(nn.Module):
         routing = self.route(mixed, padding_mask)
         if self.observer is not None:
             self.observer(routing)
-        if self.backend == "triton-sparse" or self.num_states >= LEAST_SKIPPED * (self.touched_states or self.num_states):
-            routing = self._touched(routing)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens, keep_state)
         return self._output(y, x), None if memory is None else LayerState(memory, tail)
@@ -352,37 +344,44 @@ class FactorizationMemory(nn.Module):
             return self.convolution.step(x, tail)
 
         mixed, value = self._convolved(x, convolve)
-        routing = self._touched(self.route(mixed))
+        routing = self.route(mixed)
         if undo is not None:
             undo.put_aside(routing.indices, None)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
-        if self.norm == "state":
-            if undo is not None:
-                reference.put_aside(state.memory, routing.indices, undo.rows, undo.position)
-            with no_autocast(x.device):
-                y = reference.step(routing.update, routing.merge, value, routing.indices, state.memory, self.norm_eps)
-            y = y.to(value.dtype)
-        else:
-            rows, position = (None, None) if undo is None else (undo.rows, undo.position)
-            backend = "reference" if self.backend in ("reference", "chunked") else "auto"
-            y = ops.step_unchecked(
-                routing.update, routing.merge, value, state.memory, routing.indices, undo=rows, position=position,
-                backend=backend,
-            )  # fmt: skip
+        if routing.merge_indices is None:
+            y = self._step(routing.update, routing.merge, value, routing.indices, state)
+        else:  # what is read alone is not written
+            self._step(routing.update, torch.zeros_like(routing.update), value, routing.indices, state)
+            y = self._step(torch.zeros_like(routing.merge), routing.merge, value, routing.merge_indices, state, keep_undo=False)
         return self._output(y, x)
+
+    def _step(
+        self, update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, state: LayerState, keep_undo: bool = True
+    ) -> Tensor:
+        """The recurrence's step, `[B, H, D]`, in place."""
+        rows, position = (None, None) if state.undo is None or not keep_undo else (state.undo.rows, state.undo.position)
+        if self.norm != "state":
+            backend = "reference" if self.backend in ("reference", "chunked") else "auto"
+            return ops.step_unchecked(
+                update, merge, value, state.memory, indices, undo=rows, position=position, backend=backend
+            )  # fmt: skip
+        if rows is not None and position is not None:
+            reference.put_aside(state.memory, indices, rows, position)
+        with no_autocast(value.device):
+            return reference.step(update, merge, value, indices, state.memory, self.norm_eps).to(value.dtype)
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
         """The same state, keeping what the next steps overwrite; `position` as in `Undo`."""
         memory, convolution = state.memory, state.convolution
         batch, heads, _, width = memory.shape
-        chosen = self.touched_states or self.num_states
+        chosen = self.top_k or self.num_states
         return LayerState(
             memory,
             convolution,
             Undo(
                 memory.new_empty(steps, batch, heads, chosen, width),
                 None
-                if self.touched_states is None
+                if self.top_k is None
                 else torch.zeros(steps, batch, heads, chosen, dtype=torch.int64, device=memory.device),
                 None if convolution is None else convolution.new_empty(steps, *convolution.shape),
                 position,
@@ -392,16 +391,21 @@ class FactorizationMemory(nn.Module):
     def _recurrence(
         self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None, keep_state: bool
     ) -> tuple[Tensor, Tensor | None]:
+        most = (self.top_k or 0) + (self.merge_top_k or 0)
+        skips = self.backend == "triton-sparse" or most * LEAST_SKIPPED <= self.num_states
+        weights = routing.together(most if skips and most < self.num_states else None)
         if self.norm == "state":
-            y, memory = self._state_norm_recurrence(routing, value, memory, cu_seqlens)
+            y, memory = self._state_norm_recurrence(*weights, value, memory, cu_seqlens)
             return y, memory if keep_state else None
+        update, merge, indices = weights
         return ops.recurrence_unchecked(
-            routing.update, routing.merge, value, routing.indices, self.num_states, memory, keep_state, cu_seqlens, self.backend
+            update, merge, value, indices, self.num_states, memory, keep_state, cu_seqlens, self.backend
         )
 
     def _state_norm_recurrence(
-        self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, update: Tensor, merge: Tensor, indices: Tensor | None, value: Tensor, memory: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The loop that sees every state of every token, a piece of time at once so that backward holds one piece's states."""
         borders = None if cu_seqlens is None else ops.read_borders(cu_seqlens)
         sequences = value.shape[0] if borders is None else len(borders) - 1
@@ -411,9 +415,9 @@ class FactorizationMemory(nn.Module):
             state = memory if borders is None else memory[n : n + 1]
             for first in range(start, stop, STATE_NORM_PIECE):
                 part = slice(first, min(first + STATE_NORM_PIECE, stop))
-                chosen = None if routing.indices is None else routing.indices[:, part]
+                chosen = None if indices is None else indices[:, part]
                 y, state = checkpoint(
-                    reference.forward, routing.update[:, part], routing.merge[:, part], value[:, part], chosen, state,
+                    reference.forward, update[:, part], merge[:, part], value[:, part], chosen, state,
                     self.norm_eps, use_reentrant=False,
                 )  # fmt: skip
                 outputs.append(y)

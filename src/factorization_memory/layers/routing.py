@@ -1,6 +1,7 @@
 """Which memory states the tokens of a layer update and merge.
 
-Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states.
+Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states, R states merged
+where those are others.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ class Routing:
     Attributes:
         affinity: alpha, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; sums to 1 over the last dimension.
         update: theta, the same shape.
-        merge: phi, the same shape.
+        merge: phi, the same shape, or `[B, T, H, R]` with `merge_indices`.
         indices: the selected states, int64 `[B, T, H, K]`; None in the dense form.
         num_states: M.
         padding_mask: bool `[B, T]`, False where a token is padding; None if none is.
+        merge_indices: the states that are merged, int64 `[B, T, H, R]`; None if they are those that are updated.
     """
 
     affinity: Tensor
@@ -30,19 +32,34 @@ class Routing:
     indices: Tensor | None
     num_states: int
     padding_mask: Tensor | None = None
+    merge_indices: Tensor | None = None
 
-    def touched(self, count: int) -> Routing:
-        """The same routing of all M states, of the `count` alone that have any weight. Where fewer have, others make up the
-        number, the lower index first."""
-        is_touched = (self.update != 0) | (self.merge != 0)
-        keys = is_touched * self.num_states - torch.arange(self.num_states, device=is_touched.device)
-        indices = keys.topk(count, dim=-1).indices
-        affinity, update, merge = (weight.gather(-1, indices) for weight in (self.affinity, self.update, self.merge))
-        return Routing(affinity, update, merge, indices, self.num_states, self.padding_mask)
+    def over_states(self) -> tuple[Tensor, Tensor]:
+        """Update and merge weights of all states, `[B, T, H, M]`."""
+        merged = self.indices if self.merge_indices is None else self.merge_indices
+        return over_states(self.update, self.indices, self.num_states), over_states(self.merge, merged, self.num_states)
+
+    def together(self, most: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Update and merge weights `[B, T, H, S]` of one selection of states for both, and it, int64 `[B, T, H, S]`.
+
+        Args:
+            most: S, states that a token can have selected for either, where it selects others for both; None takes all states,
+                and gives None instead of their indices.
+        """
+        if self.merge_indices is None:
+            return self.update, self.merge, self.indices
+        update, merge = self.over_states()
+        if most is None:
+            return update, merge, None
+        selected = (update != 0) | (merge != 0)
+        # Where fewer are, others make up the number, the lower index first.
+        keys = selected * self.num_states - torch.arange(self.num_states, device=selected.device)
+        indices = keys.topk(most, dim=-1).indices
+        return update.gather(-1, indices), merge.gather(-1, indices), indices
 
 
-def among_all(weights: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
-    """Weights of selected states `[..., H, K]` among all, `[..., H, M]`."""
+def over_states(weights: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
+    """Weights of selected states `[..., K]` among all, `[..., M]`."""
     if indices is None:
         return weights
     return weights.new_zeros(*weights.shape[:-1], num_states).scatter(-1, indices, weights)

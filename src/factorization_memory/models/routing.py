@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from factorization_memory.layers import FactorizationMemory, Routing
+from factorization_memory.layers.routing import over_states
 from factorization_memory.models.language_model import LanguageModel
 
 DEAD_SHARE = 0.01
@@ -49,6 +49,7 @@ def _detach(routing: Routing) -> Routing:
         routing.indices,
         routing.num_states,
         routing.padding_mask,
+        routing.merge_indices,
     )
 
 
@@ -102,16 +103,9 @@ class _LayerHealth:
         # A full overwrite forgets everything at once; a floor keeps its logarithm finite.
         decay = -torch.log1p(-update.clamp(max=1 - 1e-6))
         self.entropy = self.entropy + torch.special.entr(affinity).sum((0, -1)).cpu()
-        self.share = self.share + self._over_states(affinity, indices, routing.num_states).sum(0).cpu()
-        self.decay = self.decay + self._over_states(decay, indices, routing.num_states).sum(0).cpu()
+        self.share = self.share + over_states(affinity, indices, routing.num_states).sum(0).cpu()
+        self.decay = self.decay + over_states(decay, indices, routing.num_states).sum(0).cpu()
         self.tokens += affinity.shape[0]
-
-    @staticmethod
-    def _over_states(x: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
-        """Numbers of the selected states `[N, H, K]` among all, `[N, H, M]`."""
-        if indices is None:
-            return x
-        return x.new_zeros(*x.shape[:2], num_states).scatter(-1, indices, x)
 
     def summary(self) -> dict[str, Any]:
         if not self.tokens:
