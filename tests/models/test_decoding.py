@@ -22,6 +22,9 @@ CONFIGS = [
     # Heads and widths that are no powers of two, and inputs that are multiplied in parts.
     replace(PURE, hidden_size=40, num_heads=5, expand=3, norm="head", conv_size=2, output_gate=True),
     replace(PURE, hidden_size=64, top_k=2, rates="head", intermediate_size=256),
+    replace(PURE, top_k=2, query="linear", merge_top_k=3, num_heads=2, conv_size=3, output_gate=True),
+    replace(PURE, top_k=2, query="separate", merge_top_k=1, rates="head"),
+    replace(PURE, query="separate", output_gate=True),
 ]
 
 
@@ -36,6 +39,12 @@ CONFIGS = [
         (CONFIGS[2], 6, False),
         (CONFIGS[3], 5, True),
         (CONFIGS[4], 9, False),
+        (CONFIGS[5], 2, True),
+        (CONFIGS[5], 6, False),
+        (CONFIGS[6], 1, False),
+        (CONFIGS[6], 5, True),
+        (CONFIGS[7], 2, True),
+        (CONFIGS[7], 7, False),
     ],
     ids=lambda x: CONFIGS.index(x) if isinstance(x, ModelConfig) else x,
 )

@@ -190,6 +190,13 @@ class FactorizationMemory(nn.Module):
             x, self.affinity, self.update_rate, self.merge_rate, self.query
         )
         assert update_logits is not None
+        return self.weigh(logits, update_logits, merge_logits, query, padding_mask)
+
+    def weigh(
+        self, logits: Tensor | None, update_logits: Tensor, merge_logits: Tensor | None, query: Tensor | None,
+        padding_mask: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """The routing of a token's projections, those that the layer has: `[..., H, M]` each, rates of a head `[..., H, 1]`."""
         merge_indices = None
         if logits is None:
             affinity, indices = torch.ones_like(update_logits, dtype=state_dtype(update_logits)), None
@@ -198,7 +205,7 @@ class FactorizationMemory(nn.Module):
         else:
             if self.affinity_threshold is not None:
                 logits = self._above_threshold(logits)
-            backend = "auto" if self.backend in ("auto", "triton") else "plain"
+            backend = "plain" if self.backend in ("reference", "chunked") else "auto"
             rates = update_logits if merge_logits is None else merge_logits
             affinity, update, merge, indices = route(logits, update_logits, rates, self.top_k, self.temperature, backend)
             if query is not None and self.merge_top_k is not None:
@@ -348,17 +355,20 @@ class FactorizationMemory(nn.Module):
         if undo is not None:
             undo.put_aside(routing.indices, None)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
+        return self._output(self.step_memory(routing, value, state), x)
+
+    def step_memory(self, routing: Routing, value: Tensor, state: LayerState) -> Tensor:
+        """The recurrence's step: one token's values `[B, H, D]` to its merged vectors, `state.memory` updated in place."""
         if routing.merge_indices is None:
-            y = self._step(routing.update, routing.merge, value, routing.indices, state)
-        else:  # what is read alone is not written
-            self._step(routing.update, torch.zeros_like(routing.update), value, routing.indices, state)
-            y = self._step(torch.zeros_like(routing.merge), routing.merge, value, routing.merge_indices, state, keep_undo=False)
-        return self._output(y, x)
+            return self._step(routing.update, routing.merge, value, routing.indices, state)
+        # What is read alone is not written.
+        self._step(routing.update, torch.zeros_like(routing.update), value, routing.indices, state)
+        return self._step(torch.zeros_like(routing.merge), routing.merge, value, routing.merge_indices, state, keep_undo=False)
 
     def _step(
         self, update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, state: LayerState, keep_undo: bool = True
     ) -> Tensor:
-        """The recurrence's step, `[B, H, D]`, in place."""
+        """The step with one selection for update and merge."""
         rows, position = (None, None) if state.undo is None or not keep_undo else (state.undo.rows, state.undo.position)
         if self.norm != "state":
             backend = "reference" if self.backend in ("reference", "chunked") else "auto"

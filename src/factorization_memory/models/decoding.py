@@ -12,7 +12,7 @@ in few kernels. The residual stream is float32 whatever the weights' dtype. A bl
   residual sum, norm and cast; SwiGLU and cast).
 
 The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more, steps that can
-be undone one for each tensor put aside but the memory.
+be undone one for each tensor put aside but the memory. Queries of their own take several small ones more.
 
 Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width of a head, V vocabulary size,
 P parts of a product, O its outputs.
@@ -27,7 +27,6 @@ from factorization_memory import ops
 from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
 from factorization_memory.models.language_model import Block, LanguageModel
 from factorization_memory.ops.precision import wide_product
-from factorization_memory.ops.routing import route
 
 PARTS = (4, 2)
 """Parts of a product into the residual stream, for more than few sequences: the first that divides the inputs."""
@@ -88,8 +87,8 @@ def obstacle(model: LanguageModel) -> str | None:
         return "feed_forward=False: it takes blocks with a feed-forward layer"
     if config.conv_size and config.conv_input != "value":
         return f"conv_input={config.conv_input!r}: it takes convolutions of values"
-    if config.affinity != "softmax" or config.query != "shared":
-        return f"affinity={config.affinity!r} with query={config.query!r} is not the paper's routing"
+    if config.affinity != "softmax":
+        return f"affinity={config.affinity!r} is not the paper's routing"
     if config.backend in ("reference", "chunked"):
         return f"backend={config.backend!r} is not that of the kernels"
     if config.norm == "state":
@@ -112,17 +111,16 @@ class _DecodingBlock:
         assert feed_forward is not None, "see obstacle"
         assert feed_forward_norm is not None
         assert mixer.affinity is not None, "see obstacle"
-        assert mixer.merge_rate is not None, "see obstacle"
         self.mixer, self.mixer_norm = mixer, block.mixer_norm
         self.feed_forward, self.feed_forward_norm = feed_forward, feed_forward_norm
-        projections = [mixer.affinity, mixer.update_rate, mixer.merge_rate, mixer.value]
-        if mixer.gate is not None:
-            projections.append(mixer.gate)
+        rates = [rate for rate in (mixer.update_rate, mixer.merge_rate) if rate is not None]
+        some = (mixer.affinity, *rates, mixer.value, mixer.query, mixer.gate)
+        projections = [projection for projection in some if projection is not None]
         self.weight = torch.cat([projection.weight for projection in projections]).detach()
         self.sizes = [projection.out_features for projection in projections]
         # The others have none.
-        self.rate_bias = torch.cat([mixer.update_rate.bias, mixer.merge_rate.bias]).detach()
-        self.rates = slice(self.sizes[0], sum(self.sizes[:3]))
+        self.rate_bias = torch.cat([rate.bias for rate in rates]).detach()
+        self.rates = slice(self.sizes[0], self.sizes[0] + len(self.rate_bias))
         self.bias = self.weight.new_zeros(len(self.weight))
         self.bias[self.rates] = self.rate_bias
         self.norm_groups = mixer.num_heads if mixer.norm == "head" else 1
@@ -180,26 +178,29 @@ class _DecodingBlock:
 
         assert isinstance(state, LayerState), "the state is of another model"
         mixer = self.mixer
-        affinity, update, merge, value, *gate = projected.split(self.sizes, dim=1)
-        heads = (mixer.num_heads, -1)
-        affinity, update, merge = (logits.unflatten(1, heads) for logits in (affinity, update, merge))
-        indices = None
-        if mixer.top_k is not None:
+        parts = iter(projected.split(self.sizes, dim=1))
+        heads, undo = (mixer.num_heads, -1), state.undo
+        affinity, update = (next(parts).unflatten(1, heads) for _ in range(2))
+        merge = None if mixer.merge_rate is None else next(parts).unflatten(1, heads)
+        value = next(parts)
+        query = None if mixer.query is None else next(parts).unflatten(1, heads)
+        routing = None
+        if mixer.top_k is not None or query is not None:
             if rate_bias is not None:
                 projected[:, self.rates].add_(rate_bias)
-            _, update, merge, indices = route(affinity, update, merge, mixer.top_k, mixer.temperature)
-        undo = state.undo
+            routing = mixer.weigh(affinity, update, merge, query)
         if undo is not None:
-            undo.put_aside(indices, state.convolution)
+            undo.put_aside(None if routing is None else routing.indices, state.convolution)
         if mixer.convolution is not None and state.convolution is not None:
             value = convolve(value, state.convolution, mixer.convolution.weight, mixer.convolution.bias)
         value = value.unflatten(1, heads)
-        rows, position = (None, None) if undo is None else (undo.rows, undo.position)
-        if indices is None:
-            y = dense_step(affinity, update, merge, rate_bias, mixer.temperature, value, state.memory, rows, position)
+        if routing is not None:
+            y = mixer.step_memory(routing, value, state)
         else:
-            y = ops.step_unchecked(update, merge, value, state.memory, indices, undo=rows, position=position)
-        return y.flatten(1), gate[0] if gate else None
+            assert merge is not None, "only a query does without"
+            rows, position = (None, None) if undo is None else (undo.rows, undo.position)
+            y = dense_step(affinity, update, merge, rate_bias, mixer.temperature, value, state.memory, rows, position)
+        return y.flatten(1), next(parts, None)
 
 
 def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
