@@ -1,17 +1,17 @@
 """Associative recall: pairs of key and value, then keys whose values are to be named. Which layers learn it, and how soon?
 
-    python results/associative-recall/recall.py NAME... > results.jsonl
+    python results/associative-recall/recall.py [--pairs 4] [NAME...] > results.jsonl
 
-A sequence holds 4 pairs of a key (of 16, all different) and a value (of 16), then 16 places, 4 of which hold the keys again in
-any order and the others a filler; the loss is that of the values at those 4. Two blocks, d = 64, AdamW, 600 steps of 128
+A sequence holds P pairs of a key (of 4 P, all different) and a value (of 4 P), then 4 P places, P of which hold the keys again
+in any order and the others a filler; the loss is that of the values at those P. Two blocks, d = 64, AdamW, 600 steps of 128
 sequences.
 Prints for each name the share of values named rightly after each 100 steps, on 256 sequences that are the same for all.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 
@@ -21,11 +21,11 @@ from torch.nn import functional
 from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConfig
 from factorization_memory.models import LanguageModel
 
-PAIRS, KEYS, LENGTH, BATCH, STEPS = 4, 16, 24, 128, 600
+BATCH, STEPS = 128, 600
 LEARNING_RATE, WARMUP, EVERY = 1e-2, 100, 100
 
 BASE = ModelConfig(
-    vocab_size=2 * KEYS + 1, hidden_size=64, num_layers=2, num_states=32, num_heads=2, embedding_multiplier=8.0,
+    hidden_size=64, num_layers=2, num_states=32, num_heads=2, embedding_multiplier=8.0,
     intermediate_size=128,
 )  # fmt: skip
 CONV = replace(BASE, conv_size=4, output_gate=True)
@@ -41,6 +41,10 @@ MODELS = {
     "conv-separate": replace(CONV, query="separate"),
     "conv-separate-k8": replace(CONV, query="separate", top_k=8),
     "conv-linear": replace(CONV, query="linear"),
+    "conv-k8-m128": replace(CONV, top_k=8, num_states=128),
+    "conv-k8-m512": replace(CONV, top_k=8, num_states=512),
+    "conv-own-k8-m128": replace(CONV, query="separate", top_k=8, merge_top_k=8, num_states=128),
+    "paper-k16-m512": replace(BASE, num_heads=1, num_states=512, top_k=16),
     "convin": LAYER,
     "convin-k8": replace(LAYER, top_k=8),
     "convin-separate": replace(LAYER, query="separate"),
@@ -58,32 +62,32 @@ MODELS = {
 }
 
 
-def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences and targets, both `[count, LENGTH]`; targets are -100 where nothing is asked."""
-    keys = torch.stack([torch.randperm(KEYS, generator=generator)[:PAIRS] for _ in range(count)])
-    values = torch.randint(0, KEYS, (count, PAIRS), generator=generator) + KEYS
+def draw(count: int, pairs: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences and targets, both `[count, 6 P]`; targets are -100 where nothing is asked."""
+    symbols = places = 4 * pairs
+    keys = torch.stack([torch.randperm(symbols, generator=generator)[:pairs] for _ in range(count)])
+    values = torch.randint(0, symbols, (count, pairs), generator=generator) + symbols
     head = torch.stack((keys, values), -1).flatten(1)
-    places = LENGTH - 2 * PAIRS
-    tail = torch.full((count, places), 2 * KEYS)
-    targets = torch.full((count, LENGTH), -100)
+    tail = torch.full((count, places), 2 * symbols)
+    targets = torch.full((count, 2 * pairs + places), -100)
     for i in range(count):
-        where = torch.randperm(places, generator=generator)[:PAIRS]
+        where = torch.randperm(places, generator=generator)[:pairs]
         tail[i, where] = keys[i]
-        targets[i, 2 * PAIRS + where] = values[i]
+        targets[i, 2 * pairs + where] = values[i]
     return torch.cat((head, tail), 1), targets
 
 
-def run(name: str, seed: int = 0) -> None:
+def run(name: str, pairs: int, seed: int = 0) -> None:
     """Train one model and print its line."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    model = LanguageModel(MODELS[name])
+    model = LanguageModel(replace(MODELS[name], vocab_size=8 * pairs + 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     started, accuracy = time.time(), []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * (1 - 0.9 * step / STEPS)
-        x, y = draw(BATCH, generator)
+        x, y = draw(BATCH, pairs, generator)
         loss = functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
@@ -91,14 +95,25 @@ def run(name: str, seed: int = 0) -> None:
         optimizer.step()
         if (step + 1) % EVERY == 0:
             with torch.no_grad():
-                x, y = draw(256, torch.Generator().manual_seed(99))
+                x, y = draw(256, pairs, torch.Generator().manual_seed(99))
                 asked = y >= 0
                 accuracy.append(round((model(x)[0].argmax(-1)[asked] == y[asked]).float().mean().item(), 4))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    line = {"name": name, "seed": seed, "accuracy": accuracy, "parameters": parameters, "seconds": round(time.time() - started)}
+    line = {
+        "name": name,
+        "pairs": pairs,
+        "seed": seed,
+        "accuracy": accuracy,
+        "parameters": parameters,
+        "seconds": round(time.time() - started),
+    }
     print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or MODELS:
-        run(each)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("names", nargs="*", help="of MODELS; all by default")
+    options = parser.parse_args()
+    for each in options.names or MODELS:
+        run(each, options.pairs)

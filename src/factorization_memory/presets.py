@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 from factorization_memory.config import (
     AttentionConfig,
@@ -71,6 +73,63 @@ def paper_sparse() -> RunConfig:
     )
 
 
+SIZES: dict[str, tuple[ModelConfig, DataConfig, OptimizerConfig, TrainingConfig]] = {
+    "tiny": (
+        ModelConfig(hidden_size=256, num_layers=6, num_states=64, top_k=16, embedding_multiplier=50.0),
+        DataConfig(context_length=1024),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        TrainingConfig(steps=1000, tokens_per_step=65536, evaluate_every=250, checkpoint_every=250),
+    ),
+    "small": (
+        ModelConfig(hidden_size=512, num_layers=8, num_states=64, top_k=16, embedding_multiplier=50.0),
+        DataConfig(context_length=1024),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
+        TrainingConfig(steps=4000, tokens_per_step=65536, evaluate_every=500, checkpoint_every=500),
+    ),
+    "base": (
+        ModelConfig(hidden_size=1024, num_layers=24, num_states=64, top_k=16, embedding_multiplier=50.0),
+        DataConfig(context_length=2048),
+        OptimizerConfig(learning_rate=1e-3, warmup_steps=500),
+        TrainingConfig(steps=20000, tokens_per_step=262144, micro_batch_size=32, evaluate_every=1000, checkpoint_every=500),
+    ),
+}
+"""Models of about 9, 35 and 340 million parameters in vocabularies of 16,384 to 32,000 tokens. The base size has not been
+trained yet; its learning rate is a guess."""
+FORMS = {
+    "pure": "the paper's equations, nothing added",
+    "best": "the best of memory alone by three seeds: several heads, convolution, gate",
+    "hybrid": "two blocks of the best form to one of attention in a window of half the context",
+}
+FEED_FORWARD = {
+    ("tiny", "best"): 336, ("tiny", "hybrid"): 480, ("small", "best"): 832, ("small", "hybrid"): 992,
+    ("base", "best"): 1632, ("base", "hybrid"): 2016,
+}  # fmt: skip
+"""Widths that make a size's forms equally large, to 0.5 %: what is added is taken from the feed-forward layers."""
+
+
+def sized(size: str, form: str) -> RunConfig:
+    """A model of one of `SIZES` in one of `FORMS`, with a quarter of 64 memory states selected by each token."""
+    model, data, optimizer, training = SIZES[size]
+    if form != "pure":
+        model = replace(
+            model, num_heads=max(4, model.hidden_size // 128), conv_size=4, output_gate=True,
+            intermediate_size=FEED_FORWARD[size, form],
+        )  # fmt: skip
+    if form == "hybrid":
+        window = AttentionConfig(num_heads=model.hidden_size // 64, sliding_window=data.context_length // 2)
+        model = replace(model, mixers=("memory", "memory", "attention"), attention=window)
+    name = size if form == "best" else f"{size}_{form}"
+    return RunConfig(name=name, model=model, data=data, optimizer=optimizer, training=training)
+
+
+def _preset(size: str, form: str) -> Callable[[], RunConfig]:
+    def make() -> RunConfig:
+        return sized(size, form)
+
+    make.__doc__ = f"{size.capitalize()} size: {FORMS[form]}."
+    return make
+
+
 def transformer() -> RunConfig:
     """Baseline: a Llama-style Transformer of the size and data of `paper`."""
     config = paper()
@@ -109,6 +168,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "books": books,
     "paper": paper,
     "paper-sparse": paper_sparse,
+    **{size if form == "best" else f"{size}-{form}": _preset(size, form) for size, form in itertools.product(SIZES, FORMS)},
     "transformer": transformer,
     "mamba2": mamba2,
 }

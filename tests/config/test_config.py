@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -18,6 +19,7 @@ from factorization_memory.config import (
     from_dict,
     to_dict,
 )  # fmt: skip
+from factorization_memory.models import counting
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -91,3 +93,12 @@ def test_sizes_that_are_derived() -> None:
     assert ModelConfig(hidden_size=256, intermediate_size=100).feed_forward_size == 100
     assert RunConfig(training=TrainingConfig(tokens_per_step=2048, micro_batch_size=2)).micro_batch_size == 2
     assert RunConfig(training=TrainingConfig(tokens_per_step=2048)).micro_batch_size == 4
+
+
+@pytest.mark.parametrize("size", presets.SIZES)
+def test_the_forms_of_a_size_are_equally_large(size: str) -> None:
+    models = [dataclasses.replace(presets.sized(size, form).model, vocab_size=16384) for form in presets.FORMS]
+    pure, *others = (counting.count(model).non_embedding_parameters for model in models)
+    assert all(other == pytest.approx(pure, rel=0.005) for other in others)
+    assert [model.layer_mixers.count("attention") for model in models] == [0, 0, models[0].num_layers // 3]
+    assert (models[0].num_heads, models[0].conv_size, models[0].output_gate) == (1, 0, False)
