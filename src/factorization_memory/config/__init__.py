@@ -1,0 +1,27 @@
+"""Every choice of a run as frozen, typed dataclasses. Standard library only, so that reading a configuration costs nothing.
+
+A run is one `RunConfig`: the model, the data, the optimizer, the training loop. `presets.py` holds named ones; the command
+line overrides any field by its flag (`--model.top-k 8`). Each class checks itself when it is made and raises `ConfigError`
+naming the field, its value and what to do.
+"""
+
+from factorization_memory.config.checks import ConfigError
+from factorization_memory.config.model import AttentionConfig, Backend, Mamba2Config, Mixer, ModelConfig
+from factorization_memory.config.plain import from_dict, suggestion, to_dict
+from factorization_memory.config.run import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+
+__all__ = [
+    "AttentionConfig",
+    "Backend",
+    "ConfigError",
+    "DataConfig",
+    "Mamba2Config",
+    "Mixer",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "from_dict",
+    "suggestion",
+    "to_dict",
+]

@@ -1,0 +1,243 @@
+"""The choices of a model."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from factorization_memory.config.checks import require, require_finite
+
+Mixer = Literal["memory", "attention", "mamba2"]
+Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Causal self-attention with rotary positions, as Llama has it, in the blocks that `ModelConfig.mixers` gives it."""
+
+    num_heads: int = 0
+    """Query heads; 0 takes heads of width 64 (one head if hidden_size is not a multiple)."""
+    num_key_value_heads: int = 0
+    """Key and value heads, each shared by as many query heads; 0 takes num_heads."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    sliding_window: int | None = None
+    """Tokens that each token attends to, itself included; None: all before it."""
+
+    def __post_init__(self) -> None:
+        require_finite(self, "model.attention")
+        for name in ("num_heads", "num_key_value_heads"):
+            require(getattr(self, name) >= 0, f"model.attention.{name}", getattr(self, name), "use 0 (automatic) or more")
+        require(self.rope_theta > 0, "model.attention.rope_theta", self.rope_theta, "use a positive number")
+        window = self.sliding_window
+        require(window is None or window >= 1, "model.attention.sliding_window", window, "use 1 or more tokens, or none")
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2 (arXiv 2405.21060), in the blocks that `ModelConfig.mixers` gives it."""
+
+    state_size: int = 128
+    """N: width of the state of each value."""
+    head_size: int = 64
+    """P: values of one head."""
+    expand: float = 2.0
+    """Inner width, all heads' values, over hidden_size."""
+    num_groups: int = 1
+    """Groups of heads, each of which has its own input and output maps (B and C)."""
+    conv_size: int = 4
+    """Taps of the causal convolution."""
+    chunk_size: int = 64
+    """Tokens that the parallel form takes at once; a matter of speed alone."""
+
+    def __post_init__(self) -> None:
+        require_finite(self, "model.mamba2")
+        for name in ("state_size", "head_size", "num_groups", "conv_size", "chunk_size"):
+            require(getattr(self, name) >= 1, f"model.mamba2.{name}", getattr(self, name), "use 1 or more")
+        require(self.expand > 0, "model.mamba2.expand", self.expand, "use a positive ratio")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model. Fields that the paper leaves open are marked "silent"; docs/method.md says how each
+    was settled."""
+
+    vocab_size: int = 0
+    """Number of token ids; 0 takes the tokenizer's when a run starts."""
+    hidden_size: int = 256
+    """Width d of the residual stream."""
+    num_layers: int = 4
+    """Number of blocks, each a layer that mixes tokens (see `mixers`) and, unless told otherwise, a feed-forward layer."""
+    intermediate_size: int = 0
+    """Width of the SwiGLU feed-forward; 0 takes 8/3 of hidden_size, rounded up to a multiple of 32."""
+    feed_forward: bool = True
+    """Whether blocks have a feed-forward layer behind the mixer; Mamba-2's own layout has none, and twice the blocks."""
+    mixers: tuple[Mixer, ...] = ("memory",)
+    """What mixes tokens in each block, from the first on, repeated over the depth: three memory layers to one of attention are
+    ("memory", "memory", "memory", "attention")."""
+    tie_word_embeddings: bool = True
+    """Whether the output head shares the embedding's weights."""
+    embedding_multiplier: float = 1.0
+    """Multiplies the embeddings where they enter the blocks, not in a tied output head. They start at a standard deviation of
+    0.02, what blocks add to them near 1: a multiplier of 50 makes both of one size."""
+    norm_eps: float = 1e-6
+    """Added to the mean square under every RMSNorm's root."""
+    dropout: float = 0.0
+    """Share of the numbers that enter the blocks, and of those that each layer adds to them, that training sets to zero."""
+
+    num_states: int = 64
+    """M: memory states of each head."""
+    top_k: int | None = None
+    """K: states each token updates and reads; None is the dense form (all M)."""
+    merge_top_k: int | None = None
+    """States that each token reads, those of its query's largest affinities, where they are to be others than the top_k that it
+    updates (a departure; needs top_k, and a query that is not shared); None reads those."""
+    affinity_threshold: float | None = None
+    """Keep the states whose affinity reaches this value (and always the largest) instead of a fixed number; not with top_k."""
+    num_heads: int = 1
+    """H: independent memories side by side, each with its own affinities over M states; the paper has 1."""
+    expand: float = 2.0
+    """D / d: total width of the memory's values over hidden_size (silent)."""
+    temperature: float = 1.0
+    """Divides the affinity logits before the softmax (silent)."""
+    affinity_init: float = 1.0
+    """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
+    affinity: Literal["softmax", "none"] = "softmax"
+    """Whether affinities share each token out among the states, or every state is updated at its own rate alone, as in gated
+    linear attention (a departure from the paper; needs rates="state", dense)."""
+    query: Literal["shared", "separate", "linear"] = "shared"
+    """What merge weights are made of: the affinities of the update (the paper); affinities of their own over the selected
+    states, which start as a copy of those (a departure); or a linear map of either sign, without rates (another)."""
+    rates: Literal["head", "state"] = "state"
+    """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
+    update_rate_init: tuple[float, float] = (0.05, 0.95)
+    """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
+    norm: Literal["merged", "head", "state", "none"] = "merged"
+    """What is RMS-normalised before the output projection: the merged vector of all heads, each head's merged vector, each
+    memory state before it is merged, or nothing (silent)."""
+    conv_size: int = 0
+    """Taps of a causal depthwise convolution, followed by SiLU; 0 for none (an addition to the paper)."""
+    conv_input: Literal["value", "layer", "both"] = "value"
+    """What the convolution takes: the values; the layer's input, to which it is added, so that routing sees it too; or both,
+    the layer's input for routing alone."""
+    output_gate: bool = False
+    """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """The attention layers, if `mixers` has any."""
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    """The Mamba-2 layers, if `mixers` has any."""
+    backend: Backend = "auto"
+    """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
+
+    def __post_init__(self) -> None:
+        require_finite(self, "model")
+        backends = typing.get_args(Backend)
+        require(self.backend in backends, "model.backend", self.backend, f"use one of {', '.join(map(repr, backends))}")
+        require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "use 0 (the tokenizer's size) or more")
+        for name in ("hidden_size", "num_layers", "num_states", "num_heads"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
+        require(self.intermediate_size >= 0, "model.intermediate_size", self.intermediate_size, "use 0 (automatic) or more")
+        require(self.expand > 0, "model.expand", self.expand, "use a positive ratio")
+        width = self.expand * self.hidden_size
+        require(
+            float(width).is_integer() and int(width) % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"must divide the value width expand * hidden_size = {width:g}",
+        )
+        if self.top_k is not None:
+            require(
+                1 <= self.top_k <= self.num_states,
+                "model.top_k",
+                self.top_k,
+                f"use 1 to num_states={self.num_states}, or none for the dense form",
+            )
+        if self.merge_top_k is not None:
+            require(self.top_k is not None, "model.merge_top_k", self.merge_top_k, "use it with top_k; or unset it")
+            require(self.query != "shared", "model.merge_top_k", self.merge_top_k, "use it with query='separate' or 'linear'")
+            require(
+                1 <= self.merge_top_k <= self.num_states, "model.merge_top_k", self.merge_top_k,
+                f"use 1 to num_states={self.num_states}, or none to read the states that are updated",
+            )  # fmt: skip
+        if self.affinity_threshold is not None:
+            require(
+                self.top_k is None, "model.affinity_threshold", self.affinity_threshold, "not together with top_k; unset one"
+            )
+            require(
+                0.0 <= self.affinity_threshold <= 1.0,
+                "model.affinity_threshold",
+                self.affinity_threshold,
+                "affinities lie between 0 and 1; use a value in that range",
+            )
+        require(self.affinity in ("softmax", "none"), "model.affinity", self.affinity, "use softmax or none")
+        require(self.query in ("shared", "separate", "linear"), "model.query", self.query, "use shared, separate or linear")
+        if self.affinity == "none":
+            require(self.rates == "state", "model.rates", self.rates, "use state, which affinity='none' needs")
+            for name in ("top_k", "affinity_threshold"):
+                require(
+                    getattr(self, name) is None, f"model.{name}", getattr(self, name), "not with affinity='none'; unset one"
+                )
+            require(self.query != "separate", "model.query", self.query, "use shared or linear with affinity='none'")
+        require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
+        require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")
+        low, high = self.update_rate_init
+        require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
+        require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
+        require(self.conv_input in ("value", "layer", "both"), "model.conv_input", self.conv_input, "use value, layer or both")
+        require(self.embedding_multiplier > 0, "model.embedding_multiplier", self.embedding_multiplier, "use a positive number")
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use 0 (none) or a share below 1")
+        known = typing.get_args(Mixer)
+        require(
+            len(self.mixers) > 0 and all(mixer in known for mixer in self.mixers),
+            "model.mixers",
+            self.mixers,
+            f"use one or more of {', '.join(map(repr, known))}",
+        )
+        if "attention" in self.layer_mixers:
+            heads, shared = self.attention_heads
+            require(
+                self.hidden_size % heads == 0 and (self.hidden_size // heads) % 2 == 0,
+                "model.attention.num_heads",
+                heads,
+                f"must divide hidden_size={self.hidden_size} into heads of even width",
+            )
+            require(heads % shared == 0, "model.attention.num_key_value_heads", shared, f"must divide num_heads={heads}")
+        if "mamba2" in self.layer_mixers:
+            inner = self.mamba2.expand * self.hidden_size
+            require(
+                float(inner).is_integer() and int(inner) % self.mamba2.head_size == 0,
+                "model.mamba2.head_size",
+                self.mamba2.head_size,
+                f"must divide the inner width expand * hidden_size = {inner:g}",
+            )
+            heads = int(inner) // self.mamba2.head_size
+            require(
+                heads % self.mamba2.num_groups == 0,
+                "model.mamba2.num_groups",
+                self.mamba2.num_groups,
+                f"must divide {heads} heads",
+            )
+
+    @property
+    def layer_mixers(self) -> tuple[Mixer, ...]:
+        """The mixer of each block."""
+        return tuple(self.mixers[i % len(self.mixers)] for i in range(self.num_layers))
+
+    @property
+    def attention_heads(self) -> tuple[int, int]:
+        """Query heads, and key and value heads, of an attention layer, the automatic choices resolved."""
+        automatic = self.hidden_size // 64 if self.hidden_size % 64 == 0 else 1
+        heads = self.attention.num_heads or automatic
+        return heads, self.attention.num_key_value_heads or heads
+
+    @property
+    def value_size(self) -> int:
+        """D: total width of the values over all heads."""
+        return int(self.expand * self.hidden_size)
+
+    @property
+    def feed_forward_size(self) -> int:
+        """Width of the feed-forward layer, the automatic choice resolved."""
+        return self.intermediate_size or 32 * -(-8 * self.hidden_size // (3 * 32))
