@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from factorization_memory.config import ConfigError, RunConfig, to_dict
-from factorization_memory.experiments.compare import first_difference, mean_and_spread
+from factorization_memory.experiments.compare import first_difference
 from factorization_memory.experiments.comparison_table import change, differing
 from factorization_memory.experiments.contenders import override, read_contender, split_overrides
 from factorization_memory.experiments.processes import FAILURE_NAME, JOB_NAME, LOG_NAME, Job, Watcher, run_jobs
+from factorization_memory.experiments.record import mean_and_spread
 from factorization_memory.presets import PRESETS
 
 

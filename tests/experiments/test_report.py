@@ -21,6 +21,7 @@ SECTIONS = [
     "Held-out text",
     "Learning",
     "Loss by position",
+    "Recall",
     "Use of the memory",
     "The memory at work",
     "Samples",
@@ -64,6 +65,7 @@ def records() -> dict[str, Any]:
                 "sources": {"en": {"3": 2.5, "5": 2.0}, "ja": {"3": 2.6, "5": 2.1}},
                 "total": {"3": 2.55, "5": 2.05},
             },
+            "recall": {"en": {"repeated": loss, "new": {**loss, "loss": 2.5, "tokens": 3000}}},
             "position": {"en": position},
             "routing": health.summary(),
         },
@@ -122,6 +124,7 @@ def test_whole_report(tmp_path: Path, records: dict[str, Any]) -> None:
     assert "4,321" in html
     assert "2.500 <span class='better'>-13%</span>" in html
     assert "2.000 <span class='worse'>+8%</span>" in html
+    assert "<td>1.500 (25%)</td><td></td><td>2.500 (75%)</td>" in html
     assert "12 tokens, 99 tokens per second" in html
     plots = sorted(p.name for p in (tmp_path / "plots").iterdir())
     assert plots == ["loss.png", "memory.png", "position.png"]
@@ -133,7 +136,7 @@ def test_whole_report(tmp_path: Path, records: dict[str, Any]) -> None:
     [
         (set(), ["Configuration"]),
         ({"metrics.jsonl"}, ["Learning", "Use of the memory", "Samples", "Configuration"]),
-        ({"evaluation.json"}, ["Held-out text", "Loss by position", "Use of the memory", "Configuration"]),
+        ({"evaluation.json"}, ["Held-out text", "Loss by position", "Recall", "Use of the memory", "Configuration"]),
         ({"inspection.json"}, ["The memory at work", "Configuration"]),
         ({"samples.json", "environment.json"}, ["Samples", "Configuration"]),
     ],

@@ -337,8 +337,8 @@ def _make_record(plan: Plan, options: CompareOptions, arguments: list[str]) -> d
     run that began last."""
     import torch
 
-    from factorization_memory.experiments.compare import make_record
     from factorization_memory.experiments.processes import JOB_NAME, read_json
+    from factorization_memory.experiments.record import make_record
     from factorization_memory.training import resolve_device
     from factorization_memory.training.record import describe_environment, strict_json
 

@@ -155,6 +155,8 @@ def show(result: dict[str, Any]) -> None:
     """The evaluation as tables on stderr."""
     from rich.table import Table
 
+    from factorization_memory.evaluation.recall import KINDS
+
     out = console()
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []
     table = Table("held-out text", "nats per token", "perplexity", "bits per byte", *(f"{n}-gram bytes" for n in orders))
@@ -164,6 +166,16 @@ def show(result: dict[str, Any]) -> None:
             name, f"{row['loss']:.3f}", f"{row['perplexity']:.1f}", f"{row['bits_per_byte']:.3f}",
             *(f"{yardstick[n]:.3f}" for n in orders),
         )  # fmt: skip
+    out.print(table)
+    table = Table("held-out text", *KINDS)
+    for name, parts in result["recall"].items():
+        tokens = sum(part["tokens"] for part in parts.values())
+        cells = [f"{parts[kind]['loss']:.3f} ({parts[kind]['tokens'] / tokens:.0%})" if kind in parts else "" for kind in KINDS]
+        table.add_row(name, *cells)
+    out.print(
+        "nats per token (and share of tokens) by what stood before in the same window: the token and its predecessor, the "
+        "predecessor followed by others alone, or neither"
+    )
     out.print(table)
     rows = [
         (name, multiple, row)

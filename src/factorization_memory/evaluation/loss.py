@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from factorization_memory.evaluation.recall import KINDS, kinds
+
 if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.data.tokenizer import Tokenizer
@@ -66,8 +68,9 @@ def evaluate_loss(
     context_length: int,
     max_tokens: int | None = None,
     batch_size: int = 16,
+    recall: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Held-out loss of documents that stand one after the other in `tokens`.
 
     Args:
@@ -76,10 +79,11 @@ def evaluate_loss(
         context_length: predictions of one window; the memory is empty where a window starts.
         max_tokens: about this many tokens are scored, in windows spread evenly over the text; None scores all.
         batch_size: windows of one forward.
+        recall: whether to tell apart what the window held before, see recall.py.
         progress: called with (tokens done, tokens in all).
 
-    Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`. Raises ValueError when no token can be
-    scored.
+    Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and with `recall` these of each kind of
+    tokens that there is, as `recall`. Raises ValueError when no token can be scored.
     """
     for name, value in (("context_length", context_length), ("batch_size", batch_size), ("max_tokens", max_tokens or 1)):
         if value < 1:
@@ -93,7 +97,8 @@ def evaluate_loss(
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
     text_length = token_lengths(tokenizer)
-    nats, scored, text_bytes, done = 0.0, 0, 0, 0
+    done = 0
+    of_kind = np.zeros((len(KINDS) + 1, 3))  # nats, tokens, bytes; the last row is of what is not scored
     with evaluating(model) as device:
         for first in range(0, len(starts), batch_size):
             rows = slice(first, first + batch_size)
@@ -107,16 +112,23 @@ def evaluate_loss(
                 reduction="none",
                 keep_state=False,
             )
-            nats += float(losses.double().sum())
-            kept_targets = targets[targets != IGNORED]
-            scored += kept_targets.size
-            text_bytes += int(text_length[kept_targets].sum())
+            kind = np.where(targets == IGNORED, len(KINDS), 0)
+            if recall:
+                kind = np.stack([kinds(*row) for row in zip(inputs, targets, strict=True)])
+            scored = (losses.double().cpu().numpy(), np.ones(kind.shape), text_length[np.where(targets == IGNORED, 0, targets)])
+            of_kind += np.stack([np.bincount(kind.ravel(), x.ravel(), len(of_kind)) for x in scored], axis=1)
             done += int(lengths[rows].sum())
             if progress is not None:
                 progress(done, int(lengths.sum()))
-    if not scored:
+    of_kind = of_kind[:-1]
+    nats, count, size = of_kind.sum(0).tolist()
+    if not count:
         raise ValueError(f"{len(tokens)} tokens hold no text to score: evaluate a text of at least two tokens")
-    return summarize(nats, scored, text_bytes)
+    result: dict[str, Any] = summarize(nats, int(count), int(size))
+    if recall:
+        parts = zip(KINDS, of_kind.tolist(), strict=True)
+        result["recall"] = {kind: summarize(nats, int(count), int(size)) for kind, (nats, count, size) in parts if count}
+    return result
 
 
 def evaluate_corpus(
@@ -127,6 +139,7 @@ def evaluate_corpus(
     context_length: int,
     max_tokens: int | None = None,
     batch_size: int = 16,
+    recall: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """`evaluate_loss` of each source of a packed corpus, and of all together.
@@ -135,9 +148,10 @@ def evaluate_corpus(
     model's device, under whatever autocast the caller has set. Sources whose split has no text are left out.
 
     Returns `{"sources": {name: {loss, perplexity, bits_per_byte, tokens, bytes}}, "total": {the same}}`; the total's bits per
-    byte are all bits over all bytes. Raises ValueError when no source has text in the split.
+    byte are all bits over all bytes. With `recall` also `{"recall": {name: {kind: {the same}}}}`. Raises ValueError when no
+    source has text in the split.
     """
-    sources: dict[str, dict[str, float | int]] = {}
+    sources: dict[str, dict[str, Any]] = {}
     for name, source in corpus.sources.items():
         part = source.splits.get(split)
         if part is None or not has_text(part.document_starts):
@@ -150,6 +164,7 @@ def evaluate_corpus(
             context_length=context_length,
             max_tokens=max_tokens,
             batch_size=batch_size,
+            recall=recall,
             progress=None if progress is None else partial(progress, name),
         )
     if not sources:
@@ -157,7 +172,9 @@ def evaluate_corpus(
     parts = sources.values()
     tokens = int(sum(s["tokens"] for s in parts))
     nats = sum(s["loss"] * s["tokens"] for s in parts)
-    return {"sources": sources, "total": summarize(nats, tokens, int(sum(s["bytes"] for s in parts)))}
+    total = summarize(nats, tokens, int(sum(s["bytes"] for s in parts)))
+    by_recall = {"recall": {name: source.pop("recall") for name, source in sources.items()}} if recall else {}
+    return {"sources": sources, "total": total, **by_recall}
 
 
 def has_text(document_starts: np.ndarray) -> bool:

@@ -3,6 +3,7 @@
 context_length   tokens of a training sequence, and of the windows that the loss is measured in
 sources          {name: {loss, perplexity, bits_per_byte, tokens, bytes}}: see loss.py
 total            the same of all sources together
+recall           {name: {kind: the same of the tokens that the window told, or not}}: see recall.py
 ngram            the yardstick, for small corpora: {orders, training_bytes, sources: {name: {"3": bits per byte, ...}},
                  total: {...}}
 position         {name: loss by position, see position.py, and "beyond": {"16": one bin for 8 to 16 training contexts, ...}}
@@ -70,6 +71,7 @@ def evaluate_run(
             context_length=context_length,
             max_tokens=max_tokens,
             batch_size=batch_size,
+            recall=True,
             progress=None if progress is None else lambda name, done, total: progress(f"loss, {name}", done, total),
         )
     result: dict[str, Any] = {"context_length": context_length, **losses}

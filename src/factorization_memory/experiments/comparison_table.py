@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from factorization_memory.evaluation.recall import KINDS
+
 
 @dataclass
 class Table:
@@ -17,8 +19,8 @@ class Table:
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
-    """Losses; what the models are; differences to the first contender that has seeds; searches of the learning rate, if any."""
-    made = (_losses(record), _models(record), _differences(record), _searches(record))
+    """Losses; what the models are; differences to the first contender that has seeds; recall; searches of the learning rate."""
+    made = (_losses(record), _models(record), _differences(record), _recall(record), _searches(record))
     return [each for each in made if each.rows and len(each.columns) > 1]
 
 
@@ -139,6 +141,21 @@ def _counted(record: dict[str, Any], name: str, n: int) -> str:
 def _losses(record: dict[str, Any]) -> Table:
     places = _columns(record)
     table = Table("Loss in nats per token", ["contender", *(heading for heading, _ in places)])
+    for contender in record["contenders"]:
+        losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]
+        table.rows.append([_counted(record, contender["name"], contender["summary"]["n"]), *losses])
+    return table
+
+
+def _recall(record: dict[str, Any]) -> Table:
+    places = [
+        (f"{source} {kind}", ("recall", kind, source))
+        for source in _sources(record)
+        for kind in KINDS
+        if any(_at(contender["summary"], ("recall", kind, source)) for contender in record["contenders"])
+    ]
+    title = "Loss by what the window held before: the same pair of tokens, the first of it with others, or neither"
+    table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
         losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]
         table.rows.append([_counted(record, contender["name"], contender["summary"]["n"]), *losses])

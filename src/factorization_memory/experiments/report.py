@@ -17,6 +17,7 @@ from typing import Any
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.evaluation.inspection_page import EXPLANATION, INSPECTION_STYLE, inspection_fragment
 from factorization_memory.evaluation.pages import page
+from factorization_memory.evaluation.recall import KINDS
 from factorization_memory.experiments import figures
 
 REPORT_NAME = "report.html"
@@ -87,6 +88,7 @@ def write_report(run_dir: Path) -> Path:
         _headline(evaluation),
         _section("Learning", LEARNING_NOTE, plots.get("loss")),
         _section("Loss by position", _position_note(evaluation), plots.get("position"), _position_table(evaluation)),
+        _section("Recall", RECALL_NOTE, _recall_table(evaluation.get("recall", {}))),
         _section("Use of the memory", MEMORY_NOTE, plots.get("memory")),
         _section("The memory at work", EXPLANATION, inspection_fragment(inspection) if inspection else None),
         _samples(samples),
@@ -103,6 +105,11 @@ def write_report(run_dir: Path) -> Path:
 LEARNING_NOTE = (
     "Bits per byte of text against the tokens trained on; lower is better. Grey is the training text (thin: single steps), "
     "colours are held-out text that training never sees."
+)
+RECALL_NOTE = (
+    "Nats per token, and share of tokens, by what stood before in the same window: the token behind the same predecessor "
+    "(repeated), the predecessor behind which other tokens stood alone (contradicted), or neither (new). A model that recalls "
+    "what it has read is best where tokens are repeated."
 )
 MEMORY_NOTE = (
     "Left: each layer's memory states, the stronger the colour the larger the state's part of all affinity; a red mark is a "
@@ -271,6 +278,20 @@ def _position_table(evaluation: dict[str, Any]) -> str | None:
     return (
         f"<div class='table'><table class='wide'><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
+    rows = []
+    for name, parts in recall.items():
+        tokens = sum(part["tokens"] for part in parts.values())
+        cells = [
+            f"<td>{parts[kind]['loss']:.3f} ({parts[kind]['tokens'] / tokens:.0%})</td>" if kind in parts else "<td></td>"
+            for kind in KINDS
+        ]
+        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
+    header = "".join(f"<th>{cell}</th>" for cell in ("", *KINDS))
+    table = f"<div class='table'><table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return table if rows else None
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

@@ -1,0 +1,231 @@
+"""What a comparison found, read back from its run folders: `compare.json`.
+
+schema_version   1
+command, environment, threads
+parallel         a list: how many runs could be under way at once with those of the seeds, each number once
+shared           context_length, steps, tokens, seeds, search, evaluation, positions, corpus fingerprints, order (a digest of
+                 what every contender reads, by seed)
+contenders       a list: name, text, config (as trained, for the first seed), parameters, matching, learning_rate, seeds,
+                 summary, tokens_per_second_alone, difference
+complete         whether every run is there; failures: those that are not, each with its message
+
+Losses are nats per token, and bits per byte of text. `context` is the loss in windows of the training context; `recall` parts
+its tokens by what the window held before (evaluation/recall.py); `positions` is the loss of tokens that stand between half of
+so many training contexts and all of them, the memory carried on from the beginning.
+Spread is the sample standard deviation over seeds. A difference is to the first contender that has seeds, seed by seed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from factorization_memory.config import to_dict
+from factorization_memory.evaluation.position import beyond_context
+from factorization_memory.evaluation.recall import KINDS
+from factorization_memory.experiments.compare import Entry, Plan
+from factorization_memory.experiments.processes import MEMORY_NAME, Job, read_json
+
+SCHEMA_VERSION = 2
+UNITS = ("loss", "bits_per_byte")
+
+
+def make_record(plan: Plan) -> dict[str, Any]:
+    """The comparison as far as it has come: all of `compare.json` but the command, the environment and how it was run."""
+    contenders = [_contender_record(plan, entry) for entry in plan.entries]
+    trained = [contender for contender in contenders if contender["seeds"]]
+    for contender in contenders:
+        other = contender in trained[1:]
+        contender["difference"] = _difference(trained[0], contender) if other else None
+    failures = _failures(plan)
+    first = plan.entries[0].config
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "parallel": sorted({number for each in contenders for seed in each["seeds"] for number in seed["parallel"]}),
+        "shared": {
+            "context_length": first.data.context_length,
+            "steps": first.training.steps,
+            "tokens": first.training.steps * first.training.tokens_per_step,
+            "tokens_per_step": first.training.tokens_per_step,
+            "parameters": plan.entries[0].match.target,
+            "seeds": list(plan.seeds),
+            "search": {"steps": plan.search_steps, "seed": plan.search_seed},
+            "alone_steps": plan.alone_steps,
+            "evaluation": plan.evaluation,
+            "positions": list(plan.positions),
+            "corpus": str(plan.corpus.folder),
+            "corpus_fingerprint": plan.corpus.fingerprint,
+            "tokenizer_fingerprint": plan.corpus.tokenizer_fingerprint,
+            "order": plan.order,
+        },
+        "contenders": contenders,
+        "complete": not failures,
+        "failures": failures,
+    }
+
+
+def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
+    jobs = plan.seed_jobs(entry)
+    # Those that failed stand in the record's failures.
+    seeds = [_seed_record(plan, job) for job in jobs if job.done and not job.diverged and _finite(job)]
+    embedding = entry.config.model.vocab_size * entry.config.model.hidden_size
+    embedding *= 1 if entry.config.model.tie_word_embeddings else 2
+    alone = next((job for job in plan.alone_jobs() if job.contender == entry.name), None)
+    return {
+        "name": entry.name,
+        "text": entry.text,
+        "config": to_dict(jobs[0].config if jobs else entry.config),
+        "parameters": {
+            "total": entry.match.parameters + embedding, "embedding": embedding, "non_embedding": entry.match.parameters,
+        },
+        "matching": {
+            "varied": {name: {"from": old, "to": new} for name, (old, new) in entry.match.varied.items()},
+            "target": entry.match.target,
+            "difference": entry.match.difference,
+        },
+        "learning_rate": plan.search(entry),
+        "seeds": seeds,
+        "summary": _summary(seeds),
+        "tokens_per_second_alone": None if alone is None or not alone.done else _tokens_per_second(alone),
+    }  # fmt: skip
+
+
+def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
+    """The figures of one finished training."""
+    evaluation = read_json(job.folder / "evaluation.json")
+    result = job.result()
+    assert result is not None
+    context = {**evaluation["sources"], "all": evaluation["total"]}
+    recall = evaluation.get("recall", {})
+    positions: dict[str, dict[str, Any]] = {}
+    by_position: dict[str, list[dict[str, Any]]] = {}
+    for source, read in evaluation.get("position", {}).items():
+        for multiple in plan.positions:
+            part = beyond_context(read, multiple)
+            if part is not None:
+                positions.setdefault(str(multiple), {})[source] = _picked(part, "start", "end", "tokens", *UNITS)
+        by_position[source] = [_picked(each, "start", "end", "tokens", *UNITS) for each in read["bins"]]
+    return {
+        "seed": job.config.training.seed,
+        "folder": job.folder.relative_to(plan.folder).as_posix(),
+        "context": {source: _picked(part, "tokens", *UNITS) for source, part in context.items()},
+        "positions": positions,
+        "recall": {
+            kind: {source: _picked(parts[kind], "tokens", *UNITS) for source, parts in recall.items() if kind in parts}
+            for kind in KINDS
+            if recall
+        },
+        "by_position": by_position,
+        "tokens_per_second": _tokens_per_second(job),
+        "seconds": result["seconds"],
+        "memory": read_json(job.folder / MEMORY_NAME),
+        "parallel": job.parallel(),
+    }
+
+
+def _finite(job: Job) -> bool:
+    """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null."""
+    evaluation = read_json(job.folder / "evaluation.json")
+    parts = [{unit: part[unit] for unit in UNITS} for part in (*evaluation["sources"].values(), evaluation["total"])]
+    parts += [each for read in evaluation.get("position", {}).values() for each in read["bins"]]
+    return all(value is not None for part in parts for value in part.values())
+
+
+def _tokens_per_second(job: Job) -> float | None:
+    """Median over the intervals of the log, the first left out where there are others: it holds what is done once."""
+    rates = [line["tokens_per_second"] for line in job.metrics()]
+    return statistics.median(rates[1:] or rates) if rates else None
+
+
+def _picked(part: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: part[name] for name in names}
+
+
+def _places(seed: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every figure of a seed's record with its place, as ("context", "en") or ("positions", "4", "en")."""
+    for source, part in seed["context"].items():
+        yield ("context", source), part
+    for multiple, sources in seed["positions"].items():
+        for source, part in sources.items():
+            yield ("positions", multiple, source), part
+    for kind, sources in seed["recall"].items():
+        for source, part in sources.items():
+            yield ("recall", kind, source), part
+    for source, bins in seed["by_position"].items():
+        for each in bins:
+            yield ("by_position", source, f"{each['start']}-{each['end']}"), each
+
+
+def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread over seeds of every figure, in the same places."""
+    collected: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for seed in seeds:
+        for place, part in _places(seed):
+            collected.setdefault(place, []).append(part)
+    summary: dict[str, Any] = {"n": len(seeds), "context": {}, "positions": {}, "by_position": {}}
+    for place, parts in collected.items():
+        if len(parts) < len(seeds):
+            continue
+        figures: dict[str, Any] = {unit: mean_and_spread([part[unit] for part in parts]) for unit in UNITS}
+        if place[0] == "by_position":
+            edges = _picked(parts[0], "start", "end", "tokens")
+            summary["by_position"].setdefault(place[1], []).append({**edges, **figures})
+        else:
+            into = summary
+            for key in place[:-1]:
+                into = into.setdefault(key, {})
+            into[place[-1]] = figures
+    speeds = [seed["tokens_per_second"] for seed in seeds if seed["tokens_per_second"] is not None]
+    peaks = [seed["memory"]["allocated_bytes"] for seed in seeds if seed["memory"] is not None]
+    summary["tokens_per_second"] = statistics.median(speeds) if speeds else None
+    summary["peak_memory_bytes"] = max(peaks, default=None)
+    return summary
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; no spread of a single value."""
+    return {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`other` minus `first`, over the seeds that both have: mean and its standard error of each loss but those by position."""
+    pairs = [(a, b) for a in first["seeds"] for b in other["seeds"] if a["seed"] == b["seed"]]
+    difference: dict[str, Any] = {"n": len(pairs), "context": {}, "positions": {}}
+    for place in dict.fromkeys(place for a, _ in pairs for place, _ in _places(a) if place[0] != "by_position"):
+        parts = [(dict(_places(a)).get(place), dict(_places(b)).get(place)) for a, b in pairs]
+        figures: dict[str, Any] = {}
+        for unit in UNITS:
+            values = [b[unit] - a[unit] for a, b in parts if a is not None and b is not None]
+            if len(values) == len(pairs):
+                spread = mean_and_spread(values)["spread"]
+                error = None if spread is None else spread / math.sqrt(len(values))
+                figures[unit] = {"mean": statistics.fmean(values), "standard_error": error}
+        into = difference
+        for key in place[:-1]:
+            into = into.setdefault(key, {})
+        if figures:
+            into[place[-1]] = figures
+    return difference
+
+
+def _failures(plan: Plan) -> list[dict[str, Any]]:
+    """What is missing: runs that failed, are not through, or could not begin."""
+    failures = []
+    for job in plan.all_jobs():
+        failure = job.failure()
+        # A search that diverged at some rate has found something.
+        if not job.done or (job.diverged and job.kind != "search"):
+            message = "not finished; the same command goes on with it" if failure is None else failure["message"]
+        elif job.kind == "seed" and not _finite(job):
+            message = "its evaluation is not finite"
+        else:
+            continue
+        failures.append({"run": job.title, "folder": job.folder.relative_to(plan.folder).as_posix(), "message": message})
+    for entry in plan.entries:
+        search = plan.search(entry)
+        if search["searched"] and search["candidates"] and all(each["diverged"] for each in search["candidates"]):
+            message = "the training diverged at every learning rate; give smaller ones"
+            failures.append({"run": entry.name, "folder": f"runs/{entry.slug}", "message": message})
+    return failures
