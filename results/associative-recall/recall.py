@@ -43,6 +43,8 @@ MODELS = {
     "conv-linear": replace(CONV, query="linear"),
     "conv-k8-m128": replace(CONV, top_k=8, num_states=128),
     "conv-k8-m512": replace(CONV, top_k=8, num_states=512),
+    "conv-k8-m128-head": replace(CONV, top_k=8, num_states=128, rates="head"),
+    "conv-k8-m512-head": replace(CONV, top_k=8, num_states=512, rates="head"),
     "conv-own-k8-m128": replace(CONV, query="separate", top_k=8, merge_top_k=8, num_states=128),
     "paper-k16-m512": replace(BASE, num_heads=1, num_states=512, top_k=16),
     "convin": LAYER,

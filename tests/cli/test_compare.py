@@ -14,7 +14,7 @@ import pytest
 
 from factorization_memory.cli import compare as compare_verb
 from factorization_memory.cli import compare_display, dispatch
-from factorization_memory.config import RunConfig, from_dict
+from factorization_memory.config import ConfigError, RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.training.guard import RunLock
@@ -310,6 +310,7 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["demo", "b=demo", "--seeds", "1000"], "--search-seed=1000: it is one of --seeds"),
         (["demo", "b=demo", "--positions", "3"], "--positions=3: use powers of two"),
         (["demo", "b=demo", "--parallel", "0"], "--parallel=0: use 1 or more"),
+        (["demo", "b=demo", "--gpus", "0"], "--gpus=0: use 1 or more"),
         (["demo", "b=demo", "--search-steps", "9"], "--search-steps=9: use at most training.steps=8"),
         (["demo", "b=demo", "--training.seed", "3"], "give the seeds with --seeds"),
         (["demo", "b=demo", "--optimizer.learning-rate", "3"], "give the candidates with --learning-rates"),
@@ -463,3 +464,14 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
     assert said[0] == "a, seed 0: begins"
     assert said[2].split() == ["a,", "seed", "0:", "20/1000", "3.2500", "1,234"]
     assert said[3].startswith("a, seed 0: no memory (see ")
+
+
+def test_which_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert compare_verb.visible_gpus(1) == []
+    assert compare_verb.visible_gpus(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-a")
+    assert compare_verb.visible_gpus(2) == ["4", "GPU-a"]
+    with pytest.raises(ConfigError, match="--gpus=3: this process sees 2"):
+        compare_verb.visible_gpus(3)

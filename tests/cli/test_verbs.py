@@ -91,6 +91,13 @@ def test_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluated.pop("checkpoint").startswith("step-0000000")
     assert evaluated.pop("corpus_fingerprint") == PackedCorpus.open(workplace / "packed").fingerprint
     assert evaluated == {"max_position": 512, "max_tokens": None, "stretches": 8}
+    assert sum(part["tokens"] for part in result["recall"]["all"].values()) == result["total"]["tokens"]
+    part = ["--device", "cpu", "--max-position", 0, "--max-tokens", 20]
+    status, out, err = call(capsys, "evaluate", workplace / "run", "--json", *part)
+    assert status == 0
+    assert json.loads(out)["total"]["tokens"] < result["total"]["tokens"]
+    assert "stays as it is" in err
+    assert json.loads((workplace / "run" / "evaluation.json").read_text())["total"] == result["total"]
 
 
 def test_evaluation_on_another_corpus_is_not_kept(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

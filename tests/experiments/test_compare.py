@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from factorization_memory.config import ConfigError, RunConfig, to_dict
-from factorization_memory.experiments.compare import first_difference
+from factorization_memory.experiments.compare import first_difference, with_defaults
 from factorization_memory.experiments.comparison_table import change, differing
 from factorization_memory.experiments.contenders import override, read_contender, split_overrides
 from factorization_memory.experiments.processes import FAILURE_NAME, JOB_NAME, LOG_NAME, Job, Watcher, run_jobs
@@ -163,6 +163,29 @@ def test_jobs_run_side_by_side_and_go_on_to_what_follows(tmp_path: Path) -> None
     assert last.parallel() == [2]
     # Nothing is left to do.
     assert work(first, then=lambda _: [last]) == 0
+
+
+def test_jobs_are_shared_out_over_gpus(tmp_path: Path) -> None:
+    def command(path: Path) -> list[str]:
+        write = "import os, sys; open(os.path.dirname(sys.argv[1]) + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+        return [sys.executable, "-S", "-c", f"{write}; import time; time.sleep(0.5)", str(path)]
+
+    jobs = [job(tmp_path / str(n)) for n in range(4)]
+    run_jobs(jobs, command, parallel=4, threads=1, gpus=("3", "GPU-a"))
+    assert sorted((each.folder / "gpu").read_text() for each in jobs) == ["3", "3", "GPU-a", "GPU-a"]
+
+
+def test_a_plan_of_before_a_field_came_is_the_same() -> None:
+    config = json.loads(json.dumps(to_dict(RunConfig())))
+    del config["data"]["corpus"], config["data"]["read_ahead"]
+    new = {"contenders": {"a": {"learning_rates": [1e-3], **config}}, "seeds": [0]}
+    old = json.loads(json.dumps(new))
+    del old["contenders"]["a"]["model"]["dropout"], old["contenders"]["a"]["model"]["attention"]["rope_theta"]
+    assert first_difference(old, new) is not None
+    assert first_difference(with_defaults(old), new) is None
+    new["contenders"]["a"]["model"]["dropout"] = 0.1
+    assert first_difference(with_defaults(old), new) == ("contenders.a.model.dropout", 0.0, 0.1)
+    assert with_defaults(None) is None
 
 
 def test_a_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,9 @@ class CompareOptions:
     stretches: int = 8
     """Stretches of text of each source that are read by position."""
     parallel: int = 1
-    """Trainings that run at the same time, on the one device."""
+    """Trainings that run at the same time."""
+    gpus: int = 1
+    """GPUs that they are shared out over."""
     alone_steps: int = 0
     """If positive, each contender also trains so many steps with nothing beside it, for its tokens per second."""
     dry_run: bool = False
@@ -119,6 +122,7 @@ def _check(options: CompareOptions, overrides: dict[str, str]) -> None:
         raise ConfigError(f"contenders={' '.join(options.contenders)!r}: name two or more")
     for flag, value, least in (
         ("--parallel", options.parallel, 1),
+        ("--gpus", options.gpus, 1),
         ("--stretches", options.stretches, 1),
         ("--alone-steps", options.alone_steps, 0),
         ("--max-tokens", options.max_tokens, 1),
@@ -254,14 +258,14 @@ def same_order(corpus: PackedCorpus, configs: dict[str, RunConfig], seed: int) -
 
 def _keep_plan(plan: Plan) -> None:
     """Write the plan, or see that it is the one that the folder holds."""
-    from factorization_memory.experiments.compare import first_difference
+    from factorization_memory.experiments.compare import first_difference, with_defaults
     from factorization_memory.experiments.processes import read_json
 
     path = plan.folder / PLAN_NAME
     # Through JSON, which knows lists alone.
     own = json.loads(json.dumps(plan.description()))
     if path.exists():
-        difference = first_difference(read_json(path), own)
+        difference = first_difference(with_defaults(read_json(path)), own)
         if difference is not None:
             name, old, new = difference
             raise ConfigError(
@@ -286,6 +290,7 @@ def _work(plan: Plan, options: CompareOptions, arguments: list[str], people: Con
     from factorization_memory.training.guard import GracefulStop
 
     started = 0
+    gpus = visible_gpus(options.gpus)
 
     def keep(job: Job) -> None:
         if job.kind != "seed" or not job.done:
@@ -300,8 +305,8 @@ def _work(plan: Plan, options: CompareOptions, arguments: list[str], people: Con
     with GracefulStop() as stop, Display(people, keep) as display:
         for jobs, parallel in ((plan.jobs(), options.parallel), (plan.alone_jobs(), 1)):
             started += run_jobs(
-                jobs, command, parallel=parallel, threads=threads(torch.get_num_threads(), parallel), then=plan.after,
-                stop=lambda: stop.requested, watcher=display,
+                jobs, command, parallel=parallel, threads=threads(torch.get_num_threads(), parallel), gpus=gpus,
+                then=plan.after, stop=lambda: stop.requested, watcher=display,
             )  # fmt: skip
         return started, stop.requested
 
@@ -309,6 +314,21 @@ def _work(plan: Plan, options: CompareOptions, arguments: list[str], people: Con
 def command(job_file: Path) -> list[str]:
     """The command line that works on a job."""
     return [sys.executable, "-m", "factorization_memory.cli.compare_run", str(job_file)]
+
+
+def visible_gpus(count: int) -> list[str]:
+    """The first `count` GPUs that this process sees, as CUDA_VISIBLE_DEVICES calls them; none where one is enough.
+
+    Raises ConfigError where there are fewer.
+    """
+    import torch
+
+    if count == 1:
+        return []
+    if (there := torch.cuda.device_count()) < count:
+        raise ConfigError(f"--gpus={count}: this process sees {there}; use {max(1, there)}, or see to CUDA_VISIBLE_DEVICES")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(number) for number in range(there)])[:count]
 
 
 def threads(available: int, parallel: int) -> int:

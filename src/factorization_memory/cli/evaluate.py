@@ -142,12 +142,22 @@ def evaluate(
 
 
 def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:
-    """Keep the evaluation in the run folder and bring its report up to date."""
+    """Keep the evaluation in the run folder and bring its report up to date; one of less text does not take the place of one of
+    more of the same checkpoint."""
     import json
 
+    from factorization_memory.experiments.processes import read_json
     from factorization_memory.experiments.report import write_report
 
-    write_aside(run_dir / "evaluation.json", json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
+    path = run_dir / "evaluation.json"
+    kept = read_json(path)
+    same = kept is not None and all(
+        kept.get("evaluated", {}).get(name) == result["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")
+    )
+    if same and kept["total"]["tokens"] > result["total"]["tokens"]:
+        say(f"{path}: holds the loss of {kept['total']['tokens']:,} tokens and stays as it is; --json gives this one")
+        return
+    write_aside(path, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
     say(f"report: {write_report(run_dir)}")
 
 

@@ -8,6 +8,7 @@ folders is read back into one record (record.py).
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -228,6 +229,27 @@ def make_entries(
                 f"contender {entry.text!r}: another has the folder {entry.slug!r}; give each a name, as NAME=PRESET"
             )
     return tuple(entries)
+
+
+def with_defaults(plan: Any) -> Any:
+    """A plan as `Plan.description` gave it, with the defaults of fields that have come since: what it was trained with."""
+    if not isinstance(plan, dict) or not isinstance(plan.get("contenders"), dict):
+        return plan
+    default = to_dict(RunConfig())
+    for name in SAME_COMMAND_MAY_CHANGE:
+        section, _, field = name.partition(".")
+        del default[section][field]
+    default = json.loads(json.dumps(default))
+    return plan | {"contenders": {name: _filled(config, default) for name, config in plan["contenders"].items()}}
+
+
+def _filled(values: Any, default: dict[str, Any]) -> Any:
+    if not isinstance(values, dict):
+        return values
+    filled = dict(values)
+    for name, value in default.items():
+        filled[name] = _filled(values[name], value) if name in values and isinstance(value, dict) else values.get(name, value)
+    return filled
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -106,6 +106,7 @@ def run_jobs(
     *,
     parallel: int,
     threads: int,
+    gpus: Sequence[str] = (),
     then: Callable[[Job], Iterable[Job]] = lambda job: (),
     stop: Callable[[], str | None] = lambda: None,
     watcher: Watcher | None = None,
@@ -115,6 +116,8 @@ def run_jobs(
     Args:
         command: from the path of a job's `job.json`, the command line of a process that works on it.
         threads: CPU threads of each process.
+        gpus: GPUs to share out, as CUDA_VISIBLE_DEVICES calls them: a process sees the one that the fewest others run on.
+            Without any, all see what this process does.
         stop: asked all the time; the name of a signal ("SIGTERM") is passed on to the processes, which then write a checkpoint
             and end; no further job begins.
         watcher: told of everything.
@@ -142,7 +145,9 @@ def run_jobs(
                     watcher.on_end(job, job.failure())
                     waiting = [*then(job), *waiting]
                     continue
-                running.append(_Process(job, command, parallel, threads))
+                taken = [process.gpu for process in running]
+                gpu = min(gpus, key=taken.count) if gpus else None
+                running.append(_Process(job, command, parallel, threads, gpu))
                 started += 1
                 watcher.on_start(job)
             for process in list(running):
@@ -165,8 +170,10 @@ def run_jobs(
 class _Process:
     """The process of one job."""
 
-    def __init__(self, job: Job, command: Callable[[Path], Sequence[str]], parallel: int, threads: int) -> None:
-        self.job = job
+    def __init__(
+        self, job: Job, command: Callable[[Path], Sequence[str]], parallel: int, threads: int, gpu: str | None = None
+    ) -> None:
+        self.job, self.gpu = job, gpu
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / FAILURE_NAME).unlink(missing_ok=True)
         order: dict[str, Any] = {
@@ -180,6 +187,8 @@ class _Process:
         order["parent"] = os.getpid()
         (job.folder / JOB_NAME).write_text(json.dumps(order, ensure_ascii=False, indent=1), encoding="utf-8")
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "NO_COLOR": "1"}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         self._looked = 0.0
         self._log = open(job.folder / LOG_NAME, "ab")  # noqa: SIM115 - open as long as the process
         try:
