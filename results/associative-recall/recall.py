@@ -1,6 +1,6 @@
 """Associative recall: pairs of key and value, then keys whose values are to be named. Which layers learn it, and how soon?
 
-    python results/associative-recall/recall.py [--pairs 4] [NAME...] > results.jsonl
+    python results/associative-recall/recall.py [--pairs 4] [--seed 0] [NAME...] > results.jsonl
 
 A sequence holds P pairs of a key (of 4 P, all different) and a value (of 4 P), then 4 P places, P of which hold the keys again
 in any order and the others a filler; the loss is that of the values at those P. Two blocks, d = 64, AdamW, 600 steps of 128
@@ -115,7 +115,8 @@ def run(name: str, pairs: int, seed: int = 0) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("names", nargs="*", help="of MODELS; all by default")
     options = parser.parse_args()
     for each in options.names or MODELS:
-        run(each, options.pairs)
+        run(each, options.pairs, options.seed)
