@@ -29,8 +29,8 @@ from factorization_memory.ops.routing import route
 STATE_NORM_PIECE = 64
 """Tokens whose states norm="state" holds at a time."""
 LEAST_SKIPPED = 32
-"""Memory states to one that is selected from which whole sequences take the sparse form, where a token reads others than it
-updates: below it takes longer."""
+"""Memory states to one that is selected from which whole sequences are given the selected ones alone, where a token reads
+others than it updates: from there on `auto` may take the sparse kernels (docs/kernels.md)."""
 
 
 def _as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
