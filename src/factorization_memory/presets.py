@@ -83,7 +83,7 @@ SIZES: dict[str, tuple[ModelConfig, DataConfig, OptimizerConfig, TrainingConfig]
     "small": (
         ModelConfig(hidden_size=512, num_layers=8, num_states=64, top_k=16, embedding_multiplier=50.0),
         DataConfig(context_length=1024),
-        OptimizerConfig(learning_rate=3e-3, warmup_steps=200),
+        OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         TrainingConfig(steps=4000, tokens_per_step=65536, evaluate_every=500, checkpoint_every=500),
     ),
     "base": (
@@ -93,8 +93,8 @@ SIZES: dict[str, tuple[ModelConfig, DataConfig, OptimizerConfig, TrainingConfig]
         TrainingConfig(steps=20000, tokens_per_step=262144, micro_batch_size=32, evaluate_every=1000, checkpoint_every=500),
     ),
 }
-"""Models of about 9, 35 and 340 million parameters in vocabularies of 16,384 to 32,000 tokens. The base size has not been
-trained yet; its learning rate is a guess."""
+"""Models of about 5, 26 and 309 million parameters outside the embedding. The base size has not been trained yet; its learning
+rate is a guess."""
 FORMS = {
     "pure": "the paper's equations, nothing added",
     "best": "the best of memory alone by three seeds: several heads, convolution, gate",

@@ -60,6 +60,7 @@ if job["evaluation"] is not None:
     bins = [a_bin(length // 2, length), a_bin(length, 2 * length), a_bin(2 * length, 4 * length)]
     position = {"context_length": length, "max_position": 4 * length, "bins": bins}
     evaluation = {"sources": {"en": figures(loss)}, "total": figures(loss), "position": {"en": position}}
+    evaluation["recall"] = {"en": {"repeated": figures(loss - 1), "new": figures(loss + 1)}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
 evaluation = {"step": 1, "sources": {"en": figures(loss)}, "bits_per_byte": figures(loss)["bits_per_byte"]}
 (folder / "result.json").write_text(json.dumps({"stopped": "finished", "seconds": 1.0, "evaluation": evaluation}))
@@ -130,6 +131,8 @@ def test_two_models_from_text_to_table(corpus: Path, tmp_path: Path, capsys: pyt
         assert result["parameters"] == contender["parameters"]["total"]
         evaluation = json.loads((run / "evaluation.json").read_text())
         assert contender["summary"]["context"]["ja"]["loss"] == {"mean": evaluation["sources"]["ja"]["loss"], "spread": None}
+        repeated = evaluation["recall"]["ja"]["repeated"]["loss"]
+        assert contender["summary"]["recall"]["repeated"]["ja"]["loss"] == {"mean": repeated, "spread": None}
         beyond = evaluation["position"]["en"]["beyond"]["4"]
         assert contender["summary"]["positions"]["4"]["en"]["loss"]["mean"] == beyond["loss"]
         assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000008"]
@@ -182,6 +185,9 @@ def test_search_seeds_and_figures(
     assert "0.004 (edge)" in row
     assert "+1.2000 ± 0.2887" in table
     assert "diverged" in table
+    repeated = next(line for line in table.split("(repeated)")[1].splitlines() if line.startswith("| wide"))
+    assert "2.2100 ± 0.5100" in repeated
+    assert "4.2100 ± 0.5100" in repeated
     assert "wide: model.intermediate_size from" in table
     assert "![Loss by position](compare.png)" in table
     assert "Learning rates were chosen on held-out text" in table
@@ -205,7 +211,7 @@ def test_a_failing_run_is_named_and_tried_again(
     assert "NOT DONE: wide, seed 7 (runs/wide/seed-7): exit status 1; out of memory" in err
     assert len(pretended) == 4
     table = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
-    assert table.count("| wide (1 of 2 seeds) |") == 2
+    assert table.count("| wide (1 of 2 seeds) |") == 3  # losses, differences, recall
     assert "(given) The learning rate of demo, wide was not searched." in table
     assert "Learning rates were chosen" not in table
     assert call(capsys, *arguments)[0] == 1

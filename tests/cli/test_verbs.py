@@ -97,7 +97,16 @@ def test_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert json.loads(out)["total"]["tokens"] < result["total"]["tokens"]
     assert "stays as it is" in err
+    assert "repeated" in err
     assert json.loads((workplace / "run" / "evaluation.json").read_text())["total"] == result["total"]
+    # Of less text, but farther: more in something.
+    farther = ["--device", "cpu", "--max-position", 1024, "--max-tokens", 20]
+    status, out, _ = call(capsys, "evaluate", workplace / "run", "--json", *farther)
+    assert status == 0
+    kept = json.loads((workplace / "run" / "evaluation.json").read_text())
+    assert (kept["total"]["tokens"] < result["total"]["tokens"]) == (
+        json.loads(out)["position"]["all"]["max_position"] > result["position"]["all"]["max_position"]
+    )
 
 
 def test_evaluation_on_another_corpus_is_not_kept(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

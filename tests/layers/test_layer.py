@@ -320,12 +320,12 @@ def test_a_selection_of_its_own_reads_what_its_query_asks_for() -> None:
     shared.load_state_dict({name: weight for name, weight in layer.state_dict().items() if not name.startswith("query")})
     begun = layer.route(x)
     expected = shared.route(x)
-    torch.testing.assert_close(begun.over_states()[1], expected.over_states()[1])
+    torch.testing.assert_close(begun.of_all_states()[1], expected.of_all_states()[1])
     torch.nn.init.normal_(layer.query.weight)
     routing = layer.route(x)
     assert routing.indices.shape[-1] == 2
     assert routing.merge_indices.shape[-1] == 3
-    update, merge = routing.over_states()
+    update, merge = routing.of_all_states()
     logits = {
         name: getattr(layer, name)(x).unflatten(-1, (2, 8)) for name in ("affinity", "query", "update_rate", "merge_rate")
     }
@@ -347,7 +347,7 @@ def test_a_linear_query_selects_by_size() -> None:
     routing = layer.route(x := torch.randn(2, 5, 16))
     query = layer.query(x).unflatten(-1, (1, 8))
     least = query.abs().sort(-1, descending=True).values[..., 2:3]
-    torch.testing.assert_close(routing.over_states()[1], query * (query.abs() >= least))
+    torch.testing.assert_close(routing.of_all_states()[1], query * (query.abs() >= least))
 
 
 def test_a_step_touches_no_other_state() -> None:
@@ -357,7 +357,7 @@ def test_a_step_touches_no_other_state() -> None:
     torch.nn.init.normal_(layer.query.weight)
     x, state = torch.randn(3, 16), layer.initial_state(3)
     state.memory.normal_()
-    update, merge = layer.route(x).over_states()
+    update, merge = layer.route(x).of_all_states()
     updated, touched = update != 0, (update != 0) | (merge != 0)
     assert touched.sum(-1).max() == 5
     expected = layer.step(x, clean := state.apply(torch.clone))
@@ -365,6 +365,41 @@ def test_a_step_touches_no_other_state() -> None:
     assert not torch.equal(clean.memory[updated], state.memory[updated])
     state.memory[~touched] = torch.nan
     torch.testing.assert_close(layer.step(x, state), expected)
+
+
+def test_a_value_that_is_not_finite_stays_out_of_states_that_are_read_alone() -> None:
+    """So that rolling back, which restores what was updated, is exact."""
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, 8, top_k=2, query="linear", merge_top_k=3)
+    state = layer.initial_state(1)
+    state.memory.normal_()
+    before = state.memory.clone()
+    state = layer.keep_undo(state, 2, torch.zeros(1, dtype=torch.int64))
+    with torch.no_grad():
+        layer.value.weight.fill_(torch.inf)
+    layer.step(torch.randn(1, 16), state)
+    assert not torch.isfinite(state.memory).all()
+    state.undo.position.add_(1)
+    state.undo.roll_back(state, 1)
+    assert torch.equal(state.memory, before)
+
+
+@pytest.mark.parametrize(("top_k", "merge_top_k"), [(4, 6), (8, 2), (2, 8), (3, 4)])
+def test_a_backend_that_takes_a_selection_gets_one(top_k: int, merge_top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = FactorizationMemory(16, 8, top_k=top_k, query="separate", merge_top_k=merge_top_k).double()
+    torch.nn.init.normal_(layer.query.weight)
+    x, recurrence, seen = torch.randn(2, 9, 16, dtype=torch.float64), layer_module.ops.recurrence_unchecked, []
+    expected, _ = layer(x)
+
+    def chunked(*given: Any) -> Any:
+        seen.append(given[3])
+        return recurrence(*given[:-1], "chunked")
+
+    monkeypatch.setattr(layer_module.ops, "recurrence_unchecked", chunked)
+    layer.backend = "triton-sparse"
+    torch.testing.assert_close(layer(x)[0], expected)
+    assert seen[0].shape[-1] == min(8, top_k + merge_top_k)
 
 
 def test_many_states_take_the_sparse_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +426,7 @@ def test_many_states_take_the_sparse_form(monkeypatch: pytest.MonkeyPatch) -> No
         ({"merge_top_k": 2, "query": "separate"}, "merge_top_k=2: use it with top_k"),
         ({"merge_top_k": 2, "top_k": 2}, "merge_top_k=2: use it with query="),
         ({"merge_top_k": 9, "top_k": 2, "query": "linear"}, "merge_top_k=9: use 1 to num_states=8"),
+        ({"conv_input": "both"}, "conv_input='both': there is no convolution"),
     ],
 )
 def test_selections_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -267,6 +267,8 @@ def test_dropout_is_of_training_alone() -> None:
     assert torch.equal(model.eval()(tokens)[0], plain(tokens)[0])
     model.train()
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    state = model.initial_state(2)
+    assert not torch.equal(model.step(tokens[:, 0], state.clone())[0], model.step(tokens[:, 0], state)[0])
     with torch.no_grad():
         for parameter in model.embedding.parameters():
             parameter.fill_(1)

@@ -26,8 +26,8 @@ HARNESS = ("harness_data", "harness_tasks", "harness_shots", "harness_limit", "h
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a trained model: loss, perplexity, bits per byte, loss by position with carried memory, routing health; or, with
-    --harness, tasks of lm-evaluation-harness."""
+    """Evaluate a trained model: loss, perplexity, bits per byte, recall from the context, loss by position with carried memory,
+    routing health; or, with --harness, tasks of lm-evaluation-harness."""
 
     run: tyro.conf.Positional[Path | None] = None
     """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
@@ -142,8 +142,8 @@ def evaluate(
 
 
 def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:
-    """Keep the evaluation in the run folder and bring its report up to date; one of less text does not take the place of one of
-    more of the same checkpoint."""
+    """Keep the evaluation in the run folder and bring its report up to date; one that tells less, and nothing more, does not
+    take the place of one of the same checkpoint."""
     import json
 
     from factorization_memory.experiments.processes import read_json
@@ -151,14 +151,30 @@ def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:
 
     path = run_dir / "evaluation.json"
     kept = read_json(path)
-    same = kept is not None and all(
-        kept.get("evaluated", {}).get(name) == result["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")
-    )
-    if same and kept["total"]["tokens"] > result["total"]["tokens"]:
-        say(f"{path}: holds the loss of {kept['total']['tokens']:,} tokens and stays as it is; --json gives this one")
+    if kept is not None and _told_by(result, kept):
+        say(f"{path}: tells all that this evaluation does and more, and stays as it is; --json gives this one")
         return
     write_aside(path, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
     say(f"report: {write_report(run_dir)}")
+
+
+def _told_by(result: dict[str, Any], kept: dict[str, Any]) -> bool:
+    """Whether `kept`, of the same model and text as `result`, has all that it has, of as much text, and more of something."""
+    evaluated = kept.get("evaluated", {})
+    if any(evaluated.get(name) != result["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")):
+        return False
+
+    def extent(evaluation: dict[str, Any]) -> tuple[int, int, int, int]:
+        positions = evaluation.get("position", {}).values()
+        return (
+            evaluation["total"]["tokens"],
+            min((each["max_position"] for each in positions), default=0),
+            min((each["stretches"] for each in positions), default=0),
+            len(evaluation.keys() & {"recall", "ngram", "position"}),
+        )
+
+    mine, theirs = extent(result), extent(kept)
+    return mine != theirs and all(own <= other for own, other in zip(mine, theirs, strict=True))
 
 
 def show(result: dict[str, Any]) -> None:

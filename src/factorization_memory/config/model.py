@@ -91,8 +91,9 @@ class ModelConfig:
     top_k: int | None = None
     """K: states each token updates and reads; None is the dense form (all M)."""
     merge_top_k: int | None = None
-    """States that each token reads, those of its query's largest affinities, where they are to be others than the top_k that it
-    updates (a departure; needs top_k, and a query that is not shared); None reads those."""
+    """States that each token reads, where they are to be others than the top_k that it updates (a departure; needs top_k):
+    those of the largest affinities of its separate query, or the largest entries, by size, of its linear one; None
+    reads those."""
     affinity_threshold: float | None = None
     """Keep the states whose affinity reaches this value (and always the largest) instead of a fixed number; not with top_k."""
     num_heads: int = 1
@@ -185,6 +186,8 @@ class ModelConfig:
         require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
         require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
         require(self.conv_input in ("value", "layer", "both"), "model.conv_input", self.conv_input, "use value, layer or both")
+        taken = self.conv_size > 0 or self.conv_input == "value"
+        require(taken, "model.conv_input", self.conv_input, "there is no convolution to take it; set conv_size, as 4")
         require(self.embedding_multiplier > 0, "model.embedding_multiplier", self.embedding_multiplier, "use a positive number")
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use 0 (none) or a share below 1")

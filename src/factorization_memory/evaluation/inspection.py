@@ -60,7 +60,7 @@ def inspect_text(
     layers = []
     for index, (routing,) in zip(numbers, observed, strict=True):
         # Of the only row, [T, H, M].
-        update, merge = (weights[0].double().cpu().numpy() for weights in routing.over_states())
+        update, merge = (weights[0].double().cpu().numpy() for weights in routing.of_all_states())
         heads = [
             {
                 "head": head,

@@ -154,7 +154,10 @@ def _recall(record: dict[str, Any]) -> Table:
         for kind in KINDS
         if any(_at(contender["summary"], ("recall", kind, source)) for contender in record["contenders"])
     ]
-    title = "Loss by what the window held before: the same pair of tokens, the first of it with others, or neither"
+    title = (
+        "Loss by what stood before in the window: token and predecessor (repeated), the predecessor followed by others alone "
+        "(contradicted), neither (new)"
+    )
     table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
         losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]

@@ -1,6 +1,6 @@
 """What a comparison found, read back from its run folders: `compare.json`.
 
-schema_version   1
+schema_version   2
 command, environment, threads
 parallel         a list: how many runs could be under way at once with those of the seeds, each number once
 shared           context_length, steps, tokens, seeds, search, evaluation, positions, corpus fingerprints, order (a digest of

@@ -361,9 +361,10 @@ class FactorizationMemory(nn.Module):
         """The recurrence's step: one token's values `[B, H, D]` to its merged vectors, `state.memory` updated in place."""
         if routing.merge_indices is None:
             return self._step(routing.update, routing.merge, value, routing.indices, state)
-        # What is read alone is not written.
         self._step(routing.update, torch.zeros_like(routing.update), value, routing.indices, state)
-        return self._step(torch.zeros_like(routing.merge), routing.merge, value, routing.merge_indices, state, keep_undo=False)
+        # What is read alone stays as it is, also where the value is not finite.
+        nothing = torch.zeros_like(routing.merge), torch.zeros_like(value)
+        return self._step(nothing[0], routing.merge, nothing[1], routing.merge_indices, state, keep_undo=False)
 
     def _step(
         self, update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, state: LayerState, keep_undo: bool = True
@@ -401,9 +402,9 @@ class FactorizationMemory(nn.Module):
     def _recurrence(
         self, routing: Routing, value: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None, keep_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        most = (self.top_k or 0) + (self.merge_top_k or 0)
-        skips = self.backend == "triton-sparse" or most * LEAST_SKIPPED <= self.num_states
-        weights = routing.together(most if skips and most < self.num_states else None)
+        size = min((self.top_k or 0) + (self.merge_top_k or 0), self.num_states)
+        skips = self.backend == "triton-sparse" or size * LEAST_SKIPPED <= self.num_states
+        weights = routing.as_one_selection(size if skips else None)
         if self.norm == "state":
             y, memory = self._state_norm_recurrence(*weights, value, memory, cu_seqlens)
             return y, memory if keep_state else None

@@ -34,27 +34,30 @@ class Routing:
     padding_mask: Tensor | None = None
     merge_indices: Tensor | None = None
 
-    def over_states(self) -> tuple[Tensor, Tensor]:
-        """Update and merge weights of all states, `[B, T, H, M]`."""
+    def of_all_states(self) -> tuple[Tensor, Tensor]:
+        """Update and merge weights of all states, `[B, T, H, M]`; zero for those not selected."""
         merged = self.indices if self.merge_indices is None else self.merge_indices
         return over_states(self.update, self.indices, self.num_states), over_states(self.merge, merged, self.num_states)
 
-    def together(self, most: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Update and merge weights `[B, T, H, S]` of one selection of states for both, and it, int64 `[B, T, H, S]`.
+    def as_one_selection(self, size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Update weights, merge weights and the selected states, as the recurrence takes them: with one selection for both.
 
         Args:
-            most: S, states that a token can have selected for either, where it selects others for both; None takes all states,
-                and gives None instead of their indices.
+            size: states of the selection where updated and merged ones are not the same, K + R or more, M at most; None for all
+                states, without indices.
+
+        Returns:
+            `[B, T, H, size]` each; where updated and merged states are the same, what there is.
         """
         if self.merge_indices is None:
             return self.update, self.merge, self.indices
-        update, merge = self.over_states()
-        if most is None:
+        update, merge = self.of_all_states()
+        if size is None:
             return update, merge, None
         selected = (update != 0) | (merge != 0)
         # Where fewer are, others make up the number, the lower index first.
         keys = selected * self.num_states - torch.arange(self.num_states, device=selected.device)
-        indices = keys.topk(most, dim=-1).indices
+        indices = keys.topk(size, dim=-1).indices
         return update.gather(-1, indices), merge.gather(-1, indices), indices
 
 

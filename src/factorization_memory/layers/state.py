@@ -65,7 +65,7 @@ class Undo:
     Attributes:
         rows: memory states as they were, `[places, B, H, K, D]`; K = M in the dense form.
         indices: which they are, int64 `[places, B, H, K]`; None in the dense form.
-        convolution: `LayerState.convolution` as it was, `[places, B, taps - 1, H * D]`, or None.
+        convolution: `LayerState.convolution` as it was, `[places, B, taps - 1, channels]`, or None.
         position: int64 `[1]`, where the next step goes: one tensor for all layers, so that a CUDA graph can hold the steps.
     """
 
@@ -96,7 +96,7 @@ class LayerState:
 
     Attributes:
         memory: `[B, H, M, D]`, float32 (float64 in a float64 model).
-        convolution: the last values that the causal convolution still needs, oldest first, `[B, taps - 1, H * D]`; None
+        convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, channels]`; None
             without convolution.
         undo: takes what steps overwrite, if that is kept. Of this very state: copies have none.
     """

@@ -75,7 +75,7 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, state: MixerState) -> Tensor:
         """One token x `[B, d]` to the same shape; `state` is updated in place."""
-        return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
+        return self._feed(x + self._dropped(self.mixer.step(self.mixer_norm(x), state)))
 
     def _feed(self, x: Tensor) -> Tensor:
         if self.feed_forward is None or self.feed_forward_norm is None:
