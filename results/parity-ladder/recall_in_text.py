@@ -17,21 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from factorization_memory.evaluation.recall import KINDS, kinds
 from factorization_memory.training import find_checkpoint, load_model
 
 WINDOWS, BATCH = 96, 16
-KINDS = ("new", "contradicted", "repeated")
-
-
-def kinds(window: np.ndarray) -> np.ndarray:
-    """0, 1 or 2, as in `KINDS`, of each token of a window but the first."""
-    followers: dict[int, set[int]] = {}
-    result = []
-    for before, token in zip(window[:-1].tolist(), window[1:].tolist(), strict=True):
-        seen = followers.setdefault(before, set())
-        result.append(2 if token in seen else 1 if seen else 0)
-        seen.add(token)
-    return np.array(result)
 
 
 @torch.no_grad()
@@ -50,7 +39,7 @@ def measure(run: Path, packed: Path) -> dict[str, object]:
             part = part.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses.append(model.loss(part[:, :-1], part[:, 1:], reduction="none", keep_state=False)[0].double().cpu())
-        loss, kind = torch.cat(losses).numpy(), np.stack([kinds(window) for window in windows])
+        loss, kind = torch.cat(losses).numpy(), np.stack([kinds(window[:-1], window[1:]) for window in windows])
         means = {
             name: {"loss": round(float(loss[kind == i].mean()), 4), "tokens": int((kind == i).sum())}
             for i, name in enumerate(KINDS)

@@ -16,6 +16,7 @@ import pytest
 
 from factorization_memory.cli import VERBS, dispatch
 from factorization_memory.cli import demo as demo_verb
+from factorization_memory.cli import evaluate as evaluate_verb
 from factorization_memory.cli import train as train_verb
 from factorization_memory.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
@@ -99,14 +100,30 @@ def test_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "stays as it is" in err
     assert "repeated" in err
     assert json.loads((workplace / "run" / "evaluation.json").read_text())["total"] == result["total"]
-    # Of less text, but farther: more in something.
-    farther = ["--device", "cpu", "--max-position", 1024, "--max-tokens", 20]
-    status, out, _ = call(capsys, "evaluate", workplace / "run", "--json", *farther)
-    assert status == 0
-    kept = json.loads((workplace / "run" / "evaluation.json").read_text())
-    assert (kept["total"]["tokens"] < result["total"]["tokens"]) == (
-        json.loads(out)["position"]["all"]["max_position"] > result["position"]["all"]["max_position"]
-    )
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, False),
+        ({"total": {"tokens": 90}}, True),
+        ({"total": {"tokens": 110}}, False),
+        ({"position": {}}, True),
+        ({"total": {"tokens": 90}, "position": {"en": {"max_position": 2048, "stretches": 8}}}, False),
+        ({"position": {"en": {"max_position": 1024, "stretches": 4}}}, True),
+        ({"total": {"tokens": 90}, "evaluated": {"checkpoint": "step-2", "corpus_fingerprint": "a"}}, False),
+    ],
+)
+def test_which_evaluation_stays(change: dict[str, Any], kept: bool) -> None:
+    """Only one that the new one adds nothing to."""
+    before = {
+        "evaluated": {"checkpoint": "step-1", "corpus_fingerprint": "a"},
+        "total": {"tokens": 100},
+        "recall": {},
+        "position": {"en": {"max_position": 1024, "stretches": 8}},
+    }
+    assert evaluate_verb.told_by(before | change, before) is kept
+    assert not evaluate_verb.told_by(before, {name: x for name, x in before.items() if name != "recall"})
 
 
 def test_evaluation_on_another_corpus_is_not_kept(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,14 +151,14 @@ def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:
 
     path = run_dir / "evaluation.json"
     kept = read_json(path)
-    if kept is not None and _told_by(result, kept):
+    if kept is not None and told_by(result, kept):
         say(f"{path}: tells all that this evaluation does and more, and stays as it is; --json gives this one")
         return
     write_aside(path, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
     say(f"report: {write_report(run_dir)}")
 
 
-def _told_by(result: dict[str, Any], kept: dict[str, Any]) -> bool:
+def told_by(result: dict[str, Any], kept: dict[str, Any]) -> bool:
     """Whether `kept`, of the same model and text as `result`, has all that it has, of as much text, and more of something."""
     evaluated = kept.get("evaluated", {})
     if any(evaluated.get(name) != result["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")):
@@ -181,7 +181,7 @@ def show(result: dict[str, Any]) -> None:
     """The evaluation as tables on stderr."""
     from rich.table import Table
 
-    from factorization_memory.evaluation.recall import KINDS
+    from factorization_memory.evaluation.recall import KINDS, as_text
 
     out = console()
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []
@@ -195,9 +195,7 @@ def show(result: dict[str, Any]) -> None:
     out.print(table)
     table = Table("held-out text", *KINDS)
     for name, parts in result["recall"].items():
-        tokens = sum(part["tokens"] for part in parts.values())
-        cells = [f"{parts[kind]['loss']:.3f} ({parts[kind]['tokens'] / tokens:.0%})" if kind in parts else "" for kind in KINDS]
-        table.add_row(name, *cells)
+        table.add_row(name, *as_text(parts))
     out.print(
         "nats per token (and share of tokens) by what stood before in the same window: the token and its predecessor, the "
         "predecessor followed by others alone, or neither"

@@ -112,7 +112,7 @@ def evaluate_loss(
                 reduction="none",
                 keep_state=False,
             )
-            kind = np.where(targets == IGNORED, len(KINDS), 0)
+            kind = np.where(targets == IGNORED, len(KINDS), 0)  # all in one row where they are not told apart
             if recall:
                 kind = np.stack([kinds(*row) for row in zip(inputs, targets, strict=True)])
             scored = (losses.double().cpu().numpy(), np.ones(kind.shape), text_length[np.where(targets == IGNORED, 0, targets)])

@@ -6,6 +6,8 @@ A model that recalls names a token that has followed its predecessor before, in 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 KINDS = ("repeated", "contradicted", "new")
@@ -36,3 +38,9 @@ def _seen_before(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     first = np.full(len(values), len(values))
     np.minimum.at(first, inverse[real], places[real])
     return first[inverse] < places
+
+
+def as_text(parts: dict[str, dict[str, Any]]) -> list[str]:
+    """Loss and share of each kind, from the figures of those that there are: "1.500 (25%)", or nothing."""
+    tokens = sum(part["tokens"] for part in parts.values())
+    return [f"{parts[kind]['loss']:.3f} ({parts[kind]['tokens'] / tokens:.0%})" if kind in parts else "" for kind in KINDS]

@@ -17,7 +17,7 @@ from typing import Any
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.evaluation.inspection_page import EXPLANATION, INSPECTION_STYLE, inspection_fragment
 from factorization_memory.evaluation.pages import page
-from factorization_memory.evaluation.recall import KINDS
+from factorization_memory.evaluation.recall import KINDS, as_text
 from factorization_memory.experiments import figures
 
 REPORT_NAME = "report.html"
@@ -283,12 +283,8 @@ def _position_table(evaluation: dict[str, Any]) -> str | None:
 def _recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
     rows = []
     for name, parts in recall.items():
-        tokens = sum(part["tokens"] for part in parts.values())
-        cells = [
-            f"<td>{parts[kind]['loss']:.3f} ({parts[kind]['tokens'] / tokens:.0%})</td>" if kind in parts else "<td></td>"
-            for kind in KINDS
-        ]
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
+        cells = "".join(f"<td>{cell}</td>" for cell in (escape(name), *as_text(parts)))
+        rows.append(f"<tr>{cells}</tr>")
     header = "".join(f"<th>{cell}</th>" for cell in ("", *KINDS))
     table = f"<div class='table'><table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     return table if rows else None
