@@ -8,9 +8,7 @@ program must that shows text. It is measured as `eager`, its kernels launched on
 
 from __future__ import annotations
 
-import gc
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +19,8 @@ import torch
 from torch import Tensor
 
 from factorization_memory.benchmarks.floor import Rates, measure_rates
-from factorization_memory.benchmarks.timing import machine, on_device, reason, release, summary, synchronise, tensor_bytes
+from factorization_memory.benchmarks.inference_rounds import Reading, Step, Writing, most_steps
+from factorization_memory.benchmarks.timing import machine, on_device, reason, release, tensor_bytes
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.generation import Steps, default_chunk, prefill_batch, steps_for, weights_dtype, with_dtype
 from factorization_memory.layers import LayerState
@@ -30,13 +29,9 @@ from factorization_memory.models import LanguageModel
 OURS = "ours"
 PEERS = ("llama",)
 PRECISIONS = ("auto", "float32", "bfloat16")
-WARM_UP = 2
-"""Steps before each series of steps that is timed."""
 
 Records = list[dict[str, Any]]
 Show = Callable[[Records], None]
-Step = Callable[[Tensor], Tensor]
-"""Tokens `[B]` to logits `[B, V]`, going on from where the sequences stand."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +308,7 @@ def _measure(
             found.append(record | {"decode": {}})
         records += found
         try:
-            contender.begin(batch, _most_steps(benchmark))
+            contender.begin(batch, most_steps(benchmark))
             _measure_batch(contender, found, benchmark, device, rates, progress)
         except Exception as error:  # a size that does not fit is worth knowing, and others may
             for record in found:
@@ -332,8 +327,8 @@ def _measure_batch(
     progress: Callable[[str], None],
 ) -> None:
     """Fills the records of one number of sequences, by context."""
-    reading = _Reading(contender, benchmark, device)
-    writing: list[tuple[dict[str, Any], _Writing]] = []
+    reading = Reading(contender, benchmark, device)
+    writing: list[tuple[dict[str, Any], Writing]] = []
     for record in records:
         progress(f"{contender.name}: {record['batch']} x {record['context']:,} tokens")
         with _failing_alone(record, device):
@@ -343,7 +338,7 @@ def _measure_batch(
             record["state"] = "random" if record["prefill"] is None else "read"
             record |= {"state_bytes": contender.state_bytes(), "step_bytes": contender.step_bytes()}
             record["floor_seconds"] = record["step_bytes"] / rates.copy_bytes_per_second
-            writing.append((record, _Writing(contender, benchmark, record["batch"], device)))
+            writing.append((record, Writing(contender, benchmark, record["batch"], device)))
     # Contexts take turns, as the modes of a step do, so that a machine's slower minutes are not taken for a context's.
     for number in range(benchmark.repeats):
         progress(f"{contender.name}: {records[0]['batch']} sequences write, round {number + 1}")
@@ -365,118 +360,6 @@ def _failing_alone(record: dict[str, Any], device: torch.device) -> Iterator[Non
         record["error"] = reason(error)
     if record["error"] is not None:
         release(device)  # here, where the error no longer holds what was allocated
-
-
-class _Reading:
-    """Reads prompts of one number of sequences, as long as that is quick enough."""
-
-    def __init__(self, contender: Contender, benchmark: InferenceBenchmark, device: torch.device) -> None:
-        self.contender, self.benchmark, self.device = contender, benchmark, device
-        self.known: tuple[int, float] | None = None
-        """A number of tokens of a sequence, and the seconds that all sequences took to read as many."""
-
-    def prefill(self, batch: int, context: int) -> dict[str, Any] | None:
-        """Reads `context` tokens of each of `batch` sequences; its figures, or None if that would take too long."""
-        limit = self.benchmark.prefill_seconds
-        if limit == 0:
-            return None
-        if self.known is None:
-            self.known = self._try(batch, context)
-        length, seconds = self.known
-        expected = seconds * (context / length) ** self.contender.growth
-        if expected > limit:
-            return None
-        tokens = self._tokens(batch, context)
-        self._seconds(tokens)  # kernels for this size are compiled
-        spent: list[float] = []
-        while len(spent) < self.benchmark.repeats and sum(spent) + expected <= limit:
-            spent.append(self._seconds(tokens))
-            expected = min(spent)
-        self.known = context, expected
-        spread = summary(spent)
-        return {"seconds": spread, "repeats": len(spent), "tokens_per_second": tokens.numel() / spread["median"]}
-
-    def _try(self, batch: int, context: int) -> tuple[int, float]:
-        """Reads a piece, which is short at any size, and tells of it as `known`."""
-        chunk = 2 * (self.benchmark.prefill_chunk or default_chunk(self.device))
-        length = min(context, chunk)
-        rows = max(1, min(batch, chunk // length))
-        tokens = self._tokens(rows, length)
-        self._seconds(tokens)
-        return length, self._seconds(tokens) * batch / rows
-
-    def _seconds(self, tokens: Tensor) -> float:
-        synchronise(self.device)
-        start = time.perf_counter()
-        self.contender.read(tokens).argmax(-1).tolist()
-        synchronise(self.device)
-        return time.perf_counter() - start
-
-    def _tokens(self, batch: int, length: int) -> Tensor:
-        return torch.randint(0, self.benchmark.model.vocab_size, (batch, length), device=self.device)
-
-
-class _Writing:
-    """Steps from where a contender stands when this is made, in rounds."""
-
-    def __init__(self, contender: Contender, benchmark: InferenceBenchmark, batch: int, device: torch.device) -> None:
-        self.resume, self.modes = contender.keep(), contender.modes()
-        self.device, self.batch = device, batch
-        self.tokens = torch.randint(0, benchmark.model.vocab_size, (batch,), device=device)
-        self.seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
-        self.each: dict[str, int] = {}
-        for mode, step in self.modes.items():
-            tried = _series(step, self.tokens, WARM_UP + 1, device)[-1]
-            most = min(benchmark.decode_tokens, int(benchmark.decode_seconds / max(tried, 1e-9)))
-            self.each[mode] = max(1, -(-most // benchmark.repeats))
-
-    def round(self) -> None:
-        """Goes back to the beginning and times each mode's share of the steps."""
-        self.resume()
-        with _quiet():
-            for mode, step in self.modes.items():
-                self.seconds[mode] += _series(step, self.tokens, WARM_UP + self.each[mode], self.device)[WARM_UP:]
-
-    def figures(self, floor_seconds: float) -> dict[str, Any]:
-        """Of all rounds, by mode."""
-        result = {}
-        for mode, spent in self.seconds.items():
-            spread = summary(spent) | {"p99": sorted(spent)[math.ceil(0.99 * len(spent)) - 1]}
-            result[mode] = {
-                "tokens": len(spent),
-                "seconds": spread,
-                "tokens_per_second": self.batch / spread["median"],
-                "ratio_to_floor": spread["median"] / floor_seconds,
-            }
-        return result
-
-
-def _most_steps(benchmark: InferenceBenchmark) -> int:
-    """The most steps of one mode that follow a reading."""
-    return benchmark.decode_tokens + (WARM_UP + 1) * (benchmark.repeats + 1)
-
-
-def _series(step: Step, tokens: Tensor, count: int, device: torch.device) -> list[float]:
-    """Seconds of each of `count` steps one after the other, from `tokens`."""
-    seconds = []
-    synchronise(device)
-    for _ in range(count):
-        start = time.perf_counter()
-        tokens = step(tokens).argmax(-1)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A block in which the collector need not look at what was there before."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _spread(records: Records) -> Records:

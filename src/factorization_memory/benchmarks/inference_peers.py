@@ -19,7 +19,8 @@ from factorization_memory.models.counting import count
 from factorization_memory.models.huggingface import CACHE_NAME
 
 if TYPE_CHECKING:
-    from factorization_memory.benchmarks.inference import InferenceBenchmark, Step
+    from factorization_memory.benchmarks.inference import InferenceBenchmark
+    from factorization_memory.benchmarks.inference_rounds import Step
 
 
 class _Layer(DynamicLayer):
