@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from factorization_memory.benchmarks import inference, step, timing
+from factorization_memory.benchmarks import inference, op, step, timing, training
 from factorization_memory.cli import bench, dispatch
 from factorization_memory.ops import chunked
 
@@ -18,7 +20,7 @@ OP = (
     "--json"
 )
 TRAINING = (
-    "bench training --device cpu --batch 1 --lengths 16 --repeats 1 --json --model.vocab-size 20 --model.hidden-size 16 "
+    "bench training --device cpu --batch 1 --lengths 16 --repeats 1 --json --model.vocab-size 20 --model.hidden-size 32 "
     "--model.num-layers 1 --model.num-states 4"
 )
 
@@ -126,7 +128,7 @@ def test_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     shown = capsys.readouterr()
     result = json.loads(shown.out)
     assert result["benchmark"] == "training"
-    assert result["model"]["hidden_size"] == 16
+    assert result["model"]["hidden_size"] == 32
     assert len(result["records"]) == 1
     assert "pip install transformers" in shown.err
     assert "MFU" in shown.err
@@ -213,6 +215,55 @@ def test_a_step_that_fails_later_is_told_and_fails_the_run(
     assert "K 3, 2 back: RuntimeError: no room" in shown.err
 
 
+STOPPED = [
+    (f"{OP} --shapes 1x20x1x4x8 1x16x1x4x8".replace("--batch 1 --length 70 --num-states 4 --value-size 8 ", ""), op, "measure"),
+    (STEP, step, "_measure"),
+    (INFERENCE, inference, "_measure_batch"),
+    (TRAINING.replace("--lengths 16", "--lengths 16 32"), training, "interleaved_seconds"),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("arguments", "module", "name"), STOPPED, ids=["op", "step", "inference", "training"])
+def test_what_was_measured_outlives_a_signal(
+    arguments: str, module: Any, name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(step, "MOST_STEPS", 4)
+    measure, calls = getattr(module, name), iter((False, True))
+
+    def stopped_the_second_time(*rest: Any, **named: Any) -> Any:
+        if next(calls):
+            os.kill(os.getpid(), number)
+        return measure(*rest, **named)
+
+    monkeypatch.setattr(module, name, stopped_the_second_time)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert dispatch(arguments.split()) == 128 + number
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    shown = capsys.readouterr()
+    assert f"stopped by {number.name}" in shown.err
+    result = json.loads(shown.out)
+    assert result["interrupted"] == number.name
+    records = next(result[part] for part in ("comparison", "steps", "records") if part in result)
+    found = [record for record in records if record["error"] is None]
+    assert found
+    if module is op:
+        assert {record["shape"] for record in found} == {"1x20x1x4x8"}
+    elif module is inference:
+        assert [record["error"] for record in records] == [None, None, *[f"stopped by {number.name}"] * 2]
+    else:
+        assert {record.get("batch") for record in records} == {1}
+        assert len({record["length"] for record in records if "length" in record}) <= 1
+
+
+def test_a_signal_before_anything_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(training, "interleaved_seconds", lambda *rest, **named: os.kill(os.getpid(), signal.SIGTERM))
+    assert dispatch(TRAINING.split()) == 128 + signal.SIGTERM
+    assert json.loads(capsys.readouterr().out)["records"] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -225,6 +276,8 @@ def test_a_step_that_fails_later_is_told_and_fails_the_run(
         ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: not together with shapes"),
         ("op --plot times.pdf", "times.pdf"),
         ("op --device gpu", "'gpu'"),
+        ("training --model.vocab-size 20 --model.hidden-size 24 --peers mamba2", "model.hidden_size=24: twice it must be"),
+        ("training --model.vocab-size 20 --model.hidden-size 28 --peers llama", "llama_heads=4: heads must be"),
         ("inference --contexts 0", "contexts=(0,)"),
         ("inference --batches 0", "batches=(0,)"),
         ("inference --top-k 65", "top_k=(65,)"),

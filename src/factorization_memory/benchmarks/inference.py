@@ -20,6 +20,7 @@ from torch import Tensor
 
 from factorization_memory.benchmarks.floor import Rates, measure_rates
 from factorization_memory.benchmarks.inference_rounds import Reading, Step, Writing, most_steps
+from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.timing import machine, on_device, reason, release, tensor_bytes
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.generation import Steps, default_chunk, prefill_batch, steps_for, weights_dtype, with_dtype
@@ -236,6 +237,8 @@ def run(
 
     Returns:
         `machine`; `dtype` of the weights; `prefill_chunk`; `rates` of the device; `missing`, why a peer is not there, by name;
+        `interrupted`, the name of the signal that ended the measuring early, or None (it is the `error` of records that it cut
+        short; those that it left out are not there);
         `spread`, one record per model, number of sequences and mode: `slowest_over_fastest` median latency over the
         contexts; and `records`, one per model, number of sequences and context:
 
@@ -256,21 +259,25 @@ def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable
     release(device)
     records: Records = []
     missing: dict[str, str] = {}
-    for kind in (OURS, *dict.fromkeys(benchmark.peers)):
-        contenders = CONTENDERS[kind](benchmark, device)
-        while True:
-            try:
-                contender = next(contenders, None)
-            except ImportError as error:
-                missing[kind] = f"{error}; pip install transformers"
-                break
-            if contender is None:
-                break
-            found = _measure(contender, kind != OURS, benchmark, device, rates, progress)
-            records += found
-            show(found)
-            del contender
-            release(device)
+    with Interruption() as interruption:
+        for kind in (OURS, *dict.fromkeys(benchmark.peers)):
+            contenders = CONTENDERS[kind](benchmark, device)
+            while True:
+                try:
+                    contender = next(contenders, None)
+                except ImportError as error:
+                    missing[kind] = f"{error}; pip install transformers"
+                    break
+                if contender is None:
+                    break
+                first = len(records)
+                _measure(contender, kind != OURS, benchmark, device, rates, progress, records)
+                show(records[first:])
+                del contender
+                release(device)
+    for record in records:
+        if not record["decode"] and record["error"] is None:
+            record["error"] = f"stopped by {interruption.signal}"
     return {
         "machine": machine(device),
         "dtype": str(weights_dtype(benchmark.precision, device)).removeprefix("torch."),
@@ -278,6 +285,7 @@ def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable
         "rates": rates.asdict(),
         "missing": missing,
         "spread": _spread(records),
+        "interrupted": interruption.signal,
         "records": records,
     }
 
@@ -289,9 +297,9 @@ def _measure(
     device: torch.device,
     rates: Rates,
     progress: Callable[[str], None],
-) -> Records:
-    """The records of one model."""
-    records: Records = []
+    records: Records,
+) -> None:
+    """Adds the records of one model to `records`."""
     for batch in sorted(dict.fromkeys(benchmark.batches)):
         found = []
         for context in sorted(dict.fromkeys(benchmark.contexts)):
@@ -315,7 +323,6 @@ def _measure(
                 record["error"] = record["error"] or reason(error)
         contender.end()
         release(device)
-    return records
 
 
 def _measure_batch(

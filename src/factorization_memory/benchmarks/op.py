@@ -16,6 +16,7 @@ import torch
 from factorization_memory.benchmarks import peers
 from factorization_memory.benchmarks.correctness import Problem, Shape, check
 from factorization_memory.benchmarks.floor import PASSES, Rates, floor, measure_rates
+from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.peers import Contender
 from factorization_memory.benchmarks.timing import (
     graph_seconds,
@@ -115,7 +116,7 @@ def run(
         `floors`, by shape; `comparison`, one record per shape and contender; `missing`, why a peer is not there, by name;
         `same_maths`, how far peers that compute the recurrence are from it; `lengths`, one record per sweep, length and
         backend; `length_spread`, the slowest over the fastest time per token of each sweep and backend; `memory`, one
-        record per backend.
+        record per backend; `interrupted`, the name of the signal that ended the measuring early, or None.
 
     Raises:
         IncorrectBackendError: a backend is wrong or cannot run.
@@ -147,33 +148,35 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
     }
     comparison: Records = []
     missing: dict[str, str] = {}
-    for shape in dict.fromkeys(benchmark.shapes):
-        progress(f"{', '.join((*contenders, *benchmark.peers))} at {shape}")
-        comparison += measure(shape, contenders, benchmark.dtype, device, benchmark.repeats, rates, benchmark.peers, missing)
-        show("comparison", [record for record in comparison if record["shape"] == str(shape)])
-    # After the peers were timed, not before: see `peers.same_maths`.
-    measured = [name for name in benchmark.peers if name not in missing]
-    same_maths = []
-    if peers.GLA in measured:
-        progress("what the peers compute")
-        for shape in _gate_shapes(benchmark.shapes):
-            problem = Problem.random(shape, benchmark.dtype, device)
-            same_maths.append({"shape": str(shape)} | peers.same_maths(peers.GLA, problem))
+    same_maths: Records = []
     lengths: Records = []
-    swept: dict[Shape, Records] = {}
-    for sweep, shape in _sweep(benchmark):
-        if shape not in swept:
-            progress(f"time per token at B={shape.batch}, T={shape.length}")
-            swept[shape] = measure(shape, backends, benchmark.dtype, device, benchmark.repeats, rates, memory=False)
-        lengths += [{"sweep": sweep} | record for record in swept[shape]]
-    if lengths:
-        show("lengths", lengths)
-    memory = []
-    if benchmark.memory_length:
-        progress(f"memory at T={benchmark.memory_length}")
-        shape = replace(benchmark.shapes[0], batch=1, length=benchmark.memory_length)
-        memory = [measure_memory(shape, backend, benchmark.dtype, device) for backend in backends]
-        show("memory", memory)
+    memory: Records = []
+    with Interruption() as interruption:
+        for shape in dict.fromkeys(benchmark.shapes):
+            progress(f"{', '.join((*contenders, *benchmark.peers))} at {shape}")
+            found = measure(shape, contenders, benchmark.dtype, device, benchmark.repeats, rates, benchmark.peers, missing)
+            comparison += found
+            show("comparison", found)
+        # After the peers were timed, not before: see `peers.same_maths`.
+        measured = [name for name in benchmark.peers if name not in missing]
+        if peers.GLA in measured:
+            progress("what the peers compute")
+            for shape in _gate_shapes(benchmark.shapes):
+                problem = Problem.random(shape, benchmark.dtype, device)
+                same_maths.append({"shape": str(shape)} | peers.same_maths(peers.GLA, problem))
+        swept: dict[Shape, Records] = {}
+        for sweep, shape in _sweep(benchmark):
+            if shape not in swept:
+                progress(f"time per token at B={shape.batch}, T={shape.length}")
+                swept[shape] = measure(shape, backends, benchmark.dtype, device, benchmark.repeats, rates, memory=False)
+            lengths += [{"sweep": sweep} | record for record in swept[shape]]
+        if lengths:
+            show("lengths", lengths)
+        if benchmark.memory_length:
+            progress(f"memory at T={benchmark.memory_length}")
+            shape = replace(benchmark.shapes[0], batch=1, length=benchmark.memory_length)
+            memory += [measure_memory(shape, backend, benchmark.dtype, device) for backend in backends]
+            show("memory", memory)
     return result | {
         "comparison": comparison,
         "missing": missing,
@@ -181,6 +184,7 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
         "lengths": lengths,
         "length_spread": _spread(lengths),
         "memory": memory,
+        "interrupted": interruption.signal,
     }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from factorization_memory.benchmarks.correctness import TOLERANCES, Shape
 from factorization_memory.benchmarks.floor import Rates, measure_rates
+from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.op import IncorrectBackendError
 from factorization_memory.benchmarks.timing import (
     FLUSH_BYTES,
@@ -190,7 +191,8 @@ def run(
 
     Returns:
         `machine`; `dtype` of values; `checks`, the gate's results; `rates` of the device; `steps`, one record per size and
-        dtype of the memory, and `rollbacks`, one per sparse size and number of steps taken back.
+        dtype of the memory, and `rollbacks`, one per sparse size and number of steps taken back; `interrupted`, the name of
+        the signal that ended the measuring early, or None.
 
         Each has `shape` and its fields, and `error` (None, or what it raised). A record of `steps` has `state`, the
         memory's dtype; `steps`, `memories` and `touched_bytes` of the rotation; `seconds` of a step (median, min, max);
@@ -222,15 +224,16 @@ def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str
     release(device)
     steps: Records = []
     rollbacks: Records = []
-    for group in groups:
-        progress(f"B={group[0].shape.batch}, M={group[0].shape.num_states}")
-        measured, taken_back = _measure(group, benchmark, device, rates)
-        release(device)
-        show("steps", measured)
-        if taken_back:
-            show("rollbacks", taken_back)
-        steps += measured
-        rollbacks += taken_back
+    with Interruption() as interruption:
+        for group in groups:
+            progress(f"B={group[0].shape.batch}, M={group[0].shape.num_states}")
+            measured, taken_back = _measure(group, benchmark, device, rates)
+            steps += measured
+            rollbacks += taken_back
+            release(device)
+            show("steps", measured)
+            if taken_back:
+                show("rollbacks", taken_back)
     return {
         "machine": machine(device),
         "dtype": benchmark.dtype,
@@ -238,6 +241,7 @@ def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str
         "rates": rates.asdict(),
         "steps": steps,
         "rollbacks": rollbacks,
+        "interrupted": interruption.signal,
     }
 
 

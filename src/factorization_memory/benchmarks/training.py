@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from factorization_memory.benchmarks.floor import measure_rates, peak_teraflops, training_flops
+from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.timing import (
     interleaved_seconds,
     machine,
@@ -36,6 +37,8 @@ Loss = Callable[[Tensor], Tensor]
 """Tokens `[B, T]` to the mean loss of predicting each from those before it."""
 OURS = "factorization-memory"
 PEERS = ("llama", "mamba2")
+MAMBA2_HEAD = 64
+"""Width of Mamba-2's heads."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,16 @@ class TrainingBenchmark:
         for peer in self.peers:
             if peer not in PEERS:
                 raise ConfigError(f"peers={peer!r}: use some of {', '.join(PEERS)}")
+        size = self.model.hidden_size
+        if "llama" in self.peers and (self.llama_heads < 1 or size % (2 * self.llama_heads)):
+            raise ConfigError(
+                f"llama_heads={self.llama_heads}: heads must be of one even width; divide hidden_size={size} by it"
+            )
+        if "mamba2" in self.peers and 2 * size % MAMBA2_HEAD:
+            raise ConfigError(
+                f"model.hidden_size={size}: twice it must be a multiple of {MAMBA2_HEAD}, the width of Mamba-2's heads; "
+                "or leave mamba2 out of peers"
+            )
         if not 0 <= self.peak_tflops < math.inf:
             raise ConfigError(f"peak_tflops={self.peak_tflops}: use a positive number of TFLOP/s, or 0 for the device's own")
 
@@ -94,7 +107,7 @@ def run(
         `mfu` (None for peers), `held_bytes` of weights and optimizer state, `peak_bytes` of a step beyond those (gradients
         included; None for a compiled step on a CPU), `total_bytes` of both together, `error` (None, or why a peer has no
         figures), and for peers `ours_over_this`, the ratio of our tokens per second to the peer's (the median of the rounds'
-        ratios).
+        ratios); `interrupted`, the name of the signal that ended the measuring early, or None.
 
     Raises:
         RuntimeError: a step of our model fails.
@@ -119,38 +132,43 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
             missing = f"no peers: {error}; pip install transformers"
     steps = {name: _Step(model, _compiled(benchmark, name, loss), benchmark.bfloat16) for name, (model, loss) in models.items()}
     records: list[dict[str, Any]] = []
-    for length in benchmark.lengths:
-        release(device)
-        tokens = torch.randint(0, benchmark.model.vocab_size, (benchmark.batch, length), device=device)
-        progress(f"T={length}: {', '.join(steps)}")
-        failures: dict[str, str] = {}
-        calls = {name: partial(step, tokens) for name, step in steps.items()}
-        seconds = interleaved_seconds(calls, benchmark.repeats, device, failures=failures)
-        if OURS in failures:
-            remedy = "; try without compile, or with model.backend=triton" if benchmark.compile else ""
-            raise RuntimeError(f"a step of our model at T={length} failed: {failures[OURS]}{remedy}")
-        for name, step in steps.items():
-            record: dict[str, Any] = {
-                "model": name,
-                "parameters": _parameters(step.model),
-                "batch": benchmark.batch,
-                "length": length,
-            }
-            record |= dict.fromkeys(("error", "seconds", "tokens_per_second", "mfu", "held_bytes", "peak_bytes", "total_bytes"))
-            records.append(record)
-            if name in failures:
-                record["error"] = failures[name]
-                continue
-            spread = summary(seconds[name])
-            speed = tokens.numel() / spread["median"]
-            record |= {"seconds": spread, "tokens_per_second": speed, "held_bytes": step.held_bytes()}
-            if device.type == "cuda" or not benchmark.compile:  # on a CPU bytes are counted where a compiler lets nobody look
-                record["peak_bytes"] = peak_bytes(calls[name], device)
-                record["total_bytes"] = record["held_bytes"] + record["peak_bytes"]
-            if name == OURS:
-                record["mfu"] = flops[length] * speed / (peak["tflops"] * 1e12)
-            else:
-                record["ours_over_this"] = paired_ratio(seconds[name], seconds[OURS])
+    with Interruption() as interruption:
+        for length in benchmark.lengths:
+            release(device)
+            tokens = torch.randint(0, benchmark.model.vocab_size, (benchmark.batch, length), device=device)
+            progress(f"T={length}: {', '.join(steps)}")
+            failures: dict[str, str] = {}
+            calls = {name: partial(step, tokens) for name, step in steps.items()}
+            seconds = interleaved_seconds(calls, benchmark.repeats, device, failures=failures)
+            if OURS in failures:
+                remedy = "; try without compile, or with model.backend=triton" if benchmark.compile else ""
+                raise RuntimeError(f"a step of our model at T={length} failed: {failures[OURS]}{remedy}")
+            for name, step in steps.items():
+                record: dict[str, Any] = {
+                    "model": name,
+                    "parameters": _parameters(step.model),
+                    "batch": benchmark.batch,
+                    "length": length,
+                }
+                record |= dict.fromkeys(
+                    ("error", "seconds", "tokens_per_second", "mfu", "held_bytes", "peak_bytes", "total_bytes")
+                )
+                records.append(record)
+                if name in failures:
+                    record["error"] = failures[name]
+                    continue
+                spread = summary(seconds[name])
+                speed = tokens.numel() / spread["median"]
+                record |= {"seconds": spread, "tokens_per_second": speed, "held_bytes": step.held_bytes()}
+                if (
+                    device.type == "cuda" or not benchmark.compile
+                ):  # on a CPU bytes are counted where a compiler lets nobody look
+                    record["peak_bytes"] = peak_bytes(calls[name], device)
+                    record["total_bytes"] = record["held_bytes"] + record["peak_bytes"]
+                if name == OURS:
+                    record["mfu"] = flops[length] * speed / (peak["tflops"] * 1e12)
+                else:
+                    record["ours_over_this"] = paired_ratio(seconds[name], seconds[OURS])
     return {
         "machine": machine(device),
         "dtype": "bfloat16" if benchmark.bfloat16 else "float32",
@@ -159,6 +177,7 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
         "flops_per_token": max(flops.values()),
         "peak": peak,
         "missing": missing,
+        "interrupted": interruption.signal,
         "records": records,
     }
 
@@ -243,8 +262,8 @@ def _peers(benchmark: TrainingBenchmark, device: torch.device, parameters: int) 
                 num_hidden_layers=benchmark.mamba2_layers,
                 state_size=state_size,
                 expand=2,
-                num_heads=2 * config.hidden_size // 64,
-                head_dim=64,
+                num_heads=2 * config.hidden_size // MAMBA2_HEAD,
+                head_dim=MAMBA2_HEAD,
                 n_groups=1,
                 chunk_size=benchmark.mamba2_chunk,
                 tie_word_embeddings=config.tie_word_embeddings,

@@ -16,7 +16,7 @@ import tyro
 from factorization_memory.cli import bench_inference, bench_step
 from factorization_memory.cli.bench_inference import Inference
 from factorization_memory.cli.bench_step import Step
-from factorization_memory.cli.common import emit, parse
+from factorization_memory.cli.common import bench_status, emit, parse
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 from factorization_memory.config import ConfigError, ModelConfig
 
@@ -199,14 +199,14 @@ def _op(options: Op, command: str) -> int:
             text = f"[yellow]{text}; NOT the same maths (more than {tolerance} off): its times compare nothing[/]"
         people.print(text, soft_wrap=True)
     try:
-        if options.plot is not None:
+        if options.plot is not None and result["interrupted"] is None:
             from factorization_memory.benchmarks.plot import save
 
             save(result, options.plot)
     finally:  # hours of measuring are not lost to a full disk
         emit({"benchmark": "op", "command": command, "tuned": tuned} | result, options.json)
     failed = [record for record in (*result["comparison"], *result["lengths"]) if record["error"] and not record["peer"]]
-    return 1 if failed or any(record["error"] for record in result["memory"]) else 0
+    return bench_status(result, bool(failed) or any(record["error"] for record in result["memory"]))
 
 
 SIZES = ("batch", "length", "heads", "num_states", "value_size", "top_k")
@@ -335,13 +335,15 @@ def _training(options: Training, command: str) -> int:
         result = training.run(benchmark, resolve_device(options.device, "device"), status.update)
     _show_training(result, people)
     emit({"benchmark": "training", "command": command, "model": asdict(options.model)} | result, options.json)
-    return 0
+    return bench_status(result, failed=False)
 
 
 def _show_training(result: dict[str, Any], people: Console) -> None:
     from factorization_memory.benchmarks.training import OURS
 
     show_machine(result, people)
+    if not result["records"]:
+        return
     budget = result["activation_memory_budget"]
     compiled = (", compiled" + (f", activation memory budget {budget:g}" if budget < 1 else "")) if result["compiled"] else ""
     title = f"training step of {result['records'][0]['batch']} sequences{compiled}"

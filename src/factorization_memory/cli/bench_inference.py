@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from factorization_memory.cli.common import emit
+from factorization_memory.cli.common import bench_status, emit
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 from factorization_memory.config import ModelConfig
 
@@ -76,13 +76,13 @@ def run(options: Inference, command: str) -> int:
     for name, why in result["missing"].items():
         people.print(f"[yellow]without {name}: {why}[/]", soft_wrap=True)
     try:
-        if options.plot is not None:
+        if options.plot is not None and result["interrupted"] is None:
             from factorization_memory.benchmarks.plot import draw_inference, save
 
             save(result, options.plot, draw_inference)
     finally:  # what took long to measure is not lost to a full disk
         emit({"benchmark": "inference", "command": command, "model": asdict(options.model)} | result, options.json)
-    return 1 if any(record["error"] and not record["peer"] for record in result["records"]) else 0
+    return bench_status(result, any(record["error"] and not record["peer"] for record in result["records"]))
 
 
 def _show(records: list[dict[str, Any]], people: Any) -> None:

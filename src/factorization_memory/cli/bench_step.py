@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from factorization_memory.cli.common import emit
+from factorization_memory.cli.common import bench_status, emit
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 
 
@@ -55,7 +55,7 @@ def run(options: Step, command: str) -> int:
         result = step.run(benchmark, device, status.update, lambda section, records: shown[section](records, people))
     show_machine(result, people)
     emit({"benchmark": "step", "command": command} | result, options.json)
-    return 1 if any(record["error"] for record in (*result["steps"], *result["rollbacks"])) else 0
+    return bench_status(result, any(record["error"] for record in (*result["steps"], *result["rollbacks"])))
 
 
 def _show_checks(records: list[dict[str, Any]], people: Any) -> None:

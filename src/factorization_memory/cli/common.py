@@ -85,6 +85,15 @@ def interrupted_status(result: dict[str, Any]) -> int:
     return 128 + signal.Signals[result["signal"]].value
 
 
+def bench_status(result: dict[str, Any], failed: bool) -> int:
+    """Exit status of a benchmark from its result: 1 if something of ours `failed`; where a signal ended the measuring early,
+    128 + its number, and a line that says so."""
+    if result["interrupted"] is None:
+        return int(failed)
+    say(f"stopped by {result['interrupted']}: the result holds what was measured until then")
+    return 128 + signal.Signals[result["interrupted"]].value
+
+
 def write_aside(path: Path, text: str) -> None:
     """Write a text file under another name and rename it, so that it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)

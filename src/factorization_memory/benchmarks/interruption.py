@@ -1,0 +1,38 @@
+"""Measurements that are stopped keep what they have found."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class Interruption:
+    """A block that SIGINT (Ctrl-C) or SIGTERM (a time limit) ends at once, after which the program goes on behind it.
+
+    `signal` then names the one that came. The handlers that were there come back on leaving, so that a second signal, while the
+    results are written, does what it always did. Python lets only the main thread handle signals; in any other this does
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        for number, handler in self._previous.items():
+            # None: the handler was not installed from Python, and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+        return kind is KeyboardInterrupt and self.signal is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        raise KeyboardInterrupt(self.signal)
