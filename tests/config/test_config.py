@@ -102,3 +102,4 @@ def test_the_forms_of_a_size_are_equally_large(size: str) -> None:
     assert all(other == pytest.approx(pure, rel=0.005) for other in others)
     assert [model.layer_mixers.count("attention") for model in models] == [0, 0, models[0].num_layers // 3]
     assert (models[0].num_heads, models[0].conv_size, models[0].output_gate) == (1, 0, False)
+    assert (models[1].num_heads, models[1].conv_size, models[1].output_gate) == (1, 4, True)
