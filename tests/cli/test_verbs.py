@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -194,6 +195,22 @@ def test_generate_streams_to_stdout(workplace: Path, capsys: pytest.CaptureFixtu
     assert len(results) == 2
     assert results[0]["prompt"] + results[0]["text"] == out.removesuffix("\n")
     assert err.startswith(out.removesuffix("\n"))
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, False), (1.5, True)])
+def test_generate_says_when_the_step_became_a_graph(
+    seconds: float, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from factorization_memory import generation
+    from factorization_memory.cli.generate import stream
+
+    one = generation.Generation(" yes", [5, 6], "length", 3, prefill_seconds=0.5, seconds=0.1, capture_seconds=seconds)
+    monkeypatch.setattr(generation, "generate_batch", lambda *rest, **named: [one])
+    stream(None, None, "Well?", to=io.StringIO())
+    told = capsys.readouterr().err
+    assert "3 prompt tokens in 0.50 s (6 tokens/s)" in told
+    assert "2 tokens in 0.10 s, 20 tokens/s" in told
+    assert ("captured as a CUDA graph in 1.50 s" in told) is said
 
 
 def test_generate_from_several_prompts(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

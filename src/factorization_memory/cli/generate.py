@@ -97,10 +97,12 @@ def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -
         "prefill_tokens_per_second": read / first.prefill_seconds if first.prefill_seconds > 0 else 0.0,
         "total_tokens_per_second": written / seconds if seconds > 0 else 0.0,
     }
+    captured = max(result.capture_seconds for result in results)
     each = f" ({first.tokens_per_second:,.0f} of the first)" if len(results) > 1 else ""
+    graph = f"the step captured as a CUDA graph in {captured:.2f} s; " if captured else ""
     console().print(
         f"[dim]{read:,} prompt tokens in {first.prefill_seconds:.2f} s ({speeds['prefill_tokens_per_second']:,.0f} tokens/s); "
-        f"{written:,} tokens in {seconds:.2f} s, {speeds['total_tokens_per_second']:,.0f} tokens/s{each}; "
+        f"{graph}{written:,} tokens in {seconds:.2f} s, {speeds['total_tokens_per_second']:,.0f} tokens/s{each}; "
         f"stopped by {first.stop_reason}[/dim]",
         soft_wrap=True,
     )
