@@ -133,6 +133,8 @@ def test_two_models_from_text_to_table(corpus: Path, tmp_path: Path, capsys: pyt
         assert contender["summary"]["context"]["ja"]["loss"] == {"mean": evaluation["sources"]["ja"]["loss"], "spread": None}
         repeated = evaluation["recall"]["ja"]["repeated"]["loss"]
         assert contender["summary"]["recall"]["repeated"]["ja"]["loss"] == {"mean": repeated, "spread": None}
+        near = evaluation["recall"]["ja"]["repeated"]["by_distance"][0]
+        assert contender["summary"]["distance"]["1-15"]["ja"]["loss"] == {"mean": near["loss"], "spread": None}
         beyond = evaluation["position"]["en"]["beyond"]["4"]
         assert contender["summary"]["positions"]["4"]["en"]["loss"]["mean"] == beyond["loss"]
         assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000008"]

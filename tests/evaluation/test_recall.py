@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from factorization_memory.config import ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import evaluate_loss
-from factorization_memory.evaluation.recall import KINDS, kinds
+from factorization_memory.evaluation.recall import KINDS, as_text, distance_name, distance_ranges, distances, headings, kinds
 from factorization_memory.models import LanguageModel
 
 
@@ -34,6 +34,30 @@ def test_kinds(window: list[tuple[int, int]]) -> None:
     assert [(*KINDS, None)[place] for place in got] == expected(inputs, targets)
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), min_size=1, max_size=40))
+def test_distances(window: list[tuple[int, int]]) -> None:
+    last: dict[tuple[int, int], int] = {}
+    wanted = []
+    for place, pair in enumerate(window):
+        wanted.append(place - last[pair] if pair in last else 0)
+        if pair[1] >= 0:
+            last[pair] = place
+    inputs, targets = (np.array(each) for each in zip(*window, strict=True))
+    got = distances(inputs, np.where(targets < 0, -100, targets))
+    assert got.tolist() == wanted
+    assert ((got > 0) == (kinds(inputs, np.where(targets < 0, -100, targets)) == KINDS.index("repeated"))).all()
+
+
+def test_distances_as_people_read_them() -> None:
+    assert [distance_name(*part) for part in distance_ranges()] == ["1-15", "16-63", "64-255", "256-"]
+    near = [{"start": 16, "end": 64, "loss": 1.25, "tokens": 10}]
+    parts = {"repeated": {"loss": 1.5, "tokens": 10, "by_distance": near}, "new": {"loss": 4.0, "tokens": 30}}
+    shown = dict(zip(headings(), as_text(parts), strict=True))
+    assert {name: cell for name, cell in shown.items() if cell} == {
+        "repeated": "1.500 (25%)", "new": "4.000 (75%)", "repeated, 16-63 ago": "1.250 (25%)",
+    }  # fmt: skip
+
+
 def test_losses_of_the_kinds_make_up_the_whole() -> None:
     torch.manual_seed(0)
     tokenizer = Tokenizer.bytes_level()
@@ -44,6 +68,11 @@ def test_losses_of_the_kinds_make_up_the_whole() -> None:
     result = evaluate_loss(model, tokens, starts, tokenizer, context_length=15, recall=True)
     parts = result.pop("recall")
     assert result == pytest.approx(plain)
+    near = parts["repeated"].pop("by_distance")
+    for name in ("tokens", "bytes"):
+        assert sum(part[name] for part in near) == parts["repeated"][name]
+    nats = sum(part["loss"] * part["tokens"] for part in near)
+    assert nats == pytest.approx(parts["repeated"]["loss"] * parts["repeated"]["tokens"])
     assert set(parts) == set(KINDS)
     assert sum(part["tokens"] for part in parts.values()) == plain["tokens"]
     assert sum(part["bytes"] for part in parts.values()) == plain["bytes"]
@@ -55,3 +84,9 @@ def test_losses_of_the_kinds_make_up_the_whole() -> None:
     for name in KINDS:
         mean = np.mean([loss for loss, kind in zip(losses[0].tolist(), names, strict=False) if kind == name])
         assert one[name]["loss"] == pytest.approx(mean, rel=1e-5)
+    ago = distances(tokens[:-1], tokens[1:])[: len(names)]
+    assert [part["start"] for part in one["repeated"]["by_distance"]] == [1, 16]
+    for part in one["repeated"]["by_distance"]:
+        chosen = [loss for loss, far in zip(losses[0].tolist(), ago, strict=False) if part["start"] <= far < part["end"]]
+        assert part["loss"] == pytest.approx(np.mean(chosen), rel=1e-5)
+        assert part["tokens"] == len(chosen)

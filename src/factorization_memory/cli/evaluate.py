@@ -181,7 +181,7 @@ def show(result: dict[str, Any]) -> None:
     """The evaluation as tables on stderr."""
     from rich.table import Table
 
-    from factorization_memory.evaluation.recall import KINDS, as_text
+    from factorization_memory.evaluation.recall import as_text, headings
 
     out = console()
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []
@@ -193,12 +193,12 @@ def show(result: dict[str, Any]) -> None:
             *(f"{yardstick[n]:.3f}" for n in orders),
         )  # fmt: skip
     out.print(table)
-    table = Table("held-out text", *KINDS)
+    table = Table("held-out text", *headings())
     for name, parts in result["recall"].items():
         table.add_row(name, *as_text(parts))
     out.print(
         "nats per token (and share of tokens) by what stood before in the same window: the token and its predecessor, the "
-        "predecessor followed by others alone, or neither"
+        "predecessor followed by others alone, or neither; repeated ones also by how many tokens ago they last did"
     )
     out.print(table)
     rows = [

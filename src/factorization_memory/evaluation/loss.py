@@ -8,7 +8,7 @@ nowhere: loss, perplexity and bits per byte all speak of the same tokens, and bi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from factorization_memory.evaluation.recall import KINDS, kinds
+from factorization_memory.evaluation.recall import DISTANCES, KINDS, distance_ranges, distances, kinds
 
 if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
@@ -83,7 +83,8 @@ def evaluate_loss(
         progress: called with (tokens done, tokens in all).
 
     Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and with `recall` these of each kind of
-    tokens that there is, as `recall`. Raises ValueError when no token can be scored.
+    tokens that there is, as `recall`; its repeated ones also hold a list of these by distance, with `start` and `end` (None:
+    none), as `by_distance`. Raises ValueError when no token can be scored.
     """
     for name, value in (("context_length", context_length), ("batch_size", batch_size), ("max_tokens", max_tokens or 1)):
         if value < 1:
@@ -99,6 +100,7 @@ def evaluate_loss(
     text_length = token_lengths(tokenizer)
     done = 0
     of_kind = np.zeros((len(KINDS) + 1, 3))  # nats, tokens, bytes; the last row is of what is not scored
+    at_distance = np.zeros((len(DISTANCES) + 1, 3))  # the same; the first row is of what is not repeated
     with evaluating(model) as device:
         for first in range(0, len(starts), batch_size):
             rows = slice(first, first + batch_size)
@@ -115,8 +117,11 @@ def evaluate_loss(
             kind = np.where(targets == IGNORED, len(KINDS), 0)  # all in one row where they are not told apart
             if recall:
                 kind = np.stack([kinds(*row) for row in zip(inputs, targets, strict=True)])
+                distance = np.stack([distances(*row) for row in zip(inputs, targets, strict=True)])
             scored = (losses.double().cpu().numpy(), np.ones(kind.shape), text_length[np.where(targets == IGNORED, 0, targets)])
-            of_kind += np.stack([np.bincount(kind.ravel(), x.ravel(), len(of_kind)) for x in scored], axis=1)
+            of_kind += _sums(kind, len(of_kind), scored)
+            if recall:
+                at_distance += _sums(np.searchsorted(DISTANCES, distance, side="right"), len(at_distance), scored)
             done += int(lengths[rows].sum())
             if progress is not None:
                 progress(done, int(lengths.sum()))
@@ -128,7 +133,18 @@ def evaluate_loss(
     if recall:
         parts = zip(KINDS, of_kind.tolist(), strict=True)
         result["recall"] = {kind: summarize(nats, int(count), int(size)) for kind, (nats, count, size) in parts if count}
+        if "repeated" in result["recall"]:
+            result["recall"]["repeated"]["by_distance"] = [
+                {"start": start, "end": end, **summarize(nats, int(count), int(size))}
+                for (start, end), (nats, count, size) in zip(distance_ranges(), at_distance[1:].tolist(), strict=True)
+                if count
+            ]
     return result
+
+
+def _sums(place: np.ndarray, places: int, figures: Sequence[np.ndarray]) -> np.ndarray:
+    """Sums of each of `figures` over the tokens of each place, [places, figures]; all the shape of `place`."""
+    return np.stack([np.bincount(place.ravel(), each.ravel(), places) for each in figures], axis=1)
 
 
 def evaluate_corpus(

@@ -6,6 +6,7 @@ A model that recalls names a token that has followed its predecessor before, in 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ import numpy as np
 KINDS = ("repeated", "contradicted", "new")
 """Of a token in a window: repeated, if it has followed its predecessor before; contradicted, if its predecessor stood there
 before, always followed by other tokens; new, if its predecessor has not been followed by anything yet."""
+DISTANCES = (1, 16, 64, 256)
+"""Repeated tokens are told apart by how many tokens before them they last stood behind the same predecessor: from each of these
+up to the next."""
 
 
 def kinds(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -31,6 +35,23 @@ def kinds(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return result
 
 
+def distances(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """How many tokens ago each target of one window last followed its predecessor, int64 [T]; 0 where it is not repeated.
+    Arguments as of `kinds`."""
+    places = np.flatnonzero(targets >= 0)
+    pairs = inputs[places] * (int(targets.max(initial=0)) + 1) + targets[places]
+    order = np.argsort(pairs, kind="stable")  # equal pairs side by side, in order of time
+    again = np.flatnonzero(pairs[order][1:] == pairs[order][:-1]) + 1
+    result = np.zeros(len(inputs), dtype=np.int64)
+    result[places[order[again]]] = places[order[again]] - places[order[again - 1]]
+    return result
+
+
+def distance_ranges() -> list[tuple[int, int | None]]:
+    """First distance of each part of `DISTANCES`, and the first beyond it; None at the last."""
+    return list(pairwise((*DISTANCES, None)))  # type: ignore[arg-type]
+
+
 def _seen_before(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Whether each of `values` stands at an earlier place that is `real`, bool [T]."""
     places = np.arange(len(values))
@@ -40,7 +61,20 @@ def _seen_before(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     return first[inverse] < places
 
 
+def distance_name(start: int, end: int | None) -> str:
+    """A part of `DISTANCES` as people read it: "16-63", "256-"."""
+    return f"{start}-" if end is None else f"{start}-{end - 1}"
+
+
+def headings() -> list[str]:
+    """Of what `as_text` gives."""
+    return [*KINDS, *(f"repeated, {distance_name(*part)} ago" for part in distance_ranges())]
+
+
 def as_text(parts: dict[str, dict[str, Any]]) -> list[str]:
-    """Loss and share of each kind, from the figures of those that there are: "1.500 (25%)", or nothing."""
+    """Loss and share of each kind, then of the repeated ones by distance, from the figures of those that there are: "1.500
+    (25%)", or nothing."""
     tokens = sum(part["tokens"] for part in parts.values())
-    return [f"{parts[kind]['loss']:.3f} ({parts[kind]['tokens'] / tokens:.0%})" if kind in parts else "" for kind in KINDS]
+    near = {part["start"]: part for part in parts.get("repeated", {}).get("by_distance", [])}
+    found = [*(parts.get(kind) for kind in KINDS), *(near.get(start) for start in DISTANCES)]
+    return ["" if each is None else f"{each['loss']:.3f} ({each['tokens'] / tokens:.0%})" for each in found]

@@ -3,7 +3,8 @@
 context_length   tokens of a training sequence, and of the windows that the loss is measured in
 sources          {name: {loss, perplexity, bits_per_byte, tokens, bytes}}: see loss.py
 total            the same of all sources together
-recall           {name: {kind: the same of the tokens that the window told, or not}}: see recall.py
+recall           {name: {kind: the same of the tokens that the window told, or not}}: see recall.py; of repeated ones also
+                 `by_distance`, a list
 ngram            the yardstick, for small corpora: {orders, training_bytes, sources: {name: {"3": bits per byte, ...}},
                  total: {...}}
 position         {name: loss by position, see position.py, and "beyond": {"16": one bin for 8 to 16 training contexts, ...}}

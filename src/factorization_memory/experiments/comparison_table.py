@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from factorization_memory.evaluation.recall import KINDS
+from factorization_memory.evaluation.recall import KINDS, distance_name, distance_ranges
 
 
 @dataclass
@@ -19,8 +19,9 @@ class Table:
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
-    """Losses; what the models are; differences to the first contender that has seeds; recall; searches of the learning rate."""
-    made = (_losses(record), _models(record), _differences(record), _recall(record), _searches(record))
+    """Losses; what the models are; differences to the first contender that has seeds; recall, also by distance; searches of the
+    learning rate."""
+    made = (_losses(record), _models(record), _differences(record), _recall(record), _distances(record), _searches(record))
     return [each for each in made if each.rows and len(each.columns) > 1]
 
 
@@ -140,11 +141,7 @@ def _counted(record: dict[str, Any], name: str, n: int) -> str:
 
 def _losses(record: dict[str, Any]) -> Table:
     places = _columns(record)
-    table = Table("Loss in nats per token", ["contender", *(heading for heading, _ in places)])
-    for contender in record["contenders"]:
-        losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]
-        table.rows.append([_counted(record, contender["name"], contender["summary"]["n"]), *losses])
-    return table
+    return _loss_table(record, "Loss in nats per token", places)
 
 
 def _recall(record: dict[str, Any]) -> Table:
@@ -158,6 +155,21 @@ def _recall(record: dict[str, Any]) -> Table:
         "Loss by what stood before in the window: token and predecessor (repeated), the predecessor followed by others alone "
         "(contradicted), neither (new)"
     )
+    return _loss_table(record, title, places)
+
+
+def _distances(record: dict[str, Any]) -> Table:
+    places = [
+        (f"{source} {name}", ("distance", name, source))
+        for source in _sources(record)
+        for name in (distance_name(*part) for part in distance_ranges())
+        if any(_at(contender["summary"], ("distance", name, source)) for contender in record["contenders"])
+    ]
+    return _loss_table(record, "Loss of the repeated ones by how many tokens ago they last followed that predecessor", places)
+
+
+def _loss_table(record: dict[str, Any], title: str, places: Sequence[tuple[str, tuple[str, ...]]]) -> Table:
+    """A row of losses for each contender, from places of its summary with their headings."""
     table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
         losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]

@@ -10,8 +10,9 @@ contenders       a list: name, text, config (as trained, for the first seed), pa
 complete         whether every run is there; failures: those that are not, each with its message
 
 Losses are nats per token, and bits per byte of text. `context` is the loss in windows of the training context; `recall` parts
-its tokens by what the window held before (evaluation/recall.py); `positions` is the loss of tokens that stand between half of
-so many training contexts and all of them, the memory carried on from the beginning.
+its tokens by what the window held before (evaluation/recall.py), `distance` the repeated ones by how many
+tokens ago; `positions` is the loss of tokens that stand between half of so many training contexts and all of them, the memory
+carried on from the beginning.
 Spread is the sample standard deviation over seeds. A difference is to the first contender that has seeds, seed by seed.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from factorization_memory.config import to_dict
 from factorization_memory.evaluation.position import beyond_context
-from factorization_memory.evaluation.recall import KINDS
+from factorization_memory.evaluation.recall import KINDS, distance_name
 from factorization_memory.experiments.compare import Entry, Plan
 from factorization_memory.experiments.processes import MEMORY_NAME, Job, read_json
 
@@ -99,6 +100,10 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
     assert result is not None
     context = {**evaluation["sources"], "all": evaluation["total"]}
     recall = evaluation.get("recall", {})
+    distance: dict[str, dict[str, Any]] = {}
+    for source, parts in recall.items():
+        for part in parts.get("repeated", {}).get("by_distance", []):
+            distance.setdefault(distance_name(part["start"], part["end"]), {})[source] = _picked(part, "tokens", *UNITS)
     positions: dict[str, dict[str, Any]] = {}
     by_position: dict[str, list[dict[str, Any]]] = {}
     for source, read in evaluation.get("position", {}).items():
@@ -117,6 +122,7 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
             for kind in KINDS
             if recall
         },
+        "distance": distance,
         "by_position": by_position,
         "tokens_per_second": _tokens_per_second(job),
         "seconds": result["seconds"],
@@ -153,6 +159,9 @@ def _places(seed: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, A
     for kind, sources in seed["recall"].items():
         for source, part in sources.items():
             yield ("recall", kind, source), part
+    for name, sources in seed["distance"].items():
+        for source, part in sources.items():
+            yield ("distance", name, source), part
     for source, bins in seed["by_position"].items():
         for each in bins:
             yield ("by_position", source, f"{each['start']}-{each['end']}"), each
