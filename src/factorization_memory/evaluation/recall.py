@@ -62,13 +62,13 @@ def _seen_before(values: np.ndarray, real: np.ndarray) -> np.ndarray:
 
 
 def distance_name(start: int, end: int | None) -> str:
-    """A part of `DISTANCES` as people read it: "16-63", "256-"."""
-    return f"{start}-" if end is None else f"{start}-{end - 1}"
+    """A part of `DISTANCES` as people read it: "16-63", "256+"."""
+    return f"{start}+" if end is None else f"{start}-{end - 1}"
 
 
 def headings() -> list[str]:
     """Of what `as_text` gives."""
-    return [*KINDS, *(f"repeated, {distance_name(*part)} ago" for part in distance_ranges())]
+    return [*KINDS, *(f"{distance_name(*part)} ago" for part in distance_ranges())]
 
 
 def as_text(parts: dict[str, dict[str, Any]]) -> list[str]:
