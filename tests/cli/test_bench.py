@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from factorization_memory.benchmarks import inference, op, step, timing, training
+from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.cli import bench, dispatch
 from factorization_memory.ops import chunked
 
@@ -220,14 +222,31 @@ STOPPED = [
     (STEP, step, "_measure"),
     (INFERENCE, inference, "_measure_batch"),
     (TRAINING.replace("--lengths 16", "--lengths 16 32"), training, "interleaved_seconds"),
+    (TRAINING.replace("--lengths 16", "--lengths 16 32"), training, "peak_bytes"),
 ]
 
 
+@pytest.fixture
+def handled() -> Iterator[None]:
+    """Signals that nobody handles fail the test instead of ending the tests."""
+
+    def unhandled(number: int, frame: Any) -> None:
+        raise AssertionError(f"signal {number} was not handled")
+
+    before = {each: signal.signal(each, unhandled) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    assert all(signal.getsignal(each) is unhandled for each in before)
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("arguments", "module", "name"), STOPPED, ids=["op", "step", "inference", "training"])
+@pytest.mark.parametrize(
+    ("arguments", "module", "name"), STOPPED, ids=["op", "step", "inference", "training", "training, in a record"]
+)
 def test_what_was_measured_outlives_a_signal(
     arguments: str, module: Any, name: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], handled: None,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(step, "MOST_STEPS", 4)
@@ -239,29 +258,89 @@ def test_what_was_measured_outlives_a_signal(
         return measure(*rest, **named)
 
     monkeypatch.setattr(module, name, stopped_the_second_time)
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert dispatch(arguments.split()) == 128 + number
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     shown = capsys.readouterr()
     assert f"stopped by {number.name}" in shown.err
+    assert "slowest over fastest" not in shown.err
     result = json.loads(shown.out)
     assert result["interrupted"] == number.name
-    records = next(result[part] for part in ("comparison", "steps", "records") if part in result)
-    found = [record for record in records if record["error"] is None]
-    assert found
     if module is op:
-        assert {record["shape"] for record in found} == {"1x20x1x4x8"}
+        assert {record["shape"] for record in result["comparison"]} == {"1x20x1x4x8"}
+        assert "B=1, T=20" in shown.err
+    elif module is step:
+        assert {record["batch"] for record in result["steps"]} == {1}
+        assert "B=1, H=1" in shown.err
     elif module is inference:
-        assert [record["error"] for record in records] == [None, None, *[f"stopped by {number.name}"] * 2]
+        stopped = f"stopped by {number.name}"
+        assert [record["error"] for record in result["records"]] == [None, None, stopped, stopped]
+        assert "ours dense at 2 x 8 tokens: stopped by" in shown.err
+        assert "p99 ms" in shown.err
     else:
-        assert {record.get("batch") for record in records} == {1}
-        assert len({record["length"] for record in records if "length" in record}) <= 1
+        assert [(record["length"], record["mfu"] is None) for record in result["records"]] == [(16, False)]
 
 
-def test_a_signal_before_anything_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_sweep_shows_what_it_has_and_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handled: None
+) -> None:
+    measure, calls = op.measure, iter((False, False, True))
+
+    def stopped_the_third_time(*rest: Any, **named: Any) -> Any:
+        if next(calls):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*rest, **named)
+
+    monkeypatch.setattr(op, "measure", stopped_the_third_time)
+    arguments = OP.replace("--lengths 64", "--lengths 16 32").split()
+    assert dispatch([*arguments, "--plot", str(tmp_path / "times.png")]) == 128 + signal.SIGTERM
+    shown = capsys.readouterr()
+    assert [record["length"] for record in json.loads(shown.out)["lengths"]] == [16]
+    assert "one sequence" in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_before_anything_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handled: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(training, "interleaved_seconds", lambda *rest, **named: os.kill(os.getpid(), signal.SIGTERM))
     assert dispatch(TRAINING.split()) == 128 + signal.SIGTERM
     assert json.loads(capsys.readouterr().out)["records"] == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_a_destructor_swallowed_is_not_forgotten(handled: None) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # time for the handler, which runs between instructions
+                pass
+
+    reached = []
+    with Interruption() as interruption:
+        one = Dying()
+        del one
+        reached.append("here")
+        interruption.check()
+        reached.append("there")
+    assert (interruption.signal, reached) == ("SIGTERM", ["here"])
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert (interruption.signal, signal.getsignal(signal.SIGINT)) == (None, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_peers_whose_heads_do_not_fit_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert dispatch(TRAINING.replace("--model.hidden-size 32", "--model.hidden-size 24").split()) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [record["model"] for record in result["records"]] == ["factorization-memory", "llama"]
+    assert "no mamba2: its heads need a hidden_size that is a multiple of 32" in result["missing"]
 
 
 @pytest.mark.parametrize(
@@ -276,8 +355,7 @@ def test_a_signal_before_anything_was_measured(monkeypatch: pytest.MonkeyPatch, 
         ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: not together with shapes"),
         ("op --plot times.pdf", "times.pdf"),
         ("op --device gpu", "'gpu'"),
-        ("training --model.vocab-size 20 --model.hidden-size 24 --peers mamba2", "model.hidden_size=24: twice it must be"),
-        ("training --model.vocab-size 20 --model.hidden-size 28 --peers llama", "llama_heads=4: heads must be"),
+        ("training --model.vocab-size 20 --llama-heads 0", "llama_heads=0"),
         ("inference --contexts 0", "contexts=(0,)"),
         ("inference --batches 0", "batches=(0,)"),
         ("inference --top-k 65", "top_k=(65,)"),

@@ -259,6 +259,7 @@ def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable
     release(device)
     records: Records = []
     missing: dict[str, str] = {}
+    first = 0  # record of the model in hand
     with Interruption() as interruption:
         for kind in (OURS, *dict.fromkeys(benchmark.peers)):
             contenders = CONTENDERS[kind](benchmark, device)
@@ -270,14 +271,17 @@ def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable
                     break
                 if contender is None:
                     break
+                interruption.check()
                 first = len(records)
                 _measure(contender, kind != OURS, benchmark, device, rates, progress, records)
                 show(records[first:])
                 del contender
                 release(device)
-    for record in records:
-        if not record["decode"] and record["error"] is None:
+    cut_short = [record for record in records if not record["decode"] and record["error"] is None]
+    if interruption.signal is not None and cut_short:
+        for record in cut_short:
             record["error"] = f"stopped by {interruption.signal}"
+        show(records[first:])
     return {
         "machine": machine(device),
         "dtype": str(weights_dtype(benchmark.precision, device)).removeprefix("torch."),

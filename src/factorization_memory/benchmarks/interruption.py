@@ -9,11 +9,11 @@ from typing import Any, Self
 
 
 class Interruption:
-    """A block that SIGINT (Ctrl-C) or SIGTERM (a time limit) ends at once, after which the program goes on behind it.
+    """Context manager: SIGINT (Ctrl-C) or SIGTERM (a time limit) leaves the block early, and the program continues after it.
 
     `signal` then names the one that came. The handlers that were there come back on leaving, so that a second signal, while the
-    results are written, does what it always did. Python lets only the main thread handle signals; in any other this does
-    nothing.
+    results are written, does what it always did; a signal that was ignored stays so. Python lets only the main thread handle
+    signals; in any other this does nothing.
     """
 
     def __init__(self) -> None:
@@ -23,8 +23,15 @@ class Interruption:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
+
+    def check(self) -> None:
+        """Leave the block if a signal came whose exception did not get here: it may have been raised in a destructor, which
+        Python lets none leave."""
+        if self.signal is not None:
+            raise KeyboardInterrupt(self.signal)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         for number, handler in self._previous.items():

@@ -153,6 +153,7 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
     memory: Records = []
     with Interruption() as interruption:
         for shape in dict.fromkeys(benchmark.shapes):
+            interruption.check()
             progress(f"{', '.join((*contenders, *benchmark.peers))} at {shape}")
             found = measure(shape, contenders, benchmark.dtype, device, benchmark.repeats, rates, benchmark.peers, missing)
             comparison += found
@@ -162,21 +163,24 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
         if peers.GLA in measured:
             progress("what the peers compute")
             for shape in _gate_shapes(benchmark.shapes):
+                interruption.check()
                 problem = Problem.random(shape, benchmark.dtype, device)
                 same_maths.append({"shape": str(shape)} | peers.same_maths(peers.GLA, problem))
         swept: dict[Shape, Records] = {}
         for sweep, shape in _sweep(benchmark):
+            interruption.check()
             if shape not in swept:
                 progress(f"time per token at B={shape.batch}, T={shape.length}")
                 swept[shape] = measure(shape, backends, benchmark.dtype, device, benchmark.repeats, rates, memory=False)
             lengths += [{"sweep": sweep} | record for record in swept[shape]]
-        if lengths:
-            show("lengths", lengths)
-        if benchmark.memory_length:
+        for backend in backends if benchmark.memory_length else ():
+            interruption.check()
             progress(f"memory at T={benchmark.memory_length}")
             shape = replace(benchmark.shapes[0], batch=1, length=benchmark.memory_length)
-            memory += [measure_memory(shape, backend, benchmark.dtype, device) for backend in backends]
-            show("memory", memory)
+            memory.append(measure_memory(shape, backend, benchmark.dtype, device))
+    for section, records in (("lengths", lengths), ("memory", memory)):
+        if records:
+            show(section, records)
     return result | {
         "comparison": comparison,
         "missing": missing,

@@ -226,6 +226,7 @@ def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str
     rollbacks: Records = []
     with Interruption() as interruption:
         for group in groups:
+            interruption.check()
             progress(f"B={group[0].shape.batch}, M={group[0].shape.num_states}")
             measured, taken_back = _measure(group, benchmark, device, rates)
             steps += measured

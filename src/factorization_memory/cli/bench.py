@@ -185,7 +185,7 @@ def _op(options: Op, command: str) -> int:
     with people.status("") as status:
         result = op.run(benchmark, device, status.update, _OpTables(people).show)
     show_machine(result, people)
-    for spread in result["length_spread"]:
+    for spread in () if result["interrupted"] else result["length_spread"]:
         labels = PASSES | {f"graph_{part}": f"{label} graph" for part, label in PASSES.items()}
         ratios = ", ".join(f"{label} {number(spread[part], 'x')}" for part, label in labels.items() if spread[part])
         people.print(f"{spread['contender']}, {spread['sweep']}: slowest over fastest length {ratios}", soft_wrap=True)
@@ -198,13 +198,11 @@ def _op(options: Op, command: str) -> int:
             tolerance = f"{record['tolerance']:.0e}"
             text = f"[yellow]{text}; NOT the same maths (more than {tolerance} off): its times compare nothing[/]"
         people.print(text, soft_wrap=True)
-    try:
-        if options.plot is not None and result["interrupted"] is None:
-            from factorization_memory.benchmarks.plot import save
+    emit({"benchmark": "op", "command": command, "tuned": tuned} | result, options.json)
+    if options.plot is not None and result["interrupted"] is None:
+        from factorization_memory.benchmarks.plot import save
 
-            save(result, options.plot)
-    finally:  # hours of measuring are not lost to a full disk
-        emit({"benchmark": "op", "command": command, "tuned": tuned} | result, options.json)
+        save(result, options.plot)
     failed = [record for record in (*result["comparison"], *result["lengths"]) if record["error"] and not record["peer"]]
     return bench_status(result, bool(failed) or any(record["error"] for record in result["memory"]))
 

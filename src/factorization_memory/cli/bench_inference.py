@@ -66,7 +66,7 @@ def run(options: Inference, command: str) -> int:
     with people.status("") as status:
         result = inference.run(benchmark, resolve_device(options.device, "device"), status.update, lambda r: _show(r, people))
     show_machine(result, people)
-    for spread in result["spread"]:
+    for spread in () if result["interrupted"] else result["spread"]:
         ratio = spread["slowest_over_fastest"]
         people.print(
             f"{spread['contender']}, B={spread['batch']}, {spread['mode']}: slowest over fastest context "
@@ -75,13 +75,11 @@ def run(options: Inference, command: str) -> int:
         )
     for name, why in result["missing"].items():
         people.print(f"[yellow]without {name}: {why}[/]", soft_wrap=True)
-    try:
-        if options.plot is not None and result["interrupted"] is None:
-            from factorization_memory.benchmarks.plot import draw_inference, save
+    emit({"benchmark": "inference", "command": command, "model": asdict(options.model)} | result, options.json)
+    if options.plot is not None and result["interrupted"] is None:
+        from factorization_memory.benchmarks.plot import draw_inference, save
 
-            save(result, options.plot, draw_inference)
-    finally:  # what took long to measure is not lost to a full disk
-        emit({"benchmark": "inference", "command": command, "model": asdict(options.model)} | result, options.json)
+        save(result, options.plot, draw_inference)
     return bench_status(result, any(record["error"] and not record["peer"] for record in result["records"]))
 
 
