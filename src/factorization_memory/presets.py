@@ -81,8 +81,8 @@ SIZES: dict[str, tuple[ModelConfig, DataConfig, OptimizerConfig, TrainingConfig]
 six blocks); no size has been trained as it stands, and the base's learning rate is a guess."""
 FORMS = {
     "pure": "the paper's equations, nothing added",
-    "best": "the best of memory alone that was trained: one head, convolution, gate",
-    "hybrid": "two blocks of several heads, convolution and gate to one of attention in a window of half the context",
+    "best": "memory alone, as good as any that was trained: one head, convolution, gate",
+    "hybrid": "of three blocks two of memory (several heads, convolution, gate), one of attention in half the context",
 }
 FEED_FORWARD = {
     ("tiny", "best"): 528, ("tiny", "hybrid"): 480, ("small", "best"): 1024, ("small", "hybrid"): 992,
