@@ -268,6 +268,46 @@ def test_pages_that_are_missing_are_written_again(
     assert record.stat().st_mtime_ns == before
 
 
+def test_the_best_get_more_seeds_and_others_join_in(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    options = [*TINY, "--learning-rates", "2e-3", "--corpus", corpus, "--out", tmp_path / "out", "--json"]
+    assert call(capsys, *CONTENDERS, *options, "--seeds", 0)[0] == 0
+    assert len(pretended) == 2
+    # A plan of before contenders had seeds of their own.
+    plan_file = tmp_path / "out" / "plan.json"
+    plan = json.loads(plan_file.read_text())
+    for contender in plan["contenders"].values():
+        del contender["seeds"]
+    plan_file.write_text(json.dumps(plan | {"schema_version": 1, "seeds": [0]}))
+
+    status, out, err = call(capsys, *CONTENDERS, "late=demo:model.top-k=2", *options, "--seeds", 0, "wide=2,0,1")
+    assert status == 0, err
+    assert [path.parent.relative_to(tmp_path / "out" / "runs").as_posix() for path in pretended[2:]] == [
+        "wide/seed-2", "wide/seed-1", "late/seed-0",
+    ]  # fmt: skip
+    record = json.loads(out)
+    assert [each["planned_seeds"] for each in record["contenders"]] == [[0], [2, 0, 1], [0]]
+    assert [each["summary"]["n"] for each in record["contenders"]] == [1, 3, 1]
+    assert record["contenders"][1]["difference"]["n"] == 1
+    assert record["complete"]
+    table = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert "seeds 0; wide 2, 0, 1" in table
+    assert "| wide (3 seeds) |" in table
+    assert "| late (1 seed) |" in table
+    assert "| wide (1 seed) | +" in table  # of the differences
+
+    # What is there stays: with fewer of it, or changed, it is another comparison.
+    for fewer in (
+        [*CONTENDERS, *options, "--seeds", 0, "wide=2,0,1"], [*CONTENDERS, "late=demo:model.top-k=2", *options, "--seeds", 0],
+        [*CONTENDERS, "late=demo:model.top-k=1", *options, "--seeds", 0, "wide=2,0,1"],
+    ):  # fmt: skip
+        status, _, err = call(capsys, *fewer)
+        assert status == 2
+        assert "holds another comparison" in err
+    assert len(pretended) == 5
+
+
 def test_another_comparison_is_refused(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
 ) -> None:
@@ -314,7 +354,12 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["demo", "b=demo", "--learning-rates", "fast"], "--learning-rates='fast': use positive numbers"),
         (["demo", "b=demo", "--match-to", "c"], "--match-to: contender 'c' is not known"),
         (["demo", "b=demo", "--match-to", "b", "--parameters", "9"], "not together with --match-to"),
-        (["demo", "b=demo", "--seeds", "1", "1"], "--seeds=(1, 1)"),
+        (["demo", "b=demo", "--seeds", "1", "1"], "--seeds='1 1': give each once"),
+        (["demo", "b=demo", "--seeds", "1", "-2"], "--seeds='1 -2': use whole numbers"),
+        (["demo", "b=demo", "--seeds", "1", "b=one"], "--seeds='one': use whole numbers"),
+        (["demo", "b=demo", "--seeds", "1", "c=2"], "--seeds: contender 'c' is not known"),
+        (["demo", "b=demo", "--seeds", "b=2"], "--seeds: 'demo' has none; give one or more for all, or as demo=0,1"),
+        (["demo", "b=demo", "--seeds", "1", "b=3,1000"], "--search-seed=1000: it is one of --seeds"),
         (["demo", "b=demo", "--seeds", "1000"], "--search-seed=1000: it is one of --seeds"),
         (["demo", "b=demo", "--positions", "3"], "--positions=3: use powers of two"),
         (["demo", "b=demo", "--parallel", "0"], "--parallel=0: use 1 or more"),

@@ -50,8 +50,8 @@ class CompareOptions:
     """Packed corpus."""
     out: Path
     """Folder of the comparison: compare.json, compare.md, compare.png, runs/."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """A training of every contender for each."""
+    seeds: tuple[str, ...] = ("0", "1", "2")
+    """A training of every contender for each; NAME=0,1,2 gives one its own."""
     learning_rates: tuple[str, ...] = ()
     """Rates to choose from: numbers for all contenders, NAME=1e-3,2e-3 for one; none takes half, once and twice each one's own.
     A single rate is taken without a search."""
@@ -103,9 +103,9 @@ def run(arguments: list[str]) -> int:
     if not options.train and not (plan.folder / PLAN_NAME).exists():
         raise ConfigError(f"--out={plan.folder}: holds no comparison to make a record of; leave --no-train out to begin one")
     with RunLock(plan.folder):
-        _keep_plan(plan)
+        more = _keep_plan(plan)
         started, stopped = _work(plan, options, arguments, people) if options.train else (0, None)
-        record = _record(plan, options, arguments, changed=started > 0 or not options.train)
+        record = _record(plan, options, arguments, changed=more or started > 0 or not options.train)
     _show_record(record, people)
     emit(record, options.json)
     if stopped is not None:
@@ -133,12 +133,6 @@ def _check(options: CompareOptions, overrides: dict[str, str]) -> None:
             raise ConfigError(f"{flag}={value}: use {least} or more")
     if not 0 < options.search_fraction <= 1:
         raise ConfigError(f"--search-fraction={options.search_fraction}: use 0 < fraction <= 1")
-    if not options.seeds or len(set(options.seeds)) < len(options.seeds):
-        raise ConfigError(f"--seeds={options.seeds}: give one or more, each once")
-    if options.search_seed in options.seeds:
-        raise ConfigError(
-            f"--search-seed={options.search_seed}: it is one of --seeds; the learning rate must be chosen with another"
-        )
     for multiple in options.positions:
         if multiple < 2 or multiple & (multiple - 1):
             raise ConfigError(f"--positions={multiple}: use powers of two from 2 on, the edges of the position bins")
@@ -164,6 +158,11 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
     if options.match_to is not None:
         choose(options.match_to, known, "--match-to: contender")
     rates = learning_rates(options.learning_rates, contenders)
+    seeds = training_seeds(options.seeds, contenders)
+    if any(options.search_seed in own for own in seeds.values()):
+        raise ConfigError(
+            f"--search-seed={options.search_seed}: it is one of --seeds; the learning rate must be chosen with another"
+        )
 
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.experiments.compare import Corpus, Plan, make_entries
@@ -171,7 +170,7 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
 
     opened = PackedCorpus.open(options.corpus.resolve())
     corpus = Corpus(opened.folder, opened.fingerprint, opened.tokenizer.fingerprint, opened.tokenizer.vocab_size)
-    entries = make_entries(contenders, corpus, rates, options.parameters or options.match_to or names[0])
+    entries = make_entries(contenders, corpus, rates, seeds, options.parameters or options.match_to or names[0])
     first = entries[0].config
     if options.train:
         resolve_device(first.training.device)
@@ -184,10 +183,11 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
         "max_tokens": options.max_tokens,
         "stretches": options.stretches,
     }
-    order = {str(seed): same_order(opened, {each.name: each.config for each in entries}, seed) for seed in options.seeds}
+    every = dict.fromkeys(seed for own in seeds.values() for seed in own)
+    order = {str(seed): same_order(opened, {each.name: each.config for each in entries}, seed) for seed in every}
     return Plan(
-        options.out, entries, corpus, options.seeds, options.search_seed, search_steps, options.alone_steps, options.positions,
-        evaluation, order,
+        options.out, entries, corpus, options.search_seed, search_steps, options.alone_steps, options.positions, evaluation,
+        order,
     )  # fmt: skip
 
 
@@ -209,6 +209,33 @@ def learning_rates(texts: Sequence[str], contenders: Sequence[Contender]) -> dic
         default = [contender.config.optimizer.learning_rate * factor for factor in SEARCHED_FACTORS]
         rates[contender.name] = tuple(sorted(set(own.get(contender.name) or shared or default)))
     return rates
+
+
+def training_seeds(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[int, ...]]:
+    """The seeds of each contender, from the words of `--seeds`."""
+    shared: list[str] = []
+    own: dict[str, list[str]] = {}
+    names: dict[str, Any] = {contender.name: [] for contender in contenders}
+    for text in texts:
+        # A contender's name may hold "=" itself.
+        name, equals, values = text.rpartition("=")
+        if equals:
+            choose(name, names, "--seeds: contender")
+            own.setdefault(name, []).extend(values.split(","))
+        else:
+            shared += text.split(",")
+    return {contender.name: _seeds(own.get(contender.name) or shared, contender.name) for contender in contenders}
+
+
+def _seeds(words: list[str], name: str) -> tuple[int, ...]:
+    if not words:
+        raise ConfigError(f"--seeds: {name!r} has none; give one or more for all, or as {name}=0,1")
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise ConfigError(f"--seeds={' '.join(words)!r}: use whole numbers from 0 on, or NAME=0,1,2 for one contender")
+    seeds = tuple(map(int, words))
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds={' '.join(words)!r}: give each once")
+    return seeds
 
 
 def _rate(text: str) -> float:
@@ -256,24 +283,27 @@ def same_order(corpus: PackedCorpus, configs: dict[str, RunConfig], seed: int) -
     return found[first]
 
 
-def _keep_plan(plan: Plan) -> None:
-    """Write the plan, or see that it is the one that the folder holds."""
-    from factorization_memory.experiments.compare import first_difference, with_defaults
+def _keep_plan(plan: Plan) -> bool:
+    """Write the plan, or see that the folder holds it or one that it goes on from; returns whether it was written."""
+    from factorization_memory.experiments.compare import first_difference, part_to_keep, with_defaults
     from factorization_memory.experiments.processes import read_json
 
     path = plan.folder / PLAN_NAME
     # Through JSON, which knows lists alone.
     own = json.loads(json.dumps(plan.description()))
     if path.exists():
-        difference = first_difference(with_defaults(read_json(path)), own)
+        kept = with_defaults(read_json(path))
+        difference = first_difference(kept, part_to_keep(kept, own))
         if difference is not None:
             name, old, new = difference
             raise ConfigError(
                 f"--out={plan.folder}: holds another comparison, with {name or 'a plan'} = {_brief(old)} where this one has "
-                f"{_brief(new)}; repeat its command, or choose another folder"
+                f"{_brief(new)}; repeat its command (with more contenders or seeds, if you like), or choose another folder"
             )
-        return
+        if first_difference(kept, own) is None:
+            return False
     write_aside(path, json.dumps(own, ensure_ascii=False, indent=1))
+    return True
 
 
 def _brief(value: Any) -> str:
@@ -407,13 +437,13 @@ def _write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
 
 
 def _show_plan(plan: Plan, people: Console) -> None:
-    from factorization_memory.experiments.comparison_table import change, differing
+    from factorization_memory.experiments.comparison_table import change, differing, seeds_text
 
     first = plan.entries[0].config
     tokens = first.training.steps * first.training.tokens_per_step
     people.print(
         f"{tokens:,} tokens each ({first.training.steps:,} steps, context {first.data.context_length:,}), "
-        f"seeds {', '.join(map(str, plan.seeds))}; learning rates by {plan.search_steps:,} steps",
+        f"{seeds_text({entry.name: entry.seeds for entry in plan.entries})}; learning rates by {plan.search_steps:,} steps",
         soft_wrap=True,
     )
     shown = table("", "contender", "parameters", "off", "varied", "learning rates")

@@ -1,6 +1,7 @@
 """Models compared on equal terms: as many parameters, the same tokens in the same order, each at its own best learning rate.
 
-A plan says everything that decides the result; it stands in `plan.json`, and a folder takes no other. Its trainings are jobs
+A plan says everything that decides the result; it stands in `plan.json`, and a folder takes no other, but for one with more
+contenders or more seeds: what was trained stays. Its trainings are jobs
 (processes.py): for each contender short ones to choose the learning rate, then one for each seed. What they leave in their run
 folders is read back into one record (record.py).
 """
@@ -20,7 +21,7 @@ from factorization_memory.experiments.contenders import Contender
 from factorization_memory.experiments.matching import Match, match_parameters, non_embedding_parameters
 from factorization_memory.experiments.processes import Job
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 SAME_COMMAND_MAY_CHANGE = ("data.corpus", "data.read_ahead")
 """Fields left out of `plan.json`: where the corpus lies (its fingerprint tells which it is) and how it is read."""
 
@@ -45,6 +46,8 @@ class Entry:
     match: Match
     rates: tuple[float, ...]
     """Learning rates to choose from, ascending."""
+    seeds: tuple[int, ...]
+    """A training for each."""
 
     @property
     def slug(self) -> str:
@@ -59,7 +62,6 @@ class Plan:
     folder: Path
     entries: tuple[Entry, ...]
     corpus: Corpus
-    seeds: tuple[int, ...]
     search_seed: int
     search_steps: int
     alone_steps: int
@@ -67,6 +69,11 @@ class Plan:
     evaluation: dict[str, Any]
     order: dict[str, str]
     """Digest of the text that a training of each seed reads, by seed."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of all contenders, each once."""
+        return tuple(dict.fromkeys(seed for entry in self.entries for seed in entry.seeds))
 
     def description(self) -> dict[str, Any]:
         """The plan as JSON, to compare with another's."""
@@ -76,12 +83,11 @@ class Plan:
             for name in SAME_COMMAND_MAY_CHANGE:
                 section, _, field = name.partition(".")
                 del config[section][field]
-            contenders[entry.name] = {"learning_rates": list(entry.rates), **config}
+            contenders[entry.name] = {"learning_rates": list(entry.rates), "seeds": list(entry.seeds), **config}
         return {
             "schema_version": PLAN_VERSION,
             "contenders": contenders,
             "corpus": {"fingerprint": self.corpus.fingerprint, "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint},
-            "seeds": list(self.seeds),
             "search_seed": self.search_seed,
             "search_steps": self.search_steps,
             "alone_steps": self.alone_steps,
@@ -124,7 +130,7 @@ class Plan:
             return []
         optimizer = dataclasses.replace(entry.config.optimizer, learning_rate=rate)
         jobs = []
-        for seed in self.seeds:
+        for seed in entry.seeds:
             training = dataclasses.replace(entry.config.training, seed=seed)
             config = dataclasses.replace(entry.config, optimizer=optimizer, training=training)
             jobs.append(self._job(entry, "seed", f"seed {seed}", f"seed-{seed}", config, self.evaluation))
@@ -179,10 +185,11 @@ def make_entries(
     contenders: Sequence[Contender],
     corpus: Corpus,
     rates: dict[str, tuple[float, ...]],
+    seeds: dict[str, tuple[int, ...]],
     match_to: str | int,
 ) -> tuple[Entry, ...]:
     """The contenders with the text and the steps of the first, as many parameters as `match_to` (one of them, or a number), and
-    their learning rates.
+    their learning rates and seeds.
 
     Raises ConfigError that names the contender that cannot be made so.
     """
@@ -221,7 +228,7 @@ def make_entries(
             raise ConfigError(f"contender {contender.name!r}: {error}") from None
         own = tuple(sorted(rates[contender.name]))
         config = dataclasses.replace(config, model=match.model)
-        entries.append(Entry(contender.name, contender.text, config, match, own))
+        entries.append(Entry(contender.name, contender.text, config, match, own, seeds[contender.name]))
     slugs = [entry.slug for entry in entries]
     for entry in entries:
         if slugs.count(entry.slug) > 1:
@@ -232,7 +239,8 @@ def make_entries(
 
 
 def with_defaults(plan: Any) -> Any:
-    """A plan as `Plan.description` gave it, with the defaults of fields that have come since: what it was trained with."""
+    """A plan as `Plan.description` gave it, in the form of today: with the defaults of fields that have come since, which are
+    what it was trained with, and each contender's seeds, which were once the same for all."""
     if not isinstance(plan, dict) or not isinstance(plan.get("contenders"), dict):
         return plan
     default = to_dict(RunConfig())
@@ -240,7 +248,28 @@ def with_defaults(plan: Any) -> Any:
         section, _, field = name.partition(".")
         del default[section][field]
     default = json.loads(json.dumps(default))
-    return plan | {"contenders": {name: _filled(config, default) for name, config in plan["contenders"].items()}}
+    contenders = {name: _filled(config, default) for name, config in plan["contenders"].items()}
+    if plan.get("schema_version") == 1:
+        plan = dict(plan, schema_version=PLAN_VERSION)
+        seeds = plan.pop("seeds")
+        contenders = {name: {"seeds": seeds, **config} for name, config in contenders.items()}
+    return plan | {"contenders": contenders}
+
+
+def part_to_keep(old: Any, new: dict[str, Any]) -> dict[str, Any]:
+    """The part of the plan `new` that must be equal to `old` for it to go on from there: without the contenders and seeds that
+    `old` does not have, if `new` has all that it has. Both as `Plan.description` gives them."""
+    if not isinstance(old, dict) or not isinstance(old.get("contenders"), dict) or not isinstance(old.get("order"), dict):
+        return new
+    contenders = {}
+    for name, kept in old["contenders"].items():
+        if name not in new["contenders"]:
+            return new
+        contenders[name] = dict(new["contenders"][name])
+        if "seeds" in kept and set(kept["seeds"]) <= set(contenders[name]["seeds"]):
+            contenders[name]["seeds"] = kept["seeds"]
+    order = {seed: digest for seed, digest in new["order"].items() if seed in old["order"]}
+    return new | {"contenders": contenders, "order": order}
 
 
 def _filled(values: Any, default: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ def notes(record: dict[str, Any]) -> list[str]:
     context = shared["context_length"]
     said = [
         f"Every contender read the same {shared['tokens']:,} tokens in the same order ({shared['steps']:,} steps of "
-        f"{shared['tokens_per_step']:,}, context {context:,}; seeds {', '.join(map(str, shared['seeds']))}). "
+        f"{shared['tokens_per_step']:,}, context {context:,}; {seeds_text(_planned(record))}). "
         "Losses are of held-out text; ± is the sample standard deviation over seeds. Parameters: blocks + embedding and head.",
     ]
     if shared["positions"]:
@@ -133,10 +134,27 @@ def _at(summary: dict[str, Any], place: tuple[str, ...]) -> Any:
     return summary or None
 
 
-def _counted(record: dict[str, Any], name: str, n: int) -> str:
-    """A contender's name in front of means over `n` seeds, which are said where they are not all."""
-    asked = len(record["shared"]["seeds"])
-    return name if n == asked else f"{name} ({n} of {asked} seeds)"
+def seeds_text(seeds: Mapping[str, Sequence[int]]) -> str:
+    """The seeds of contenders as people read them: "seeds 0, 1", or "seeds 0, one 0, 1, 2" where not all have the same."""
+    usual = statistics.mode(tuple(each) for each in seeds.values())
+    own = [f"{name} {', '.join(map(str, each))}" for name, each in seeds.items() if tuple(each) != usual]
+    return "; ".join([f"seeds {', '.join(map(str, usual))}", *own])
+
+
+def _planned(record: dict[str, Any]) -> dict[str, list[int]]:
+    """The seeds of each contender that were asked for; in records of before they had their own, the same for all."""
+    return {each["name"]: each.get("planned_seeds", record["shared"]["seeds"]) for each in record["contenders"]}
+
+
+def _counted(record: dict[str, Any], name: str, n: int, base: str | None = None) -> str:
+    """A contender's name in front of means over `n` seeds, or of as many that `base` has too, which are said where they are not
+    all, or not as many as another's."""
+    planned = _planned(record)
+    asked = len(set(planned[name]) & set(planned[base or name]))
+    if n < asked:
+        return f"{name} ({n} of {asked} seeds)"
+    usual = {len(each) for each in planned.values()} == {asked}
+    return name if usual else f"{name} ({n} seed{'s' if n > 1 else ''})"
 
 
 def _losses(record: dict[str, Any]) -> Table:
@@ -213,7 +231,7 @@ def _differences(record: dict[str, Any]) -> Table:
         for _, place in places:
             difference = _at(contender["difference"], (*place, "loss"))
             cells.append("" if difference is None else _signed(difference["mean"], difference["standard_error"]))
-        table.rows.append([_counted(record, contender["name"], contender["difference"]["n"]), *cells])
+        table.rows.append([_counted(record, contender["name"], contender["difference"]["n"], base), *cells])
     return table
 
 

@@ -5,8 +5,8 @@ command, environment, threads
 parallel         a list: how many runs could be under way at once with those of the seeds, each number once
 shared           context_length, steps, tokens, seeds, search, evaluation, positions, corpus fingerprints, order (a digest of
                  what every contender reads, by seed)
-contenders       a list: name, text, config (as trained, for the first seed), parameters, matching, learning_rate, seeds,
-                 summary, tokens_per_second_alone, difference
+contenders       a list: name, text, config (as trained, for the first seed), parameters, matching, learning_rate,
+                 planned_seeds, seeds (those that are there), summary, tokens_per_second_alone, difference
 complete         whether every run is there; failures: those that are not, each with its message
 
 Losses are nats per token, and bits per byte of text. `context` is the loss in windows of the training context; `recall` parts
@@ -87,6 +87,7 @@ def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
             "difference": entry.match.difference,
         },
         "learning_rate": plan.search(entry),
+        "planned_seeds": list(entry.seeds),
         "seeds": seeds,
         "summary": _summary(seeds),
         "tokens_per_second_alone": None if alone is None or not alone.done else _tokens_per_second(alone),
