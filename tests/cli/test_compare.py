@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from factorization_memory.cli import compare as compare_verb
-from factorization_memory.cli import compare_display, dispatch
+from factorization_memory.cli import compare_display, compare_plan, dispatch
 from factorization_memory.config import ConfigError, RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
@@ -392,10 +392,10 @@ def test_text_in_another_order_is_refused(corpus: Path) -> None:
         RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 128, "steps": 4, "micro_batch_size": 2}}
     )
     other = from_dict(RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 256, "steps": 4}})
-    assert compare_verb.same_order(opened, {"a": one, "b": cut}, 0) == compare_verb.same_order(opened, {"a": one}, 0)
-    assert compare_verb.same_order(opened, {"a": one}, 1) != compare_verb.same_order(opened, {"a": one}, 0)
+    assert compare_plan.same_order(opened, {"a": one, "b": cut}, 0) == compare_plan.same_order(opened, {"a": one}, 0)
+    assert compare_plan.same_order(opened, {"a": one}, 1) != compare_plan.same_order(opened, {"a": one}, 0)
     with pytest.raises(RuntimeError, match="contender 'b': it would not read the text in the order of 'a'"):
-        compare_verb.same_order(opened, {"a": one, "b": other}, 0)
+        compare_plan.same_order(opened, {"a": one, "b": other}, 0)
 
 
 def test_a_run_ends_with_the_comparison_that_started_it() -> None:
