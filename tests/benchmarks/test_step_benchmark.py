@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from factorization_memory.benchmarks import step, timing
+from factorization_memory.benchmarks import step, step_contenders, timing
 from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.floor import Rates
 from factorization_memory.benchmarks.op import IncorrectBackendError
-from factorization_memory.benchmarks.step import Contender, StepBenchmark, Tokens
+from factorization_memory.benchmarks.step import StepBenchmark
+from factorization_memory.benchmarks.step_contenders import Contender, Tokens
 from factorization_memory.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ SMALL = StepBenchmark(batches=(1,), num_states=(8,), top_k=(0, 3), value_size=4,
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SHORTEST_SECONDS", 1e-9)
-    monkeypatch.setattr(step, "FLUSH_BYTES", 1000)
+    monkeypatch.setattr(step_contenders, "FLUSH_BYTES", 1000)
     monkeypatch.setattr(step, "measure_rates", lambda device: Rates(1e9, 1e12, "none"))
 
 
@@ -93,7 +94,7 @@ def test_what_is_timed_takes_steps_back() -> None:
 
 @pytest.mark.parametrize("fault", ["output", "change", "not finite", "not back", "raises"])
 def test_a_wrong_step_is_not_timed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, back = step.step_unchecked, step.undo_unchecked
+    right, back = step_contenders.step_unchecked, step.undo_unchecked
 
     def wrong(update: Any, merge: Any, value: Any, state: Any, *rest: Any, **named: Any) -> Any:
         if fault == "raises":
@@ -110,7 +111,7 @@ def test_a_wrong_step_is_not_timed(fault: str, monkeypatch: pytest.MonkeyPatch) 
     def timed(*arguments: Any) -> Any:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(step, "step_unchecked", wrong)
+    monkeypatch.setattr(step_contenders, "step_unchecked", wrong)
     monkeypatch.setattr(step, "undo_unchecked", not_back)
     monkeypatch.setattr(step, "_measure", timed)
     wanted = {"raises": "RuntimeError: no such kernel", "not back": "does not restore"}.get(fault, fault)
@@ -147,7 +148,7 @@ def test_a_size_that_fails_is_told_and_others_go_on(monkeypatch: pytest.MonkeyPa
 def test_a_bfloat16_memory_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not step.rounds_at_random(torch.float32, CPU)
     monkeypatch.setattr(step, "rounds_at_random", lambda dtype, device: True)
-    monkeypatch.setattr(step, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(step_contenders, "FLUSH_BYTES", 1)
     result = step.run(SMALL, CPU)
     kinds = [(r["top_k"], r["state"], r["step_bytes"]) for r in result["steps"]]
     assert kinds == [(k, *kind) for k, kind in (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from factorization_memory.benchmarks import inference, op, step, timing, training
+from factorization_memory.benchmarks import inference, op, step, step_contenders, timing, training
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.cli import bench, dispatch
 from factorization_memory.ops import chunked
@@ -180,7 +180,7 @@ STEP = "bench step --device cpu --batches 1 2 --num-states 8 --top-k 0 3 9 --val
 
 
 def test_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(step, "MOST_STEPS", 4)
+    monkeypatch.setattr(step_contenders, "MOST_STEPS", 4)
     assert dispatch(STEP.split()) == 0
     shown = capsys.readouterr()
     assert shown.out.count("\n") == 1
@@ -194,8 +194,8 @@ def test_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def test_a_wrong_step_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = step.step_unchecked
-    monkeypatch.setattr(step, "step_unchecked", lambda update, *rest, **named: right(update * 0.99, *rest, **named))
+    right = step_contenders.step_unchecked
+    monkeypatch.setattr(step_contenders, "step_unchecked", lambda update, *rest, **named: right(update * 0.99, *rest, **named))
     assert dispatch(STEP.split()) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -249,7 +249,7 @@ def test_what_was_measured_outlives_a_signal(
     capsys: pytest.CaptureFixture[str], handled: None,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setattr(step, "MOST_STEPS", 4)
+    monkeypatch.setattr(step_contenders, "MOST_STEPS", 4)
     measure, calls = getattr(module, name), iter((False, True))
 
     def stopped_the_second_time(*rest: Any, **named: Any) -> Any:

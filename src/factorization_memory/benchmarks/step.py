@@ -24,8 +24,8 @@ from factorization_memory.benchmarks.correctness import TOLERANCES, Shape
 from factorization_memory.benchmarks.floor import Rates, measure_rates
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.op import IncorrectBackendError
+from factorization_memory.benchmarks.step_contenders import Contender, Tokens, backend_of, rounds_at_random
 from factorization_memory.benchmarks.timing import (
-    FLUSH_BYTES,
     interleaved_seconds,
     machine,
     on_device,
@@ -35,11 +35,9 @@ from factorization_memory.benchmarks.timing import (
     summary,
 )
 from factorization_memory.config import ConfigError
-from factorization_memory.ops import obstacle, reference, step_unchecked, undo_unchecked
+from factorization_memory.ops import reference, undo_unchecked
 
 DTYPES = ("float32", "bfloat16", "float16")
-MOST_STEPS = 2048
-"""Steps in rotation at most: where rows are few and narrow, a cache may hold what these touch."""
 GATE_STEPS = 3
 """Steps of the correctness gate, one after the other."""
 ROUNDED_TOLERANCE = 2e-2
@@ -90,88 +88,6 @@ class StepBenchmark:
         """The sizes with `batch` sequences and `num_states` states, the dense one first."""
         chosen = sorted((k for k in dict.fromkeys(self.top_k) if k <= num_states), key=lambda k: -(k or num_states + 1))
         return [Shape(batch, 1, self.heads, num_states, self.value_size, k or None) for k in chosen]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A size, the dtype of its memory, and over how many rows its steps go round."""
-
-    shape: Shape
-    state: torch.dtype
-    """float32, or bfloat16, which is rounded to at random."""
-    least: int
-    """Steps in rotation at least."""
-
-    def __str__(self) -> str:
-        return f"{self.state_name} {self.shape}"
-
-    @property
-    def state_name(self) -> str:
-        return str(self.state).removeprefix("torch.")
-
-    @property
-    def rows(self) -> int:
-        """K, or M in the dense form."""
-        return self.shape.top_k or self.shape.num_states
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of the rows of one step; the step reads and writes them."""
-        return self.shape.batch * self.shape.heads * self.rows * self.shape.value_size * self.state.itemsize
-
-    @property
-    def steps(self) -> int:
-        """N: steps in rotation."""
-        return max(self.least, min(MOST_STEPS, -(-FLUSH_BYTES // self.row_bytes)))
-
-    @property
-    def steps_of_a_memory(self) -> int:
-        """Steps that find rows of their own in one memory."""
-        return self.shape.num_states // self.rows
-
-    @property
-    def memories(self) -> int:
-        """S: memories that the steps go round over."""
-        return -(-self.steps // self.steps_of_a_memory)
-
-    def memory_of(self, step: int) -> int:
-        """The memory that a step belongs to."""
-        return step // self.steps_of_a_memory
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One token of each sequence for each of N steps."""
-
-    update: Tensor
-    """`[N, B, H, K]`, float32."""
-    merge: Tensor
-    """`[N, B, H, K]`, float32."""
-    value: Tensor
-    """`[N, B, H, D]`."""
-    indices: Tensor | None
-    """`[N, B, H, K]`, int64; None in the dense form."""
-
-    @classmethod
-    def random(cls, shape: Shape, steps: int, dtype: torch.dtype, device: torch.device) -> Tokens:
-        """Random ones. The steps select every state of the memory before they select one again, as far as K goes into M."""
-        chosen = shape.top_k or shape.num_states
-        every = (steps, shape.batch, shape.heads)
-        update, merge = (torch.rand(*every, chosen, device=device) for _ in range(2))
-        value = torch.randn(*every, shape.value_size, device=device).to(dtype)
-        if shape.top_k is None:
-            return cls(update, merge, value, None)
-        together = shape.num_states // chosen
-        orders = -(-steps // together)
-        order = torch.rand(orders, shape.batch, shape.heads, shape.num_states, device=device).argsort(-1)
-        parts = order[..., : together * chosen].unflatten(-1, (together, chosen)).movedim(3, 1)
-        return cls(update, merge, value, parts.flatten(0, 1)[:steps].contiguous())
-
-    def step(self, number: int, state: Tensor, backend: str, seed: Tensor | None, **undo: Tensor) -> Tensor:
-        """The step of that number on `state` `[B, H, M, D]`, in place; y `[B, H, D]`."""
-        chosen = None if self.indices is None else self.indices[number]
-        weights = self.update[number], self.merge[number]
-        return step_unchecked(*weights, self.value[number], state, chosen, seed=seed, backend=backend, **undo)
 
 
 def run(
@@ -257,17 +173,6 @@ def _contenders(benchmark: StepBenchmark, batch: int, num_states: int, device: t
     return result
 
 
-def rounds_at_random(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a step with a bfloat16 memory, which is the Triton kernel's alone; interpreted, it has no speed."""
-    return device.type == "cuda" and obstacle("triton", torch.empty(0, dtype=dtype, device=device)) is None
-
-
-def _backend(contender: Contender, device: torch.device) -> tuple[str, Tensor | None]:
-    """Which backend takes the contender's steps, and its seed."""
-    rounded = contender.state == torch.bfloat16
-    return ("triton", torch.zeros(1, dtype=torch.int64, device=device)) if rounded else ("auto", None)
-
-
 def check(contender: Contender, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """How far `GATE_STEPS` steps at the contender's size are from the reference in float64, in the first and the last
     sequence; at a sparse size also whether they are taken back to the bit.
@@ -295,7 +200,7 @@ def check(contender: Contender, dtype: torch.dtype, device: torch.device) -> dic
 
 def _gate(contender: Contender, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, float], bool]:
     """Relative errors by name, and whether taking back restored the memory."""
-    shape, backend, seed = contender.shape, *_backend(contender, device)
+    shape, backend, seed = contender.shape, *backend_of(contender, device)
     # Tokens of steps that are drawn one by one select states that others select too.
     drawn = [Tokens.random(shape, 1, dtype, device) for _ in range(GATE_STEPS)]
     before = torch.randn(shape.batch, shape.heads, shape.num_states, shape.value_size, device=device).to(contender.state)
@@ -418,7 +323,7 @@ def _calls(
 
 
 def _stepping(contender: Contender, tokens: Tokens, memories: Tensor, device: torch.device) -> Callable[[], None]:
-    backend, seed = _backend(contender, device)
+    backend, seed = backend_of(contender, device)
     of_steps = [memories[contender.memory_of(number)] for number in range(contender.steps)]
 
     def steps() -> None:
