@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -284,15 +285,15 @@ def test_the_best_get_more_seeds_and_others_join_in(
     status, out, err = call(capsys, *CONTENDERS, "late=demo:model.top-k=2", *options, "--seeds", 0, "wide=2,0,1")
     assert status == 0, err
     assert [path.parent.relative_to(tmp_path / "out" / "runs").as_posix() for path in pretended[2:]] == [
-        "wide/seed-2", "wide/seed-1", "late/seed-0",
+        "wide/seed-1", "wide/seed-2", "late/seed-0",
     ]  # fmt: skip
     record = json.loads(out)
-    assert [each["planned_seeds"] for each in record["contenders"]] == [[0], [2, 0, 1], [0]]
+    assert [each["planned_seeds"] for each in record["contenders"]] == [[0], [0, 1, 2], [0]]
     assert [each["summary"]["n"] for each in record["contenders"]] == [1, 3, 1]
     assert record["contenders"][1]["difference"]["n"] == 1
     assert record["complete"]
     table = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
-    assert "seeds 0; wide 2, 0, 1" in table
+    assert "seeds 0; wide: 0, 1, 2)" in table
     assert "| wide (3 seeds) |" in table
     assert "| late (1 seed) |" in table
     assert "| wide (1 seed) | +" in table  # of the differences
@@ -306,6 +307,56 @@ def test_the_best_get_more_seeds_and_others_join_in(
         assert status == 2
         assert "holds another comparison" in err
     assert len(pretended) == 5
+
+    # What has no folder any more may be left out, and a record of other runs is not taken for this one's.
+    shutil.rmtree(tmp_path / "out" / "runs" / "late")
+    shutil.rmtree(tmp_path / "out" / "runs" / "wide" / "seed-2")
+    status, out, err = call(capsys, *CONTENDERS, *options, "--seeds", 0, "wide=0,1")
+    assert status == 0, err
+    record = json.loads(out)
+    assert [(each["name"], each["planned_seeds"]) for each in record["contenders"]] == [("demo", [0]), ("wide", [0, 1])]
+    (tmp_path / "out" / "compare.json").write_text(json.dumps({**record, "contenders": record["contenders"][:1]}))
+    status, out, _ = call(capsys, *CONTENDERS, *options, "--seeds", 0, "wide=0,1")
+    assert (status, len(json.loads(out)["contenders"]), len(pretended)) == (0, 2, 5)
+
+
+def test_an_evaluation_with_other_options_is_made_again(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    arguments = [*CONTENDERS, *TINY, "--learning-rates", "2e-3", "--corpus", corpus, "--out", tmp_path / "out", "--seeds", 0]
+    assert call(capsys, *arguments)[0] == 0
+    file = tmp_path / "out" / "runs" / "wide" / "seed-0" / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    file.write_text(json.dumps(evaluation | {"evaluated": plan["evaluation"]}))
+    assert call(capsys, *arguments)[0] == 0
+    assert len(pretended) == 2
+    file.write_text(json.dumps(evaluation | {"evaluated": plan["evaluation"] | {"stretches": 99}}))
+    assert call(capsys, *arguments, "--no-train")[0] == 1
+    assert call(capsys, *arguments)[0] == 0
+    assert [path.parent.parent.name for path in pretended[2:]] == ["wide"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"contenders": {"demo": None}},
+        {"contenders": []},
+        {"order": 3},
+        {"schema_version": 1},
+        {"contenders": {"demo": {"seeds": 5}}},
+    ],
+)
+def test_a_damaged_plan_is_another_comparison(
+    damage: dict[str, Any], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path]
+) -> None:
+    arguments = [*CONTENDERS, *TINY, "--learning-rates", "2e-3", "--corpus", corpus, "--out", tmp_path / "out", "--seeds", 0]
+    assert call(capsys, *arguments)[0] == 0
+    file = tmp_path / "out" / "plan.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    status, _, err = call(capsys, *arguments)
+    assert (status, len(pretended)) == (2, 2)
+    assert "holds another comparison" in err
 
 
 def test_another_comparison_is_refused(
@@ -354,10 +405,12 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["demo", "b=demo", "--learning-rates", "fast"], "--learning-rates='fast': use positive numbers"),
         (["demo", "b=demo", "--match-to", "c"], "--match-to: contender 'c' is not known"),
         (["demo", "b=demo", "--match-to", "b", "--parameters", "9"], "not together with --match-to"),
-        (["demo", "b=demo", "--seeds", "1", "1"], "--seeds='1 1': give each once"),
-        (["demo", "b=demo", "--seeds", "1", "-2"], "--seeds='1 -2': use whole numbers"),
-        (["demo", "b=demo", "--seeds", "1", "b=one"], "--seeds='one': use whole numbers"),
+        (["demo", "b=demo", "--seeds", "1", "1"], "--seeds=1,1: give each once"),
+        (["demo", "b=demo", "--seeds", "1", "-2"], "--seeds=1,-2: use whole numbers"),
+        (["demo", "b=demo", "--seeds", "1", "b=one"], "--seeds=b=one: use whole numbers"),
         (["demo", "b=demo", "--seeds", "1", "c=2"], "--seeds: contender 'c' is not known"),
+        (["demo", "b=demo", "--seeds", "b=0,,1"], "--seeds=b=0,,1: use whole numbers"),
+        (["demo", "b=demo", "--seeds", str(2**32)], "use whole numbers from 0 to 4294967295"),
         (["demo", "b=demo", "--seeds", "b=2"], "--seeds: 'demo' has none; give one or more for all, or as demo=0,1"),
         (["demo", "b=demo", "--seeds", "1", "b=3,1000"], "--search-seed=1000: it is one of --seeds"),
         (["demo", "b=demo", "--seeds", "1000"], "--search-seed=1000: it is one of --seeds"),

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from factorization_memory.config import ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import evaluate_loss
-from factorization_memory.evaluation.recall import KINDS, as_text, distance_name, distance_ranges, distances, headings, kinds
+from factorization_memory.evaluation.recall import (
+    KINDS,
+    as_text,
+    distance_name,
+    distance_ranges,
+    distances,
+    distances_as_text,
+    kinds,
+)
 from factorization_memory.models import LanguageModel
 
 
@@ -52,10 +60,14 @@ def test_distances_as_people_read_them() -> None:
     assert [distance_name(*part) for part in distance_ranges()] == ["1-15", "16-63", "64-255", "256+"]
     near = [{"start": 16, "end": 64, "loss": 1.25, "tokens": 10}]
     parts = {"repeated": {"loss": 1.5, "tokens": 10, "by_distance": near}, "new": {"loss": 4.0, "tokens": 30}}
-    shown = dict(zip(headings(), as_text(parts), strict=True))
-    assert {name: cell for name, cell in shown.items() if cell} == {
-        "repeated": "1.500 (25%)", "new": "4.000 (75%)", "16-63 ago": "1.250 (25%)",
+    assert dict(zip(KINDS, as_text(parts), strict=True)) == {
+        "repeated": "1.500 (25%)", "contradicted": "", "new": "4.000 (75%)",
     }  # fmt: skip
+    far = {"repeated": {"loss": 2.0, "tokens": 1, "by_distance": [{"start": 256, "end": None, "loss": 2.0, "tokens": 1}]}}
+    headings, cells = distances_as_text({"en": parts, "ja": far, "none": {"new": parts["new"]}})
+    assert headings == ["16-63 ago", "256+ ago"]
+    assert cells == {"en": ["1.250 (25%)", ""], "ja": ["", "2.000 (100%)"], "none": ["", ""]}
+    assert distances_as_text({"none": {"new": parts["new"]}}) == ([], {"none": []})
 
 
 def test_losses_of_the_kinds_make_up_the_whole() -> None:

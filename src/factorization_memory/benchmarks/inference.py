@@ -288,7 +288,7 @@ def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable
         "prefill_chunk": benchmark.prefill_chunk or default_chunk(device),
         "rates": rates.asdict(),
         "missing": missing,
-        "spread": _spread(records),
+        "spread": [] if interruption.signal else _spread(records),
         "interrupted": interruption.signal,
         "records": records,
     }

@@ -18,9 +18,11 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self._inside = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        self._inside = True
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -34,6 +36,7 @@ class Interruption:
             raise KeyboardInterrupt(self.signal)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        self._inside = False
         for number, handler in self._previous.items():
             # None: the handler was not installed from Python, and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -42,4 +45,6 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+        if not self._inside:
+            return  # on the way out already
         raise KeyboardInterrupt(self.signal)

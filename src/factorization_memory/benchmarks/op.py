@@ -115,7 +115,7 @@ def run(
         `machine`; `dtype`; `checks` (the gate's); `rates` of the device; `baseline`, the contender that all are compared with;
         `floors`, by shape; `comparison`, one record per shape and contender; `missing`, why a peer is not there, by name;
         `same_maths`, how far peers that compute the recurrence are from it; `lengths`, one record per sweep, length and
-        backend; `length_spread`, the slowest over the fastest time per token of each sweep and backend; `memory`, one
+        backend; `length_spread`, the slowest over the fastest time per token of each whole sweep and backend; `memory`, one
         record per backend; `interrupted`, the name of the signal that ended the measuring early, or None.
 
     Raises:
@@ -186,7 +186,7 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
         "missing": missing,
         "same_maths": same_maths,
         "lengths": lengths,
-        "length_spread": _spread(lengths),
+        "length_spread": [] if interruption.signal else _spread(lengths),
         "memory": memory,
         "interrupted": interruption.signal,
     }

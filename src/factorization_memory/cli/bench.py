@@ -185,7 +185,7 @@ def _op(options: Op, command: str) -> int:
     with people.status("") as status:
         result = op.run(benchmark, device, status.update, _OpTables(people).show)
     show_machine(result, people)
-    for spread in () if result["interrupted"] else result["length_spread"]:
+    for spread in result["length_spread"]:
         labels = PASSES | {f"graph_{part}": f"{label} graph" for part, label in PASSES.items()}
         ratios = ", ".join(f"{label} {number(spread[part], 'x')}" for part, label in labels.items() if spread[part])
         people.print(f"{spread['contender']}, {spread['sweep']}: slowest over fastest length {ratios}", soft_wrap=True)

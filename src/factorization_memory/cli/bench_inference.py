@@ -66,7 +66,7 @@ def run(options: Inference, command: str) -> int:
     with people.status("") as status:
         result = inference.run(benchmark, resolve_device(options.device, "device"), status.update, lambda r: _show(r, people))
     show_machine(result, people)
-    for spread in () if result["interrupted"] else result["spread"]:
+    for spread in result["spread"]:
         ratio = spread["slowest_over_fastest"]
         people.print(
             f"{spread['contender']}, B={spread['batch']}, {spread['mode']}: slowest over fastest context "

@@ -68,18 +68,35 @@ def _keep_plan(plan: Plan) -> bool:
     # Through JSON, which knows lists alone.
     own = json.loads(json.dumps(plan.description()))
     if path.exists():
-        kept = with_defaults(read_json(path))
+        kept = _begun(with_defaults(read_json(path)), plan)
         difference = first_difference(kept, part_to_keep(kept, own))
         if difference is not None:
             name, old, new = difference
             raise ConfigError(
                 f"--out={plan.folder}: holds another comparison, with {name or 'a plan'} = {_brief(old)} where this one has "
-                f"{_brief(new)}; repeat its command (with more contenders or seeds, if you like), or choose another folder"
+                f"{_brief(new)}; choose another folder, or repeat its command (with more contenders or seeds, if you like; "
+                "one whose folder in runs/ is deleted may be left out)"
             )
         if first_difference(kept, own) is None:
             return False
     write_aside(path, json.dumps(own, ensure_ascii=False, indent=1))
     return True
+
+
+def _begun(kept: Any, plan: Plan) -> Any:
+    """The plan that a folder holds without the contenders and seeds that have no folder there: of these nothing can be lost."""
+    from factorization_memory.experiments.compare import is_plan, slug
+
+    if not is_plan(kept):
+        return kept
+    contenders = {}
+    for name, contender in kept["contenders"].items():
+        runs = plan.folder / "runs" / slug(name)
+        if runs.exists():
+            contenders[name] = contender | {"seeds": [seed for seed in contender["seeds"] if (runs / f"seed-{seed}").exists()]}
+    every = {str(seed) for contender in contenders.values() for seed in contender["seeds"]}
+    order = {seed: digest for seed, digest in kept["order"].items() if seed in every}
+    return kept | {"contenders": contenders, "order": order}
 
 
 def _brief(value: Any) -> str:
@@ -148,8 +165,8 @@ def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: 
 
     path = plan.folder / RECORD_NAME
     record, before = _make_record(plan, options, arguments), read_json(path)
-    same_form = before is not None and before["schema_version"] == record["schema_version"]
-    if same_form and not changed and before["failures"] == record["failures"]:
+    same = before is not None and all(before[part] == record[part] for part in ("schema_version", "failures"))
+    if same and not changed and _runs(before) == _runs(record):
         _write_pages(plan.folder, before, again=False)
         return dict(before)
     _write_pages(plan.folder, record, again=True)
@@ -189,6 +206,13 @@ def _make_record(plan: Plan, options: CompareOptions, arguments: list[str]) -> d
         **made,
     }
     return dict(json.loads(strict_json(record)))
+
+
+def _runs(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Which runs a record tells of."""
+    return [
+        (each["name"], each.get("planned_seeds"), [seed["seed"] for seed in each["seeds"]]) for each in record["contenders"]
+    ]
 
 
 def _as_json(record: dict[str, Any]) -> str:

@@ -180,17 +180,22 @@ def training_seeds(texts: Sequence[str], contenders: Sequence[Contender]) -> dic
             own.setdefault(name, []).extend(values.split(","))
         else:
             shared += text.split(",")
-    return {contender.name: _seeds(own.get(contender.name) or shared, contender.name) for contender in contenders}
+    usual, others = _seeds(shared), {name: _seeds(words, name) for name, words in own.items()}
+    seeds = {name: others.get(name, usual) for name in names}
+    for name, each in seeds.items():
+        if not each:
+            raise ConfigError(f"--seeds: {name!r} has none; give one or more for all, or as {name}=0,1")
+    return seeds
 
 
-def _seeds(words: list[str], name: str) -> tuple[int, ...]:
-    if not words:
-        raise ConfigError(f"--seeds: {name!r} has none; give one or more for all, or as {name}=0,1")
-    if not all(word.isascii() and word.isdigit() for word in words):
-        raise ConfigError(f"--seeds={' '.join(words)!r}: use whole numbers from 0 on, or NAME=0,1,2 for one contender")
-    seeds = tuple(map(int, words))
+def _seeds(words: list[str], name: str | None = None) -> tuple[int, ...]:
+    """Seeds, ascending, from words: those of the contender `name`, or of all."""
+    said = f"--seeds={'' if name is None else f'{name}='}{','.join(words)}"
+    if not all(word.isascii() and word.isdigit() and int(word) < 2**32 for word in words):
+        raise ConfigError(f"{said}: use whole numbers from 0 to {2**32 - 1}, or NAME=0,1,2 for one contender")
+    seeds = tuple(sorted(map(int, words)))
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds={' '.join(words)!r}: give each once")
+        raise ConfigError(f"{said}: give each once")
     return seeds
 
 

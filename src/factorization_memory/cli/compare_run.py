@@ -48,7 +48,7 @@ def _work(job_file: Path) -> int:
     from factorization_memory.cli import train
     from factorization_memory.cli.common import interrupted_status
     from factorization_memory.config import RunConfig, from_dict
-    from factorization_memory.experiments.processes import read_json
+    from factorization_memory.experiments.processes import is_evaluated, read_json
     from factorization_memory.training import list_checkpoints, resolve_device
     from factorization_memory.training.checkpoint import CHECKPOINTS_NAME, prune_checkpoints
     from factorization_memory.training.record import RESULT_NAME, RunRecord
@@ -66,7 +66,7 @@ def _work(job_file: Path) -> int:
             _record_memory(folder, device)
         if result["stopped"] == "interrupted":
             return interrupted_status(result)
-    if job["evaluation"] is not None and not (folder / "evaluation.json").exists():
+    if not is_evaluated(folder, job["evaluation"]):
         _evaluate(folder, config, job["evaluation"])
     if job["kind"] == "seed":
         prune_checkpoints(folder, 1, None)

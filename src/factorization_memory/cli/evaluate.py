@@ -181,7 +181,7 @@ def show(result: dict[str, Any]) -> None:
     """The evaluation as tables on stderr."""
     from rich.table import Table
 
-    from factorization_memory.evaluation.recall import as_text, headings
+    from factorization_memory.evaluation.recall import KINDS, as_text, distances_as_text
 
     out = console()
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []
@@ -193,14 +193,21 @@ def show(result: dict[str, Any]) -> None:
             *(f"{yardstick[n]:.3f}" for n in orders),
         )  # fmt: skip
     out.print(table)
-    table = Table("held-out text", *headings())
+    table = Table("held-out text", *KINDS)
     for name, parts in result["recall"].items():
         table.add_row(name, *as_text(parts))
     out.print(
         "nats per token (and share of tokens) by what stood before in the same window: the token and its predecessor, the "
-        "predecessor followed by others alone, or neither; repeated ones also by how many tokens ago they last did"
+        "predecessor followed by others alone, or neither"
     )
     out.print(table)
+    headings, cells = distances_as_text(result["recall"])
+    if headings:
+        table = Table("repeated", *headings)
+        for name, row in cells.items():
+            table.add_row(name, *row)
+        out.print("the repeated ones by how many tokens ago that pair last occurred")
+        out.print(table)
     rows = [
         (name, multiple, row)
         for name, position in result.get("position", {}).items()

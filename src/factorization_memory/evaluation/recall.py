@@ -66,15 +66,23 @@ def distance_name(start: int, end: int | None) -> str:
     return f"{start}+" if end is None else f"{start}-{end - 1}"
 
 
-def headings() -> list[str]:
-    """Of what `as_text` gives."""
-    return [*KINDS, *(f"{distance_name(*part)} ago" for part in distance_ranges())]
-
-
 def as_text(parts: dict[str, dict[str, Any]]) -> list[str]:
-    """Loss and share of each kind, then of the repeated ones by distance, from the figures of those that there are: "1.500
-    (25%)", or nothing."""
+    """Loss and share of each kind, from the figures of those that there are: "1.500 (25%)", or nothing."""
     tokens = sum(part["tokens"] for part in parts.values())
-    near = {part["start"]: part for part in parts.get("repeated", {}).get("by_distance", [])}
-    found = [*(parts.get(kind) for kind in KINDS), *(near.get(start) for start in DISTANCES)]
-    return ["" if each is None else f"{each['loss']:.3f} ({each['tokens'] / tokens:.0%})" for each in found]
+    return [_text(parts.get(kind), tokens) for kind in KINDS]
+
+
+def distances_as_text(recall: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
+    """The same of repeated tokens by distance, of several texts: a heading for each distance that there is, and the cells."""
+    found = {
+        name: {part["start"]: part for part in parts.get("repeated", {}).get("by_distance", [])}
+        for name, parts in recall.items()
+    }
+    ranges = [each for each in distance_ranges() if any(each[0] in parts for parts in found.values())]
+    tokens = {name: sum(part["tokens"] for part in parts.values()) for name, parts in recall.items()}
+    cells = {name: [_text(parts.get(start), tokens[name]) for start, _ in ranges] for name, parts in found.items()}
+    return [f"{distance_name(*each)} ago" for each in ranges], cells
+
+
+def _text(part: dict[str, Any] | None, tokens: int) -> str:
+    return "" if part is None else f"{part['loss']:.3f} ({part['tokens'] / tokens:.0%})"

@@ -36,6 +36,11 @@ class Corpus:
     vocab_size: int
 
 
+def slug(name: str) -> str:
+    """A contender's name as a folder's."""
+    return re.sub(r"[^\w.+=-]+", "-", name)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A contender, made equally large and given the shared text and steps."""
@@ -52,7 +57,7 @@ class Entry:
     @property
     def slug(self) -> str:
         """Its name as a folder's."""
-        return re.sub(r"[^\w.+=-]+", "-", self.name)
+        return slug(self.name)
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,8 @@ def with_defaults(plan: Any) -> Any:
     what it was trained with, and each contender's seeds, which were once the same for all."""
     if not isinstance(plan, dict) or not isinstance(plan.get("contenders"), dict):
         return plan
+    if plan.get("schema_version") == 1 and "seeds" not in plan:
+        return plan
     default = to_dict(RunConfig())
     for name in SAME_COMMAND_MAY_CHANGE:
         section, _, field = name.partition(".")
@@ -252,21 +259,29 @@ def with_defaults(plan: Any) -> Any:
     if plan.get("schema_version") == 1:
         plan = dict(plan, schema_version=PLAN_VERSION)
         seeds = plan.pop("seeds")
-        contenders = {name: {"seeds": seeds, **config} for name, config in contenders.items()}
+        contenders = {name: {"seeds": seeds, **config} for name, config in contenders.items() if isinstance(config, dict)}
     return plan | {"contenders": contenders}
+
+
+def is_plan(plan: Any) -> bool:
+    """Whether a JSON document is built as `Plan.description` gives it, as far as its contenders' seeds and the order go."""
+    if not isinstance(plan, dict) or not all(isinstance(plan.get(part), dict) for part in ("contenders", "order")):
+        return False
+    seeds = [each.get("seeds") if isinstance(each, dict) else None for each in plan["contenders"].values()]
+    return all(isinstance(each, list) and all(isinstance(seed, int) for seed in each) for each in seeds)
 
 
 def part_to_keep(old: Any, new: dict[str, Any]) -> dict[str, Any]:
     """The part of the plan `new` that must be equal to `old` for it to go on from there: without the contenders and seeds that
     `old` does not have, if `new` has all that it has. Both as `Plan.description` gives them."""
-    if not isinstance(old, dict) or not isinstance(old.get("contenders"), dict) or not isinstance(old.get("order"), dict):
+    if not is_plan(old):
         return new
     contenders = {}
     for name, kept in old["contenders"].items():
         if name not in new["contenders"]:
             return new
         contenders[name] = dict(new["contenders"][name])
-        if "seeds" in kept and set(kept["seeds"]) <= set(contenders[name]["seeds"]):
+        if set(kept["seeds"]) <= set(contenders[name]["seeds"]):
             contenders[name]["seeds"] = kept["seeds"]
     order = {seed: digest for seed, digest in new["order"].items() if seed in old["order"]}
     return new | {"contenders": contenders, "order": order}

@@ -62,9 +62,7 @@ def notes(record: dict[str, Any]) -> list[str]:
         )
     at_once = max(record["parallel"], default=1)
     if at_once > 1 and not shared["alone_steps"]:
-        said.append(
-            f"Tokens per second are those of up to {at_once} runs at once on one device; --alone-steps measures each alone."
-        )
+        said.append(f"Tokens per second are those of up to {at_once} runs at once; --alone-steps measures each alone.")
     where = environment["gpu"] or f"{environment['cpu']}, {record['threads']} thread(s) a run"
     said.append(f"{where}, torch {environment['torch']}, commit {environment['git_commit']}, {environment['date']}.")
     said += [f"NOT DONE: {failure['run']} ({failure['folder']}): {failure['message']}" for failure in record["failures"]]
@@ -135,9 +133,9 @@ def _at(summary: dict[str, Any], place: tuple[str, ...]) -> Any:
 
 
 def seeds_text(seeds: Mapping[str, Sequence[int]]) -> str:
-    """The seeds of contenders as people read them: "seeds 0, 1", or "seeds 0, one 0, 1, 2" where not all have the same."""
+    """The seeds of contenders as people read them: "seeds 0, 1", or "seeds 0; best: 0, 1, 2" where not all have the same."""
     usual = statistics.mode(tuple(each) for each in seeds.values())
-    own = [f"{name} {', '.join(map(str, each))}" for name, each in seeds.items() if tuple(each) != usual]
+    own = [f"{name}: {', '.join(map(str, each))}" for name, each in seeds.items() if tuple(each) != usual]
     return "; ".join([f"seeds {', '.join(map(str, usual))}", *own])
 
 
@@ -225,7 +223,7 @@ def _differences(record: dict[str, Any]) -> Table:
     title = f"Difference to {base} in nats per token, same seed against same seed; ± is the standard error"
     table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
-        if contender["difference"] is None:
+        if contender["difference"] is None or not contender["difference"]["n"]:
             continue
         cells = []
         for _, place in places:

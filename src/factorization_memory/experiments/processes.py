@@ -53,8 +53,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether nothing is left to do. A training that diverged is done: it would diverge again."""
-        finished = self.result() is not None and (self.evaluation is None or (self.folder / "evaluation.json").exists())
-        return finished or self.diverged
+        return (self.result() is not None and is_evaluated(self.folder, self.evaluation)) or self.diverged
 
     @property
     def diverged(self) -> bool:
@@ -236,6 +235,17 @@ class _Process:
         self._process.kill()
         self._process.wait()
         self._log.close()
+
+
+def is_evaluated(folder: Path, options: dict[str, Any] | None) -> bool:
+    """Whether a run's `evaluation.json` is one with these options: somebody may have evaluated it otherwise since."""
+    if options is None:
+        return True
+    evaluation = read_json(folder / "evaluation.json")
+    if not isinstance(evaluation, dict):
+        return False
+    evaluated = evaluation.get("evaluated", options)
+    return all(evaluated.get(name) == value for name, value in options.items())
 
 
 def read_json(path: Path) -> Any:

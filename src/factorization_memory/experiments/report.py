@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.evaluation.inspection_page import EXPLANATION, INSPECTION_STYLE, inspection_fragment
 from factorization_memory.evaluation.pages import page
-from factorization_memory.evaluation.recall import as_text, headings
+from factorization_memory.evaluation.recall import KINDS, as_text, distances_as_text
 from factorization_memory.experiments import figures
 
 REPORT_NAME = "report.html"
@@ -109,7 +109,7 @@ LEARNING_NOTE = (
 RECALL_NOTE = (
     "Nats per token, and share of tokens, by what stood before in the same window: the token behind the same predecessor "
     "(repeated), the predecessor behind which other tokens stood alone (contradicted), or neither (new). A model that recalls "
-    "what it has read is best where tokens are repeated; from how far back, their columns by distance in tokens tell."
+    "what it has read is best where tokens are repeated; below, these by how many tokens ago that pair last occurred."
 )
 MEMORY_NOTE = (
     "Left: each layer's memory states, the stronger the colour the larger the state's part of all affinity; a red mark is a "
@@ -281,13 +281,18 @@ def _position_table(evaluation: dict[str, Any]) -> str | None:
 
 
 def _recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
-    rows = []
-    for name, parts in recall.items():
-        cells = "".join(f"<td>{cell}</td>" for cell in (escape(name), *as_text(parts)))
-        rows.append(f"<tr>{cells}</tr>")
-    header = "".join(f"<th>{cell}</th>" for cell in ("", *headings()))
-    table = f"<div class='table'><table><thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    return table if rows else None
+    if not recall:
+        return None
+    made = _rows(KINDS, {name: as_text(parts) for name, parts in recall.items()})
+    headings, cells = distances_as_text(recall)
+    return made + (_rows(headings, cells) if headings else "")
+
+
+def _rows(headings: Sequence[str], cells: dict[str, list[str]]) -> str:
+    """A table with a row for each name."""
+    header = "".join(f"<th>{heading}</th>" for heading in ("", *headings))
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in (escape(name), *row))}</tr>" for name, row in cells.items())
+    return f"<div class='table'><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
