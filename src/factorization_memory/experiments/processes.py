@@ -1,8 +1,8 @@
 """Trainings as processes side by side: started, watched, stopped together, and known by what they leave on disk.
 
 A job is a run folder. The process that works on it reads `job.json` there, trains (or goes on), evaluates, and exits; it is
-done when `result.json` says "finished" and, where an evaluation was asked for, `evaluation.json` is there. What went wrong
-stands in `failure.json` and, at length, in `log.txt`. So a job that is done is never started again, whoever asks.
+done when `result.json` says "finished" and, where an evaluation was asked for, `evaluation.json` is one as asked for. What went
+wrong stands in `failure.json` and, at length, in `log.txt`. So a job that is done is never started again, whoever asks.
 """
 
 from __future__ import annotations
