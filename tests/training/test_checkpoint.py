@@ -15,16 +15,15 @@ from factorization_memory.config import ModelConfig, OptimizerConfig, RunConfig,
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel, ModelState
 from factorization_memory.training import checkpoint as checkpoint_module
-from factorization_memory.training.checkpoint import (
+from factorization_memory.training import checkpoint_folder
+from factorization_memory.training.checkpoint import first_difference, load_checkpoint, save_checkpoint
+from factorization_memory.training.checkpoint_folder import (
     CheckpointError,
     TrainingState,
     find_checkpoint,
-    first_difference,
     list_checkpoints,
-    load_checkpoint,
     prune_checkpoints,
     read_state,
-    save_checkpoint,
 )
 from factorization_memory.training.optimizer import make_optimizer
 from factorization_memory.training.pretrained import load_model
@@ -306,7 +305,7 @@ def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path: Path, trai
 
 def test_every_field_of_the_state_is_checked() -> None:
     fields = [each.name for each in dataclasses.fields(TrainingState)]
-    assert list(checkpoint_module._STATE_FIELDS) == fields
+    assert list(checkpoint_folder._STATE_FIELDS) == fields
 
 
 def test_an_intact_best_is_loaded_although_another_checkpoint_is_damaged(tmp_path: Path, trained: Trained) -> None:

@@ -50,7 +50,7 @@ def _work(job_file: Path) -> int:
     from factorization_memory.config import RunConfig, from_dict
     from factorization_memory.experiments.processes import is_evaluated, read_json
     from factorization_memory.training import list_checkpoints, resolve_device
-    from factorization_memory.training.checkpoint import CHECKPOINTS_NAME, prune_checkpoints
+    from factorization_memory.training.checkpoint_folder import CHECKPOINTS_NAME, prune_checkpoints
     from factorization_memory.training.record import RESULT_NAME, RunRecord
 
     folder = job_file.parent

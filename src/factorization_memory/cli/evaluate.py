@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"{with_harness[0]}: there is no task; name some with --harness")
     at_least(options, max_tokens=1, stretches=1, max_position=0)
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.training.checkpoint import read_state
+    from factorization_memory.training.checkpoint_folder import read_state
 
     run_dir, checkpoint = resolve(options.run)
     model, tokenizer, config = load(checkpoint, options.device)

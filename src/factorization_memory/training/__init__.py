@@ -1,12 +1,7 @@
 """Training on one device: the loop, its optimizer, checkpoints and records."""
 
-from factorization_memory.training.checkpoint import (
-    CheckpointError,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from factorization_memory.training.checkpoint import load_checkpoint, save_checkpoint
+from factorization_memory.training.checkpoint_folder import CheckpointError, find_checkpoint, list_checkpoints
 from factorization_memory.training.device import resolve_device
 from factorization_memory.training.guard import RunLockedError, TrainingDivergedError
 from factorization_memory.training.pretrained import export_run, import_model, load_model

@@ -21,17 +21,16 @@ from factorization_memory.models.pretrained.export import (
     whole_folder,
 )
 from factorization_memory.models.pretrained.format import read_config, read_weights
-from factorization_memory.training.checkpoint import (
+from factorization_memory.training.checkpoint import load_tensors, save_checkpoint
+from factorization_memory.training.checkpoint_folder import (
     FOLDER_NAME,
     STATE_NAME,
     CheckpointError,
     TrainingState,
     find_checkpoint,
     list_checkpoints,
-    load_tensors,
     read_run_config,
     read_state,
-    save_checkpoint,
     wrong_state_field,
 )
 from factorization_memory.training.device import resolve_device

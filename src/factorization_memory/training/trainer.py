@@ -21,17 +21,15 @@ from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.compilation import compiled_loss
 from factorization_memory.models.routing import RoutingHealth, memory_layers
-from factorization_memory.training.checkpoint import (
+from factorization_memory.training.checkpoint import first_difference, load_checkpoint, save_checkpoint
+from factorization_memory.training.checkpoint_folder import (
     CheckpointError,
     TrainingState,
     checkpoint_path,
     find_checkpoint,
-    first_difference,
     list_checkpoints,
-    load_checkpoint,
     prune_checkpoints,
     read_state,
-    save_checkpoint,
 )
 from factorization_memory.training.device import autocast, resolve_device
 from factorization_memory.training.guard import GracefulStop, RunLock, check_finite

@@ -1,0 +1,213 @@
+"""Which checkpoints a run has, and what their `state.json` says: found, read, checked, removed.
+
+What a checkpoint holds is in checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from factorization_memory.config import ConfigError, RunConfig, from_dict
+
+FORMAT_VERSION = 1
+CHECKPOINTS_NAME = "checkpoints"
+STATE_NAME = "state.json"
+FOLDER_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is damaged, does not fit or cannot be written: the message says which, and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """One that cannot be read, where another of the same run may serve."""
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands after a step: plain numbers, kept in `state.json`."""
+
+    step: int = 0
+    """Optimizer steps done; also the position in the data, whose order is a function of the step."""
+    tokens: int = 0
+    """Tokens read."""
+    seconds: float = 0.0
+    """Wall-clock time of the run, all its parts together, evaluations and checkpoints included."""
+    step_seconds: float = 0.0
+    """The part of it spent in steps, waiting for data included."""
+    observed_step: int = 0
+    """Last step whose evaluation, routing and samples, where due, are done."""
+    best_step: int | None = None
+    """Step of the evaluation with the fewest bits per byte."""
+    interval: dict[str, float] = field(default_factory=dict)
+    """Sums since the last line of the log."""
+    last_train: dict[str, Any] | None = None
+    last_evaluation: dict[str, Any] | None = None
+    best_evaluation: dict[str, Any] | None = None
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step`."""
+    return run_dir / CHECKPOINTS_NAME / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folder = run_dir / CHECKPOINTS_NAME
+    found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    match = FOLDER_NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def prune_checkpoints(run_dir: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of `best_step`, and what an interrupted writing left behind."""
+    paths = list_checkpoints(run_dir)
+    for path in paths[: max(0, len(paths) - keep)]:
+        if step_of(path) != best_step:
+            # Renamed first, so that a removal cut short leaves nothing that looks whole.
+            doomed = path.with_name(path.name + ".partial")
+            path.rename(doomed)
+            remove(doomed)
+    for leftover in (run_dir / CHECKPOINTS_NAME).glob("*.partial"):
+        remove(leftover)
+
+
+def find_checkpoint(run_dir: Path, which: str = "best") -> Path:
+    """The checkpoint of a run that `which` names: "last", "best" by its evaluations (the last where there are none), "step-N".
+
+    Raises `CheckpointError` when it is not there, listing those that are.
+    """
+    paths = list_checkpoints(run_dir)
+    if not paths:
+        raise CheckpointError(f"{run_dir}: there is no checkpoint here; give a run folder that has been trained in")
+    if which == "last":
+        return paths[-1]
+    steps = {step_of(path): path for path in paths}
+    if which == "best":
+        return _best(paths)
+    number = which.removeprefix("step-")
+    if number.isascii() and number.isdigit() and int(number) in steps:
+        return steps[int(number)]
+    present = ", ".join(path.name for path in paths)
+    raise CheckpointError(f"{run_dir}: no checkpoint {which!r}; use 'best', 'last' or one of {present}")
+
+
+def _best(paths: list[Path]) -> Path:
+    """The best as the newest readable one knows it."""
+    first: CheckpointError | None = None
+    for path in reversed(paths):
+        try:
+            best = read_state(path)["state"]["best_step"]
+        except DamagedError as error:
+            first = first or error
+            continue
+        found = next((each for each in paths if step_of(each) == best), path)
+        if first is not None:
+            warnings.warn(f"{first}. Using {found.name}, the best that {path.name} knows of", stacklevel=3)
+        return found
+    assert first is not None
+    raise first
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's `state.json`. Raises `CheckpointError` when it is missing, damaged or of a newer version."""
+    try:
+        record: dict[str, Any] = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+        version = record["format_version"]
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: no checkpoint here ({STATE_NAME} is missing); {present(path)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path / STATE_NAME}: damaged or cut short ({error}); {present(path)}") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version!r} is newer than this package reads ({FORMAT_VERSION}); "
+            "upgrade factorization-memory"
+        )
+    wrong = _first_wrong_field(record)
+    if wrong is not None:
+        raise DamagedError(f"{path / STATE_NAME}: {wrong}; the file was changed or damaged; {present(path)}")
+    return record
+
+
+_TEXT, _OBJECT, _WHOLE, _NUMBER = (str,), (dict,), (int,), (int, float)
+_NOTHING = type(None)
+_RECORD_FIELDS: dict[str, tuple[type, ...]] = {
+    "format_version": _WHOLE,
+    "state": _OBJECT,
+    "config": _OBJECT,
+    "tokenizer_fingerprint": _TEXT,
+    "corpus_fingerprint": _TEXT,
+    "random": _OBJECT,
+    "carried": (list, _NOTHING),
+}
+_STATE_FIELDS: dict[str, tuple[type, ...]] = {
+    "step": _WHOLE,
+    "tokens": _WHOLE,
+    "seconds": _NUMBER,
+    "step_seconds": _NUMBER,
+    "observed_step": _WHOLE,
+    "best_step": (int, _NOTHING),
+    "interval": _OBJECT,
+    "last_train": (dict, _NOTHING),
+    "last_evaluation": (dict, _NOTHING),
+    "best_evaluation": (dict, _NOTHING),
+}
+
+
+def _first_wrong_field(record: dict[str, Any]) -> str | None:
+    """What is missing from `state.json`, unknown in it or of the wrong kind; None when all is there."""
+    wrong = _wrong_field("", record, _RECORD_FIELDS) or wrong_state_field(record["state"])
+    return wrong or (None if "cpu" in record["random"] else "the field 'random.cpu' is missing")
+
+
+def wrong_state_field(state: dict[str, Any]) -> str | None:
+    """What is missing from the fields of a `TrainingState`, unknown among them or of the wrong kind; None when all is there."""
+    wrong = _wrong_field("state.", state, _STATE_FIELDS)
+    return wrong or (f"the field 'state.step' cannot be {state['step']!r}" if state["step"] < 0 else None)
+
+
+def _wrong_field(prefix: str, values: dict[str, Any], fields: Mapping[str, tuple[type, ...]]) -> str | None:
+    for name in sorted(fields.keys() | values.keys()):
+        if name not in values:
+            return f"the field {prefix + name!r} is missing"
+        if name not in fields:
+            return f"the field {prefix + name!r} is unknown"
+        if not isinstance(values[name], fields[name]):
+            return f"the field {prefix + name!r} cannot be {values[name]!r}"
+    return None
+
+
+def read_run_config(record: dict[str, Any], path: Path) -> RunConfig:
+    """The configuration in the `state.json` of the checkpoint at `path`. Raises `CheckpointError` where it cannot be."""
+    try:
+        return from_dict(RunConfig, record["config"])
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / STATE_NAME}: its configuration cannot be read ({error}); {present(path)}") from None
+
+
+def present(path: Path) -> str:
+    """What to use instead of the checkpoint at `path`."""
+    others = [other.name for other in list_checkpoints(path.parent.parent) if other.name != path.name]
+    if not others:
+        return "there is no other checkpoint beside it; restore it, or start the run anew in another folder"
+    listed = f"checkpoints beside it: {', '.join(others)}"
+    return f"{listed}; delete the folder {path} and --resume goes on from {others[-1]}" if path.is_dir() else listed
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
