@@ -295,6 +295,7 @@ def test_a_stopped_sweep_shows_what_it_has_and_draws_nothing(
     shown = capsys.readouterr()
     assert [record["length"] for record in json.loads(shown.out)["lengths"]] == [16]
     assert "one sequence" in shown.err
+    assert "times.png: not drawn" in shown.err.replace("\n", "")
     assert list(tmp_path.iterdir()) == []
 
 

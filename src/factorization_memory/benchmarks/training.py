@@ -272,8 +272,9 @@ def _peers(benchmark: TrainingBenchmark, device: torch.device, parameters: int) 
 
     builders: dict[str, Callable[[int], nn.Module]] = {"llama": llama, "mamba2": mamba2}
     peers: dict[str, tuple[nn.Module, Loss]] = {}
+    unfit = _unfit(benchmark)
     for name in dict.fromkeys(benchmark.peers):
-        if name in _unfit(benchmark):
+        if name in unfit:
             continue
         model = builders[name](_size_for(parameters, builders[name])).to(device).train()
         peers[name] = model, partial(_peer_loss, model)

@@ -16,7 +16,7 @@ import tyro
 from factorization_memory.cli import bench_inference, bench_step
 from factorization_memory.cli.bench_inference import Inference
 from factorization_memory.cli.bench_step import Step
-from factorization_memory.cli.common import bench_status, emit, parse
+from factorization_memory.cli.common import bench_status, emit, parse, say
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 from factorization_memory.config import ConfigError, ModelConfig
 
@@ -199,7 +199,9 @@ def _op(options: Op, command: str) -> int:
             text = f"[yellow]{text}; NOT the same maths (more than {tolerance} off): its times compare nothing[/]"
         people.print(text, soft_wrap=True)
     emit({"benchmark": "op", "command": command, "tuned": tuned} | result, options.json)
-    if options.plot is not None and result["interrupted"] is None:
+    if options.plot is not None and result["interrupted"]:
+        say(f"{options.plot}: not drawn, the measuring was stopped")
+    elif options.plot is not None:
         from factorization_memory.benchmarks.plot import save
 
         save(result, options.plot)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from factorization_memory.cli.common import bench_status, emit
+from factorization_memory.cli.common import bench_status, emit, say
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 from factorization_memory.config import ModelConfig
 
@@ -76,7 +76,9 @@ def run(options: Inference, command: str) -> int:
     for name, why in result["missing"].items():
         people.print(f"[yellow]without {name}: {why}[/]", soft_wrap=True)
     emit({"benchmark": "inference", "command": command, "model": asdict(options.model)} | result, options.json)
-    if options.plot is not None and result["interrupted"] is None:
+    if options.plot is not None and result["interrupted"]:
+        say(f"{options.plot}: not drawn, the measuring was stopped")
+    elif options.plot is not None:
         from factorization_memory.benchmarks.plot import draw_inference, save
 
         save(result, options.plot, draw_inference)

@@ -90,9 +90,7 @@ def bench_status(result: dict[str, Any], failed: bool) -> int:
     128 + its number, and a line that says so."""
     if result["interrupted"] is None:
         return int(failed)
-    say(
-        f"stopped by {result['interrupted']}: the result holds the sizes that were measured until then, and no picture is drawn"
-    )
+    say(f"stopped by {result['interrupted']}: the result holds the sizes that were measured until then")
     return 128 + signal.Signals[result["interrupted"]].value
 
 

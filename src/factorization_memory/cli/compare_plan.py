@@ -149,26 +149,28 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
 
 def learning_rates(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[float, ...]]:
     """The candidates of each contender, from the words of `--learning-rates`."""
-    shared: list[float] = []
-    own: dict[str, list[float]] = {}
-    names: dict[str, Any] = {contender.name: [] for contender in contenders}
-    for text in texts:
-        # A contender's name may hold "=" itself.
-        name, equals, values = text.rpartition("=")
-        if equals:
-            choose(name, names, "--learning-rates: contender")
-            own[name] = [_rate(value) for value in values.split(",")]
-        else:
-            shared += [_rate(value) for value in text.split(",")]
+    shared, own = _by_contender(texts, contenders, "--learning-rates")
     rates = {}
     for contender in contenders:
+        given = [_rate(word) for word in own.get(contender.name, shared)]
         default = [contender.config.optimizer.learning_rate * factor for factor in SEARCHED_FACTORS]
-        rates[contender.name] = tuple(sorted(set(own.get(contender.name) or shared or default)))
+        rates[contender.name] = tuple(sorted(set(given or default)))
     return rates
 
 
 def training_seeds(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[int, ...]]:
     """The seeds of each contender, from the words of `--seeds`."""
+    shared, own = _by_contender(texts, contenders, "--seeds")
+    usual, others = _seeds(shared), {name: _seeds(words, name) for name, words in own.items()}
+    seeds = {contender.name: others.get(contender.name, usual) for contender in contenders}
+    for name, each in seeds.items():
+        if not each:
+            raise ConfigError(f"--seeds: {name!r} has none; give one or more for all, or as {name}=0,1")
+    return seeds
+
+
+def _by_contender(texts: Sequence[str], contenders: Sequence[Contender], flag: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The words of a flag that takes A,B for all contenders and NAME=A,B for one: those for all, and each one's own."""
     shared: list[str] = []
     own: dict[str, list[str]] = {}
     names: dict[str, Any] = {contender.name: [] for contender in contenders}
@@ -176,16 +178,11 @@ def training_seeds(texts: Sequence[str], contenders: Sequence[Contender]) -> dic
         # A contender's name may hold "=" itself.
         name, equals, values = text.rpartition("=")
         if equals:
-            choose(name, names, "--seeds: contender")
+            choose(name, names, f"{flag}: contender")
             own.setdefault(name, []).extend(values.split(","))
         else:
             shared += text.split(",")
-    usual, others = _seeds(shared), {name: _seeds(words, name) for name, words in own.items()}
-    seeds = {name: others.get(name, usual) for name in names}
-    for name, each in seeds.items():
-        if not each:
-            raise ConfigError(f"--seeds: {name!r} has none; give one or more for all, or as {name}=0,1")
-    return seeds
+    return shared, own
 
 
 def _seeds(words: list[str], name: str | None = None) -> tuple[int, ...]:
