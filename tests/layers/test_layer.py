@@ -20,6 +20,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "convolution": {"conv_size": 4, "output_gate": True, "top_k": 4, "num_heads": 2},
     "convolved input": {"conv_size": 4, "conv_input": "layer", "top_k": 4, "num_heads": 2},
     "both convolved": {"conv_size": 4, "conv_input": "both", "top_k": 4, "num_heads": 2, "output_gate": True},
+    "values skip": {"value_skip": True, "conv_size": 3, "conv_input": "both", "top_k": 3, "num_heads": 2, "norm": "head"},
+    "values skip, paper": {"value_skip": True, "norm": "none"},
     "state norm": {"norm": "state", "top_k": 3, "conv_size": 2},
     "no norm": {"norm": "none", "temperature": 0.5},
     "separate query": {"query": "separate", "top_k": 3, "num_heads": 2, "temperature": 0.7},
@@ -348,6 +350,19 @@ def test_a_linear_query_selects_by_size() -> None:
     query = layer.query(x).unflatten(-1, (1, 8))
     least = query.abs().sort(-1, descending=True).values[..., 2:3]
     torch.testing.assert_close(routing.of_all_states()[1], query * (query.abs() >= least))
+
+
+def test_values_that_skip_the_memory_are_added_to_what_was_normalised(x: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    with_skip = FactorizationMemory(hidden_size=16, num_states=8, top_k=3, conv_size=3, value_skip=True).double()
+    without = FactorizationMemory(hidden_size=16, num_states=8, top_k=3, conv_size=3).double()
+    assert (with_skip.skip == 1).all()
+    torch.nn.init.normal_(with_skip.skip)
+    weights = with_skip.state_dict()
+    skip = weights.pop("skip")
+    without.load_state_dict(weights)
+    value, _ = without.convolution(without.value(x))
+    torch.testing.assert_close(with_skip(x)[0], without(x)[0] + without.output(value * skip), rtol=1e-10, atol=1e-12)
 
 
 def test_a_step_touches_no_other_state() -> None:

@@ -25,6 +25,9 @@ CONFIGS = [
     replace(PURE, top_k=2, query="linear", merge_top_k=3, num_heads=2, conv_size=3, output_gate=True),
     replace(PURE, top_k=2, query="separate", merge_top_k=1, rates="head"),
     replace(PURE, query="separate", output_gate=True),
+    replace(PURE, top_k=2, conv_size=3, conv_input="both", value_skip=True, output_gate=True),
+    replace(PURE, num_heads=2, conv_size=2, conv_input="both", norm="head", value_skip=True),
+    replace(PURE, top_k=2, query="separate", merge_top_k=3, conv_size=3, conv_input="both", norm="none", value_skip=True),
 ]
 
 
@@ -45,6 +48,12 @@ CONFIGS = [
         (CONFIGS[6], 5, True),
         (CONFIGS[7], 2, True),
         (CONFIGS[7], 7, False),
+        (CONFIGS[8], 1, True),
+        (CONFIGS[8], 5, True),
+        (CONFIGS[9], 2, True),
+        (CONFIGS[9], 5, False),
+        (CONFIGS[10], 3, True),
+        (CONFIGS[10], 6, True),
     ],
     ids=lambda x: CONFIGS.index(x) if isinstance(x, ModelConfig) else x,
 )
@@ -69,12 +78,13 @@ def test_equals_the_plain_step(config: ModelConfig, batch: int, undo: bool) -> N
         assert all(torch.equal(a, b) for a, b in zip(state.tensors(), kept, strict=True))
 
 
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[8]], ids=["1", "8"])
 @pytest.mark.parametrize("batch", [2, 5])
-def test_bfloat16_weights(batch: int) -> None:
-    model = LanguageModel(CONFIGS[1]).to(DEVICE).eval()
+def test_bfloat16_weights(config: ModelConfig, batch: int) -> None:
+    model = LanguageModel(config).to(DEVICE).eval()
     tokens = torch.randint(0, 11, (batch, 3), device=DEVICE)
     expected, _ = model(tokens)
-    low = LanguageModel(CONFIGS[1]).to(DEVICE, torch.bfloat16).eval()
+    low = LanguageModel(config).to(DEVICE, torch.bfloat16).eval()
     low.load_state_dict(model.state_dict())
     decoding, state = DecodingModel(low), low.initial_state(batch)
     for t in range(3):
@@ -84,7 +94,11 @@ def test_bfloat16_weights(batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"norm": "state"}, "norm='state'"), ({"affinity_threshold": 0.1}, "affinity_threshold")]
+    ("change", "message"), [
+        ({"norm": "state"}, "norm='state'"),
+        ({"conv_size": 4, "conv_input": "layer"}, "conv_input='layer'"),
+        ({"affinity_threshold": 0.1}, "affinity_threshold"),
+    ],
 )
 def test_refuses(change: dict[str, object], message: str) -> None:
     model = LanguageModel(replace(PURE, **change)).to(DEVICE)  # type: ignore[arg-type]

@@ -26,23 +26,28 @@ def random(*shape: int, dtype: torch.dtype = FULL) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "groups", "parts", "gated", "normed", "dtype"),
-    [(40, 1, 1, False, True, FULL), (75, 1, 3, True, True, LOW), (75, 5, 0, True, True, FULL), (33, 3, 0, False, True, FULL),
-     (40, 4, 0, True, False, LOW), (1, 1, 2, False, True, FULL)],
+    ("inputs", "groups", "parts", "gated", "normed", "skips", "dtype"),
+    [(40, 1, 1, False, True, False, FULL), (75, 1, 3, True, True, True, LOW), (75, 5, 0, True, True, True, FULL),
+     (33, 3, 0, False, True, False, FULL), (40, 4, 0, True, False, True, LOW), (1, 1, 2, False, True, True, FULL)],
 )  # fmt: skip
-def test_normalise(inputs: int, groups: int, parts: int, gated: bool, normed: bool, dtype: torch.dtype) -> None:
-    """Rows of x and of the gate stand apart."""
-    wide = random(5, 2 * inputs + 3)
-    x, gate = wide[:, 1 : inputs + 1], wide[:, inputs + 2 : -1] if gated else None
+def test_normalise(
+    inputs: int, groups: int, parts: int, gated: bool, normed: bool, skips: bool, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """Rows of x, of the gate and of what skips the norm stand apart."""
+    wide = random(5, 3 * inputs + 4)
+    x, gate = wide[:, 1 : inputs + 1], wide[:, inputs + 2 : 2 * inputs + 2] if gated else None
+    skipped, skip_weight = (wide[:, 2 * inputs + 3 : -1], random(inputs, dtype=dtype)) if skips else (None, None)
     added = random(parts, 5, inputs) if parts else None
     weight = random(inputs, dtype=dtype) if normed else None
     stream = x.clone() if added is None else x + added.sum(0)
     expected, around = stream, wide.clone()
     if weight is not None:
         expected = rms_norm(stream.unflatten(1, (groups, -1)), (inputs // groups,), eps=0.1).flatten(1) * weight.float()
+    if skipped is not None and skip_weight is not None:
+        expected = expected + skipped * skip_weight.float()
     if gate is not None:
         expected = expected * silu(gate)
-    y = normalise(x, added, gate, weight, 0.1, groups, dtype)
+    y = normalise(x, added, gate, weight, 0.1, groups, dtype, skipped, skip_weight)
     assert y.dtype == dtype
     # The interpreter cuts to bfloat16 instead of rounding.
     torch.testing.assert_close(y.float(), expected, rtol=1e-5 if dtype == FULL else 8e-3, atol=1e-5)

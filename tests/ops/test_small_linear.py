@@ -24,6 +24,8 @@ def truth(x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
         groups = x.unflatten(1, (o.get("norm_groups", 1), -1))
         groups = groups / (groups.square().mean(-1, keepdim=True) + o["norm_eps"]).sqrt()
         x = groups.flatten(1) * o["norm_weight"]
+    if o.get("skipped") is not None:
+        x = x + o["skipped"] * o["skip_weight"]
     if o.get("gate") is not None:
         x = x * silu(o["gate"])
     y = x.to(low).double() @ weight.T
@@ -51,6 +53,8 @@ def problem(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, form: st
         options["bias"] = random(rows, dtype=dtype)
     if form in ("residual", "mixed", "all"):
         options["residual"] = random(tokens, outputs, dtype=active)
+    if form in ("skip", "mixed", "all"):
+        options |= {"skipped": random(tokens, inputs, dtype=active), "skip_weight": random(inputs, dtype=dtype)}
     if form in ("gate", "all"):
         options["gate"] = random(tokens, inputs, dtype=active)
     if form in ("glu", "all"):
@@ -68,7 +72,7 @@ def right(x: Tensor, weight: Tensor, options: dict[str, Any], out: Tensor) -> No
     assert error <= ((4e-3 if CUDA else 1.2e-2) if low else 2e-6), f"{error:.1e}"
 
 
-FORMS = ["plain", "norm", "groups", "bias", "residual", "gate", "glu", "mixed", "all"]
+FORMS = ["plain", "norm", "groups", "bias", "residual", "skip", "gate", "glu", "mixed", "all"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -93,13 +97,14 @@ def test_sizes(tokens: int, inputs: int, outputs: int, form: str) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_rows_apart_and_out_in_place(tokens: int) -> None:
-    """Inputs, gate and the residual stream as parts of larger tensors; the outputs are added to the stream."""
-    wide, stream = random(tokens, 90), random(tokens, 50)
-    x, gate, residual = wide[:, :40], wide[:, 41:81], stream[:, 3:30]
-    weight = random(27, 40)
-    expected = truth(x, weight, {"gate": gate, "residual": residual})
+    """Inputs, gate, what skips the norm and the residual stream as parts of larger tensors; the outputs are added to the stream."""
+    wide, stream = random(tokens, 130), random(tokens, 50)
+    x, gate, skipped, residual = wide[:, :40], wide[:, 41:81], wide[:, 85:125], stream[:, 3:30]
+    weight, skip_weight = random(27, 40), random(40)
+    options = {"gate": gate, "residual": residual, "skipped": skipped, "skip_weight": skip_weight}
+    expected = truth(x, weight, options)
     before = stream.clone()
-    small_linear(x, weight, residual, gate=gate, residual=residual)
+    small_linear(x, weight, residual, **options)
     torch.testing.assert_close(stream[:, 3:30].double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(stream[:, :3], before[:, :3])
     assert torch.equal(stream[:, 30:], before[:, 30:])

@@ -122,6 +122,9 @@ class ModelConfig:
     conv_input: Literal["value", "layer", "both"] = "value"
     """What the convolution takes: the values; the layer's input, to which it is added, so that routing sees it too; or both,
     the layer's input for routing alone."""
+    value_skip: bool = False
+    """Whether each token's own values, each times a learned number, are added to the normalised merged vector, as Mamba-2 adds
+    them (an addition to the paper)."""
     output_gate: bool = False
     """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)

@@ -65,6 +65,7 @@ class FactorizationMemory(nn.Module):
         conv_size: taps of a causal convolution with SiLU; 0 for none.
         conv_input: what it takes: "value", the values; "layer", the layer's input, to which it is added; "both", the values,
             and the layer's input, to which it is added for routing alone.
+        value_skip: whether a token's own values, each times a learned number, are added to the normalised merged vector.
         output_gate: whether a SiLU gate of the input multiplies the merged vector.
         norm_eps: epsilon of the normalisation.
         backend: backend of the recurrence, see `factorization_memory.ops.factorization_memory`.
@@ -94,6 +95,7 @@ class FactorizationMemory(nn.Module):
         norm: Literal["merged", "head", "state", "none"] = "merged",
         conv_size: int = 0,
         conv_input: Literal["value", "layer", "both"] = "value",
+        value_skip: bool = False,
         output_gate: bool = False,
         norm_eps: float = 1e-6,
         backend: Backend = "auto",
@@ -104,8 +106,8 @@ class FactorizationMemory(nn.Module):
             hidden_size=hidden_size, num_states=num_states, top_k=top_k, num_heads=num_heads, expand=expand,
             merge_top_k=merge_top_k, affinity_threshold=affinity_threshold, temperature=temperature,
             affinity_init=affinity_init, affinity=affinity, query=query, rates=rates, update_rate_init=update_rate_init,
-            norm=norm, conv_size=conv_size, conv_input=conv_input, output_gate=output_gate, norm_eps=norm_eps,
-            backend=backend,
+            norm=norm, conv_size=conv_size, conv_input=conv_input, value_skip=value_skip, output_gate=output_gate,
+            norm_eps=norm_eps, backend=backend,
         )  # fmt: skip
         self.hidden_size, self.num_states, self.num_heads = hidden_size, num_states, num_heads
         self.top_k = None if top_k == num_states and merge_top_k is None else top_k
@@ -125,6 +127,7 @@ class FactorizationMemory(nn.Module):
         convolved = {"value": config.value_size, "layer": hidden_size, "both": config.value_size + hidden_size}[conv_input]
         self.convolution = CausalConvolution(convolved, conv_size) if conv_size else None
         self.conv_input = conv_input
+        self.skip = nn.Parameter(torch.ones(config.value_size)) if value_skip else None
         self.gate = nn.Linear(hidden_size, config.value_size, bias=False) if output_gate else None
         self.norm_weight = None if norm == "none" else nn.Parameter(torch.ones(config.value_size))
         self.output = nn.Linear(config.value_size, hidden_size, bias=False)
@@ -140,7 +143,8 @@ class FactorizationMemory(nn.Module):
             merge_top_k=config.merge_top_k, affinity_threshold=config.affinity_threshold, temperature=config.temperature,
             affinity_init=config.affinity_init, affinity=config.affinity, query=config.query, rates=config.rates,
             update_rate_init=config.update_rate_init, norm=config.norm, conv_size=config.conv_size,
-            conv_input=config.conv_input, output_gate=config.output_gate, norm_eps=config.norm_eps, backend=config.backend,
+            conv_input=config.conv_input, value_skip=config.value_skip, output_gate=config.output_gate,
+            norm_eps=config.norm_eps, backend=config.backend,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -170,8 +174,9 @@ class FactorizationMemory(nn.Module):
         self.update_rate.bias.copy_(spread if self.rates_per_head == 1 else spread.repeat(self.num_heads))
         if self.convolution is not None:
             self.convolution.reset_parameters()
-        if self.norm_weight is not None:
-            nn.init.ones_(self.norm_weight)
+        for weight in (self.norm_weight, self.skip):
+            if weight is not None:
+                nn.init.ones_(weight)
 
     def initial_state(self, batch_size: int) -> LayerState:
         """The empty memory of `batch_size` sequences."""
@@ -303,7 +308,7 @@ class FactorizationMemory(nn.Module):
             self.observer(routing)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens, keep_state)
-        return self._output(y, x), None if memory is None else LayerState(memory, tail)
+        return self._output(y, x, value), None if memory is None else LayerState(memory, tail)
 
     def _convolved(self, x: Tensor, convolve: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """What is routed and the values `[..., H * D]`, of the layer's input x `[..., d]`; `convolve` is the convolution."""
@@ -355,7 +360,7 @@ class FactorizationMemory(nn.Module):
         if undo is not None:
             undo.put_aside(routing.indices, None)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
-        return self._output(self.step_memory(routing, value, state), x)
+        return self._output(self.step_memory(routing, value, state), x, value)
 
     def step_memory(self, routing: Routing, value: Tensor, state: LayerState) -> Tensor:
         """The recurrence's step: one token's values `[B, H, D]` to its merged vectors, `state.memory` updated in place."""
@@ -435,8 +440,9 @@ class FactorizationMemory(nn.Module):
             finals.append(state)
         return torch.cat(outputs, dim=1).to(value.dtype), torch.cat(finals)
 
-    def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, gated, projected."""
+    def _output(self, y: Tensor, x: Tensor, value: Tensor) -> Tensor:
+        """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, with the token's own values
+        `[..., H, D]` added, gated, projected."""
         if self.norm == "head":
             y = functional.rms_norm(y, (self.head_size,), eps=self.norm_eps)
         y = y.flatten(-2)
@@ -444,6 +450,8 @@ class FactorizationMemory(nn.Module):
             y = rms_norm(y, self.norm_weight.to(y.dtype), self.norm_eps)
         elif self.norm_weight is not None:
             y = y * self.norm_weight.to(y.dtype)
+        if self.skip is not None:
+            y = y + value.flatten(-2) * self.skip.to(y.dtype)
         if self.gate is not None:
             y = y * functional.silu(self.gate(x))
         return self.output(y)

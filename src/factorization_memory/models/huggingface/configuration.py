@@ -52,6 +52,7 @@ class FactorizationMemoryConfig(PreTrainedConfig):
     norm: str = _DEFAULT["norm"]
     conv_size: int = _DEFAULT["conv_size"]
     conv_input: str = _DEFAULT["conv_input"]
+    value_skip: bool = _DEFAULT["value_skip"]
     output_gate: bool = _DEFAULT["output_gate"]
     attention: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["attention"]))
     mamba2: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["mamba2"]))

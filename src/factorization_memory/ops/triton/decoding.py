@@ -36,27 +36,33 @@ def normalise_kernel(
     parts,  # [P, B, I]
     gate,  # [B, I], rows `gate_row` apart
     norm_weight,  # [I]
+    skipped,  # [B, I], rows `skipped_row` apart
+    skip_weight,  # [I]
     out,  # out: [B, I]
     batch,
     eps,
     x_row,
     gate_row,
+    skipped_row,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     HAS_GATE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A row: the parts added to it, normalised by groups, times a gate. Groups are padded to powers of two."""
+    """A row: the parts added to it, normalised by groups, what skips that added, times a gate. Groups are padded to powers of two."""
     INPUTS: tl.constexpr = GROUPS * GROUP
     group, place = tl.arange(0, GROUPS_PADDED)[:, None], tl.arange(0, GROUP_PADDED)[None, :]
     column = group * GROUP + place
     there = (group < GROUPS) & (place < GROUP)
     if HAS_NORM:
         scale = tl.load(norm_weight + column, mask=there, other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        skip_scale = tl.load(skip_weight + column, mask=there, other=0.0).to(tl.float32)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -64,6 +70,8 @@ def normalise_kernel(
     y = tl.load(x + row * x_row + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if HAS_GATE:
         factor = _silu(tl.load(gate + row * gate_row + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32))
+    if HAS_SKIP:
+        skip = tl.load(skipped + row * skipped_row + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if PARTS:
         added = tl.zeros([GROUPS_PADDED, GROUP_PADDED], tl.float32)
         for part in tl.static_range(PARTS):
@@ -73,6 +81,8 @@ def normalise_kernel(
         tl.store(x + row * x_row + column, y.to(x.dtype.element_ty), mask=there)
     if HAS_NORM:
         y *= tl.rsqrt(tl.sum(y * y, 1) / GROUP + eps)[:, None] * scale
+    if HAS_SKIP:
+        y += skip * skip_scale
     if HAS_GATE:
         y *= factor
     tl.store(out + row * INPUTS + column, y.to(out.dtype.element_ty), mask=there)
@@ -138,17 +148,22 @@ def normalise(
     eps: float,
     groups: int,
     dtype: torch.dtype,
+    skipped: Tensor | None = None,
+    skip_weight: Tensor | None = None,
 ) -> Tensor:
-    """`norm(x + sum of parts) * silu(gate)`, `[B, I]` in `dtype`; with parts, x becomes `x + sum of parts`.
+    """`(norm(x + sum of parts) + skipped * skip_weight) * silu(gate)`, `[B, I]` in `dtype`; with parts, x becomes
+    `x + sum of parts`.
 
     Args:
-        x: `[B, I]`, bfloat16 or float32, as are the others; its rows may stand apart, and those of `gate`.
+        x: `[B, I]`, bfloat16 or float32, as are the others; its rows may stand apart, and those of `gate` and `skipped`.
         parts: contiguous `[P, B, I]`, or None for nothing to add.
         gate: `[B, I]`, or None for none.
         norm_weight: `[I]`, the weight of the RMS normalisation; None for no normalisation.
         eps: its epsilon.
         groups: equal parts of the inputs that are normalised each on its own.
         dtype: of the result.
+        skipped: `[B, I]`, or None for nothing that skips the norm.
+        skip_weight: `[I]`, with `skipped`.
     """
     batch, inputs = x.shape
     out = x.new_empty(batch, inputs, dtype=dtype)
@@ -158,11 +173,11 @@ def normalise(
     sizes = triton.next_power_of_2(groups), triton.next_power_of_2(group)
     if batch:
         launch(
-            normalise_kernel, (batch,), x, parts, gate, norm_weight, out, batch, float(eps), x.stride(0),
-            0 if gate is None else gate.stride(0),
+            normalise_kernel, (batch,), x, parts, gate, norm_weight, skipped, skip_weight, out, batch, float(eps),
+            x.stride(0), 0 if gate is None else gate.stride(0), 0 if skipped is None else skipped.stride(0),
             GROUPS=groups, GROUP=group, GROUPS_PADDED=sizes[0], GROUP_PADDED=sizes[1],
-            PARTS=0 if parts is None else len(parts), HAS_NORM=norm_weight is not None, HAS_GATE=gate is not None,
-            **dependent(early=True), num_warps=max(1, min(WARPS, sizes[0] * sizes[1] // (32 * THREAD_NUMBERS))),
+            PARTS=0 if parts is None else len(parts), HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None,
+            HAS_GATE=gate is not None, **dependent(early=True), num_warps=max(1, min(WARPS, sizes[0] * sizes[1] // (32 * THREAD_NUMBERS))),
         )  # fmt: skip
     return out
 

@@ -62,10 +62,11 @@ def _finished(y, up, first, second, after, GLU: tl.constexpr):
 
 @triton.jit
 def few_kernel(
-    x, weight, bias, norm_weight, residual, gate, out, eps, x_row, gate_row, residual_row, out_row,
+    x, weight, bias, norm_weight, skipped, skip_weight, residual, gate, out, eps, x_row, skipped_row, gate_row, residual_row,
+    out_row,
     TOKENS: tl.constexpr, TOKENS_PADDED: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
     GROUPS_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, BO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SKIP: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BO outputs of all tokens. Inputs stand as groups, each padded to a power of two."""
     INPUTS: tl.constexpr = GROUPS * GROUP
@@ -87,6 +88,9 @@ def few_kernel(
     token = tl.arange(0, TOKENS_PADDED)[:, None]
     there = (token < TOKENS) & inside[None, :]
     rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if HAS_SKIP:
+        skip = tl.load(skipped + token * skipped_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+        skip *= tl.load(skip_weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if HAS_GATE:
         factor = _silu_at(gate, token * gate_row + column[None, :], there)
     mask = (token < TOKENS) & known[None, :]
@@ -98,6 +102,8 @@ def few_kernel(
         grouped = tl.reshape(rows, [TOKENS_PADDED, GROUPS_PADDED, GROUP_PADDED])
         inverse = tl.rsqrt(tl.sum(grouped * grouped, 2) / GROUP + eps)[:, :, None]
         rows = tl.reshape(grouped * inverse, [TOKENS_PADDED, BI]) * scale
+    if HAS_SKIP:
+        rows += skip
     if HAS_GATE:
         rows *= factor
     rows = rows.to(weight.dtype.element_ty).to(tl.float32)
@@ -129,17 +135,18 @@ def small_linear(
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     norm_groups: int = 1,
+    skipped: Tensor | None = None,
+    skip_weight: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     glu: bool = False,
     early: bool = False,
 ) -> Tensor:
-    """`out = linear(norm(x) * silu(gate)) + residual`, or, with `glu`, `silu(linear of the first O rows) * linear of the others
-    + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
+    """`out = linear((norm(x) + skipped * skip_weight) * silu(gate)) + residual`, or, with `glu`, `silu(linear of the first O
+    rows) * linear of the others + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
 
     Args:
-        x: `[B, I]`, B up to `most_tokens(I, norm_groups)`, bfloat16 or float32; so are `out`, `residual`, `gate` and
-            `norm_weight`, each of its own dtype. Rows of these may stand apart, numbers of a row not.
+        x: `[B, I]`, B up to `most_tokens(I, norm_groups)`, bfloat16 or float32; so are the others, each of its own dtype. Rows of these may stand apart, numbers of a row not.
         weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as by
             autocast; sums are float32.
         out: `[B, O]`; may be `residual`, not `x` or `gate`.
@@ -147,6 +154,8 @@ def small_linear(
         norm_weight: `[I]`, the weight of an RMS normalisation of x before all else; None for none.
         norm_eps: epsilon of the normalisation.
         norm_groups: equal parts of the inputs that are normalised each on its own.
+        skipped: `[B, I]`, added to the normalised inputs; None for nothing.
+        skip_weight: `[I]`, by which it is multiplied; with `skipped` alone.
         residual: `[B, O]`, added to the outputs; None for none.
         gate: `[B, I]`, whose SiLU multiplies the (normalised) inputs; None for none.
         glu: whether to multiply the SiLU of the first half of the outputs by the second half.
@@ -159,12 +168,12 @@ def small_linear(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or layout, or more tokens than it takes.
     """
-    _check(x, weight, out, bias, norm_weight, norm_groups, residual, gate, glu)
+    _check(x, weight, out, bias, norm_weight, norm_groups, skipped, skip_weight, residual, gate, glu)
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return small_linear(
                 x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps, norm_groups=norm_groups,
-                residual=residual, gate=gate, glu=glu, early=early,
+                skipped=skipped, skip_weight=skip_weight, residual=residual, gate=gate, glu=glu, early=early,
             )  # fmt: skip
     tokens, inputs = x.shape
     outputs = out.shape[1]
@@ -177,17 +186,18 @@ def small_linear(
     tokens_padded = triton.next_power_of_2(tokens)
     halves = 2 if glu else 1
     row_bytes = inputs * weight.element_size() * halves
-    token_bytes = inputs * (x.element_size() + (0 if gate is None else gate.element_size()))
-    norm_bytes = 0 if norm_weight is None else inputs * norm_weight.element_size()
+    token_bytes = inputs * sum(each.element_size() for each in (x, skipped, gate) if each is not None)
+    norm_bytes = inputs * sum(each.element_size() for each in (norm_weight, skip_weight) if each is not None)
     warps = min(8, max(1, padded // 256))
     most = max(1, THREAD_BYTES * 32 * warps // (padded * weight.element_size() * halves))
     rows = _rows(most, outputs, row_bytes, tokens * token_bytes + norm_bytes)
     launch(
-        few_kernel, (triton.cdiv(outputs, rows),), x, weight, bias, norm_weight, residual, gate, out, float(norm_eps),
-        x.stride(0), 0 if gate is None else gate.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        few_kernel, (triton.cdiv(outputs, rows),), x, weight, bias, norm_weight, skipped, skip_weight, residual, gate, out,
+        float(norm_eps), x.stride(0), *(0 if each is None else each.stride(0) for each in (skipped, gate, residual)),
+        out.stride(0),
         TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
         GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, HAS_BIAS=bias is not None,
-        HAS_NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu,
+        HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu,
         **dependent(early), num_warps=warps,
     )  # fmt: skip
     return out
@@ -203,7 +213,7 @@ def _rows(most: int, outputs: int, row_bytes: int, input_bytes: int) -> int:
 
 def _check(
     x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_groups: int,
-    residual: Tensor | None, gate: Tensor | None, glu: bool,
+    skipped: Tensor | None, skip_weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, glu: bool,
 ) -> None:  # fmt: skip
     if x.dim() != 2 or weight.dim() != 2 or out.dim() != 2 or x.shape[1] == 0:
         raise ValueError(
@@ -215,7 +225,7 @@ def _check(
     shapes = {
         "weight": (weight, (rows, inputs)), "out": (out, (tokens, outputs)), "bias": (bias, (rows,)),
         "norm_weight": (norm_weight, (inputs,)), "residual": (residual, (tokens, outputs)), "gate": (gate, (tokens, inputs)),
-        "x": (x, (tokens, inputs)),
+        "x": (x, (tokens, inputs)), "skipped": (skipped, (tokens, inputs)), "skip_weight": (skip_weight, (inputs,)),
     }  # fmt: skip
     for name, (tensor, shape) in shapes.items():
         if tensor is None:
@@ -228,6 +238,9 @@ def _check(
             raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}; move them to one device")
         if tensor.stride(-1) != 1 and shape[-1] > 1:
             raise ValueError(f"{name}: numbers of a row stand {tensor.stride(-1)} apart; take a contiguous tensor")
+    if (skipped is None) != (skip_weight is None):
+        missing, given = ("skip_weight", "skipped") if skip_weight is None else ("skipped", "skip_weight")
+        raise ValueError(f"{missing}: got None, takes a tensor where {given} is given")
     if not weight.is_contiguous():
         raise ValueError("weight: is not contiguous; take weight.contiguous()")
     if norm_groups < 1 or inputs % norm_groups:
