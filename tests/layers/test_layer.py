@@ -9,7 +9,7 @@ import torch
 
 from factorization_memory import FactorizationMemory
 from factorization_memory.config import ConfigError
-from factorization_memory.layers import LayerState, ModelState
+from factorization_memory.layers import LayerState, ModelState, projection
 from factorization_memory.layers import factorization_memory as layer_module
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -103,8 +103,8 @@ def test_one_product_routes_as_three(layer: FactorizationMemory, x: torch.Tensor
     torch.nn.init.normal_(layer.update_rate.bias)
     mask = torch.rand(3, 70) > 0.2
     every = (layer.affinity, layer.update_rate, layer.merge_rate, layer.query)
-    projections = [projection for projection in every if projection is not None]
-    leaves = [x.requires_grad_(), *(p for projection in projections for p in projection.parameters())]
+    projections = [each for each in every if each is not None]
+    leaves = [x.requires_grad_(), *(p for each in projections for p in each.parameters())]
 
     def run(route: Any) -> list[torch.Tensor]:
         routing = route(x, mask)
@@ -114,7 +114,7 @@ def test_one_product_routes_as_three(layer: FactorizationMemory, x: torch.Tensor
     expected = run(layer.route)
     products = []
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(layer_module, "_as_one", lambda x, projections: True)
+    monkeypatch.setattr(projection, "as_one", lambda x, projections: True)
     with monkeypatch.context() as counting:
         counting.setattr(torch.nn.functional, "linear", lambda *arguments: (products.append(1), linear(*arguments))[1])
         results = [run(layer.route)]
@@ -130,7 +130,7 @@ def test_one_product_under_autocast(x: torch.Tensor, monkeypatch: pytest.MonkeyP
     """Autocast, which keeps what it made of weights, notices that they have changed."""
     layer, x = FactorizationMemory(16, num_states=8), x.float()
     expected = layer.route(x)
-    monkeypatch.setattr(layer_module, "_as_one", lambda x, projections: True)
+    monkeypatch.setattr(projection, "as_one", lambda x, projections: True)
     with torch.autocast("cpu", torch.bfloat16):
         before = layer.route(x)
         with torch.no_grad():
@@ -144,12 +144,12 @@ def test_one_product_under_autocast(x: torch.Tensor, monkeypatch: pytest.MonkeyP
 def test_when_one_product_routes(x: torch.Tensor) -> None:
     layer = FactorizationMemory(16, num_states=8)
     every = (layer.affinity, layer.update_rate, layer.merge_rate, layer.query)
-    projections = [projection for projection in every if projection is not None]
-    assert not layer_module._as_one(x, projections)
+    projections = [each for each in every if each is not None]
+    assert not projection.as_one(x, projections)
     if torch.cuda.is_available():
-        assert layer_module._as_one(x.cuda(), projections)
+        assert projection.as_one(x.cuda(), projections)
         with torch.no_grad():
-            assert not layer_module._as_one(x.cuda(), projections)
+            assert not projection.as_one(x.cuda(), projections)
 
 
 def test_backends_agree(layer: FactorizationMemory, x: torch.Tensor) -> None:

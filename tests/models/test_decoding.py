@@ -94,7 +94,8 @@ def test_bfloat16_weights(config: ModelConfig, batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [
+    ("change", "message"),
+    [
         ({"norm": "state"}, "norm='state'"),
         ({"conv_size": 4, "conv_input": "layer"}, "conv_input='layer'"),
         ({"affinity_threshold": 0.1}, "affinity_threshold"),

@@ -97,7 +97,7 @@ def test_sizes(tokens: int, inputs: int, outputs: int, form: str) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_rows_apart_and_out_in_place(tokens: int) -> None:
-    """Inputs, gate, what skips the norm and the residual stream as parts of larger tensors; the outputs are added to the stream."""
+    """All inputs and the residual stream as parts of larger tensors; the outputs are added to the stream."""
     wide, stream = random(tokens, 130), random(tokens, 50)
     x, gate, skipped, residual = wide[:, :40], wide[:, 41:81], wide[:, 85:125], stream[:, 3:30]
     weight, skip_weight = random(27, 40), random(40)
@@ -129,6 +129,7 @@ def test_most_tokens() -> None:
         ({"glu": True}, r"weight: got shape \(4, 8\), takes \(8, 8\)"),
         ({"bias": torch.zeros(4).half()}, r"bias: got dtype torch\.float16, takes bfloat16 or float32"),
         ({"gate": torch.zeros(2, 8, device="meta")}, r"gate: is on meta, x on cpu"),
+        ({"skipped": torch.zeros(2, 8)}, r"skip_weight: got None, takes a tensor where skipped is given"),
         ({"norm_weight": torch.zeros(8), "norm_groups": 3}, r"norm_groups: got 3, takes a divisor of I = 8"),
     ],
 )

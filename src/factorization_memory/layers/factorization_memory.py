@@ -20,6 +20,7 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.norm import rms_norm
+from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing
 from factorization_memory.layers.state import LayerState, Undo
 from factorization_memory.ops import reference
@@ -31,14 +32,6 @@ STATE_NORM_PIECE = 64
 LEAST_SKIPPED = 32
 """Memory states to one that is selected from which whole sequences are given the selected ones alone, where a token reads
 others than it updates: from there on `auto` may take the sparse kernels (docs/kernels.md)."""
-
-
-def _as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
-    """Whether x is multiplied by the weights of all `projections` at once: in training on a GPU, so that forward reads it once
-    and backward adds up one gradient of it. Not if something else stands in their place, as an adapter, or if the results
-    would be of a width that matrix products on a GPU are slow with."""
-    alone = all(type(projection) is nn.Linear for projection in projections)
-    return alone and x.is_cuda and torch.is_grad_enabled() and sum(p.out_features for p in projections) % 8 == 0
 
 
 class FactorizationMemory(nn.Module):
@@ -191,8 +184,8 @@ class FactorizationMemory(nn.Module):
             x: layer input.
             padding_mask: bool `[...]`; False makes a token's update and merge weights zero.
         """
-        logits, update_logits, merge_logits, query = self._projected(
-            x, self.affinity, self.update_rate, self.merge_rate, self.query
+        logits, update_logits, merge_logits, query = project(
+            x, self.num_heads, self.affinity, self.update_rate, self.merge_rate, self.query
         )
         assert update_logits is not None
         return self.weigh(logits, update_logits, merge_logits, query, padding_mask)
@@ -222,17 +215,6 @@ class FactorizationMemory(nn.Module):
         if padding_mask is not None:
             update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
         return Routing(affinity, update, merge, indices, self.num_states, padding_mask, merge_indices)
-
-    def _projected(self, x: Tensor, *projections: nn.Linear | None) -> list[Tensor | None]:
-        """x `[..., d]` through each projection that there is, `[..., H, outputs of a head]`."""
-        some = tuple(projection for projection in projections if projection is not None)
-        if _as_one(x, some):
-            weight = torch.cat([projection.weight for projection in some])
-            bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in some])
-            results = iter(functional.linear(x, weight, bias).split([p.out_features for p in some], dim=-1))
-        else:
-            results = iter([projection(x) for projection in some])
-        return [None if each is None else next(results).unflatten(-1, (self.num_heads, -1)) for each in projections]
 
     def _own_selection(self, query: Tensor, merge_logits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
         """Merge weights `[..., H, R]` of a query `[..., H, M]` that selects states of its own, and their indices."""

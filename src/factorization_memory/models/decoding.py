@@ -11,9 +11,9 @@ in few kernels. The residual stream is float32 whatever the weights' dtype. A bl
   the products one kernel for all that stands there (`ops/triton/decoding.py`: residual sum, norm and cast; norm, gate and cast;
   residual sum, norm and cast; SwiGLU and cast).
 
-The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more, and four or five
-if routing sees it too (`conv_input="both"`), steps that can be undone one for each tensor put aside but the memory. Queries of their
-own take several small ones more.
+The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more, or four (five of
+few sequences) if routing sees it too (`conv_input="both"`); steps that can be undone one for each tensor put aside but the
+memory. Queries of their own take several small ones more.
 
 Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width of a head, V vocabulary size,
 P parts of a product, O its outputs.
@@ -190,9 +190,9 @@ class _DecodingBlock:
     def _recurrence(
         self, projected: Tensor, normalised: Tensor | None, few: bool, state: MixerState
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """From the projections of the layer's input, to which those of few sequences have the biases added, to the merged vectors
+        """From the projections of the layer's input, with biases if they are those of few sequences, to the merged vectors
         `[B, H * D]`; the gate's logits if there is a gate; the values `[B, H * D]` if they skip the memory. `normalised` is the
-        layer's input, needed where routing sees the convolution."""
+        layer's input, which must be given where routing sees the convolution."""
         from factorization_memory.ops.triton.decoding import convolve
         from factorization_memory.ops.triton.step import dense_step
 
@@ -204,9 +204,11 @@ class _DecodingBlock:
         value = parts.pop()
         if undo is not None:
             undo.put_aside(None, state.convolution)
+        if self.routing_sees_convolution:
+            assert normalised is not None
+            value = torch.cat((value, normalised.to(value.dtype)), dim=1)
         if convolution is not None and state.convolution is not None:
-            taken = value if not self.routing_sees_convolution else torch.cat((value, normalised.to(value.dtype)), dim=1)
-            value = convolve(taken, state.convolution, convolution.weight, convolution.bias)
+            value = convolve(value, state.convolution, convolution.weight, convolution.bias)
         if self.routing_sees_convolution:
             value, before = value.split((mixer.output.in_features, mixer.hidden_size), dim=1)
             projected = self._routing_logits(normalised + before, few)

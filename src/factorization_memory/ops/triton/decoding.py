@@ -54,7 +54,8 @@ def normalise_kernel(
     HAS_GATE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A row: the parts added to it, normalised by groups, what skips that added, times a gate. Groups are padded to powers of two."""
+    """A row: the parts added to it, normalised by groups, what skips that added, times a gate. Groups are padded to powers of
+    two."""
     INPUTS: tl.constexpr = GROUPS * GROUP
     group, place = tl.arange(0, GROUPS_PADDED)[:, None], tl.arange(0, GROUP_PADDED)[None, :]
     column = group * GROUP + place
@@ -177,7 +178,8 @@ def normalise(
             x.stride(0), 0 if gate is None else gate.stride(0), 0 if skipped is None else skipped.stride(0),
             GROUPS=groups, GROUP=group, GROUPS_PADDED=sizes[0], GROUP_PADDED=sizes[1],
             PARTS=0 if parts is None else len(parts), HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None,
-            HAS_GATE=gate is not None, **dependent(early=True), num_warps=max(1, min(WARPS, sizes[0] * sizes[1] // (32 * THREAD_NUMBERS))),
+            HAS_GATE=gate is not None, **dependent(early=True),
+            num_warps=max(1, min(WARPS, sizes[0] * sizes[1] // (32 * THREAD_NUMBERS))),
         )  # fmt: skip
     return out
 

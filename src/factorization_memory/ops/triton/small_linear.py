@@ -89,7 +89,9 @@ def few_kernel(
     there = (token < TOKENS) & inside[None, :]
     rows = tl.load(x + token * x_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if HAS_SKIP:
-        skip = tl.load(skipped + token * skipped_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+        skip = tl.load(skipped + token * skipped_row + column[None, :], mask=there, other=0.0, cache_modifier=".cg").to(
+            tl.float32
+        )
         skip *= tl.load(skip_weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     if HAS_GATE:
         factor = _silu_at(gate, token * gate_row + column[None, :], there)
@@ -146,7 +148,8 @@ def small_linear(
     rows) * linear of the others + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
 
     Args:
-        x: `[B, I]`, B up to `most_tokens(I, norm_groups)`, bfloat16 or float32; so are the others, each of its own dtype. Rows of these may stand apart, numbers of a row not.
+        x: `[B, I]`, B up to `most_tokens(I, norm_groups)`, bfloat16 or float32; so are the others, each of its own
+            dtype. Rows may stand apart, numbers of a row not.
         weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as by
             autocast; sums are float32.
         out: `[B, O]`; may be `residual`, not `x` or `gate`.
@@ -197,8 +200,8 @@ def small_linear(
         out.stride(0),
         TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
         GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, HAS_BIAS=bias is not None,
-        HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu,
-        **dependent(early), num_warps=warps,
+        HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None, HAS_RESIDUAL=residual is not None,
+        HAS_GATE=gate is not None, GLU=glu, **dependent(early), num_warps=warps,
     )  # fmt: skip
     return out
 

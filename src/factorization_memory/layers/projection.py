@@ -1,0 +1,27 @@
+"""Several linear maps of one input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def project(x: Tensor, num_heads: int, *projections: nn.Linear | None) -> list[Tensor | None]:
+    """x `[..., d]` through each projection that there is, `[..., H, outputs of a head]`."""
+    some = tuple(projection for projection in projections if projection is not None)
+    if as_one(x, some):
+        weight = torch.cat([projection.weight for projection in some])
+        bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in some])
+        results = iter(functional.linear(x, weight, bias).split([p.out_features for p in some], dim=-1))
+    else:
+        results = iter([projection(x) for projection in some])
+    return [None if each is None else next(results).unflatten(-1, (num_heads, -1)) for each in projections]
+
+
+def as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
+    """Whether x is multiplied by the weights of all `projections` at once: in training on a GPU, so that forward reads it once
+    and backward adds up one gradient of it. Not if something else stands in their place, as an adapter, or if the results
+    would be of a width that matrix products on a GPU are slow with."""
+    alone = all(type(projection) is nn.Linear for projection in projections)
+    return alone and x.is_cuda and torch.is_grad_enabled() and sum(p.out_features for p in projections) % 8 == 0
