@@ -81,7 +81,7 @@ SIZES: dict[str, tuple[ModelConfig, DataConfig, OptimizerConfig, TrainingConfig]
 six blocks); no size has been trained as it stands, and the base's learning rate is a guess."""
 FORMS = {
     "pure": "the paper's equations, nothing added",
-    "best": "memory alone, the best that was trained: convolution of values and before routing, value_skip, gate",
+    "best": "memory alone, as good as any that was trained: convolution of values and before routing, value_skip, gate",
     "hybrid": "of three blocks two as in the best form, one of attention in half the context",
 }
 FEED_FORWARD = {

@@ -152,7 +152,7 @@ def small_linear(
             dtype. Rows may stand apart, numbers of a row not.
         weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as by
             autocast; sums are float32.
-        out: `[B, O]`; may be `residual`, not `x` or `gate`.
+        out: `[B, O]`; may be `residual`, not `x`, `skipped` or `gate`.
         bias: as many numbers as `weight` has rows; None for none.
         norm_weight: `[I]`, the weight of an RMS normalisation of x before all else; None for none.
         norm_eps: epsilon of the normalisation.
