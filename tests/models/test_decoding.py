@@ -28,6 +28,8 @@ CONFIGS = [
     replace(PURE, top_k=2, conv_size=3, conv_input="both", value_skip=True, output_gate=True),
     replace(PURE, num_heads=2, conv_size=2, conv_input="both", norm="head", value_skip=True),
     replace(PURE, top_k=2, query="separate", merge_top_k=3, conv_size=3, conv_input="both", norm="none", value_skip=True),
+    replace(PURE, num_heads=2, norm="head", value_skip=True, output_gate=True),
+    replace(PURE, top_k=2, num_heads=2, conv_size=3, norm="head", value_skip=True),
 ]
 
 
@@ -54,6 +56,10 @@ CONFIGS = [
         (CONFIGS[9], 5, False),
         (CONFIGS[10], 3, True),
         (CONFIGS[10], 6, True),
+        (CONFIGS[11], 2, False),
+        (CONFIGS[11], 6, True),
+        (CONFIGS[12], 1, True),
+        (CONFIGS[12], 5, False),
     ],
     ids=lambda x: CONFIGS.index(x) if isinstance(x, ModelConfig) else x,
 )
@@ -78,7 +84,7 @@ def test_equals_the_plain_step(config: ModelConfig, batch: int, undo: bool) -> N
         assert all(torch.equal(a, b) for a, b in zip(state.tensors(), kept, strict=True))
 
 
-@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[8]], ids=["1", "8"])
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[8], CONFIGS[11]], ids=["1", "8", "11"])
 @pytest.mark.parametrize("batch", [2, 5])
 def test_bfloat16_weights(config: ModelConfig, batch: int) -> None:
     model = LanguageModel(config).to(DEVICE).eval()

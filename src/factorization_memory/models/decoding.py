@@ -11,9 +11,9 @@ in few kernels. The residual stream is float32 whatever the weights' dtype. A bl
   the products one kernel for all that stands there (`ops/triton/decoding.py`: residual sum, norm and cast; norm, gate and cast;
   residual sum, norm and cast; SwiGLU and cast).
 
-The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more, or four (five of
-few sequences) if routing sees it too (`conv_input="both"`); steps that can be undone one for each tensor put aside but the
-memory. Queries of their own take several small ones more.
+The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more, or four (five
+of few sequences, six of more in bfloat16) if routing sees it too (`conv_input="both"`); steps that can be undone one for each
+tensor put aside but the memory. Queries of their own take several small ones more.
 
 Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width of a head, V vocabulary size,
 P parts of a product, O its outputs.

@@ -164,8 +164,9 @@ def normalise(
         groups: equal parts of the inputs that are normalised each on its own.
         dtype: of the result.
         skipped: `[B, I]`, or None for nothing that skips the norm.
-        skip_weight: `[I]`, with `skipped`.
+        skip_weight: `[I]`, by which it is multiplied; with `skipped` alone.
     """
+    assert (skipped is None) == (skip_weight is None), "one is nothing without the other"
     batch, inputs = x.shape
     out = x.new_empty(batch, inputs, dtype=dtype)
     if norm_weight is None:
