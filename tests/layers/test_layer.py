@@ -361,7 +361,7 @@ def test_values_that_skip_the_memory_are_added_to_what_was_normalised(x: torch.T
     weights = with_skip.state_dict()
     skip = weights.pop("skip")
     without.load_state_dict(weights)
-    value, _ = without.convolution(without.value(x))
+    (value,), _ = without.convolution([without.value(x)])
     torch.testing.assert_close(with_skip(x)[0], without(x)[0] + without.output(value * skip), rtol=1e-10, atol=1e-12)
 
 

@@ -216,6 +216,10 @@ class FactorizationMemory(nn.Module):
             update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
         return Routing(affinity, update, merge, indices, self.num_states, padding_mask, merge_indices)
 
+    def _backend_beside(self) -> str:
+        """The backend of what stands around the recurrence, routing and convolution."""
+        return "plain" if self.backend in ("reference", "chunked") else "auto"
+
     def _own_selection(self, query: Tensor, merge_logits: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
         """Merge weights `[..., H, R]` of a query `[..., H, M]` that selects states of its own, and their indices."""
         if merge_logits is not None:
@@ -278,11 +282,13 @@ class FactorizationMemory(nn.Module):
             x = x.masked_fill(~padding_mask[..., None], 0)
         tail = None if state is None else state.convolution
 
-        def convolve(x: Tensor) -> Tensor:
+        def convolve(parts: list[Tensor], residual: bool) -> list[Tensor]:
             nonlocal tail
             assert self.convolution is not None
-            y, tail = self.convolution(x, tail, cu_seqlens, padding_mask)
-            return y
+            outputs, tail = self.convolution(
+                parts, tail, cu_seqlens, padding_mask, residual, keep_state, self._backend_beside()
+            )
+            return outputs
 
         mixed, value = self._convolved(x, convolve)
         routing = self.route(mixed, padding_mask)
@@ -292,18 +298,19 @@ class FactorizationMemory(nn.Module):
         y, memory = self._recurrence(routing, value, None if state is None else state.memory, cu_seqlens, keep_state)
         return self._output(y, x, value), None if memory is None else LayerState(memory, tail)
 
-    def _convolved(self, x: Tensor, convolve: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """What is routed and the values `[..., H * D]`, of the layer's input x `[..., d]`; `convolve` is the convolution."""
+    def _convolved(self, x: Tensor, convolve: Callable[[list[Tensor], bool], list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """What is routed and the values `[..., H * D]`, of the layer's input x `[..., d]`; `convolve` is the convolution, of
+        inputs side by side, the last of which it adds to what it makes of it if it is told so."""
         if self.convolution is None:
             return x, self.value(x)
         if self.conv_input == "layer":
-            mixed = x + convolve(x)
+            (mixed,) = convolve([x], True)
             return mixed, self.value(mixed)
-        value = self.value(x)
         if self.conv_input == "value":
-            return x, convolve(value)
-        value, before = convolve(torch.cat((value, x.to(value.dtype)), dim=-1)).split((value.shape[-1], x.shape[-1]), dim=-1)
-        return x + before, value
+            (value,) = convolve([self.value(x)], False)
+            return x, value
+        value, mixed = convolve([self.value(x), x], True)
+        return mixed, value
 
     def _check(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
         """Checks the arguments of `forward`."""
@@ -332,10 +339,10 @@ class FactorizationMemory(nn.Module):
         if undo is not None:
             undo.put_aside(None, tail)
 
-        def convolve(x: Tensor) -> Tensor:
+        def convolve(parts: list[Tensor], residual: bool) -> list[Tensor]:
             assert self.convolution is not None
             assert tail is not None
-            return self.convolution.step(x, tail)
+            return self.convolution.step(parts, tail, residual)
 
         mixed, value = self._convolved(x, convolve)
         routing = self.route(mixed)

@@ -152,13 +152,15 @@ class Mamba2(nn.Module):
         gate, mixed, dt = self._project(x)
         if padding_mask is not None:
             dt = dt.masked_fill(~padding_mask[..., None], 0)
-        mixed, tail = self.convolution(mixed, None if state is None else state.convolution, cu_seqlens, padding_mask)
+        (mixed,), tail = self.convolution(
+            [mixed], None if state is None else state.convolution, cu_seqlens, padding_mask, keep_tail=keep_state
+        )
         value, input_map, output_map = self._parts(mixed)
         y, memory = ssd(
             value, dt, self._decay_rate(), input_map, output_map, self.chunk_size, None if state is None else state.memory,
             keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
-        return self._output(y, value, gate), None if memory is None else Mamba2State(memory, tail)
+        return self._output(y, value, gate), None if memory is None or tail is None else Mamba2State(memory, tail)
 
     def _check(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
         """Checks the arguments of `forward`."""
@@ -175,7 +177,7 @@ class Mamba2(nn.Module):
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
         gate, mixed, dt = self._project(x)
-        value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
+        value, input_map, output_map = self._parts(*self.convolution.step([mixed], state.convolution))
         y = ssd_step(value, dt, self._decay_rate(), input_map, output_map, state.memory)
         return self._output(y, value, gate)
 
