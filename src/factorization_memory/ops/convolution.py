@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 from factorization_memory.ops import triton
 
 BACKENDS = ("auto", "plain", "triton")
-MOST_TAPS = 4
-"""Taps up to which the kernels compute."""
 
 
 def causal_convolution(
@@ -163,8 +161,8 @@ def _by_kernels(backend: str, x: Tensor, weight: Tensor, tail: Tensor | None) ->
 
 def _obstacle(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
     """Why the kernels cannot compute; None if they can."""
-    if len(weight) > MOST_TAPS:
-        return f"weight has {len(weight)} taps, the kernels take up to {MOST_TAPS}"
+    if len(weight) > triton.MOST_TAPS:
+        return f"weight has {len(weight)} taps, the kernels take up to {triton.MOST_TAPS}"
     if tail is not None and tail.requires_grad and torch.is_grad_enabled():
         return "tail requires a gradient, which the kernels do not compute"
     return triton.obstacle(x)

@@ -20,6 +20,9 @@ CAPABILITIES = (9, 10)
 """Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
 that ship may take; others give 163 KiB or 99."""
 
+MOST_TAPS = 4
+"""Taps that the kernels of the convolution are written for, or fewer."""
+
 SPARSE_STATES, SPARSE_RATIO = 1024, 32
 """M, and M / K, from which on the form that computes with the selected states alone was faster in every measurement, forward
 and with backward."""

@@ -17,17 +17,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.triton import MOST_TAPS
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.launcher import launch
 
 BLOCK = 128
-"""Channels of a program, which is one warp."""
+"""Channels of a program, which is one warp; this and the numbers below are the best of those tried on an H200."""
 ROWS = 4
 """Tokens whose numbers are on their way at once."""
-RUN = 128
+RUN = 64
 """Steps that a program walks at most; backward takes the last three of them again in the next program."""
-MOST_TAPS = 4
-"""Taps that the kernels are written for, or fewer."""
 
 
 @triton.jit
@@ -53,8 +52,8 @@ def _before(x, tail, token, position, sequence, back, time, inside, C: tl.conste
 
 
 @triton.jit
-def _where(token, batch, positions, sequences, PACKED: tl.constexpr, TAIL: tl.constexpr):
-    """Tokens of its sequence before `token`, and the sequence."""
+def _place(token, batch, positions, sequences, PACKED: tl.constexpr, TAIL: tl.constexpr):
+    """How many tokens of its sequence are before `token`, and which sequence it is."""
     position, sequence = token, batch
     if PACKED:
         position = tl.load(positions + token).to(tl.int64)
@@ -69,7 +68,7 @@ def _history(
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """The three inputs before `token`."""
-    position, sequence = _where(token, batch, positions, sequences, PACKED, TAIL)
+    position, sequence = _place(token, batch, positions, sequences, PACKED, TAIL)
     h1 = _before(x, tail, token, position, sequence, 1, time, inside, C, TAPS, TAIL)
     h2 = _before(x, tail, token, position, sequence, 2, time, inside, C, TAPS, TAIL)
     h3 = _before(x, tail, token, position, sequence, 3, time, inside, C, TAPS, TAIL)
