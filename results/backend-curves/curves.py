@@ -19,6 +19,12 @@ for one, other in combinations(runs, 2):
 for kind, differences in apart.items():
     low, middle, high = min(differences), statistics.median(differences), max(differences)
     print(f"{kind}: {len(differences)} pairs, mean |difference| {low:.4f} to {high:.4f}, median {middle:.4f}")
+for one, other in combinations(runs, 2):
+    if (one["replica"], one["gpu"]) == (other["replica"], other["gpu"]):
+        differences = [abs(a - b) for a, b in zip(one["loss"], other["loss"], strict=True)]
+        middle, step = statistics.mean(differences), differences.index(max(differences)) + 1
+        print(f"replica {one['replica']}, {one['gpu']}: first {differences[0]:.1e}, mean {middle:.4f}, ", end="")
+        print(f"largest {max(differences):.3f} at step {step}")
 for backend in COLOUR:
     ends = [statistics.mean(run["loss"][-LAST:]) for run in runs if run["backend"] == backend]
     error = statistics.stdev(ends) / len(ends) ** 0.5

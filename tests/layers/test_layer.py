@@ -247,10 +247,11 @@ def test_padding_may_hold_anything(layer: FactorizationMemory, x: torch.Tensor) 
         assert gradient is None or torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("conv_input", ["value", "both"])
 @pytest.mark.parametrize("where", ["forward", "forward and backward"])
-def test_autocast(where: str, x: torch.Tensor) -> None:
+def test_autocast(where: str, conv_input: str, x: torch.Tensor) -> None:
     """Backward may stand inside the autocast block or outside; both give the gradients of float32 to bfloat16's precision."""
-    layer = FactorizationMemory(16, num_states=8, top_k=3, num_heads=2, conv_size=3, output_gate=True)
+    layer = FactorizationMemory(16, num_states=8, top_k=3, num_heads=2, conv_size=3, conv_input=conv_input, output_gate=True)
     x = x.float()
     layer(x)[0].square().sum().backward()
     expected = [p.grad.clone() for p in layer.parameters()]
@@ -350,6 +351,17 @@ def test_a_linear_query_selects_by_size() -> None:
     query = layer.query(x).unflatten(-1, (1, 8))
     least = query.abs().sort(-1, descending=True).values[..., 2:3]
     torch.testing.assert_close(routing.of_all_states()[1], query * (query.abs() >= least))
+
+
+def test_the_tail_of_another_convolution_is_refused(x: torch.Tensor) -> None:
+    both = FactorizationMemory(16, num_states=8, conv_size=3, conv_input="both").double()
+    value = FactorizationMemory(16, num_states=8, conv_size=3).double()
+    for layer, other, message in (
+        (value, both, r"shape \(3, 2, 48\), takes \(3, 2, 32\)"),
+        (both, value, r"takes \(3, 2, 48\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"state\.convolution: got .*{message}"):
+            layer(x, other.initial_state(3))
 
 
 def test_values_that_skip_the_memory_are_added_to_what_was_normalised(x: torch.Tensor) -> None:

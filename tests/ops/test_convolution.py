@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factorization_memory.ops.convolution import causal_convolution, last_inputs
+from factorization_memory.layers.convolution import CausalConvolution
+from factorization_memory.ops.convolution import _places, causal_convolution, last_inputs
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -139,7 +140,7 @@ def test_real_sizes() -> None:
 
 @pytest.mark.gpu
 def test_compiled_as_one_graph() -> None:
-    """With the gradients of the plain form."""
+    """With the bits of the kernels called one by one."""
     x = torch.randn(2, 300, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight, bias = torch.randn(4, 256, device=DEVICE, requires_grad=True), torch.randn(256, device=DEVICE, requires_grad=True)
     gradients = []
@@ -148,6 +149,56 @@ def test_compiled_as_one_graph() -> None:
         gradients.append(torch.autograd.grad(y.float().square().sum(), (x, weight, bias)))
     for compiled, eager in zip(*gradients, strict=True):
         assert torch.equal(compiled, eager)
+
+
+PACKED, PADDED = {"cu_seqlens": torch.tensor([0, 2, 2, 6])}, {"padding_mask": torch.ones(2, 6, dtype=torch.bool)}
+PADDED["padding_mask"][0, :3] = PADDED["padding_mask"][1, 2:4] = False
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("what", [{}, PACKED, PADDED], ids=["whole", "packed", "padded"])
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_parts_as_one(what: dict[str, torch.Tensor], low: torch.dtype, with_tail: bool) -> None:
+    """Two parts, of which the second is wider in memory and more precise, by kernels, as PyTorch makes them of both at once."""
+    what = {name: value.to(DEVICE) for name, value in what.items()}
+    layer = CausalConvolution(11, 4).to(DEVICE)
+    torch.nn.init.normal_(layer.bias)
+    batch, sequences = (1, 3) if "cu_seqlens" in what else (2, 2)
+    first, second = torch.randn(batch, 6, 7, device=DEVICE, dtype=low), torch.randn(batch, 6, 9, device=DEVICE)[..., 3:7]
+    tail = torch.randn(sequences, 3, 11, device=DEVICE) if with_tail else None
+    (value, mixed), kept = layer([first, second], tail, **what, residual=True, backend="triton")
+    (expected,), expected_tail = layer([torch.cat((first, second.to(low)), 2)], tail, **what, backend="plain")
+    expected_mixed = second.to(low) + expected[..., 7:]
+    assert value.dtype == mixed.dtype == kept.dtype == low
+    assert torch.equal(kept, expected_tail)
+    real = what.get("padding_mask", torch.ones(batch, 6, dtype=torch.bool, device=DEVICE))
+    close = {"rtol": 2e-2, "atol": 2e-2} if low == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(value[real], expected[..., :7][real], **close)
+    torch.testing.assert_close(mixed[real], expected_mixed[real], **close)
+    assert layer([first, second], tail, **what, keep_tail=False, backend="triton")[1] is None
+
+
+def test_parts_that_do_not_fit() -> None:
+    layer = CausalConvolution(12, 4)
+    with pytest.raises(ValueError, match=r"parts: got 7 channels, takes 12 in all"):
+        layer([torch.zeros(2, 5, 7)])
+    with pytest.raises(ValueError, match=r"parts: got 7 \+ 6 channels, takes 12 in all"):
+        layer.step([torch.zeros(2, 7), torch.zeros(2, 6)], layer.initial_tail(2))
+    with pytest.raises(ValueError, match=r"tail: got shape \(2, 3, 20\), takes \(2, 3, 12\)"):
+        layer([torch.zeros(2, 5, 12)], torch.zeros(2, 3, 20))
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs a GPU, or TRITON_INTERPRET=1")
+def test_borders_that_are_not_looked_at() -> None:
+    """A compiled model does not check them; what they point to is there all the same."""
+    for borders in ([0, 5], [2, 7], [-3, 9], [0, 5, 3, 7]):
+        positions, sequences = _places(torch.zeros(1, 7, 1), torch.tensor(borders), True)
+        assert sequences is not None
+        assert (positions >= 0).all()
+        assert (positions <= torch.arange(7)).all()
+        assert (sequences >= 0).all()
+        assert (sequences < len(borders) - 1).all()
 
 
 @pytest.mark.skipif(not KERNELS, reason="needs a GPU, or TRITON_INTERPRET=1")
@@ -202,9 +253,16 @@ def test_a_sequence_may_be_split_anywhere(first: int, second: int, taps: int, ba
         ({"weight": torch.zeros(0, 4)}, r"weight: got shape \(0, 4\), takes \[taps, 4\], of one tap or more"),
         ({"bias": torch.zeros(5)}, r"bias: got shape \(5,\), takes \(4,\)"),
         ({"tail": torch.zeros(2, 3, 4)}, r"tail: got shape \(2, 3, 4\), takes \(2, 2, 4\)"),
-        ({"borders": torch.tensor([0, 6])}, r"borders: got shape \(2,\) for 2 rows of x, takes \[N \+ 1\] for one row"),
+        ({"x": torch.zeros(2, 6, 4, dtype=torch.int64)}, r"x: got dtype torch\.int64, takes floating-point numbers"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens: B = 2, packed sequences take B = 1"),
+        ({"x": torch.zeros(1, 6, 4), "cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens: got \[0, 5\], takes .* to T = 6"),
+        ({"x": torch.zeros(1, 6, 4), "cu_seqlens": torch.tensor([0, 5, 3, 6])}, r"cu_seqlens: got \[0, 5, 3, 6\], takes"),
+        (
+            {"x": torch.zeros(1, 6, 4), "cu_seqlens": torch.tensor([0, 2, 6]), "tail": torch.zeros(1, 2, 4)},
+            r"tail: got shape \(1, 2, 4\), takes \(2, 2, 4\)",
+        ),
         ({"backend": "cudnn"}, "backend='cudnn': use one of auto, plain, triton"),
-        ({"backend": "triton", "x": torch.zeros(2, 6, 4, dtype=torch.float64)}, "backend='triton': .*dtype torch.float64"),
+        ({"backend": "triton", "x": torch.zeros(2, 6, 4, dtype=torch.float64)}, "backend='triton': x has dtype torch.float64"),
         ({"backend": "triton", "weight": torch.zeros(5, 4)}, "backend='triton': weight has 5 taps, the kernels take up to 4"),
         (
             {"backend": "triton", "tail": torch.zeros(2, 2, 4, requires_grad=True)},

@@ -13,7 +13,8 @@ from factorization_memory.ops.convolution import causal_convolution, last_inputs
 class CausalConvolution(nn.Module):
     """`y_t = silu(sum_i w_i x_{t-i} + b)` per channel, each sequence preceded by its tail (zeros at its beginning).
 
-    Its channels may be given in parts, which follow each other in its weights and its tail.
+    Its channels may be given in parts, which follow each other in its weights and its tail, and are computed in the dtype of
+    the first.
 
     Args:
         channels: width of input and output, of all parts together.
@@ -36,11 +37,17 @@ class CausalConvolution(nn.Module):
         """The tail of sequences that have not begun, `[batch_size, taps - 1, channels]`."""
         return self.weight.new_zeros(batch_size, self.taps - 1, self.weight.shape[1])
 
+    def check_tail(self, tail: Tensor, name: str, sequences: int) -> None:
+        """ValueError, which names it, unless `tail` is one of so many sequences."""
+        shape = (sequences, self.taps - 1, self.weight.shape[1])
+        if tail.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(tail.shape)}, takes {shape}")
+
     def forward(
         self,
         parts: Sequence[Tensor],
         tail: Tensor | None = None,
-        borders: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
         residual: bool = False,
         keep_tail: bool = True,
@@ -49,51 +56,63 @@ class CausalConvolution(nn.Module):
         """The convolution of whole sequences.
 
         Args:
-            parts: x `[B, T, channels of the part]`, of all channels together; taken in the first one's dtype.
-            tail: the inputs before the first, `[B, taps - 1, channels]` (`[N, ...]` with `borders`), None for zeros.
-            borders: the N + 1 borders of packed sequences (B = 1).
+            parts: x `[B, T, channels of the part]`, of all channels together.
+            tail: the inputs before the first, `[B, taps - 1, channels]` (`[N, ...]` with `cu_seqlens`), None for zeros.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False where a token is padding, which the convolution then does not see; not with
-                `borders`.
-            residual: whether the last part is added to what is made of it.
+                `cu_seqlens`.
+            residual: whether x of the last part is added to its y.
             keep_tail: whether to return the new tail.
             backend: as of `factorization_memory.ops.convolution.causal_convolution`.
 
         Returns:
             y of each part, shaped as it, and the new tail, shaped as `tail`, or None; all in the first part's dtype.
+
+        Raises:
+            ValueError: parts or a tail of other channels than these, and as `causal_convolution`.
         """
+        widths = [x.shape[2] for x in parts]
+        self._check_widths(widths)
+        if tail is not None:
+            self.check_tail(tail, "tail", len(parts[0]) if cu_seqlens is None else len(cu_seqlens) - 1)
+        tails: Sequence[Tensor | None] = [None for _ in parts] if tail is None else tail.split(widths, dim=2)
         # Real tokens first, in their order; the padding behind them is convolved too, but goes nowhere.
         order = None if padding_mask is None else (~padding_mask).to(torch.int8).argsort(dim=1, stable=True)
-        outputs, tails, channel = [], [], 0
-        for part, x in enumerate(parts):
+        outputs: list[Tensor] = []
+        new_tails: list[Tensor] = []
+        for x, weight, bias, before in zip(
+            parts, self.weight.split(widths, dim=1), self.bias.split(widths), tails, strict=True
+        ):
+            added = residual and len(outputs) == len(parts) - 1
             x = x.to(parts[0].dtype)
-            channels = slice(channel, channel + x.shape[2])
-            channel += x.shape[2]
-            weight, bias = self.weight[:, channels], self.bias[channels]
-            before = None if tail is None else tail[..., channels]
-            added = residual and part == len(parts) - 1
-            if order is None or padding_mask is None:
-                outputs.append(causal_convolution(x, weight, bias, before, borders, added, backend))
-                if keep_tail:
-                    tails.append(last_inputs(x, self.taps, before, borders))
+            places = None if order is None else order[..., None].expand_as(x)
+            x = x if places is None else x.gather(1, places)
+            y = causal_convolution(x, weight, bias, before, cu_seqlens, added, backend)
+            outputs.append(y if places is None else torch.zeros_like(y).scatter(1, places, y))
+            if not keep_tail:
                 continue
-            places = order[..., None].expand_as(x)
-            x = x.gather(1, places)
-            y = causal_convolution(x, weight, bias, before, None, added, backend)
-            outputs.append(torch.zeros_like(y).scatter(1, places, y))
-            before = x.new_zeros(x.shape[0], self.taps - 1, x.shape[2]) if before is None else before.to(x.dtype)
+            if padding_mask is None:
+                new_tails.append(last_inputs(x, self.taps, before, cu_seqlens))
+                continue
+            before = x.new_zeros(len(x), self.taps - 1, x.shape[2]) if before is None else before.to(x.dtype)
             last = padding_mask.sum(1, keepdim=True) + torch.arange(self.taps - 1, device=x.device)
-            extended = torch.cat((before, x), dim=1)
-            tails.append(extended.gather(1, last[..., None].expand(-1, -1, x.shape[2])))
-        return outputs, torch.cat(tails, dim=2) if keep_tail else None
+            new_tails.append(torch.cat((before, x), dim=1).gather(1, last[..., None].expand(-1, -1, x.shape[2])))
+        return outputs, torch.cat(new_tails, dim=2) if keep_tail else None
 
     def step(self, parts: Sequence[Tensor], tail: Tensor, residual: bool = False) -> list[Tensor]:
         """One token's parts, each `[B, channels of the part]`; `tail` `[B, taps - 1, channels]` is updated in place. Returns y
-        of each; the last is added to what is made of it with `residual`."""
+        of each; x of the last part is added to its y with `residual`."""
+        widths = [part.shape[1] for part in parts]
+        self._check_widths(widths)
         x = torch.cat([part.to(parts[0].dtype) for part in parts], dim=1) if len(parts) > 1 else parts[0]
         window = torch.cat((tail.to(x.dtype), x[:, None]), dim=1)
         tail.copy_(window[:, 1:])
-        y = window_convolution(window, self.weight, self.bias)[:, 0]
-        outputs = list(y.split([part.shape[1] for part in parts], dim=1))
+        outputs = list(window_convolution(window, self.weight, self.bias)[:, 0].split(widths, dim=1))
         if residual:
             outputs[-1] = outputs[-1] + parts[-1].to(x.dtype)
         return outputs
+
+    def _check_widths(self, widths: list[int]) -> None:
+        channels = self.weight.shape[1]
+        if sum(widths) != channels:
+            raise ValueError(f"parts: got {' + '.join(map(str, widths))} channels, takes {channels} in all")

@@ -203,7 +203,7 @@ class FactorizationMemory(nn.Module):
         else:
             if self.affinity_threshold is not None:
                 logits = self._above_threshold(logits)
-            backend = "plain" if self.backend in ("reference", "chunked") else "auto"
+            backend = self._backend_beside()
             rates = update_logits if merge_logits is None else merge_logits
             affinity, update, merge, indices = route(logits, update_logits, rates, self.top_k, self.temperature, backend)
             if query is not None and self.merge_top_k is not None:
@@ -331,6 +331,8 @@ class FactorizationMemory(nn.Module):
             ops.check_state(state.memory, "state.memory", shape, self.value.weight)
             if (state.convolution is None) != (self.convolution is None):
                 raise ValueError("state.convolution: the state is not of this layer; take one from initial_state or forward")
+            if state.convolution is not None and self.convolution is not None:
+                self.convolution.check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:

@@ -153,7 +153,12 @@ class Mamba2(nn.Module):
         if padding_mask is not None:
             dt = dt.masked_fill(~padding_mask[..., None], 0)
         (mixed,), tail = self.convolution(
-            [mixed], None if state is None else state.convolution, cu_seqlens, padding_mask, keep_tail=keep_state
+            [mixed],
+            None if state is None else state.convolution,
+            cu_seqlens,
+            padding_mask,
+            keep_tail=keep_state,
+            backend="auto" if self.backend == "auto" else "plain",
         )
         value, input_map, output_map = self._parts(mixed)
         y, memory = ssd(
@@ -169,9 +174,7 @@ class Mamba2(nn.Module):
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             shape = (sequences, self.num_heads, self.head_size, self.state_size)
             ops.check_state(state.memory, "state.memory", shape, self.output.weight)
-            tail = (sequences, self.convolution.taps - 1, self.convolution.weight.shape[1])
-            if state.convolution.shape != tail:
-                raise ValueError(f"state.convolution: got shape {tuple(state.convolution.shape)}, takes {tail}")
+            self.convolution.check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:

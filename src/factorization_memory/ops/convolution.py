@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from factorization_memory.ops import triton
+from factorization_memory.ops.arguments import check_borders
 
 BACKENDS = ("auto", "plain", "triton")
 
@@ -21,7 +22,7 @@ def causal_convolution(
     weight: Tensor,
     bias: Tensor,
     tail: Tensor | None = None,
-    borders: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     residual: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -31,27 +32,29 @@ def causal_convolution(
         x: `[B, T, C]`.
         weight: `[taps, C]`, the last for the token itself, the one before for the token before.
         bias: `[C]`.
-        tail: the inputs before the first, `[B, taps - 1, C]` (`[N, taps - 1, C]` with `borders`), oldest first; None for zeros.
-        borders: integers `[N + 1]`, the borders of packed sequences.
+        tail: the inputs before the first, oldest first, `[B, taps - 1, C]` (`[N, taps - 1, C]` with `cu_seqlens`); None for
+            zeros.
+        cu_seqlens: `[N + 1]` int32 or int64, borders of sequences packed along T (B = 1).
         residual: whether x is added to the result.
-        backend: "plain" (PyTorch), "triton" (kernels for GPUs; up to four taps, not for float64 or the gradient of `tail`), or
-            "auto": triton on a GPU where it can run, plain elsewhere.
+        backend: "plain" (PyTorch), "triton" (kernels for GPUs; up to four taps, not for float64, nor if `tail` requires a
+            gradient), or "auto": triton on a GPU where it can run, plain elsewhere.
 
     Returns:
         y `[B, T, C]` in x's dtype.
 
     Raises:
-        ValueError: an argument of the wrong shape, an unknown backend or one that cannot run here.
+        ValueError: an argument of the wrong shape or dtype, borders that do not fit, an unknown backend or one that cannot run
+            here; names the argument, what it got and what it takes.
     """
-    _check(x, weight, bias, tail, borders)
+    _check(x, weight, bias, tail, cu_seqlens)
     if tail is not None:
         tail = tail.to(x.dtype)
     if _by_kernels(backend, x, weight, tail):
         from factorization_memory.ops.triton.convolution import convolve
 
-        positions, sequences = (None, None) if borders is None else _places(x, borders, tail is not None)
+        positions, sequences = (None, None) if cu_seqlens is None else _places(x, cu_seqlens, tail is not None)
         return convolve(x, weight, bias, tail, positions, sequences, residual)
-    y = _extended(x, weight, bias, tail) if borders is None else _packed(x, weight, bias, tail, borders)
+    y = _whole(x, weight, bias, tail) if cu_seqlens is None else _packed(x, weight, bias, tail, cu_seqlens)
     return x + y if residual else y
 
 
@@ -64,16 +67,16 @@ def window_convolution(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _Convolution.apply(window, weight, bias)
 
 
-def last_inputs(x: Tensor, taps: int, tail: Tensor | None = None, borders: Tensor | None = None) -> Tensor:
+def last_inputs(x: Tensor, taps: int, tail: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """The tail that the next stretch needs, shaped as `tail` of `causal_convolution`, of the same arguments; a copy."""
     room = taps - 1
-    sequences = x.shape[0] if borders is None else borders.numel() - 1
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     tail = x.new_zeros(sequences, room, x.shape[2]) if tail is None else tail.to(x.dtype)
-    if borders is None:
+    if cu_seqlens is None:
         # Never a view, which would keep all tokens alive for as long as the tail is carried.
         last = x[:, max(x.shape[1] - room, 0) :]
         return torch.cat((tail[:, last.shape[1] :], last), dim=1)
-    borders = borders.to(x.device, torch.long)
+    borders = cu_seqlens.to(x.device, torch.long)
     back = torch.arange(-room, 0, device=x.device)
     length = borders.diff()[:, None]
     # From the tail what is before the sequence, of which a sequence shorter than the tail leaves some.
@@ -84,23 +87,24 @@ def last_inputs(x: Tensor, taps: int, tail: Tensor | None = None, borders: Tenso
     return torch.where((length + back >= 0)[..., None], new, old)
 
 
-def _places(x: Tensor, borders: Tensor, tails: bool) -> tuple[Tensor, Tensor | None]:
-    """For each token of packed sequences how many of its own are before it and, for tails, which it is of; int32 `[T]`."""
-    borders = borders.to(x.device, torch.long)
+def _places(x: Tensor, cu_seqlens: Tensor, tails: bool) -> tuple[Tensor, Tensor | None]:
+    """For each token of packed sequences how many of its own are before it and, for tails, which it is of; int32 `[T]`. Tokens
+    and sequences that are there, whatever the borders, which a compiled model does not check."""
+    borders = cu_seqlens.to(x.device, torch.long)
     token = torch.arange(x.shape[1], device=x.device)
-    sequence = torch.bucketize(token, borders[1:], right=True)
-    return (token - borders[sequence]).int(), sequence.int() if tails else None
+    sequence = torch.bucketize(token, borders[1:], right=True).clamp(max=len(borders) - 2)
+    return (token - borders[sequence]).clamp(min=0).minimum(token).int(), sequence.int() if tails else None
 
 
-def _extended(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None) -> Tensor:
+def _whole(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None) -> Tensor:
     room = len(weight) - 1
     tail = x.new_zeros(x.shape[0], room, x.shape[2]) if tail is None else tail
     return window_convolution(torch.cat((tail, x), dim=1), weight, bias)
 
 
-def _packed(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, borders: Tensor) -> Tensor:
+def _packed(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     """Each sequence is moved right to make room for its tail, so that one convolution serves all."""
-    borders = borders.to(x.device, torch.long)
+    borders = cu_seqlens.to(x.device, torch.long)
     room, sequences = len(weight) - 1, borders.numel() - 1
     token = torch.arange(x.shape[1], device=x.device)
     token = token + room * torch.bucketize(token, borders[1:], right=True) + room
@@ -165,19 +169,21 @@ def _obstacle(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
         return f"weight has {len(weight)} taps, the kernels take up to {triton.MOST_TAPS}"
     if tail is not None and tail.requires_grad and torch.is_grad_enabled():
         return "tail requires a gradient, which the kernels do not compute"
-    return triton.obstacle(x)
+    return triton.obstacle(x, "x")
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, borders: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> None:
     if x.dim() != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes [B, T, C]")
+    if not x.is_floating_point():
+        raise ValueError(f"x: got dtype {x.dtype}, takes floating-point numbers")
     channels = x.shape[2]
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != channels:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, takes [taps, {channels}], of one tap or more")
     if bias.shape != (channels,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, takes ({channels},)")
-    if borders is not None and (borders.dim() != 1 or borders.numel() == 0 or x.shape[0] != 1):
-        raise ValueError(f"borders: got shape {tuple(borders.shape)} for {x.shape[0]} rows of x, takes [N + 1] for one row")
-    shape = (x.shape[0] if borders is None else borders.numel() - 1, len(weight) - 1, channels)
+    if cu_seqlens is not None:
+        check_borders(cu_seqlens, x.shape[0], x.shape[1])
+    shape = (x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, len(weight) - 1, channels)
     if tail is not None and tail.shape != shape:
         raise ValueError(f"tail: got shape {tuple(tail.shape)}, takes {shape}")

@@ -35,20 +35,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def obstacle(value: Tensor) -> str | None:
-    """Why the kernels cannot run for `value`; None if they can."""
+def obstacle(value: Tensor, argument: str = "value") -> str | None:
+    """Why the kernels cannot run for `value`, an argument of that name; None if they can."""
     if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"value has dtype {value.dtype}, the kernels take bfloat16, float16 or float32"
-    return _device_obstacle(str(value.device))
+        return f"{argument} has dtype {value.dtype}, the kernels take bfloat16, float16 or float32"
+    return _device_obstacle(argument, str(value.device))
 
 
 @torch.compiler.assume_constant_result
-def _device_obstacle(name: str) -> str | None:
-    return _obstacle(name, interpreted())
+def _device_obstacle(argument: str, name: str) -> str | None:
+    return _obstacle(argument, name, interpreted())
 
 
 @lru_cache(maxsize=64)
-def _obstacle(name: str, in_python: bool) -> str | None:
+def _obstacle(argument: str, name: str, in_python: bool) -> str | None:
     device = torch.device(name)
     version = _version()
     if version is None:
@@ -58,9 +58,9 @@ def _obstacle(name: str, in_python: bool) -> str | None:
     if device.type == "cpu":
         if in_python:
             return None
-        return "value is on the CPU, the kernels need a GPU (for tests, TRITON_INTERPRET=1 interprets them)"
+        return f"{argument} is on the CPU, the kernels need a GPU (for tests, TRITON_INTERPRET=1 interprets them)"
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"value is on {device}, the kernels need an NVIDIA GPU"
+        return f"{argument} is on {device}, the kernels need an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] not in CAPABILITIES:
         name = torch.cuda.get_device_name(device)

@@ -27,6 +27,9 @@ ROWS = 4
 """Tokens whose numbers are on their way at once."""
 RUN = 64
 """Steps that a program walks at most; backward takes the last three of them again in the next program."""
+BEFORE = 3
+"""Inputs before a token's own that the kernels are written for."""
+assert MOST_TAPS == BEFORE + 1
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def _sum(now, h1, h2, h3, w0, w1, w2, w3, b, TAPS: tl.constexpr):
 
 @triton.jit
 def _program(length, COLUMNS: tl.constexpr, RUN_TOKENS: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """This program's row of x, first token, channels, which there are, and its number among those of its channels."""
+    """This program's row of x, first token, channels, which there are, and its run's number, of all rows."""
     program = tl.program_id(0)
     run = (program // COLUMNS).to(tl.int64)
     column = (program % COLUMNS) * BLOCK + tl.arange(0, BLOCK)
@@ -122,6 +125,7 @@ def forward_kernel(
         for i in tl.static_range(ROWS):
             token = begin + i
             if PACKED:
+                # Behind the end no sequence begins.
                 position = tl.load(positions + token, mask=token < length, other=1)
                 if position == 0:
                     h1, h2, h3 = _history(x, tail, token, batch, positions, sequences, x_time, inside, C, TAPS, TAIL, PACKED)
@@ -154,7 +158,7 @@ def backward_kernel(
     w0, w1, w2, w3 = _taps(weight, column, inside, C, TAPS)
     b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     h1, h2, h3 = _history(x, tail, first, batch, positions, sequences, x_time, inside, C, TAPS, TAIL, PACKED)
-    # What is known so far of the gradients of the three tokens before.
+    # What is known so far of the gradients of x of the three tokens before (1 is the last); and of those of taps and bias.
     a1 = tl.zeros([BLOCK], tl.float32)
     a2 = tl.zeros([BLOCK], tl.float32)
     a3 = tl.zeros([BLOCK], tl.float32)
@@ -268,7 +272,7 @@ def _convolve_backward(
     d_y = d_y if d_y.stride(2) == 1 else d_y.contiguous()
     batch, length, channels = x.shape
     taps = len(weight)
-    columns, programs = triton.cdiv(channels, BLOCK), batch * triton.cdiv(length, RUN - MOST_TAPS + 1)
+    columns, programs = triton.cdiv(channels, BLOCK), batch * triton.cdiv(length, RUN - BEFORE)
     sums = x.new_empty(programs, taps + 1, channels, dtype=torch.float32)
     launch(
         backward_kernel, (columns * programs,),
