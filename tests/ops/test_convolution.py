@@ -138,6 +138,21 @@ def test_real_sizes() -> None:
         compare((1, 1500, 1030), 4, dtype, "triton", [0, 700, 701, 1500], with_tail=True)
 
 
+@pytest.mark.skipif(not KERNELS, reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("borders", [None, [0, 2, 5]])
+def test_traced_as_one_graph(borders: list[int] | None) -> None:
+    x, weight, bias = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 5, 4), (4, 4), (4,)))
+    cu_seqlens = None if borders is None else torch.tensor(borders, device=DEVICE)
+    tail = torch.randn(1 if borders is None else len(borders) - 1, 3, 4, device=DEVICE)
+    traced = torch.compile(causal_convolution, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (traced, causal_convolution):
+        y = function(x, weight, bias, tail, cu_seqlens, True, "triton")
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.gpu
 def test_compiled_as_one_graph() -> None:
     """With the bits of the kernels called one by one."""

@@ -66,7 +66,7 @@ def _by_kernels(backend: str, hidden: Tensor) -> bool:
         raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
     if backend == "plain" or (backend == "auto" and not hidden.is_cuda):
         return False
-    reason = ops.obstacle("triton", hidden)
+    reason = ops.obstacle("triton", hidden, "hidden")
     if backend == "triton" and reason is not None:
         raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
     return reason is None

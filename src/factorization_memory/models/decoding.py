@@ -99,7 +99,7 @@ def obstacle(model: LanguageModel) -> str | None:
         return "affinity_threshold selects another number of states for each token"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"its weights are {weight.dtype}, the kernels take float32 or bfloat16"
-    return ops.obstacle("triton", weight)
+    return ops.obstacle("triton", weight, "weight")
 
 
 class _DecodingBlock:

@@ -273,9 +273,9 @@ def recurrence_unchecked(
     return chunked.forward(update, merge, value, initial_state, output_final_state, borders)
 
 
-def obstacle(backend: str, value: Tensor) -> str | None:
-    """Why `backend` cannot compute with values like `value`; None if it can."""
-    return triton.obstacle(value) if backend.startswith("triton") else None
+def obstacle(backend: str, value: Tensor, argument: str = "value") -> str | None:
+    """Why `backend` cannot compute with values like `value`, an argument of that name; None if it can."""
+    return triton.obstacle(value, argument) if backend.startswith("triton") else None
 
 
 def _choose(

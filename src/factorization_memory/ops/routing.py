@@ -111,8 +111,9 @@ def _obstacle(affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tens
         return "top_k is None, and the kernels are for a selection"
     if affinity_logits.shape[-1] > MOST_STATES or top_k > MOST_SELECTED:
         return f"M = {affinity_logits.shape[-1]} and top_k = {top_k}, the kernels take up to {MOST_STATES} and {MOST_SELECTED}"
-    for logits in (affinity_logits, update_logits, merge_logits):
-        if (reason := triton.obstacle(logits)) is not None:
+    named = {"affinity_logits": affinity_logits, "update_logits": update_logits, "merge_logits": merge_logits}
+    for name, logits in named.items():
+        if (reason := triton.obstacle(logits, name)) is not None:
             return reason
     return None
 
