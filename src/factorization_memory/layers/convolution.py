@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from factorization_memory.ops.convolution import causal_convolution, last_inputs, window_convolution
+from factorization_memory.ops.convolution import convolution_unchecked, last_inputs, window_convolution
 
 
 class CausalConvolution(nn.Module):
@@ -58,7 +58,7 @@ class CausalConvolution(nn.Module):
         Args:
             parts: x `[B, T, channels of the part]`, of all channels together.
             tail: the inputs before the first, `[B, taps - 1, channels]` (`[N, ...]` with `cu_seqlens`), None for zeros.
-            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1), checked by the layer around this one.
             padding_mask: bool `[B, T]`, False where a token is padding, which the convolution then does not see; not with
                 `cu_seqlens`.
             residual: whether x of the last part is added to its y.
@@ -69,7 +69,7 @@ class CausalConvolution(nn.Module):
             y of each part, shaped as it, and the new tail, shaped as `tail`, or None; all in the first part's dtype.
 
         Raises:
-            ValueError: parts or a tail of other channels than these, and as `causal_convolution`.
+            ValueError: parts or a tail of other channels than these, an unknown backend or one that cannot run here.
         """
         widths = [x.shape[2] for x in parts]
         self._check_widths(widths)
@@ -87,7 +87,7 @@ class CausalConvolution(nn.Module):
             x = x.to(parts[0].dtype)
             places = None if order is None else order[..., None].expand_as(x)
             x = x if places is None else x.gather(1, places)
-            y = causal_convolution(x, weight, bias, before, cu_seqlens, added, backend)
+            y = convolution_unchecked(x, weight, bias, before, cu_seqlens, added, backend)
             outputs.append(y if places is None else torch.zeros_like(y).scatter(1, places, y))
             if not keep_tail:
                 continue
