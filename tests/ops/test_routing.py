@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from factorization_memory.layers import FactorizationMemory
-from factorization_memory.ops import routing
+from factorization_memory.ops import triton
 from factorization_memory.ops.routing import route
 
 CUDA = torch.cuda.is_available()
@@ -210,8 +210,10 @@ def test_autocast(backend: str) -> None:
 
 @needs_triton
 def test_layer_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer, its padding and its gradients are the same whichever routes."""
-    layer = FactorizationMemory(16, num_states=12, top_k=3, num_heads=2, backend="chunked").to(DEVICE)
+    """A layer, its padding and its gradients are the same whichever routes and convolves."""
+    layer = FactorizationMemory(16, num_states=12, top_k=3, num_heads=2, conv_size=4, conv_input="both", backend="chunked").to(
+        DEVICE
+    )
     x, mask = torch.randn(2, 9, 16, device=DEVICE), torch.rand(2, 9, device=DEVICE) > 0.3
 
     def run() -> list[Tensor]:
@@ -221,7 +223,7 @@ def test_layer_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return [y[mask].detach(), state.memory.detach(), *(p.grad.clone() for p in layer.parameters())]
 
     expected = run()
-    monkeypatch.setattr(routing, "_choose", lambda *_: "triton")
+    monkeypatch.setattr(triton, "by_kernels", lambda *_: True)
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

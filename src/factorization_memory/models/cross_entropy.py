@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from factorization_memory import ops
+from factorization_memory.ops import triton
 from factorization_memory.ops.precision import has_autocast, no_autocast, wide_product
 
 IGNORE = -100
@@ -19,7 +19,6 @@ PIECE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 these in float32."""
 TILE = 128
 """Rows of a tile of a matrix product on a GPU: a piece for kernels has a multiple of it, if it has as many."""
-BACKENDS = ("auto", "plain", "triton")
 
 
 def linear_cross_entropy(
@@ -55,21 +54,10 @@ def linear_cross_entropy(
     if has_autocast(hidden.device) and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     needs = torch.is_grad_enabled()
+    kernels = triton.by_kernels(backend, hidden, lambda: triton.obstacle(hidden, "hidden"))
     return torch.ops.factorization_memory.linear_cross_entropy.default(
-        hidden, weight, targets, needs and hidden.requires_grad, needs and weight.requires_grad, _by_kernels(backend, hidden)
+        hidden, weight, targets, needs and hidden.requires_grad, needs and weight.requires_grad, kernels
     )[0]
-
-
-def _by_kernels(backend: str, hidden: Tensor) -> bool:
-    """Whether kernels compute the mean loss; ValueError if `backend` is none, or cannot."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend == "plain" or (backend == "auto" and not hidden.is_cuda):
-        return False
-    reason = ops.obstacle("triton", hidden, "hidden")
-    if backend == "triton" and reason is not None:
-        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
-    return reason is None
 
 
 def _pieces(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:

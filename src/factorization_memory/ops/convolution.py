@@ -14,8 +14,6 @@ from torch.autograd.function import once_differentiable
 from factorization_memory.ops import triton
 from factorization_memory.ops.arguments import check_borders
 
-BACKENDS = ("auto", "plain", "triton")
-
 
 def causal_convolution(
     x: Tensor,
@@ -56,7 +54,7 @@ def convolution_unchecked(
     """`causal_convolution` of arguments that are known to fit: of borders in particular, which a GPU would be waited for."""
     if tail is not None:
         tail = tail.to(x.dtype)
-    if _by_kernels(backend, x, weight, tail):
+    if triton.by_kernels(backend, x, lambda: _obstacle(x, weight, tail)):
         from factorization_memory.ops.triton.convolution import convolve
 
         positions, sequences = (None, None) if cu_seqlens is None else _places(x, cu_seqlens, tail is not None)
@@ -156,18 +154,6 @@ class _Convolution(torch.autograd.Function):
 def _shifted(x: Tensor, taps: int) -> list[Tensor]:
     """What each tap sees of x `[B, T + taps - 1, C]`: views `[B, T, C]`."""
     return [x[:, i : x.shape[1] - taps + 1 + i] for i in range(taps)]
-
-
-def _by_kernels(backend: str, x: Tensor, weight: Tensor, tail: Tensor | None) -> bool:
-    """Whether the kernels compute; ValueError if the backend is none, or cannot."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend == "plain" or (backend == "auto" and not x.is_cuda):
-        return False
-    reason = _obstacle(x, weight, tail)
-    if reason is not None and backend == "triton":
-        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
-    return reason is None
 
 
 def _obstacle(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from factorization_memory.ops import triton
 
-BACKENDS = ("auto", "plain", "triton")
 FEW = 2048
 """Logits that are sorted faster than they are made into keys."""
 MOST_STATES, MOST_SELECTED = 16384, 256
@@ -52,8 +51,10 @@ def route(
             run here; names the argument, what it got and what it takes.
     """
     _check(affinity_logits, update_logits, merge_logits, top_k, temperature)
-    backend = _choose(backend, affinity_logits, update_logits, merge_logits, top_k)
-    if backend == "triton" and top_k is not None:
+    kernels = triton.by_kernels(
+        backend, affinity_logits, lambda: _obstacle(affinity_logits, update_logits, merge_logits, top_k)
+    )
+    if kernels and top_k is not None:
         from factorization_memory.ops.triton.routing import select
 
         affinity, update, merge, indices, *_ = select(affinity_logits, update_logits, merge_logits, top_k, temperature)
@@ -89,20 +90,6 @@ def _largest(logits: Tensor, count: int) -> Tensor:
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (bits.long() << 32) - torch.arange(logits.shape[-1], device=logits.device)
     return keys.topk(count, dim=-1).indices
-
-
-def _choose(backend: str, affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, top_k: int | None) -> str:
-    """The backend that computes; ValueError if it is none, or cannot."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend == "plain" or (backend == "auto" and not affinity_logits.is_cuda):
-        return "plain"
-    reason = _obstacle(affinity_logits, update_logits, merge_logits, top_k)
-    if backend == "auto":
-        return "triton" if reason is None else "plain"
-    if reason is not None:
-        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
-    return backend
 
 
 def _obstacle(affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, top_k: int | None) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -28,6 +29,27 @@ SPARSE_STATES, SPARSE_RATIO = 1024, 32
 and with backward."""
 SPARSE_LENGTH, SPARSE_WIDTH = 2048, 2048
 """Tokens of a sequence up to which it was, and least width of its one head."""
+
+
+BACKENDS = ("auto", "plain", "triton")
+"""Backends of what stands beside the recurrence."""
+
+
+def by_kernels(backend: str, x: Tensor, obstacle: Callable[[], str | None]) -> bool:
+    """Whether `backend` computes by kernels, of an argument x, what has a plain form in PyTorch too: "triton" does, "plain"
+    does not, "auto" does on a GPU if nothing stands against it.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" where `obstacle` says why it cannot.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "plain" or (backend == "auto" and not x.is_cuda):
+        return False
+    reason = obstacle()
+    if reason is not None and backend == "triton":
+        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
+    return reason is None
 
 
 def interpreted() -> bool:

@@ -180,6 +180,7 @@ def backward_kernel(
             token = begin + i
             position = token
             if PACKED:
+                # Behind the end no sequence begins, and nothing is given to those before.
                 position = tl.load(positions + token, mask=token < length, other=3).to(tl.int64)
                 if position == 0:
                     h1, h2, h3 = _history(x, tail, token, batch, positions, sequences, x_time, inside, C, TAPS, TAIL, PACKED)
