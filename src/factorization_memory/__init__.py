@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
     from factorization_memory.ops import factorization_memory, factorization_memory_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "FactorizationMemory": "factorization_memory.layers",

@@ -81,25 +81,24 @@ SIZES: dict[str, tuple[ModelConfig, DataConfig, OptimizerConfig, TrainingConfig]
 six blocks); no size has been trained as it stands, and the base's learning rate is a guess."""
 FORMS = {
     "pure": "the paper's equations, nothing added",
-    "best": "memory alone, as good as any that was trained: convolution of values and before routing, value_skip, gate",
-    "hybrid": "of three blocks two as in the best form, one of attention in half the context",
+    "best": "memory alone, the best form that was trained: associative, convolution of values, value_skip, gate",
 }
-FEED_FORWARD = {
-    ("tiny", "best"): 528, ("tiny", "hybrid"): 608, ("small", "best"): 1024, ("small", "hybrid"): 1136,
-    ("base", "best"): 2064, ("base", "hybrid"): 2320,
-}  # fmt: skip
+FEED_FORWARD = {"tiny": 512, "small": 1008, "base": 2048}
 """Widths that make a size's forms equally large, to 0.5 %: what is added is taken from the feed-forward layers."""
 
 
+def associative(model: ModelConfig) -> ModelConfig:
+    """The best form that was trained, of a model's size: each token writes under the affinities of the one before."""
+    return replace(
+        model, update_lag=1, num_states=256, top_k=8, rates="head", conv_size=4, value_skip=True, output_gate=True
+    )  # fmt: skip
+
+
 def sized(size: str, form: str) -> RunConfig:
-    """A model of one of `SIZES` in one of `FORMS`, with a quarter of 64 memory states selected by each token."""
+    """A model of one of `SIZES` in one of `FORMS`."""
     model, data, optimizer, training = SIZES[size]
     if form != "pure":
-        width = FEED_FORWARD[size, form]
-        model = replace(model, conv_size=4, conv_input="both", value_skip=True, output_gate=True, intermediate_size=width)
-    if form == "hybrid":
-        window = AttentionConfig(num_heads=model.hidden_size // 64, sliding_window=data.context_length // 2)
-        model = replace(model, mixers=("memory", "memory", "attention"), attention=window)
+        model = replace(associative(model), intermediate_size=FEED_FORWARD[size])
     name = size if form == "best" else f"{size}_{form}"
     return RunConfig(name=name, model=model, data=data, optimizer=optimizer, training=training)
 

@@ -36,7 +36,7 @@ def test_presets_survive_json(name: str) -> None:
         (ModelConfig, {"top_k": 0}, r"model\.top_k=0"),
         (ModelConfig, {"num_heads": 3}, r"model\.num_heads=3: must divide the value width .* = 512"),
         (ModelConfig, {"expand": 0.3}, r"value width expand \* hidden_size = 76.8"),
-        (ModelConfig, {"affinity_threshold": 0.1, "top_k": 2}, r"model\.affinity_threshold=0.1: not together with top_k"),
+        (ModelConfig, {"update_lag": -1}, r"model\.update_lag=-1: use 0 \(the paper's form\), 1"),
         (ModelConfig, {"update_rate_init": (0.5, 0.1)}, r"model\.update_rate_init=\(0.5, 0.1\)"),
         (ModelConfig, {"temperature": 0.0}, r"model\.temperature=0.0"),
         (DataConfig, {"context_length": 0}, r"data\.context_length=0"),
@@ -72,7 +72,9 @@ def test_tokens_per_step_must_fit_the_context() -> None:
         ({"model": {"topk": 3}}, r"model\.topk: no such field; did you mean 'top_k'\?"),
         ({"model": {"num_states": "many"}}, r"model\.num_states='many': expected int"),
         ({"model": {"num_states": True}}, r"model\.num_states=True: expected int"),
-        ({"model": {"norm": "batch"}}, r"model\.norm='batch': use one of 'merged', 'head', 'state', 'none'"),
+        ({"model": {"rates": "token"}}, r"model\.rates='token': use one of 'head', 'state'"),
+        ({"model": {"norm": "state"}}, r"model\.norm='state': this field is gone; use factorization_memory 0\.1\.0"),
+        ({"model": {"update_lag": 1.0}}, r"model\.update_lag=1\.0: expected int"),
         ([], r"configuration=\[\]: expected an object"),
         ({"model": {"backend": "fast"}}, r"model\.backend='fast': use one of 'auto', 'reference', 'chunked'"),
         ({"model": {"update_rate_init": [0.1]}}, r"model\.update_rate_init=\[0\.1\]: expected 2 values"),
@@ -100,6 +102,5 @@ def test_the_forms_of_a_size_are_equally_large(size: str) -> None:
     models = [dataclasses.replace(presets.sized(size, form).model, vocab_size=16384) for form in presets.FORMS]
     pure, *others = (counting.count(model).non_embedding_parameters for model in models)
     assert all(other == pytest.approx(pure, rel=0.005) for other in others)
-    assert [model.layer_mixers.count("attention") for model in models] == [0, 0, models[0].num_layers // 3]
     assert (models[0].num_heads, models[0].conv_size, models[0].output_gate) == (1, 0, False)
     assert (models[1].num_heads, models[1].conv_size, models[1].output_gate) == (1, 4, True)

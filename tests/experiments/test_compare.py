@@ -180,11 +180,16 @@ def test_a_plan_of_before_a_field_came_is_the_same() -> None:
     del config["data"]["corpus"], config["data"]["read_ahead"]
     new = {"contenders": {"a": {"learning_rates": [1e-3], **config}}, "seeds": [0]}
     old = json.loads(json.dumps(new))
-    del old["contenders"]["a"]["model"]["dropout"], old["contenders"]["a"]["model"]["attention"]["rope_theta"]
+    del old["contenders"]["a"]["model"]["update_lag"], old["contenders"]["a"]["model"]["attention"]["rope_theta"]
     assert first_difference(old, new) is not None
     assert first_difference(with_defaults(old), new) is None
-    new["contenders"]["a"]["model"]["dropout"] = 0.1
-    assert first_difference(with_defaults(old), new) == ("contenders.a.model.dropout", 0.0, 0.1)
+    old["contenders"]["a"]["model"]["dropout"] = 0.0  # retired since
+    assert first_difference(with_defaults(old), new) is None
+    old["contenders"]["a"]["model"]["dropout"] = 0.1
+    assert first_difference(with_defaults(old), new) == ("contenders.a.model.dropout", 0.1, None)
+    del old["contenders"]["a"]["model"]["dropout"]
+    new["contenders"]["a"]["model"]["update_lag"] = 1
+    assert first_difference(with_defaults(old), new) == ("contenders.a.model.update_lag", 0, 1)
     assert with_defaults(None) is None
 
 

@@ -18,8 +18,9 @@ TOKENIZER = Tokenizer.bytes_level()
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {},
     "sparse": {"top_k": 2, "num_heads": 2, "conv_size": 3, "output_gate": True},
-    "threshold": {"affinity_threshold": 0.2, "norm": "head", "rates": "head"},
-    "state norm": {"norm": "state", "tie_word_embeddings": False},
+    "rates of a head": {"rates": "head", "tie_word_embeddings": False},
+    "associative": {"update_lag": 1, "top_k": 2, "rates": "head", "conv_size": 3, "value_skip": True, "output_gate": True},
+    "associative, dense": {"update_lag": 1, "num_heads": 2},
 }
 
 

@@ -10,29 +10,21 @@ import torch
 from factorization_memory import FactorizationMemory
 from factorization_memory.config import ConfigError
 from factorization_memory.layers import LayerState, ModelState, projection
-from factorization_memory.layers import factorization_memory as layer_module
 
 FORMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "sparse": {"top_k": 3},
-    "threshold": {"affinity_threshold": 0.1, "rates": "head"},
-    "heads": {"num_heads": 4, "top_k": 2, "norm": "head"},
+    "rates of a head": {"rates": "head", "temperature": 0.5},
+    "heads": {"num_heads": 4, "top_k": 2},
     "convolution": {"conv_size": 4, "output_gate": True, "top_k": 4, "num_heads": 2},
-    "convolved input": {"conv_size": 4, "conv_input": "layer", "top_k": 4, "num_heads": 2},
-    "both convolved": {"conv_size": 4, "conv_input": "both", "top_k": 4, "num_heads": 2, "output_gate": True},
-    "values skip": {"value_skip": True, "conv_size": 3, "conv_input": "both", "top_k": 3, "num_heads": 2, "norm": "head"},
-    "values skip, paper": {"value_skip": True, "norm": "none"},
-    "state norm": {"norm": "state", "top_k": 3, "conv_size": 2},
-    "no norm": {"norm": "none", "temperature": 0.5},
-    "separate query": {"query": "separate", "top_k": 3, "num_heads": 2, "temperature": 0.7},
-    "separate query, threshold": {"query": "separate", "affinity_threshold": 0.1, "rates": "head"},
-    "own selection": {"query": "separate", "top_k": 2, "merge_top_k": 3, "num_heads": 2, "temperature": 0.7},
-    "own selection, all touched": {"query": "separate", "top_k": 4, "merge_top_k": 6, "rates": "head"},
-    "own selection, linear": {"query": "linear", "top_k": 3, "merge_top_k": 2, "conv_size": 3, "conv_input": "both"},
-    "linear query": {"query": "linear", "affinity_threshold": 0.1},
-    "gated linear attention": {"affinity": "none", "query": "linear", "num_heads": 2, "norm": "head", "output_gate": True},
-    "rates alone": {"affinity": "none"},
-}
+    "values skip": {"value_skip": True, "conv_size": 3, "top_k": 3, "num_heads": 2},
+    "associative, dense": {"update_lag": 1},
+    "associative": {"update_lag": 1, "top_k": 3, "temperature": 0.7},
+    "associative, all": {
+        "update_lag": 1, "top_k": 3, "rates": "head", "conv_size": 4, "value_skip": True, "output_gate": True, "num_heads": 2,
+    },
+    "a lag of 3": {"update_lag": 3, "top_k": 2, "num_heads": 2, "conv_size": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(params=FORMS, ids=lambda name: name.replace(" ", "-"))
@@ -89,11 +81,12 @@ def test_padding_anywhere_is_exact(layer: FactorizationMemory, x: torch.Tensor) 
 
 
 def test_gradients_reach_every_parameter_and_the_state(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    state = LayerState(*(s.requires_grad_() for s in layer.initial_state(3).apply(lambda s: s + 0.1).tensors()))
-    y, _ = layer(x, state)
-    names = [name for name, _ in layer.named_parameters()]
-    leaves = [*layer.parameters(), *state.tensors()]
-    for name, gradient in zip([*names, *("state",) * 2], torch.autograd.grad(y.square().sum(), leaves), strict=False):
+    start = layer.initial_state(3).apply(lambda s: (s + 0.1).requires_grad_() if s.is_floating_point() else s)
+    y, _ = layer(x, start)
+    floats = [tensor for tensor in start.tensors() if tensor.is_floating_point()]
+    names = [*(name for name, _ in layer.named_parameters()), *("state" for _ in floats)]
+    gradients = torch.autograd.grad(y.square().sum(), [*layer.parameters(), *floats])
+    for name, gradient in zip(names, gradients, strict=True):
         assert torch.isfinite(gradient).all(), name
         assert gradient.abs().sum() > 0, name
 
@@ -102,12 +95,11 @@ def test_one_product_routes_as_three(layer: FactorizationMemory, x: torch.Tensor
     """What training on a GPU does, one product with all weights, gives the same outputs and gradients, compiled too."""
     torch.nn.init.normal_(layer.update_rate.bias)
     mask = torch.rand(3, 70) > 0.2
-    every = (layer.affinity, layer.update_rate, layer.merge_rate, layer.query)
-    projections = [each for each in every if each is not None]
+    projections = [layer.affinity, layer.update_rate, layer.merge_rate]
     leaves = [x.requires_grad_(), *(p for each in projections for p in each.parameters())]
 
     def run(route: Any) -> list[torch.Tensor]:
-        routing = route(x, mask)
+        routing, *_ = route(x, padding_mask=mask)
         loss = routing.affinity.square().sum() + routing.update.exp().sum() + (3 * routing.merge).exp().sum()
         return [routing.affinity, routing.update, routing.merge, *torch.autograd.grad(loss, leaves)]
 
@@ -129,22 +121,21 @@ def test_one_product_routes_as_three(layer: FactorizationMemory, x: torch.Tensor
 def test_one_product_under_autocast(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast, which keeps what it made of weights, notices that they have changed."""
     layer, x = FactorizationMemory(16, num_states=8), x.float()
-    expected = layer.route(x)
+    expected, *_ = layer.route(x)
     monkeypatch.setattr(projection, "as_one", lambda x, projections: True)
     with torch.autocast("cpu", torch.bfloat16):
-        before = layer.route(x)
+        before, *_ = layer.route(x)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.zero_()
-        after = layer.route(x)
+        after, *_ = layer.route(x)
     torch.testing.assert_close(before.update, expected.update, rtol=0.05, atol=1e-3)
     torch.testing.assert_close(after.update, torch.full_like(after.update, 0.5 / 8))
 
 
 def test_when_one_product_routes(x: torch.Tensor) -> None:
     layer = FactorizationMemory(16, num_states=8)
-    every = (layer.affinity, layer.update_rate, layer.merge_rate, layer.query)
-    projections = [each for each in every if each is not None]
+    projections = [layer.affinity, layer.update_rate, layer.merge_rate]
     assert not projection.as_one(x, projections)
     if torch.cuda.is_available():
         assert projection.as_one(x.cuda(), projections)
@@ -160,22 +151,16 @@ def test_backends_agree(layer: FactorizationMemory, x: torch.Tensor) -> None:
 
 def test_all_states_kept_equals_dense(x: torch.Tensor) -> None:
     dense = FactorizationMemory(16, num_states=8).double()
-    for form in ({"top_k": 8}, {"affinity_threshold": 0.0}):
-        same = FactorizationMemory(16, num_states=8, **form).double()
-        same.load_state_dict(dense.state_dict())
-        torch.testing.assert_close(same(x)[0], dense(x)[0], rtol=1e-12, atol=1e-13)
+    same = FactorizationMemory(16, num_states=8, top_k=8).double()
+    same.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(same(x)[0], dense(x)[0], rtol=1e-12, atol=1e-13)
 
 
 def test_kept_affinities_sum_to_one(x: torch.Tensor) -> None:
-    for form in ({"top_k": 3}, {"affinity_threshold": 0.2}, {}):
-        routing = FactorizationMemory(16, num_states=8, **form).double().route(x)
+    for form in ({"top_k": 3}, {}):
+        routing, *_ = FactorizationMemory(16, num_states=8, **form).double().route(x)
         torch.testing.assert_close(routing.affinity.sum(-1), torch.ones(3, 70, 1, dtype=torch.float64))
         assert (routing.update <= routing.affinity).all()
-
-
-def test_threshold_keeps_at_least_one_state(x: torch.Tensor) -> None:
-    routing = FactorizationMemory(16, num_states=8, affinity_threshold=1.0).double().route(x)
-    assert ((routing.affinity > 0).sum(-1) == 1).all()
 
 
 def test_initial_routing_and_time_scales() -> None:
@@ -183,7 +168,7 @@ def test_initial_routing_and_time_scales() -> None:
     layer = FactorizationMemory(64, num_states=32, affinity_init=1.0, update_rate_init=(0.05, 0.95))
     x = torch.nn.functional.rms_norm(torch.randn(1, 4000, 64), (64,))
     assert abs(layer.affinity(x).std().item() - 1) < 0.1
-    share = layer.route(x).affinity.mean((0, 1))
+    share = layer.route(x)[0].affinity.mean((0, 1))
     assert share.min() > 0.3 / 32
     assert share.max() < 3 / 32
     rates = layer.update_rate(x).sigmoid().mean((0, 1))
@@ -247,11 +232,11 @@ def test_padding_may_hold_anything(layer: FactorizationMemory, x: torch.Tensor) 
         assert gradient is None or torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("conv_input", ["value", "both"])
+@pytest.mark.parametrize("update_lag", [0, 1])
 @pytest.mark.parametrize("where", ["forward", "forward and backward"])
-def test_autocast(where: str, conv_input: str, x: torch.Tensor) -> None:
+def test_autocast(where: str, update_lag: int, x: torch.Tensor) -> None:
     """Backward may stand inside the autocast block or outside; both give the gradients of float32 to bfloat16's precision."""
-    layer = FactorizationMemory(16, num_states=8, top_k=3, num_heads=2, conv_size=3, conv_input=conv_input, output_gate=True)
+    layer = FactorizationMemory(16, num_states=8, top_k=3, num_heads=2, conv_size=3, update_lag=update_lag, output_gate=True)
     x = x.float()
     layer(x)[0].square().sum().backward()
     expected = [p.grad.clone() for p in layer.parameters()]
@@ -294,76 +279,6 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, x: torch.Tensor)
         layer(x, cu_seqlens=torch.tensor([0, 70]))
 
 
-def test_a_separate_query_starts_as_a_copy_of_the_affinities() -> None:
-    torch.manual_seed(0)
-    layer = FactorizationMemory(16, 8, top_k=3, query="separate")
-    x = torch.randn(2, 5, 16)
-    own = layer.route(x)
-    layer.query = None
-    torch.testing.assert_close(own.merge, layer.route(x).merge)
-
-
-def test_a_linear_query_is_of_either_sign_and_rates_alone_are_the_update() -> None:
-    torch.manual_seed(0)
-    layer = FactorizationMemory(16, 8, affinity="none", query="linear")
-    routing = layer.route(x := torch.randn(2, 5, 16))
-    assert bool((routing.merge < 0).any())
-    torch.testing.assert_close(routing.update.squeeze(-2), layer.update_rate(x).sigmoid())
-    for options in ({"top_k": 2}, {"query": "separate"}, {"rates": "head"}, {"affinity_threshold": 0.1}):
-        with pytest.raises(ConfigError, match="affinity='none'"):
-            FactorizationMemory(16, 8, affinity="none", **options)  # type: ignore[arg-type]
-
-
-def test_a_selection_of_its_own_reads_what_its_query_asks_for() -> None:
-    """Against weights worked out one by one; and it begins as the selection of the update."""
-    torch.manual_seed(0)
-    layer = FactorizationMemory(16, 8, top_k=2, num_heads=2, query="separate", merge_top_k=3, temperature=0.7).double()
-    x = torch.randn(2, 5, 16, dtype=torch.float64)
-    shared = FactorizationMemory(16, 8, top_k=3, num_heads=2, temperature=0.7).double()
-    shared.load_state_dict({name: weight for name, weight in layer.state_dict().items() if not name.startswith("query")})
-    begun = layer.route(x)
-    expected = shared.route(x)
-    torch.testing.assert_close(begun.of_all_states()[1], expected.of_all_states()[1])
-    torch.nn.init.normal_(layer.query.weight)
-    routing = layer.route(x)
-    assert routing.indices.shape[-1] == 2
-    assert routing.merge_indices.shape[-1] == 3
-    update, merge = routing.of_all_states()
-    logits = {
-        name: getattr(layer, name)(x).unflatten(-1, (2, 8)) for name in ("affinity", "query", "update_rate", "merge_rate")
-    }
-    for name, rate, weights, count in (
-        ("affinity", "update_rate", update, 2),
-        ("query", "merge_rate", merge, 3),
-    ):
-        for place in torch.cartesian_prod(*(torch.arange(size) for size in weights.shape[:3])).tolist():
-            of_states = logits[name][tuple(place)]
-            chosen = sorted(range(8), key=lambda m, of_states=of_states: -of_states[m].item())[:count]
-            share = torch.zeros(8, dtype=torch.float64)
-            share[chosen] = (of_states[chosen] / 0.7).softmax(-1)
-            torch.testing.assert_close(weights[tuple(place)], share * logits[rate][tuple(place)].sigmoid())
-
-
-def test_a_linear_query_selects_by_size() -> None:
-    torch.manual_seed(0)
-    layer = FactorizationMemory(16, 8, top_k=2, query="linear", merge_top_k=3)
-    routing = layer.route(x := torch.randn(2, 5, 16))
-    query = layer.query(x).unflatten(-1, (1, 8))
-    least = query.abs().sort(-1, descending=True).values[..., 2:3]
-    torch.testing.assert_close(routing.of_all_states()[1], query * (query.abs() >= least))
-
-
-def test_the_tail_of_another_convolution_is_refused(x: torch.Tensor) -> None:
-    both = FactorizationMemory(16, num_states=8, conv_size=3, conv_input="both").double()
-    value = FactorizationMemory(16, num_states=8, conv_size=3).double()
-    for layer, other, message in (
-        (value, both, r"shape \(3, 2, 48\), takes \(3, 2, 32\)"),
-        (both, value, r"takes \(3, 2, 48\)"),
-    ):
-        with pytest.raises(ValueError, match=rf"state\.convolution: got .*{message}"):
-            layer(x, other.initial_state(3))
-
-
 def test_values_that_skip_the_memory_are_added_to_what_was_normalised(x: torch.Tensor) -> None:
     torch.manual_seed(0)
     with_skip = FactorizationMemory(hidden_size=16, num_states=8, top_k=3, conv_size=3, value_skip=True).double()
@@ -380,13 +295,13 @@ def test_values_that_skip_the_memory_are_added_to_what_was_normalised(x: torch.T
 def test_a_step_touches_no_other_state() -> None:
     """Those that are neither updated nor read may even hold what is not finite; those that are read alone stay as they are."""
     torch.manual_seed(0)
-    layer = FactorizationMemory(16, 32, top_k=2, query="separate", merge_top_k=3)
-    torch.nn.init.normal_(layer.query.weight)
-    x, state = torch.randn(3, 16), layer.initial_state(3)
-    state.memory.normal_()
-    update, merge = layer.route(x).of_all_states()
+    layer = FactorizationMemory(16, 32, top_k=2, update_lag=1)
+    x, (_, state) = torch.randn(3, 16), layer(torch.randn(3, 5, 16))
+    state = state.apply(torch.detach)
+    routing, *_ = layer.route(x[:, None], state)
+    update, merge = (weights[:, 0] for weights in routing.of_all_states())
     updated, touched = update != 0, (update != 0) | (merge != 0)
-    assert touched.sum(-1).max() == 5
+    assert touched.sum(-1).max() == 4
     expected = layer.step(x, clean := state.apply(torch.clone))
     assert torch.equal(clean.memory[~updated], state.memory[~updated])
     assert not torch.equal(clean.memory[updated], state.memory[updated])
@@ -394,68 +309,97 @@ def test_a_step_touches_no_other_state() -> None:
     torch.testing.assert_close(layer.step(x, state), expected)
 
 
-def test_a_value_that_is_not_finite_stays_out_of_states_that_are_read_alone() -> None:
-    """So that rolling back, which restores what was updated, is exact."""
-    torch.manual_seed(0)
-    layer = FactorizationMemory(16, 8, top_k=2, query="linear", merge_top_k=3)
-    state = layer.initial_state(1)
-    state.memory.normal_()
-    before = state.memory.clone()
-    state = layer.keep_undo(state, 2, torch.zeros(1, dtype=torch.int64))
+def written_out(layer: FactorizationMemory, x: torch.Tensor) -> torch.Tensor:
+    """The layer of one head without additions, token by token and state by state, from its formulas."""
+    states, lag, width = layer.num_states, layer.update_lag, layer.head_size
+    outputs = []
+    for tokens in x:
+        memory, alphas = torch.zeros(states, width, dtype=x.dtype), []
+        for t, token in enumerate(tokens):
+            logits = layer.affinity(token) / layer.temperature
+            chosen = sorted(range(states), key=lambda j, logits=logits: -logits[j].item())[: layer.top_k or states]
+            alpha = torch.zeros(states, dtype=x.dtype)
+            alpha[chosen] = logits[chosen].softmax(0)
+            alphas.append(alpha)
+            before = alphas[t - lag] if t >= lag else torch.zeros_like(alpha)
+            theta = layer.update_rate(token).sigmoid() * before
+            phi = layer.merge_rate(token).sigmoid() * alpha
+            memory = (1 - theta)[:, None] * memory + theta[:, None] * layer.value(token)
+            merged = phi @ memory
+            outputs.append(layer.output(merged / (merged.square().mean() + layer.norm_eps).sqrt() * layer.norm_weight))
+    return torch.stack(outputs).view(*x.shape)
+
+
+@pytest.mark.parametrize("rates", ["head", "state"])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_what_the_layer_computes(lag: int, top_k: int | None, rates: Any, x: torch.Tensor) -> None:
+    layer = FactorizationMemory(16, 8, top_k, update_lag=lag, rates=rates, temperature=0.7).double()
+    torch.nn.init.normal_(layer.norm_weight)
     with torch.no_grad():
-        layer.value.weight.fill_(torch.inf)
-    layer.step(torch.randn(1, 16), state)
-    assert not torch.isfinite(state.memory).all()
-    state.undo.position.add_(1)
-    state.undo.roll_back(state, 1)
-    assert torch.equal(state.memory, before)
+        torch.testing.assert_close(layer(x[:, :9])[0], written_out(layer, x[:, :9]), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("top_k", "merge_top_k"), [(4, 6), (8, 2), (2, 8), (3, 4)])
-def test_a_backend_that_takes_a_selection_gets_one(top_k: int, merge_top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    layer = FactorizationMemory(16, 8, top_k=top_k, query="separate", merge_top_k=merge_top_k).double()
-    torch.nn.init.normal_(layer.query.weight)
-    x, recurrence, seen = torch.randn(2, 9, 16, dtype=torch.float64), layer_module.ops.recurrence_unchecked, []
-    expected, _ = layer(x)
-
-    def chunked(*given: Any) -> Any:
-        seen.append(given[3])
-        return recurrence(*given[:-1], "chunked")
-
-    monkeypatch.setattr(layer_module.ops, "recurrence_unchecked", chunked)
-    layer.backend = "triton-sparse"
-    torch.testing.assert_close(layer(x)[0], expected)
-    assert seen[0].shape[-1] == min(8, top_k + merge_top_k)
+@pytest.mark.parametrize("lag", [1, 2])
+def test_the_first_tokens_update_nothing(lag: int, x: torch.Tensor) -> None:
+    """Nor do they when they come after padding, or begin a packed sequence."""
+    layer = FactorizationMemory(16, 8, top_k=3, update_lag=lag).double()
+    for length in range(lag + 2):
+        _, state = layer(x[:, :length])
+        assert bool(state.memory.any()) == (length > lag)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[:, : 9 - lag] = False
+    assert not layer(x[:, :9], padding_mask=mask)[1].memory.any()
+    assert not layer(x[:1, : 3 * lag], cu_seqlens=torch.arange(0, 3 * lag + 1, lag))[1].memory.any()
 
 
-def test_many_states_take_the_sparse_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a share of untouched states on, whole sequences are given the touched ones alone, with the same result."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"top_k": 1, "num_heads": 2, "query": "separate", "merge_top_k": 2}
-    layer = FactorizationMemory(16, 3 * layer_module.LEAST_SKIPPED, **options).double()
-    torch.nn.init.normal_(layer.query.weight)
-    x, seen = torch.randn(2, 9, 16, dtype=torch.float64), []
-    recurrence = layer_module.ops.recurrence_unchecked
-    monkeypatch.setattr(layer_module.ops, "recurrence_unchecked", lambda *given: (seen.append(given[3]), recurrence(*given))[1])
-    sparse, final = layer(x)
-    monkeypatch.setattr(layer_module, "LEAST_SKIPPED", 1000)
-    dense, expected = layer(x)
-    assert seen[0].shape == (2, 9, 2, 3)
-    assert seen[1] is None
-    torch.testing.assert_close(sparse, dense)
-    torch.testing.assert_close(final.memory, expected.memory)
+def test_no_token_sees_later_ones(layer: FactorizationMemory, x: torch.Tensor) -> None:
+    y, _ = layer(x)
+    for t in (0, 1, 30, 69):
+        other = x.clone()
+        other[:, t + 1 :] = torch.randn_like(other[:, t + 1 :])
+        torch.testing.assert_close(layer(other)[0][:, : t + 1], y[:, : t + 1], rtol=1e-10, atol=1e-12)
+
+
+def test_batch_equals_single(layer: FactorizationMemory, x: torch.Tensor) -> None:
+    y, _ = layer(x)
+    for b in range(3):
+        torch.testing.assert_close(layer(x[b : b + 1])[0][0], y[b], rtol=1e-10, atol=1e-12)
+
+
+def test_what_followed_a_token_is_found_by_it() -> None:
+    """One token, one state: A B C A finds what was written after the first A, which is B's value; without a lag, A's own."""
+    values = torch.eye(4, dtype=torch.float64)
+    for lag, found in ((0, 0), (1, 1)):
+        layer = FactorizationMemory(4, 4, top_k=1, expand=1, update_lag=lag, rates="head").double()
+        with torch.no_grad():
+            layer.affinity.weight.copy_(values)
+            layer.value.weight.copy_(values)
+            layer.output.weight.copy_(values)
+            layer.update_rate.bias.fill_(30)  # a full overwrite
+        y, _ = layer(values[[0, 1, 2, 0]][None])
+        assert y[0, -1].argmax() == found
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("saved", "read", "message"),
     [
-        ({"merge_top_k": 2, "query": "separate"}, "merge_top_k=2: use it with top_k"),
-        ({"merge_top_k": 2, "top_k": 2}, "merge_top_k=2: use it with query="),
-        ({"merge_top_k": 9, "top_k": 2, "query": "linear"}, "merge_top_k=9: use 1 to num_states=8"),
-        ({"conv_input": "both"}, "conv_input='both': there is no convolution"),
+        ({}, {"update_lag": 1}, r"state\.affinity: the state is of update_lag=0, the layer has update_lag=1 and top_k=None"),
+        ({"update_lag": 1}, {}, r"of update_lag=1, the layer has update_lag=0 .*; read the text again"),
+        ({"update_lag": 2}, {"update_lag": 1}, "of update_lag=2, the layer has update_lag=1"),
+        ({"update_lag": 1}, {"update_lag": 1, "top_k": 3}, "of update_lag=1, the layer has update_lag=1 and top_k=3"),
+        ({"update_lag": 1, "top_k": 2}, {"update_lag": 1, "top_k": 3}, r"state\.affinity: got shape \(3, 1, 1, 2\), takes"),
     ],
 )
-def test_selections_that_cannot_be(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        FactorizationMemory(16, 8, **options)
+def test_a_state_of_another_selection_is_refused(
+    saved: dict[str, Any], read: dict[str, Any], message: str, x: torch.Tensor
+) -> None:
+    _, state = FactorizationMemory(16, 8, **saved).double()(x)
+    with pytest.raises(ValueError, match=message):
+        FactorizationMemory(16, 8, **read).double()(x, state)
+
+
+@pytest.mark.parametrize("lag", [-1, 1.0, True, "1", None])
+def test_a_lag_that_cannot_be(lag: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.update_lag={lag!r}: use 0 \(the paper's form\), 1"):
+        FactorizationMemory(16, 8, update_lag=lag)

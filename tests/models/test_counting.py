@@ -56,7 +56,7 @@ def test_recurrence_agrees_with_the_reference_loop(top_k: int | None) -> None:
     weights = torch.rand(1, length, 1, selected)
     indices = torch.rand(1, length, 1, states).topk(top_k).indices if top_k else None
     with Count() as counted:
-        factorization_memory(weights, weights, torch.randn(1, length, 1, width), indices, states, backend="reference")
+        factorization_memory(weights, weights, torch.randn(1, length, 1, width), indices, None, states, backend="reference")
     # update: (1 - theta) * h, theta * v, their sum; merge: phi * h, the sum over states.
     per_number = counting.UPDATE_FLOPS + counting.MERGE_FLOPS
     assert counted.flops == length * selected * width * per_number
@@ -92,9 +92,3 @@ def test_activations_are_what_autograd_keeps(form: dict[str, Any]) -> None:
     assert memory["weights"] + memory["gradients"] + memory["optimizer"] == 16 * parameters
     assert memory["total"] == memory["activations"] + 16 * parameters
     assert counting.training_memory(model.config, 3, 200, bfloat16=True)["activations"] < memory["activations"]
-
-
-def test_states_that_are_read_alone_cost_their_merge() -> None:
-    form = config(top_k=4, query="separate", merge_top_k=6)
-    width = form.num_layers * form.value_size
-    assert counting.count(form).recurrence_flops == width * (4 * counting.UPDATE_FLOPS + 6 * counting.MERGE_FLOPS)

@@ -101,10 +101,10 @@ def test_loss_without_a_state(tokens: torch.Tensor, backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-OWN_SELECTION = {"query": "linear", "merge_top_k": 1, "conv_input": "both"}
+ASSOCIATIVE = {"update_lag": 1, "rates": "head", "value_skip": True}
 
 
-@pytest.mark.parametrize("form", [{}, OWN_SELECTION], ids=["paper", "own selection"])
+@pytest.mark.parametrize("form", [{}, ASSOCIATIVE], ids=["paper", "associative"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_as_one_graph(tokens: torch.Tensor, packed: bool, form: dict[str, Any]) -> None:
     """With everything a model can have around the memory, and with the kernels (interpreted where there is no GPU)."""
@@ -256,24 +256,3 @@ def test_embeddings_are_multiplied_where_they_enter_and_not_in_the_head() -> Non
     torch.testing.assert_close(larger(tokens)[0], plain(tokens)[0], rtol=0, atol=1e-2)
     with pytest.raises(ConfigError, match="embedding_multiplier=0"):
         ModelConfig(embedding_multiplier=0)
-
-
-def test_dropout_is_of_training_alone() -> None:
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_states=4)
-    plain, model = LanguageModel(config), LanguageModel(dataclasses.replace(config, dropout=0.25))
-    model.load_state_dict(plain.state_dict())
-    tokens = torch.randint(0, 30, (2, 7))
-    assert torch.equal(model.eval()(tokens)[0], plain(tokens)[0])
-    model.train()
-    assert not torch.equal(model(tokens)[0], model(tokens)[0])
-    state = model.initial_state(2)
-    assert not torch.equal(model.step(tokens[:, 0], state.clone())[0], model.step(tokens[:, 0], state)[0])
-    with torch.no_grad():
-        for parameter in model.embedding.parameters():
-            parameter.fill_(1)
-    entering = model.embed(torch.zeros(20000, dtype=torch.long)[None])
-    assert sorted(set(entering.flatten().tolist())) == [0, pytest.approx(4 / 3)]
-    assert (entering == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
-    with pytest.raises(ConfigError, match="dropout=1"):
-        ModelConfig(dropout=1.0)

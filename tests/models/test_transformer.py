@@ -30,7 +30,7 @@ from factorization_memory.models.counting import count, training_memory
 from factorization_memory.models.decoding import obstacle
 from factorization_memory.models.huggingface import CACHE_NAME
 from factorization_memory.models.pretrained.conversion import from_llama, from_mamba2
-from factorization_memory.models.routing import RoutingHealth, memory_layers, observe_routing
+from factorization_memory.models.routing import RoutingHealth, observe_routing
 
 MIXED = ModelConfig(
     vocab_size=30, hidden_size=16, num_layers=3, num_states=8, top_k=2, mixers=("memory", "attention", "mamba2"),
@@ -321,8 +321,3 @@ def test_a_cache_without_end_is_not_carried_through_training() -> None:
         RunConfig(model=model, training=TrainingConfig(carry_state=True))
     windowed = dataclasses.replace(model, attention=AttentionConfig(num_heads=2, sliding_window=8))
     RunConfig(model=windowed, training=TrainingConfig(carry_state=True))
-
-
-def test_routing_health_is_of_layers_that_route() -> None:
-    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=2, num_states=4, affinity="none"))
-    assert memory_layers(model) == {}

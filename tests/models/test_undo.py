@@ -14,10 +14,9 @@ PURE = {"vocab_size": 30, "hidden_size": 16, "num_layers": 2, "num_states": 6}
 CONFIGS = {
     "dense": ModelConfig(**PURE),
     "sparse": ModelConfig(**PURE, top_k=2, num_heads=2, conv_size=3, output_gate=True),
-    "state norm": ModelConfig(**PURE, top_k=2, norm="state"),
-    "own selection": ModelConfig(**PURE, top_k=1, query="separate", merge_top_k=2, conv_size=3, conv_input="both"),
-    "own selection, all touched": ModelConfig(**PURE, top_k=2, query="linear", merge_top_k=5),
-    "threshold": ModelConfig(**PURE, affinity_threshold=0.2),
+    "associative": ModelConfig(**PURE, top_k=2, update_lag=1, conv_size=3, rates="head"),
+    "associative, dense": ModelConfig(**PURE, update_lag=1),
+    "a lag of 2": ModelConfig(**PURE, top_k=2, num_heads=2, update_lag=2),
 }
 
 

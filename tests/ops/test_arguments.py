@@ -12,6 +12,7 @@ from factorization_memory.ops import factorization_memory, factorization_memory_
 U = torch.rand(2, 5, 1, 4)
 V = torch.randn(2, 5, 1, 3)
 SPARSE = {"update": U[..., :2], "merge": U[..., :2], "num_states": 4}
+CHOSEN = torch.tensor([0, 3]).expand(2, 5, 1, 2)
 PACKED = {"update": U[:1], "merge": U[:1], "value": V[:1]}
 
 
@@ -33,6 +34,18 @@ PACKED = {"update": U[:1], "merge": U[:1], "value": V[:1]}
         ),
         (SPARSE | {"indices": torch.tensor([-1, 2]).expand(2, 5, 1, 2)}, "indices: got values from -1 to 2"),
         (SPARSE | {"indices": torch.tensor([3, 3]).expand(2, 5, 1, 2)}, "indices: got the same state twice"),
+        ({"merge_indices": CHOSEN}, r"merge_indices: got \(2, 5, 1, 2\) without indices"),
+        (SPARSE | {"indices": CHOSEN, "merge_indices": 4}, "merge_indices: got int 4, takes a tensor"),
+        (
+            SPARSE | {"indices": CHOSEN, "merge_indices": CHOSEN[..., :1]},
+            r"merge_indices: got shape \(2, 5, 1, 1\), takes that of",
+        ),
+        (SPARSE | {"indices": CHOSEN, "merge_indices": CHOSEN.float()}, "merge_indices: got dtype torch.float32"),
+        (
+            SPARSE | {"indices": CHOSEN, "merge_indices": CHOSEN + 1},
+            "merge_indices: got values from 1 to 4, takes 0 to num_states",
+        ),
+        (SPARSE | {"indices": CHOSEN, "merge_indices": CHOSEN * 0}, "merge_indices: got the same state twice for one token"),
         ({"initial_state": torch.zeros(2, 1, 4, 2)}, r"initial_state: got shape \(2, 1, 4, 2\), takes \(2, 1, 4, 3\)"),
         ({"initial_state": torch.zeros(2, 1, 4, 3).double()}, "initial_state: got dtype torch.float64, takes torch.float32"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: B = 2, packed sequences take B = 1"),
@@ -50,6 +63,21 @@ def test_bad_argument(changes: dict[str, Any], message: str) -> None:
     arguments = {"update": U, "merge": U, "value": V} | changes
     with pytest.raises(ValueError, match=message):
         factorization_memory(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": None}, r"merge_indices: got \(2, 1, 2\) without indices"),
+        ({"merge_indices": CHOSEN[:, 0] + 1}, "merge_indices: got values from 1 to 4"),
+        ({"merge_indices": CHOSEN[:, 0] * 0}, "merge_indices: got the same state twice"),
+    ],
+)
+def test_bad_step_selection(changes: dict[str, Any], message: str) -> None:
+    arguments = {name: x[:, 0, :, :2] for name, x in (("update", U), ("merge", U))} | {"indices": CHOSEN[:, 0]}
+    arguments |= {"value": V[:, 0], "state": torch.zeros(2, 1, 4, 3), "merge_indices": CHOSEN[:, 0]}
+    with pytest.raises(ValueError, match=message):
+        factorization_memory_step(**arguments | changes)
 
 
 def test_bad_step_state() -> None:

@@ -22,6 +22,7 @@ class Case:
     value: Tensor
     initial: Tensor | None
     indices: Tensor | None
+    merge_indices: Tensor | None
     borders: Tensor | None
     num_states: int
     d_output: Tensor
@@ -33,11 +34,11 @@ class Case:
         if self.initial is not None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             leaves.append(self.initial.to(device, wide).requires_grad_())
-        indices = None if self.indices is None else self.indices.to(device)
+        chosen = {name: None if (x := getattr(self, name)) is None else x.to(device) for name in ("indices", "merge_indices")}
         borders = None if self.borders is None else self.borders.to(device)
         y, final = factorization_memory(
             *leaves[:3],
-            indices=indices,
+            **chosen,
             num_states=self.num_states,
             initial_state=leaves[3] if self.initial is not None else None,
             output_final_state=True,
@@ -61,18 +62,20 @@ def gates(shape: tuple[int, ...], kind: str) -> Tensor:
 
 def make(
     batch: int, length: int, heads: int, num_states: int, width: int, top_k: int | None = None, kind: str = "uniform",
-    with_initial: bool = True, borders: list[int] | None = None, seed: int = 0,
+    with_initial: bool = True, borders: list[int] | None = None, seed: int = 0, merge_top_k: int | None = None,
 ) -> Case:  # fmt: skip
     torch.manual_seed(seed)
     sequences = batch if borders is None else len(borders) - 1
-    weights = (batch, length, heads, top_k or num_states)
+    lead = (batch, length, heads)
+    weights = (*lead, top_k or num_states)
     double = torch.float64
     return Case(
         update=gates(weights, kind),
-        merge=torch.rand(weights, dtype=double),
+        merge=torch.rand((*lead, merge_top_k or weights[-1]), dtype=double),
         value=torch.randn(batch, length, heads, width, dtype=double),
         initial=torch.randn(sequences, heads, num_states, width, dtype=double) if with_initial else None,
         indices=torch.rand(batch, length, heads, num_states).topk(top_k, dim=-1).indices if top_k else None,
+        merge_indices=torch.rand(*lead, num_states).topk(merge_top_k, dim=-1).indices if merge_top_k else None,
         borders=None if borders is None else torch.tensor(borders, dtype=torch.int32),
         num_states=num_states,
         d_output=torch.randn(batch, length, heads, width, dtype=double),
@@ -95,6 +98,7 @@ def cases(draw: st.DrawFn) -> Case:
     num_states = draw(st.integers(1, 9))
     packed = draw(st.booleans())
     lengths = draw(st.lists(st.integers(0, 150), min_size=1, max_size=5)) if packed else [draw(st.integers(1, 200))]
+    top_k = draw(st.none() | st.integers(1, num_states))
     borders = None
     if packed:
         lengths[-1] = max(lengths[-1], 1)
@@ -105,7 +109,8 @@ def cases(draw: st.DrawFn) -> Case:
         heads=draw(st.integers(1, 3)),
         num_states=num_states,
         width=draw(st.integers(1, 6)),
-        top_k=draw(st.none() | st.integers(1, num_states)),
+        top_k=top_k,
+        merge_top_k=draw(st.none() | st.integers(1, num_states)) if top_k else None,
         kind=draw(st.sampled_from(["uniform", "adversarial"])),
         with_initial=draw(st.booleans()),
         borders=borders,
@@ -193,11 +198,13 @@ def test_splitting_anywhere_changes_nothing(length: int, data: st.DataObject) ->
     """The state after a prefix, and the rest from it, are the whole."""
     case = make(2, length, 2, 4, 3, top_k=data.draw(st.none() | st.integers(1, 4)))
     cut = data.draw(st.integers(1, length - 1))
-    whole, final = factorization_memory(case.update, case.merge, case.value, case.indices, 4, case.initial, True)
+    whole, final = factorization_memory(case.update, case.merge, case.value, case.indices, None, 4, case.initial, True)
 
     def part(piece: slice, state: Tensor) -> tuple[Tensor, Tensor]:
         indices = None if case.indices is None else case.indices[:, piece]
-        return factorization_memory(case.update[:, piece], case.merge[:, piece], case.value[:, piece], indices, 4, state, True)
+        return factorization_memory(
+            case.update[:, piece], case.merge[:, piece], case.value[:, piece], indices, None, 4, state, True
+        )
 
     first, state = part(slice(0, cut), case.initial)
     second, state = part(slice(cut, None), state)
@@ -208,7 +215,7 @@ def test_splitting_anywhere_changes_nothing(length: int, data: st.DataObject) ->
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_steps_equal_the_whole(top_k: int | None) -> None:
     case = make(3, 20, 2, 5, 4, top_k=top_k)
-    whole, final = factorization_memory(case.update, case.merge, case.value, case.indices, 5, case.initial, True)
+    whole, final = factorization_memory(case.update, case.merge, case.value, case.indices, None, 5, case.initial, True)
     state = case.initial.clone()
     for t in range(20):
         indices = None if case.indices is None else case.indices[:, t]
@@ -218,12 +225,24 @@ def test_steps_equal_the_whole(top_k: int | None) -> None:
     torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_states_that_are_merged_alone(backend: str) -> None:
+    """Selections of both sides are weights among all states, zero for the others."""
+    case = make(2, 40, 2, 6, 3, top_k=2, merge_top_k=3)
+    y, _ = factorization_memory(case.update, case.merge, case.value, case.indices, case.merge_indices, 6, backend=backend)
+    wide = [
+        torch.zeros(2, 40, 2, 6, dtype=torch.float64).scatter(-1, chosen, weights)
+        for chosen, weights in ((case.indices, case.update), (case.merge_indices, case.merge))
+    ]
+    torch.testing.assert_close(y, factorization_memory(*wide, case.value, backend="reference")[0], rtol=1e-12, atol=1e-12)
+
+
 def test_all_states_selected_equals_dense() -> None:
     """K = M is the dense form, in whatever order the states are named."""
     case = make(2, 90, 2, 6, 3)
     order = torch.rand(2, 90, 2, 6).argsort(-1)
     dense, _ = factorization_memory(case.update, case.merge, case.value)
-    sparse, _ = factorization_memory(case.update.gather(-1, order), case.merge.gather(-1, order), case.value, order, 6)
+    sparse, _ = factorization_memory(case.update.gather(-1, order), case.merge.gather(-1, order), case.value, order, None, 6)
     torch.testing.assert_close(sparse, dense, rtol=1e-12, atol=1e-12)
 
 

@@ -94,7 +94,7 @@ def test_dense_step(
     first, second = (0, 0) if bias is None else bias
     _, theta, phi, _ = route(affinity, update + first, merge + second, None, 0.7, "plain")
     expected_state = state.clone()
-    expected = reference.step(theta, phi, value, None, expected_state)
+    expected = reference.step(theta, phi, value, None, None, expected_state)
     y = dense_step(
         affinity, update, merge, None if bias is None else bias.flatten(), 0.7, value, state, undo if kept else None,
         torch.tensor([1], device=DEVICE) if kept else None,
@@ -123,7 +123,7 @@ def test_dense_step_at_real_sizes(batch: int, states: int, width: int) -> None:
     expected_state = state.double()
     rates = [x + y for x, y in zip((update.double(), merge.double()), bias.double().split(states), strict=True)]
     _, theta, phi, _ = route(affinity.double(), *rates, None, 1.0, "plain")
-    expected = reference.step(theta, phi, value.double(), None, expected_state)
+    expected = reference.step(theta, phi, value.double(), None, None, expected_state)
     runs = []
     for _ in range(2):
         mine = state.clone()

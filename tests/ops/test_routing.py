@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factorization_memory.layers import FactorizationMemory
 from factorization_memory.ops import triton
-from factorization_memory.ops.routing import route
+from factorization_memory.ops.routing import route, route_step, weigh
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -98,6 +98,60 @@ def test_plain_gradients(rates: int, top_k: int | None) -> None:
     given = [torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True) for n in (9, rates, rates)]
     check(given, top_k, 0.7, "plain", 1e-10)
     assert torch.autograd.gradcheck(lambda *x: route(*x, top_k, 0.7)[:3], given)
+
+
+@both
+@pytest.mark.parametrize("rates", [1, 9])
+def test_without_update_weights(rates: int, backend: str) -> None:
+    """What is left is the same, with the same gradients."""
+    a, e, m = logits((2, 3, 2), 9, rates)
+    affinity, _, merge, indices = route(a, e, m, 4, 0.7, backend)
+    same = route(a, None, m, 4, 0.7, backend)
+    assert same[1] is None
+    for x, y in zip((affinity, merge, indices), (same[0], *same[2:]), strict=True):
+        assert torch.equal(x, y)
+    expected, got = (
+        torch.autograd.grad((x.square() + 3 * y.exp()).sum(), (a, m)) for x, y in ((affinity, merge), (same[0], same[2]))
+    )
+    for x, y in zip(expected, got, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@both
+@pytest.mark.parametrize("rates", [1, 9])
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_steps_with_a_lag(lag: int, top_k: int | None, rates: int, backend: str) -> None:
+    """Each token updates the states of the one `lag` before it, at its own rates of them, and the first ones none."""
+    if backend == "triton" and top_k is None:
+        return
+    a, e, m = (x.detach() for x in logits((6, 3, 2), 9, rates))  # six tokens of three sequences
+    alpha, _, phi, chosen = truth(a.cpu().double(), e.cpu().double(), m.cpu().double(), top_k, 0.7)
+    shape = (3, lag, 2, top_k or 9)
+    last_affinity = torch.zeros(shape, device=DEVICE)
+    last_indices = None if top_k is None else torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+    for t in range(6):
+        update, merge, updated, merged = route_step(a[t], e[t], m[t], last_affinity, last_indices, top_k, 0.7, backend)
+        torch.testing.assert_close(merge.cpu().double(), phi[t], rtol=1e-5, atol=1e-6)
+        expected = torch.zeros_like(phi[t])
+        if t >= lag:
+            before = chosen[t - lag]
+            rate = e[t].cpu().double().expand(3, 2, 9).gather(-1, before).sigmoid()
+            expected = rate * alpha[t - lag]
+            assert top_k is None or torch.equal(updated.cpu(), before)
+        torch.testing.assert_close(update.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+        assert top_k is None or torch.equal(merged.cpu(), chosen[t])
+
+
+def test_weights_of_other_tokens() -> None:
+    """`weigh` has a token's own rates of another's states."""
+    rates = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
+    affinity = torch.rand(2, 1, 3, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([[[4, 0, 2]], [[1, 2, 3]]])
+    expected = torch.stack([rates[b, 0, indices[b, 0]] for b in range(2)])[:, None].sigmoid() * affinity
+    torch.testing.assert_close(weigh(rates, affinity, indices), expected)
+    torch.testing.assert_close(weigh(rates[..., :3], affinity, None), rates[..., :3].sigmoid() * affinity)
+    assert torch.autograd.gradcheck(lambda r, a: weigh(r, a, indices), (rates, affinity))
 
 
 @both
@@ -211,9 +265,7 @@ def test_autocast(backend: str) -> None:
 @needs_triton
 def test_layer_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer, its padding and its gradients are the same whichever routes and convolves."""
-    layer = FactorizationMemory(16, num_states=12, top_k=3, num_heads=2, conv_size=4, conv_input="both", backend="chunked").to(
-        DEVICE
-    )
+    layer = FactorizationMemory(16, num_states=12, top_k=3, num_heads=2, conv_size=4, backend="chunked").to(DEVICE)
     x, mask = torch.randn(2, 9, 16, device=DEVICE), torch.rand(2, 9, device=DEVICE) > 0.3
 
     def run() -> list[Tensor]:

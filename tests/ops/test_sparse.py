@@ -217,11 +217,31 @@ def test_chosen_where_it_was_measured_to_pay(
     update = torch.rand(1, T, H, K, device=DEVICE)
     indices = torch.arange(K, device=DEVICE).expand(1, T, H, K)
     factorization_memory(
-        update, update, torch.rand(1, T, H, D, device=DEVICE), indices, M,
+        update, update, torch.rand(1, T, H, D, device=DEVICE), indices, None, M,
         torch.zeros(1, H, M, D, device=DEVICE) if initial else None,
         cu_seqlens=torch.tensor([0, T], device=DEVICE) if packed else None, backend="triton",
     )  # fmt: skip
     assert calls == ["forward_sparse" if taken else "forward"]
+
+
+@pytest.mark.parametrize(("chosen", "merged", "states"), [(2, 3, 9), (4, 4, 6), (1, 1, 5)])
+@pytest.mark.parametrize("borders", [None, [0, 1, 9]])
+def test_other_states_are_merged_than_updated(chosen: int, merged: int, states: int, borders: list[int] | None) -> None:
+    def drawn(count: int) -> tuple[Tensor, Tensor]:
+        return torch.rand(1, 9, 1, count), torch.rand(1, 9, 1, states).topk(count).indices
+
+    (update, indices), (merge, merge_indices) = drawn(chosen), drawn(merged)
+    value, d_output = torch.randn(2, 1, 9, 1, 4)
+    results = []
+    for backend, dtype, device in (("triton-sparse", torch.float32, DEVICE), ("reference", torch.float64, "cpu")):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (update, merge, value)]
+        y, _ = factorization_memory(
+            *leaves, indices.to(device), merge_indices.to(device), states,
+            cu_seqlens=None if borders is None else torch.tensor(borders, device=device), backend=backend,
+        )  # fmt: skip
+        results.append([y, *torch.autograd.grad((y * d_output.to(y)).sum(), leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x.cpu().double(), y, rtol=1e-4, atol=1e-5)
 
 
 def test_needs_indices() -> None:

@@ -41,7 +41,7 @@ def test_steps_equal_the_whole(backend: str, chosen: int | None, heads: int, wid
     update, merge, value, indices = tokens_of(2, 6, heads, 5, width, chosen)
     initial = torch.randn(2, heads, 5, width, device=DEVICE)
     wide = (x.double() for x in (update, merge, value))
-    whole, final = factorization_memory(*wide, indices, 5, initial.double(), True, backend="reference")
+    whole, final = factorization_memory(*wide, indices, None, 5, initial.double(), True, backend="reference")
     state = initial.clone()
     for start in range(0, 6, piece):
         part = slice(start, start + piece) if piece > 1 else start
@@ -52,6 +52,38 @@ def test_steps_equal_the_whole(backend: str, chosen: int | None, heads: int, wid
         assert same is state
         torch.testing.assert_close(y.double(), whole[:, part], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("chosen", "merged"), [(3, 2), (2, 5), (7, 3), (1, 7)])
+@pytest.mark.parametrize("piece", [1, 4])
+def test_other_states_are_merged_than_updated(
+    backend: str, chosen: int, merged: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read as the update leaves them, and not changed; a step is undone from the updated ones alone."""
+    if backend == "triton":
+        from factorization_memory.ops.triton import step
+
+        monkeypatch.setattr(step, "_tiles", lambda *sizes: (16, 2, 3))
+    update, _, value, indices = tokens_of(2, 4, 2, 7, 20, chosen)
+    _, merge, _, merge_indices = tokens_of(2, 4, 2, 7, 20, merged)
+    initial = torch.randn(2, 2, 7, 20, device=DEVICE)
+    wide = (x.double() for x in (update, merge, value))
+    whole, final = factorization_memory(*wide, indices, merge_indices, 7, initial.double(), True, backend="reference")
+    state, undone = initial.clone(), []
+    for start in range(0, 4, piece):
+        part = slice(start, start + piece) if piece > 1 else start
+        undo = torch.empty(*update[:, part].shape, 20, device=DEVICE)
+        y, _ = factorization_memory_step(
+            update[:, part], merge[:, part], value[:, part], state, indices[:, part], merge_indices[:, part], undo=undo,
+            backend=backend,
+        )  # fmt: skip
+        undone.append((undo, indices[:, part]))
+        torch.testing.assert_close(y.double(), whole[:, part], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-6)
+    for undo, rows in reversed(undone):
+        factorization_memory_undo(state, undo, rows, backend=backend)
+    assert torch.equal(state, initial)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,7 +116,7 @@ def test_a_state_at_another_place_among_the_next_tokens(backend: str, monkeypatc
     update, merge, value, indices = tokens_of(1, 4, 1, 7, 20, 6)
     state = torch.randn(1, 1, 7, 20, device=DEVICE)
     wide = (x.double() for x in (update, merge, value))
-    whole, final = factorization_memory(*wide, indices, 7, state.double(), True, backend="reference")
+    whole, final = factorization_memory(*wide, indices, None, 7, state.double(), True, backend="reference")
     before, undo = state.clone(), torch.empty(*update.shape, 20, device=DEVICE)
     y, _ = factorization_memory_step(update, merge, value, state, indices, undo=undo, backend=backend)
     torch.testing.assert_close(y.double(), whole, rtol=1e-5, atol=1e-6)
@@ -103,7 +135,7 @@ def test_places(backend: str, chosen: int | None) -> None:
     places = torch.tensor([5, -1, 0, 3], device=DEVICE)
     value[1] = torch.nan
     there = [0, 2, 3]
-    y, _ = factorization_memory_step(update, merge, value, state, indices, places, backend=backend)
+    y, _ = factorization_memory_step(update, merge, value, state, indices, places=places, backend=backend)
     own = before[places[there]]
     rows = None if indices is None else indices[there]
     expected, own = factorization_memory_step(update[there], merge[there], value[there], own, rows, backend=backend)
@@ -122,8 +154,8 @@ def test_undo_of_several_tokens(backend: str, chosen: int | None, placed: bool) 
     state = torch.randn(4 if placed else 2, 2, 5, 6, device=DEVICE)
     places = torch.tensor([3, 1], device=DEVICE) if placed else None
     before, undo = state.clone(), torch.empty(*update.shape, 6, device=DEVICE)
-    plain, _ = factorization_memory_step(update, merge, value, state.clone(), indices, places, backend=backend)
-    y, _ = factorization_memory_step(update, merge, value, state, indices, places, undo, backend=backend)
+    plain, _ = factorization_memory_step(update, merge, value, state.clone(), indices, places=places, backend=backend)
+    y, _ = factorization_memory_step(update, merge, value, state, indices, places=places, undo=undo, backend=backend)
     assert torch.equal(y, plain)
     assert not torch.equal(state, before)
     assert factorization_memory_undo(state, undo, indices, places, backend) is state
@@ -152,7 +184,7 @@ def test_undo_is_exact_in_any_order_of_steps(data: st.DataObject, backend: str, 
         update, merge, value, indices = tokens_of(2, 1, 1, states, width, chosen)
         if rows is not None and indices is not None:
             rows.index_copy_(0, position, indices[None])
-        step_unchecked(update, merge, value, state, indices, None, aside, position, backend=backend)
+        step_unchecked(update, merge, value, state, indices, None, None, aside, position, backend=backend)
         position.add_(1).remainder_(depth)
         history.append(state.clone())
         known = min(depth, known + 1)
@@ -188,7 +220,7 @@ def test_operators_keep_their_promises() -> None:
     state, undo = torch.randn(2, 1, 4, 8, device=DEVICE), torch.zeros(1, 2, 1, 1, 2, 8, device=DEVICE)
     position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(step.step, (update, merge, value, state, indices, None, undo, position, None), test_utils=tests)
+    torch.library.opcheck(step.step, (update, merge, value, state, indices, None, None, undo, position, None), test_utils=tests)
     torch.library.opcheck(step.undo, (state, undo, indices[None], None, position, 1), test_utils=tests)
 
 

@@ -158,7 +158,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(corpus: PackedCorpus, run_dir: P
     assert json.loads((run_dir / "config.json").read_text())["model"]["vocab_size"] == tokenizer.vocab_size
 
 
-DROPOUT = ModelConfig(hidden_size=16, num_layers=2, num_states=4, dropout=0.3)
+ASSOCIATIVE = ModelConfig(hidden_size=16, num_layers=2, num_states=4, top_k=2, update_lag=1, rates="head", conv_size=3)
 OTHER_MIXERS = ModelConfig(
     hidden_size=16, num_layers=3, num_states=4, mixers=("attention", "memory", "mamba2"),
     attention=AttentionConfig(num_heads=2, sliding_window=12), mamba2=Mamba2Config(state_size=4, head_size=8, chunk_size=8),
@@ -167,7 +167,15 @@ OTHER_MIXERS = ModelConfig(
 
 @pytest.mark.parametrize(
     ("stop_at", "carry", "model"),
-    [(7, False, None), (7, True, None), (8, False, None), (5, True, None), (5, True, OTHER_MIXERS), (7, False, DROPOUT)],
+    [
+        (7, False, None),
+        (7, True, None),
+        (8, False, None),
+        (5, True, None),
+        (5, True, OTHER_MIXERS),
+        (7, False, ASSOCIATIVE),
+        (5, True, ASSOCIATIVE),
+    ],
 )
 def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(
     corpus: PackedCorpus, tmp_path: Path, stop_at: int, carry: bool, model: ModelConfig | None

@@ -75,8 +75,6 @@ class InferenceBenchmark:
         require(all(0 <= k <= states for k in self.top_k), "top_k", f"use 0 (dense) to model.num_states={states}")
         if self.top_k and self.model.top_k is not None:
             raise ConfigError(f"model.top_k={self.model.top_k}: not together with top_k={self.top_k}; drop one of both")
-        if any(self.top_k) and self.model.affinity_threshold is not None:
-            raise ConfigError(f"top_k={self.top_k}: not together with model.affinity_threshold; drop one of both")
         require(all(peer in PEERS for peer in self.peers), "peers", f"use some of {', '.join(PEERS)}")
         for name in ("llama_heads", "decode_tokens", "repeats"):
             require(getattr(self, name) >= 1, name, "use 1 or more")

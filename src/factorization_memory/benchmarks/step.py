@@ -222,7 +222,7 @@ def _gate(contender: Contender, dtype: torch.dtype, device: torch.device) -> tup
     )
     chosen = [tokens.indices[0] for tokens in drawn if tokens.indices is not None]
     indices = torch.stack(chosen, 1)[some] if chosen else None
-    expected = reference.steps(update, merge, value, indices, truth, None, None, None)
+    expected = reference.steps(update, merge, value, indices, None, truth, None, None, None)
     start = before[some].double()
     errors = {
         "output": _relative_error(torch.stack(outputs, 1)[some].double(), expected),

@@ -8,9 +8,11 @@ naming the field, its value and what to do.
 from factorization_memory.config.checks import ConfigError
 from factorization_memory.config.model import AttentionConfig, Backend, Mamba2Config, Mixer, ModelConfig
 from factorization_memory.config.plain import from_dict, suggestion, to_dict
+from factorization_memory.config.retired import RETIRED, without_retired
 from factorization_memory.config.run import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 __all__ = [
+    "RETIRED",
     "AttentionConfig",
     "Backend",
     "ConfigError",
@@ -24,4 +26,5 @@ __all__ = [
     "from_dict",
     "suggestion",
     "to_dict",
+    "without_retired",
 ]

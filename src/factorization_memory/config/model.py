@@ -83,19 +83,11 @@ class ModelConfig:
     0.02, what blocks add to them near 1: a multiplier of 50 makes both of one size."""
     norm_eps: float = 1e-6
     """Added to the mean square under every RMSNorm's root."""
-    dropout: float = 0.0
-    """Share of the numbers that enter the blocks, and of those that each layer adds to them, that training sets to zero."""
 
     num_states: int = 64
     """M: memory states of each head."""
     top_k: int | None = None
     """K: states each token updates and reads; None is the dense form (all M)."""
-    merge_top_k: int | None = None
-    """States that each token reads, where they are to be others than the top_k that it updates (a departure; needs top_k):
-    those of the largest affinities of its separate query, or the largest entries, by size, of its linear one; None
-    reads those."""
-    affinity_threshold: float | None = None
-    """Keep the states whose affinity reaches this value (and always the largest) instead of a fixed number; not with top_k."""
     num_heads: int = 1
     """H: independent memories side by side, each with its own affinities over M states; the paper has 1."""
     expand: float = 2.0
@@ -104,24 +96,15 @@ class ModelConfig:
     """Divides the affinity logits before the softmax (silent)."""
     affinity_init: float = 1.0
     """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
-    affinity: Literal["softmax", "none"] = "softmax"
-    """Whether affinities share each token out among the states, or every state is updated at its own rate alone, as in gated
-    linear attention (a departure from the paper; needs rates="state", dense)."""
-    query: Literal["shared", "separate", "linear"] = "shared"
-    """What merge weights are made of: the affinities of the update (the paper); affinities of their own over the selected
-    states, which start as a copy of those (a departure); or a linear map of either sign, without rates (another)."""
+    update_lag: int = 0
+    """How many tokens back the affinities lie that a token writes under: 0, its own (the paper); 1, those of the token before,
+    so that whoever reads with that token finds what followed it (the associative form, see docs/method.md)."""
     rates: Literal["head", "state"] = "state"
     """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
     update_rate_init: tuple[float, float] = (0.05, 0.95)
     """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
-    norm: Literal["merged", "head", "state", "none"] = "merged"
-    """What is RMS-normalised before the output projection: the merged vector of all heads, each head's merged vector, each
-    memory state before it is merged, or nothing (silent)."""
     conv_size: int = 0
-    """Taps of a causal depthwise convolution, followed by SiLU; 0 for none (an addition to the paper)."""
-    conv_input: Literal["value", "layer", "both"] = "value"
-    """What the convolution takes: the values; the layer's input, to which it is added, so that routing sees it too; or both,
-    the layer's input for routing alone."""
+    """Taps of a causal depthwise convolution of the values, followed by SiLU; 0 for none (an addition to the paper)."""
     value_skip: bool = False
     """Whether each token's own values, each times a learned number, are added to the normalised merged vector, as Mamba-2 adds
     them (an addition to the paper)."""
@@ -157,43 +140,18 @@ class ModelConfig:
                 self.top_k,
                 f"use 1 to num_states={self.num_states}, or none for the dense form",
             )
-        if self.merge_top_k is not None:
-            require(self.top_k is not None, "model.merge_top_k", self.merge_top_k, "use it with top_k; or unset it")
-            require(self.query != "shared", "model.merge_top_k", self.merge_top_k, "use it with query='separate' or 'linear'")
-            require(
-                1 <= self.merge_top_k <= self.num_states, "model.merge_top_k", self.merge_top_k,
-                f"use 1 to num_states={self.num_states}, or none to read the states that are updated",
-            )  # fmt: skip
-        if self.affinity_threshold is not None:
-            require(
-                self.top_k is None, "model.affinity_threshold", self.affinity_threshold, "not together with top_k; unset one"
-            )
-            require(
-                0.0 <= self.affinity_threshold <= 1.0,
-                "model.affinity_threshold",
-                self.affinity_threshold,
-                "affinities lie between 0 and 1; use a value in that range",
-            )
-        require(self.affinity in ("softmax", "none"), "model.affinity", self.affinity, "use softmax or none")
-        require(self.query in ("shared", "separate", "linear"), "model.query", self.query, "use shared, separate or linear")
-        if self.affinity == "none":
-            require(self.rates == "state", "model.rates", self.rates, "use state, which affinity='none' needs")
-            for name in ("top_k", "affinity_threshold"):
-                require(
-                    getattr(self, name) is None, f"model.{name}", getattr(self, name), "not with affinity='none'; unset one"
-                )
-            require(self.query != "separate", "model.query", self.query, "use shared or linear with affinity='none'")
+        lag = self.update_lag
+        whole = isinstance(lag, int) and not isinstance(lag, bool)
+        require(
+            whole and lag >= 0, "model.update_lag", lag, "use 0 (the paper's form), 1 (the associative form), or more tokens"
+        )
         require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
         require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")
         low, high = self.update_rate_init
         require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
         require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
-        require(self.conv_input in ("value", "layer", "both"), "model.conv_input", self.conv_input, "use value, layer or both")
-        taken = self.conv_size > 0 or self.conv_input == "value"
-        require(taken, "model.conv_input", self.conv_input, "there is no convolution to take it; set conv_size, as 4")
         require(self.embedding_multiplier > 0, "model.embedding_multiplier", self.embedding_multiplier, "use a positive number")
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "use 0 (none) or a share below 1")
         known = typing.get_args(Mixer)
         require(
             len(self.mixers) > 0 and all(mixer in known for mixer in self.mixers),

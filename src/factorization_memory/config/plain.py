@@ -9,6 +9,7 @@ import typing
 from typing import Any, Literal, TypeVar
 
 from factorization_memory.config.checks import ConfigError
+from factorization_memory.config.retired import without_retired
 
 T = TypeVar("T")
 
@@ -21,14 +22,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
     """The configuration of class `cls` that `to_dict` (through JSON or not) came from.
 
-    Raises `ConfigError` for an unknown field (naming the nearest valid one) or a value of the wrong type.
+    Fields that are retired may be there with their neutral value. Raises `ConfigError` for one with another value, for an
+    unknown field (naming the nearest valid one) or a value of the wrong type.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{path.rstrip('.') or 'configuration'}={values!r}: expected an object of fields")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments = {}
-    for name, value in values.items():
+    for name, value in without_retired(cls.__name__, values, path).items():
         if name not in known:
             raise ConfigError(f"{path}{name}: no such field{suggestion(name, known)}")
         arguments[name] = _from_plain(hints[name], value, f"{path}{name}")

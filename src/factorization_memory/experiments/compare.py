@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from factorization_memory.config import ConfigError, RunConfig, to_dict
+from factorization_memory.config import RETIRED, ConfigError, ModelConfig, RunConfig, to_dict
 from factorization_memory.experiments.contenders import Contender
 from factorization_memory.experiments.matching import Match, match_parameters, non_embedding_parameters
 from factorization_memory.experiments.processes import Job
@@ -245,7 +245,8 @@ def make_entries(
 
 def with_defaults(plan: Any) -> Any:
     """A plan as `Plan.description` gave it, in the form of today: with the defaults of fields that have come since, which are
-    what it was trained with, and each contender's seeds, which were once the same for all."""
+    what it was trained with, without retired fields that said nothing, and with each contender's seeds, which were once the
+    same for all."""
     if not isinstance(plan, dict) or not isinstance(plan.get("contenders"), dict):
         return plan
     if plan.get("schema_version") == 1 and "seeds" not in plan:
@@ -255,12 +256,23 @@ def with_defaults(plan: Any) -> Any:
         section, _, field = name.partition(".")
         del default[section][field]
     default = json.loads(json.dumps(default))
-    contenders = {name: _filled(config, default) for name, config in plan["contenders"].items()}
+    contenders = {name: _filled(_without_neutral(config), default) for name, config in plan["contenders"].items()}
     if plan.get("schema_version") == 1:
         plan = dict(plan, schema_version=PLAN_VERSION)
         seeds = plan.pop("seeds")
         contenders = {name: {"seeds": seeds, **config} for name, config in contenders.items() if isinstance(config, dict)}
     return plan | {"contenders": contenders}
+
+
+def _without_neutral(config: Any) -> Any:
+    """A contender's configuration without the retired fields of its model that hold their neutral value."""
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        return config
+    retired = RETIRED[ModelConfig.__name__]
+    model = {
+        name: value for name, value in config["model"].items() if name not in retired or value != retired[name][0]
+    }  # fmt: skip
+    return config | {"model": model}
 
 
 def is_plan(plan: Any) -> bool:

@@ -7,16 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def project(x: Tensor, num_heads: int, *projections: nn.Linear | None) -> list[Tensor | None]:
-    """x `[..., d]` through each projection that there is, `[..., H, outputs of a head]`."""
-    some = tuple(projection for projection in projections if projection is not None)
-    if as_one(x, some):
-        weight = torch.cat([projection.weight for projection in some])
-        bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in some])
-        results = iter(functional.linear(x, weight, bias).split([p.out_features for p in some], dim=-1))
+def project(x: Tensor, num_heads: int, *projections: nn.Linear) -> list[Tensor]:
+    """x `[..., d]` through each projection, `[..., H, outputs of a head]`."""
+    if as_one(x, projections):
+        weight = torch.cat([projection.weight for projection in projections])
+        bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections])
+        results = list(functional.linear(x, weight, bias).split([p.out_features for p in projections], dim=-1))
     else:
-        results = iter([projection(x) for projection in some])
-    return [None if each is None else next(results).unflatten(-1, (num_heads, -1)) for each in projections]
+        results = [projection(x) for projection in projections]
+    return [result.unflatten(-1, (num_heads, -1)) for result in results]
 
 
 def as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:

@@ -1,7 +1,6 @@
-"""Which memory states the tokens of a layer update and merge.
+"""Which memory states the tokens of a layer update and merge, and those of the tokens before, which are carried.
 
-Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states, R states merged
-where those are others.
+Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states, L lag of updates, N packed sequences.
 """
 
 from __future__ import annotations
@@ -11,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from factorization_memory.ops import over_states
+from factorization_memory.ops.convolution import last_inputs
+
 
 @dataclass
 class Routing:
@@ -19,50 +21,70 @@ class Routing:
     Attributes:
         affinity: alpha, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; sums to 1 over the last dimension.
         update: theta, the same shape.
-        merge: phi, the same shape, or `[B, T, H, R]` with `merge_indices`.
-        indices: the selected states, int64 `[B, T, H, K]`; None in the dense form.
+        merge: phi, the same shape.
+        indices: the states that each token selects by its affinity, and merges, int64 `[B, T, H, K]`; None in the dense form.
+        update_indices: the states that it updates, those that the token L before it selected; without a lag, `indices`.
         num_states: M.
         padding_mask: bool `[B, T]`, False where a token is padding; None if none is.
-        merge_indices: the states that are merged, int64 `[B, T, H, R]`; None if they are those that are updated.
     """
 
     affinity: Tensor
     update: Tensor
     merge: Tensor
     indices: Tensor | None
+    update_indices: Tensor | None
     num_states: int
     padding_mask: Tensor | None = None
-    merge_indices: Tensor | None = None
+
+    @property
+    def merge_indices(self) -> Tensor | None:
+        """The merged states, as the recurrence takes them: None where they are those that are updated."""
+        return None if self.indices is self.update_indices else self.indices
 
     def of_all_states(self) -> tuple[Tensor, Tensor]:
         """Update and merge weights of all states, `[B, T, H, M]`; zero for those not selected."""
-        merged = self.indices if self.merge_indices is None else self.merge_indices
-        return over_states(self.update, self.indices, self.num_states), over_states(self.merge, merged, self.num_states)
-
-    def as_one_selection(self, size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Update weights, merge weights and the selected states, as the recurrence takes them: with one selection for both.
-
-        Args:
-            size: states of the selection where updated and merged ones are not the same, K + R or more, M at most; None for all
-                states, without indices.
-
-        Returns:
-            `[B, T, H, size]` each; where updated and merged states are the same, what there is.
-        """
-        if self.merge_indices is None:
-            return self.update, self.merge, self.indices
-        update, merge = self.of_all_states()
-        if size is None:
-            return update, merge, None
-        selected = (update != 0) | (merge != 0)
-        # Where fewer are, others make up the number, the lower index first.
-        keys = selected * self.num_states - torch.arange(self.num_states, device=selected.device)
-        indices = keys.topk(size, dim=-1).indices
-        return update.gather(-1, indices), merge.gather(-1, indices), indices
+        states = self.num_states
+        return over_states(self.update, self.update_indices, states), over_states(self.merge, self.indices, states)
 
 
-def over_states(weights: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
-    """Weights of selected states `[..., K]` among all, `[..., M]`."""
-    if indices is None:
-        return weights
-    return weights.new_zeros(*weights.shape[:-1], num_states).scatter(-1, indices, weights)
+def delayed(
+    x: Tensor,
+    last: Tensor,
+    cu_seqlens: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the token L before each has, and what the last L tokens have.
+
+    Args:
+        x: of each token, `[B, T, ...]`.
+        last: of the L tokens before the first, oldest first, `[B, L, ...]` (`[N, L, ...]` with `cu_seqlens`).
+        cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+        padding_mask: bool `[B, T]`, False for padding, which is passed over: the token before is the last real one.
+
+    Returns:
+        `[B, T, ...]`, and of the last L tokens, shaped as `last`; a copy.
+    """
+    lag, length = last.shape[1], x.shape[1]
+    if cu_seqlens is not None:
+        borders = cu_seqlens.to(x.device, torch.long)
+        token = torch.arange(length, device=x.device)
+        sequence = torch.bucketize(token, borders[1:], right=True).clamp(max=len(borders) - 2)
+        place = token - borders[sequence]
+        # All that was carried in, then all tokens: where each token finds the one L before it.
+        source = torch.where(place < lag, sequence * lag + place, len(last) * lag + token - lag)
+        joined = torch.cat((last.flatten(0, 1), x[0]))
+        new = last_inputs(x.flatten(2), lag + 1, last.flatten(2), cu_seqlens).view(last.shape)
+        return joined[source][None], new
+    if padding_mask is None:
+        joined = torch.cat((last, x), dim=1)
+        return joined[:, :length], joined[:, length:].clone()
+    order = (~padding_mask).to(torch.int8).argsort(dim=1, stable=True)
+    joined = torch.cat((last, _rows(x, order)), dim=1)
+    real_before = padding_mask.cumsum(1) - padding_mask.long()
+    real = padding_mask.sum(1, keepdim=True)
+    return _rows(joined, real_before), _rows(joined, real + torch.arange(lag, device=x.device))
+
+
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    """x `[B, T, ...]` at places `[B, S]`, `[B, S, ...]`."""
+    return x.gather(1, places.view(*places.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))

@@ -3,7 +3,7 @@
 A state that is stepped token by token can keep what its last steps overwrote, and be rolled back to the bit: for drafts that
 are not accepted, and prefixes that are used again. That costs as much as the steps wrote: K states of M where memory is sparse.
 
-Shapes: B sequences, H heads, M memory states, K states that a step writes, D value width of a head.
+Shapes: B sequences, H heads, M memory states, K states that a token selects, D value width of a head, L lag of updates.
 """
 
 from __future__ import annotations
@@ -65,29 +65,32 @@ class Undo:
     Attributes:
         rows: memory states as they were, `[places, B, H, K, D]`; K = M in the dense form.
         indices: which they are, int64 `[places, B, H, K]`; None in the dense form.
-        convolution: `LayerState.convolution` as it was, `[places, B, taps - 1, channels]`, or None.
+        rest: the other tensors of the state (see `LayerState.rest`) as they were, `[places, B, ...]` each.
         position: int64 `[1]`, where the next step goes: one tensor for all layers, so that a CUDA graph can hold the steps.
     """
 
     rows: Tensor
     indices: Tensor | None
-    convolution: Tensor | None
+    rest: list[Tensor]
     position: Tensor
 
-    def put_aside(self, indices: Tensor | None, convolution: Tensor | None) -> None:
-        """What the next step selects `[B, H, K]`, and the convolution's values before it."""
+    def put_aside(self, state: LayerState) -> None:
+        """All but the memory, before a step."""
+        for ring, tensor in zip(self.rest, state.rest(), strict=True):
+            ring.index_copy_(0, self.position, tensor[None])
+
+    def put_aside_selection(self, indices: Tensor | None) -> None:
+        """The states that the step updates, `[B, H, K]`."""
         if self.indices is not None and indices is not None:
             self.indices.index_copy_(0, self.position, indices[None])
-        if self.convolution is not None and convolution is not None:
-            self.convolution.index_copy_(0, self.position, convolution[None])
 
     def roll_back(self, state: LayerState, steps: int) -> None:
         """Take the last steps back; `position` still stands after them."""
         chosen = None if self.indices is None else self.indices[:, :, None]
         ops.undo_unchecked(state.memory, self.rows[:, :, None], chosen, None, self.position, steps)
-        if self.convolution is not None and state.convolution is not None:
-            place = (self.position - steps) % len(self.rows)
-            state.convolution.copy_(self.convolution.index_select(0, place)[0])
+        place = (self.position - steps) % len(self.rows)
+        for ring, tensor in zip(self.rest, state.rest(), strict=True):
+            tensor.copy_(ring.index_select(0, place)[0])
 
 
 @dataclass
@@ -98,11 +101,16 @@ class LayerState:
         memory: `[B, H, M, D]`, float32 (float64 in a float64 model).
         convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, channels]`; None
             without convolution.
+        affinity: with `update_lag`, affinities of the last L tokens, which coming updates go by, oldest first,
+            `[B, L, H, K]` (K = M in the dense form), of memory's dtype; None without. Zero is no token: nothing is written.
+        indices: their states, int64 `[B, L, H, K]`; None without lag, and in the dense form.
         undo: takes what steps overwrite, if that is kept. Of this very state: copies have none.
     """
 
     memory: Tensor
     convolution: Tensor | None = None
+    affinity: Tensor | None = None
+    indices: Tensor | None = None
     undo: Undo | None = None
 
     @property
@@ -112,11 +120,17 @@ class LayerState:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> LayerState:
         """The state with `function` applied to each tensor."""
-        return LayerState(function(self.memory), None if self.convolution is None else function(self.convolution))
+        rest = (self.convolution, self.affinity, self.indices)
+        convolution, affinity, indices = (None if tensor is None else function(tensor) for tensor in rest)
+        return LayerState(function(self.memory), convolution, affinity, indices)
 
     def tensors(self) -> list[Tensor]:
         """The tensors that make up the state."""
-        return [self.memory] if self.convolution is None else [self.memory, self.convolution]
+        return [self.memory, *self.rest()]
+
+    def rest(self) -> list[Tensor]:
+        """The tensors beside the memory."""
+        return [tensor for tensor in (self.convolution, self.affinity, self.indices) if tensor is not None]
 
 
 def _alike(mine: MixerState, given: MixerState) -> bool:

@@ -70,7 +70,7 @@ class Counts:
 
 
 def count(config: ModelConfig, context_length: int = DataConfig.context_length) -> Counts:
-    """The costs of a model of `config`, whose `vocab_size` must be set. With an affinity threshold all states count.
+    """The costs of a model of `config`, whose `vocab_size` must be set.
 
     `context_length` is that of training sequences, T: a token of them attends to (T + 1) / 2 tokens in the mean, fewer in a
     window.
@@ -83,10 +83,8 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
     weights = sum(
         module.weight.numel() for block in model.blocks for module in block.modules() if isinstance(module, torch.nn.Linear)
     )
-    updated = config.top_k or config.num_states
-    merged = config.merge_top_k or updated
     recurrence = {
-        "memory": (UPDATE_FLOPS * updated + MERGE_FLOPS * merged) * config.value_size,
+        "memory": (UPDATE_FLOPS + MERGE_FLOPS) * (config.top_k or config.num_states) * config.value_size,
         "mamba2": (UPDATE_FLOPS + MERGE_FLOPS) * config.mamba2.state_size * int(config.mamba2.expand * config.hidden_size),
         "attention": 0,
     }

@@ -11,9 +11,8 @@ in few kernels. The residual stream is float32 whatever the weights' dtype. A bl
   the products one kernel for all that stands there (`ops/triton/decoding.py`: residual sum, norm and cast; norm, gate and cast;
   residual sum, norm and cast; SwiGLU and cast).
 
-The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more, or four (five
-of few sequences, six of more in bfloat16) if routing sees it too (`conv_input="both"`); steps that can be undone one for each
-tensor put aside but the memory. Queries of their own take several small ones more.
+The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more; the dense form
+with a lag of updates several small ones for its routing; steps that can be undone one for each tensor put aside but the memory.
 
 Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width of a head, V vocabulary size,
 P parts of a product, O its outputs.
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
@@ -87,16 +85,8 @@ def obstacle(model: LanguageModel) -> str | None:
         return f"mixers={config.mixers!r}: only memory layers have one, not {', '.join(others)}"
     if not config.feed_forward:
         return "feed_forward=False: it takes blocks with a feed-forward layer"
-    if config.conv_size and config.conv_input == "layer":
-        return "conv_input='layer': it takes convolutions that values pass"
-    if config.affinity != "softmax":
-        return f"affinity={config.affinity!r} is not the paper's routing"
     if config.backend in ("reference", "chunked"):
         return f"backend={config.backend!r} is not that of the kernels"
-    if config.norm == "state":
-        return "norm='state' sees every memory state"
-    if config.affinity_threshold is not None:
-        return "affinity_threshold selects another number of states for each token"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"its weights are {weight.dtype}, the kernels take float32 or bfloat16"
     return ops.obstacle("triton", weight, "weight")
@@ -112,52 +102,31 @@ class _DecodingBlock:
         assert isinstance(mixer, FactorizationMemory), "see obstacle"
         assert feed_forward is not None, "see obstacle"
         assert feed_forward_norm is not None
-        assert mixer.affinity is not None, "see obstacle"
         self.mixer, self.mixer_norm = mixer, block.mixer_norm
         self.feed_forward, self.feed_forward_norm = feed_forward, feed_forward_norm
-        rates = [rate for rate in (mixer.update_rate, mixer.merge_rate) if rate is not None]
-        routing = [mixer.affinity, *rates, *([] if mixer.query is None else [mixer.query])]
-        others = [mixer.value, *([] if mixer.gate is None else [mixer.gate])]
-        self.routing_sees_convolution = mixer.convolution is not None and mixer.conv_input == "both"
-        first = others if self.routing_sees_convolution else [*routing, *others]
-        self.weight = torch.cat([projection.weight for projection in first]).detach()
-        self.sizes = [projection.out_features for projection in first]
-        self.routing_sizes = [projection.out_features for projection in routing]
-        # The others have none.
+        rates = (mixer.update_rate, mixer.merge_rate)
+        projections = [mixer.affinity, *rates, mixer.value, *([] if mixer.gate is None else [mixer.gate])]
+        self.weight = torch.cat([projection.weight for projection in projections]).detach()
+        self.sizes = [projection.out_features for projection in projections]
         self.rate_bias = torch.cat([rate.bias for rate in rates]).detach()
-        self.rates = slice(self.routing_sizes[0], self.routing_sizes[0] + len(self.rate_bias))
-        bias = self.weight.new_zeros(sum(self.routing_sizes))
-        bias[self.rates] = self.rate_bias
-        if self.routing_sees_convolution:
-            self.routing_weight, self.routing_bias = torch.cat([each.weight for each in routing]).detach(), bias
-            self.bias = None
-        else:
-            self.bias = functional.pad(bias, (0, len(self.weight) - len(bias)))
-        self.norm_groups = mixer.num_heads if mixer.norm == "head" else 1
+        self.rates = slice(self.sizes[0], self.sizes[0] + len(self.rate_bias))
+        self.bias = self.weight.new_zeros(len(self.weight))
+        self.bias[self.rates] = self.rate_bias
         self.few = min(
-            most_tokens(mixer.hidden_size), most_tokens(mixer.output.in_features, self.norm_groups),
-            most_tokens(feed_forward.down.in_features),
+            most_tokens(mixer.hidden_size), most_tokens(mixer.output.in_features), most_tokens(feed_forward.down.in_features),
         )  # fmt: skip
 
     def step_few(self, x: Tensor, state: MixerState) -> None:
         """The residual stream `[B, d]`, float32, and the state, both in place: B up to `few`."""
-        from factorization_memory.ops.triton.decoding import normalise
         from factorization_memory.ops.triton.small_linear import small_linear
 
         norm, mixer = self.mixer_norm, self.mixer
         projected = x.new_empty(len(x), len(self.weight))
-        normalised = None
-        if self.routing_sees_convolution:
-            normalised = normalise(x, None, None, norm.weight, norm.eps, 1, torch.float32)
-            small_linear(normalised, self.weight, projected, early=True)
-        else:
-            small_linear(
-                x, self.weight, projected, bias=self.bias, norm_weight=norm.weight, norm_eps=norm.eps, early=True
-            )  # fmt: skip
-        y, gate, value = self._recurrence(projected, normalised, True, state)
+        small_linear(x, self.weight, projected, bias=self.bias, norm_weight=norm.weight, norm_eps=norm.eps, early=True)
+        y, gate, value = self._recurrence(projected, None, state)
         small_linear(
             y, mixer.output.weight, x, residual=x, gate=gate, skipped=value, skip_weight=mixer.skip,
-            norm_weight=mixer.norm_weight, norm_eps=mixer.norm_eps, norm_groups=self.norm_groups, early=True,
+            norm_weight=mixer.norm_weight, norm_eps=mixer.norm_eps, early=True,
         )  # fmt: skip
         norm, feed_forward = self.feed_forward_norm, self.feed_forward
         hidden = x.new_empty(len(x), feed_forward.down.in_features, dtype=self.weight.dtype)
@@ -178,69 +147,42 @@ class _DecodingBlock:
         from factorization_memory.ops.triton.decoding import glu, normalise
 
         norm, mixer, dtype = self.mixer_norm, self.mixer, self.weight.dtype
-        normalised = normalise(x, parts, None, norm.weight, norm.eps, 1, dtype)
-        projected = wide_product(normalised, self.weight.T)
-        y, gate, value = self._recurrence(projected, normalised, False, state)
-        y = normalise(y, None, gate, mixer.norm_weight, mixer.norm_eps, self.norm_groups, dtype, value, mixer.skip)
+        projected = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, dtype), self.weight.T)
+        y, gate, value = self._recurrence(projected, self.rate_bias, state)
+        y = normalise(y, None, gate, mixer.norm_weight, mixer.norm_eps, 1, dtype, value, mixer.skip)
         parts = _in_parts(y, mixer.output.weight)
         norm, feed_forward = self.feed_forward_norm, self.feed_forward
         y = normalise(x, parts, None, norm.weight, norm.eps, 1, dtype)
         return _in_parts(glu(wide_product(y, feed_forward.gate_up.weight.T), dtype), feed_forward.down.weight)
 
     def _recurrence(
-        self, projected: Tensor, normalised: Tensor | None, few: bool, state: MixerState
+        self, projected: Tensor, rate_bias: Tensor | None, state: MixerState
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """From the projections of the layer's input, with biases if they are those of few sequences, to the merged vectors
-        `[B, H * D]`; the gate's logits if there is a gate; the values `[B, H * D]` if they skip the memory. `normalised` is the
-        layer's input, which must be given where routing sees the convolution."""
+        """From the projections of the layer's input to the merged vectors `[B, H * D]`; the gate's logits if there is a gate;
+        the values `[B, H * D]` if they skip the memory. `rate_bias` is to be added to the rates' logits, None if it was."""
         from factorization_memory.ops.triton.decoding import convolve
         from factorization_memory.ops.triton.step import dense_step
 
         assert isinstance(state, LayerState), "the state is of another model"
         mixer, undo = self.mixer, state.undo
-        convolution = mixer.convolution
         parts = list(projected.split(self.sizes, dim=1))
         gate = parts.pop() if mixer.gate is not None else None
         value = parts.pop()
         if undo is not None:
-            undo.put_aside(None, state.convolution)
-        if self.routing_sees_convolution:
-            assert normalised is not None
-            value = torch.cat((value, normalised.to(value.dtype)), dim=1)
-        if convolution is not None and state.convolution is not None:
-            value = convolve(value, state.convolution, convolution.weight, convolution.bias)
-        if self.routing_sees_convolution:
-            value, before = value.split((mixer.output.in_features, mixer.hidden_size), dim=1)
-            projected = self._routing_logits(normalised + before, few)
-            parts = list(projected.split(self.routing_sizes, dim=1))
+            undo.put_aside(state)
+        if mixer.convolution is not None and state.convolution is not None:
+            value = convolve(value, state.convolution, mixer.convolution.weight, mixer.convolution.bias)
         heads = (mixer.num_heads, -1)
-        logits = iter([part.unflatten(1, heads) for part in parts])
-        affinity, update = next(logits), next(logits)
-        merge = None if mixer.merge_rate is None else next(logits)
-        query = None if mixer.query is None else next(logits)
-        rate_bias = None if few else self.rate_bias
+        affinity, update, merge = (part.unflatten(1, heads) for part in parts)
         values = value.unflatten(1, heads)
-        if mixer.top_k is not None or query is not None:
+        if mixer.top_k is not None or mixer.update_lag:
             if rate_bias is not None:
                 projected[:, self.rates].add_(rate_bias)
-            routing = mixer.weigh(affinity, update, merge, query)
-            if undo is not None:
-                undo.put_aside(routing.indices, None)
-            y = mixer.step_memory(routing, values, state)
+            y = mixer.step_memory(affinity, update, merge, values, state)
         else:
-            assert merge is not None, "only a query does without"
             rows, position = (None, None) if undo is None else (undo.rows, undo.position)
             y = dense_step(affinity, update, merge, rate_bias, mixer.temperature, values, state.memory, rows, position)
         return y.flatten(1), gate, None if mixer.skip is None else value
-
-    def _routing_logits(self, x: Tensor, few: bool) -> Tensor:
-        """The projections that routing is made of, of its input x `[B, d]`; for few sequences with biases."""
-        from factorization_memory.ops.triton.small_linear import small_linear
-
-        if not few:
-            return wide_product(x.to(self.weight.dtype), self.routing_weight.T)
-        out = x.new_empty(len(x), len(self.routing_weight))
-        return small_linear(x, self.routing_weight, out, bias=self.routing_bias, early=True)
 
 
 def _in_parts(x: Tensor, weight: Tensor) -> Tensor:

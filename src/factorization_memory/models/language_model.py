@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from factorization_memory.config import ConfigError, Mixer, ModelConfig
 from factorization_memory.layers import (
@@ -44,7 +43,6 @@ class Block(nn.Module):
         self.mixer = make_mixer(mixer, config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.feed_forward else None
         self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size) if config.feed_forward else None
-        self.dropout = config.dropout
         self.residual_scale = ((2 if config.feed_forward else 1) * config.num_layers) ** -0.5
 
     @torch.no_grad()
@@ -71,19 +69,16 @@ class Block(nn.Module):
     ) -> tuple[Tensor, MixerState | None]:
         """x `[B, T, d]` to the same shape, and the new state if asked for."""
         y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask, keep_state)
-        return self._feed(x + self._dropped(y)), state
+        return self._feed(x + y), state
 
     def step(self, x: Tensor, state: MixerState) -> Tensor:
         """One token x `[B, d]` to the same shape; `state` is updated in place."""
-        return self._feed(x + self._dropped(self.mixer.step(self.mixer_norm(x), state)))
+        return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
 
     def _feed(self, x: Tensor) -> Tensor:
         if self.feed_forward is None or self.feed_forward_norm is None:
             return x
-        return x + self._dropped(self.feed_forward(self.feed_forward_norm(x)))
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class LanguageModel(nn.Module):
@@ -184,9 +179,7 @@ class LanguageModel(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the blocks, `[..., d]`, of tokens `[...]`."""
         x = self.embedding(tokens)
-        if self.config.embedding_multiplier != 1:
-            x = x * self.config.embedding_multiplier
-        return functional.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 
 from factorization_memory.layers import FactorizationMemory, Routing
-from factorization_memory.layers.routing import over_states
 from factorization_memory.models.language_model import LanguageModel
+from factorization_memory.ops import over_states
 
 DEAD_SHARE = 0.01
 """A state is dead that gets less than this part of an even share of use."""
 
 
 def memory_layers(model: LanguageModel) -> dict[int, FactorizationMemory]:
-    """The memory layers of a model that share tokens out among states (not those of `affinity="none"`), by the number of their
-    block."""
+    """The memory layers of a model, by the number of their block."""
     mixers = {i: block.mixer for i, block in enumerate(model.blocks)}
-    return {i: mixer for i, mixer in mixers.items() if isinstance(mixer, FactorizationMemory) and mixer.affinity is not None}
+    return {i: mixer for i, mixer in mixers.items() if isinstance(mixer, FactorizationMemory)}
 
 
 @contextmanager
@@ -47,9 +46,9 @@ def _detach(routing: Routing) -> Routing:
         routing.update.detach(),
         routing.merge.detach(),
         routing.indices,
+        routing.update_indices,
         routing.num_states,
         routing.padding_mask,
-        routing.merge_indices,
     )
 
 
@@ -94,17 +93,17 @@ class _LayerHealth:
 
     @torch.no_grad()
     def add(self, routing: Routing) -> None:
-        indices = routing.indices
         affinity, update = (x.flatten(0, -3) for x in (routing.affinity.float(), routing.update.float()))
-        indices = None if indices is None else indices.flatten(0, -3)
+        indices, updated = (None if x is None else x.flatten(0, -3) for x in (routing.indices, routing.update_indices))
         if routing.padding_mask is not None:
             real = routing.padding_mask.flatten()
-            affinity, update, indices = affinity[real], update[real], None if indices is None else indices[real]
+            affinity, update = affinity[real], update[real]
+            indices, updated = (None if x is None else x[real] for x in (indices, updated))
         # A full overwrite forgets everything at once; a floor keeps its logarithm finite.
         decay = -torch.log1p(-update.clamp(max=1 - 1e-6))
         self.entropy = self.entropy + torch.special.entr(affinity).sum((0, -1)).cpu()
         self.share = self.share + over_states(affinity, indices, routing.num_states).sum(0).cpu()
-        self.decay = self.decay + over_states(decay, indices, routing.num_states).sum(0).cpu()
+        self.decay = self.decay + over_states(decay, updated, routing.num_states).sum(0).cpu()
         self.tokens += affinity.shape[0]
 
     def summary(self) -> dict[str, Any]:

@@ -4,7 +4,10 @@ For each token t, head and memory state j, with update weight theta, merge weigh
 
     h_tj = (1 - theta_tj) h_{t-1,j} + theta_tj v_t        y_t = sum_j phi_tj h_tj
 
-Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width of a head.
+The states that a token updates and those that it merges may be other ones: `indices` and `merge_indices`.
+
+Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it merges, D value width of a
+head.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ def factorization_memory(
     merge: Tensor,
     value: Tensor,
     indices: Tensor | None = None,
+    merge_indices: Tensor | None = None,
     num_states: int | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -42,10 +46,12 @@ def factorization_memory(
 
     Args:
         update: theta, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; 0 <= theta <= 1, both ends included.
-        merge: phi, same shape as `update`.
+        merge: phi, same shape as `update`, or `[B, T, H, R]` with `merge_indices`.
         value: v, `[B, T, H, D]`.
-        indices: integers `[B, T, H, K]`, the distinct states that each token updates and merges; None is the dense form. Their
-            values are not checked under `torch.compile` or while a CUDA graph is captured.
+        indices: integers `[B, T, H, K]`, the distinct states that each token updates; None is the dense form. Their values are
+            not checked under `torch.compile` or while a CUDA graph is captured.
+        merge_indices: integers `[B, T, H, R]`, the distinct states that each token merges, after its update; None takes those
+            that it updates. Only with `indices`; checked as they are.
         num_states: M; required with `indices`.
         initial_state: h_0, `[B, H, M, D]`, or `[N, H, M, D]` with `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
@@ -63,15 +69,18 @@ def factorization_memory(
         ValueError: an argument of the wrong shape, dtype or device, indices out of range or repeated, an unknown backend, or
             one that cannot run here; names the argument, what it got and what it takes.
     """
-    states = check_weights(update, merge, value, indices, num_states, time=True)
+    states = check_weights(update, merge, value, indices, merge_indices, num_states, time=True)
     if cu_seqlens is not None:
         check_borders(cu_seqlens, value.shape[0], value.shape[1])
     if initial_state is not None:
         sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(initial_state, "initial_state", (sequences, value.shape[2], states, value.shape[3]), value)
-    if indices is not None and not torch.compiler.is_compiling() and not _capturing(indices):
-        check_indices(indices, states)
-    return recurrence_unchecked(update, merge, value, indices, states, initial_state, output_final_state, cu_seqlens, backend)
+    for name, chosen in (("indices", indices), ("merge_indices", merge_indices)):
+        if chosen is not None and not torch.compiler.is_compiling() and not _capturing(chosen):
+            check_indices(chosen, states, name)
+    return recurrence_unchecked(
+        update, merge, value, indices, merge_indices, states, initial_state, output_final_state, cu_seqlens, backend
+    )
 
 
 def factorization_memory_step(
@@ -80,6 +89,7 @@ def factorization_memory_step(
     value: Tensor,
     state: Tensor,
     indices: Tensor | None = None,
+    merge_indices: Tensor | None = None,
     places: Tensor | None = None,
     undo: Tensor | None = None,
     seed: Tensor | None = None,
@@ -87,16 +97,18 @@ def factorization_memory_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence, or a few, for generation: `state` is updated in place. Not differentiable.
 
-    On a GPU nothing is waited for, so that a CUDA graph can hold it; there neither the values of `indices` nor those of
-    `places` are checked.
+    Never synchronizes with a GPU, so it can be captured in a CUDA graph; there the values of `indices`, `merge_indices` and
+    `places` are not checked.
 
     Args:
         update: theta, `[B, H, M]`, or `[B, H, K]` with `indices`; `[B, T, H, M]` (or K) for T tokens one after the other.
-        merge: phi, same shape as `update`.
+        merge: phi, same shape as `update`, or `[B, H, R]` with `merge_indices`.
         value: v, `[B, H, D]`, or `[B, T, H, D]`.
         state: h, `[B, H, M, D]`, contiguous, float32 (float64 for float64 values; bfloat16 with `seed`); a sparse step reads
-            and writes K rows of it for each token.
-        indices: integers shaped as `update`, distinct for each token.
+            and writes K rows of it for each token, and reads R more with `merge_indices`.
+        indices: integers shaped as `update`, distinct for each token: the states it updates.
+        merge_indices: integers shaped as `merge`, distinct for each token: the states it merges, after its update; None takes
+            those that it updates. Only with `indices`.
         places: integers `[B]`: where in `state`, then `[S, H, M, D]`, each sequence's is; -1 for a sequence that is not there,
             whose output is 0. No two may share a place. None is one after the other, S = B.
         undo: takes the rows of `state` as they were before they were written, `[B, H, K, D]` (M in the dense form), or
@@ -112,7 +124,9 @@ def factorization_memory_step(
         ValueError: as `factorization_memory`.
     """
     several = value.dim() == 4
-    states = check_weights(update, merge, value, indices, state.shape[2] if state.dim() == 4 else None, time=several)
+    states = check_weights(
+        update, merge, value, indices, merge_indices, state.shape[2] if state.dim() == 4 else None, time=several
+    )
     sequences = value.shape[0]
     if places is not None:
         check_places(places, sequences, state)
@@ -128,8 +142,9 @@ def factorization_memory_step(
         if undo.shape != wanted or undo.dtype != state.dtype or undo.device != state.device or not undo.is_contiguous():
             got = f"{undo.dtype} {tuple(undo.shape)} on {undo.device}, strides {undo.stride()}"
             raise ValueError(f"undo: got {got}, takes a contiguous {state.dtype} {wanted} on {state.device}")
-    if indices is not None and not value.is_cuda and not torch.compiler.is_compiling():
-        check_indices(indices, states)
+    for name, chosen in (("indices", indices), ("merge_indices", merge_indices)):
+        if chosen is not None and not value.is_cuda and not torch.compiler.is_compiling():
+            check_indices(chosen, states, name)
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != state.device):
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
         raise ValueError(f"seed: got {got}, takes int64 (1,) on {state.device}")
@@ -139,7 +154,7 @@ def factorization_memory_step(
         raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'reference', which runs everywhere")
     if seed is not None and not _steps_in_triton(backend, value):
         raise ValueError("seed: only Triton kernels round at random, and they do not run here; use a float32 state")
-    y = step_unchecked(update, merge, value, state, indices, places, undo, seed=seed, backend=backend)
+    y = step_unchecked(update, merge, value, state, indices, merge_indices, places, undo, seed=seed, backend=backend)
     return y, state
 
 
@@ -203,6 +218,7 @@ def step_unchecked(
     value: Tensor,
     state: Tensor,
     indices: Tensor | None,
+    merge_indices: Tensor | None = None,
     places: Tensor | None = None,
     undo: Tensor | None = None,
     position: Tensor | None = None,
@@ -218,13 +234,13 @@ def step_unchecked(
         undo, position = undo[None], torch.zeros(1, dtype=torch.int64, device=state.device)
     if one:
         update, merge, value = (x[:, None] for x in (update, merge, value))
-        indices = None if indices is None else indices[:, None]
+        indices, merge_indices = (None if x is None else x[:, None] for x in (indices, merge_indices))
         undo = None if undo is None else undo[:, :, None]
     if _steps_in_triton(backend, value):
-        y = triton.step_in_place(update, merge, value, state, indices, places, undo, position, seed)
+        y = triton.step_in_place(update, merge, value, state, indices, merge_indices, places, undo, position, seed)
     else:
         with no_autocast(value.device):
-            y = reference.steps(update, merge, value, indices, state, places, undo, position).to(value.dtype)
+            y = reference.steps(update, merge, value, indices, merge_indices, state, places, undo, position).to(value.dtype)
     return y[:, 0] if one else y
 
 
@@ -251,6 +267,7 @@ def recurrence_unchecked(
     merge: Tensor,
     value: Tensor,
     indices: Tensor | None,
+    merge_indices: Tensor | None,
     num_states: int,
     initial_state: Tensor | None,
     output_final_state: bool,
@@ -259,14 +276,21 @@ def recurrence_unchecked(
 ) -> tuple[Tensor, Tensor | None]:
     """`factorization_memory` on arguments known to be right."""
     alone = initial_state is None and not output_final_state
-    backend = _choose(backend, value, indices, num_states, alone, cu_seqlens)
+    touched = 0 if indices is None else indices.shape[3] + (0 if merge_indices is None else merge_indices.shape[3])
+    touched = min(touched, num_states)
+    backend = _choose(backend, value, touched, num_states, alone, cu_seqlens)
     if backend == "reference":
         borders = None if cu_seqlens is None else read_borders(cu_seqlens)
-        return _reference(update, merge, value, indices, num_states, initial_state, output_final_state, borders)
+        return _reference(
+            update, merge, value, indices, merge_indices, num_states, initial_state, output_final_state, borders
+        )  # fmt: skip
     if backend == "triton-sparse" and indices is not None:
+        if merge_indices is not None:
+            update, merge, indices = _one_selection(update, merge, indices, merge_indices, num_states, touched)
         return triton.forward_sparse(update, merge, value, indices, num_states, initial_state, output_final_state, cu_seqlens)
     if indices is not None:
-        update, merge = (_scatter(x, indices, num_states) for x in (update, merge))
+        merge = over_states(merge, indices if merge_indices is None else merge_indices, num_states)
+        update = over_states(update, indices, num_states)
     if backend == "triton-dense":
         return triton.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
     borders = None if cu_seqlens is None else read_borders(cu_seqlens)
@@ -279,21 +303,21 @@ def obstacle(backend: str, value: Tensor, argument: str = "value") -> str | None
 
 
 def _choose(
-    backend: str, value: Tensor, indices: Tensor | None, num_states: int, alone: bool, cu_seqlens: Tensor | None
-) -> str:
-    """The backend that computes, "triton" made one of its two forms; ValueError if it is none, or cannot. `alone` if no
-    memory comes in or is asked for."""
+    backend: str, value: Tensor, touched: int, num_states: int, alone: bool, cu_seqlens: Tensor | None
+) -> str:  # fmt: skip
+    """The backend that computes, "triton" made one of its two forms; ValueError if it is none, or cannot. `touched` states
+    each token updates or merges at most, 0 in the dense form; `alone` if no memory comes in or is asked for."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = "triton" if value.is_cuda and triton.obstacle(value) is None else "chunked"
     elif (reason := obstacle(backend, value)) is not None:
         raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'chunked', which runs everywhere")
-    elif backend == "triton-sparse" and indices is None:
+    elif backend == "triton-sparse" and not touched:
         raise ValueError(f"backend={backend!r}: it computes with indices, which are None; use 'triton'")
     if backend != "triton":
         return backend
-    sparse = indices is not None and cu_seqlens is None and triton.sparse_pays(value, indices.shape[3], num_states, alone)
+    sparse = touched > 0 and cu_seqlens is None and triton.sparse_pays(value, touched, num_states, alone)
     return "triton-sparse" if sparse else "triton-dense"
 
 
@@ -302,9 +326,24 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _scatter(weights: Tensor, indices: Tensor, num_states: int) -> Tensor:
-    """Weights of the K selected states `[B, T, H, K]` among all M, `[B, T, H, M]`, zero elsewhere."""
-    return weights.new_zeros(*weights.shape[:3], num_states).scatter(3, indices.long(), weights)
+def over_states(weights: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
+    """Weights of selected states `[..., K]` among all M, `[..., M]`, zero elsewhere; as they are without indices."""
+    if indices is None:
+        return weights
+    return weights.new_zeros(*weights.shape[:-1], num_states).scatter(-1, indices.long(), weights)
+
+
+def _one_selection(
+    update: Tensor, merge: Tensor, indices: Tensor, merge_indices: Tensor, num_states: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update and merge weights, `[B, T, H, size]` each, over one selection: the states that are updated or merged, and as many
+    others, the lower first, as make up `size`."""
+    update, merge = over_states(update, indices, num_states), over_states(merge, merge_indices, num_states)
+    touched = torch.zeros_like(update, dtype=torch.bool)
+    touched = touched.scatter(-1, indices.long(), True).scatter(-1, merge_indices.long(), True)
+    keys = touched * num_states - torch.arange(num_states, device=update.device)
+    union = keys.topk(size, dim=-1).indices
+    return update.gather(-1, union), merge.gather(-1, union), union
 
 
 def _reference(
@@ -312,6 +351,7 @@ def _reference(
     merge: Tensor,
     value: Tensor,
     indices: Tensor | None,
+    merge_indices: Tensor | None,
     num_states: int,
     initial_state: Tensor | None,
     output_final_state: bool,
@@ -323,18 +363,17 @@ def _reference(
     if initial_state is None:
         initial_state = value.new_zeros(sequences, heads, num_states, width, dtype=dtype)
     initial_state = initial_state.to(dtype)
-    indices = None if indices is None else indices.long()
+    indices, merge_indices = (None if x is None else x.long() for x in (indices, merge_indices))
     with no_autocast(value.device):
         if borders is None:
-            output, state = reference.forward(update, merge, value, indices, initial_state)
+            output, state = reference.forward(update, merge, value, indices, merge_indices, initial_state)
         else:
             parts = []
             for n in range(sequences):
                 part = slice(borders[n], borders[n + 1])
-                chosen = None if indices is None else indices[:, part]
-                parts.append(
-                    reference.forward(update[:, part], merge[:, part], value[:, part], chosen, initial_state[n : n + 1])
-                )
+                chosen, read = (None if x is None else x[:, part] for x in (indices, merge_indices))
+                start = initial_state[n : n + 1]
+                parts.append(reference.forward(update[:, part], merge[:, part], value[:, part], chosen, read, start))
             output, state = torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
     return output.to(value.dtype), (state if output_final_state else None)
 

@@ -1,7 +1,8 @@
 """What the functions of `ops` ask of their arguments, and one error for each thing that is off: it names the argument, what
 it got and what it takes.
 
-Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width of a head, N packed sequences.
+Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it merges, D value width
+of a head, N packed sequences.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)
 
 
 def check_weights(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, num_states: int | None, *, time: bool
-) -> int:
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
+    num_states: int | None, *, time: bool,
+) -> int:  # fmt: skip
     """Checks what both functions share; returns M."""
     letters = "B, T, H" if time else "B, H"
     dims = 4 if time else 3
@@ -38,7 +40,15 @@ def check_weights(
             raise ValueError(f"{name}: is on {tensor.device}, value on {value.device}; move them to one device")
     if value.dtype not in FLOATS:
         raise ValueError(f"value: got dtype {value.dtype}, takes float64, float32, bfloat16 or float16")
-    if merge.shape != update.shape:
+    for name, chosen in (("indices", indices), ("merge_indices", merge_indices)):
+        if chosen is not None and not isinstance(chosen, Tensor):
+            raise ValueError(f"{name}: got {type(chosen).__name__} {chosen!r}, takes a tensor of integers or None")
+    if merge_indices is not None and indices is None:
+        raise ValueError(
+            f"merge_indices: got {tuple(merge_indices.shape)} without indices; give the updated states as indices, "
+            "or neither for the dense form"
+        )
+    if merge_indices is None and merge.shape != update.shape:
         raise ValueError(f"merge: got shape {tuple(merge.shape)}, takes that of update, {tuple(update.shape)}")
     if indices is None:
         if num_states is not None and num_states != update.shape[-1]:
@@ -46,12 +56,15 @@ def check_weights(
         return update.shape[-1]
     if num_states is None:
         raise ValueError("num_states: got None, takes the number of states M together with indices")
-    if indices.shape != update.shape:
-        raise ValueError(f"indices: got shape {tuple(indices.shape)}, takes that of update, {tuple(update.shape)}")
-    if indices.dtype not in INDEX_DTYPES:
-        raise ValueError(f"indices: got dtype {indices.dtype}, takes int64, int32 or int16")
-    if indices.device != value.device:
-        raise ValueError(f"indices: is on {indices.device}, value on {value.device}; move them to one device")
+    for name, chosen, weights, of in (("indices", indices, update, "update"), ("merge_indices", merge_indices, merge, "merge")):
+        if chosen is None:
+            continue
+        if chosen.shape != weights.shape:
+            raise ValueError(f"{name}: got shape {tuple(chosen.shape)}, takes that of {of}, {tuple(weights.shape)}")
+        if chosen.dtype not in INDEX_DTYPES:
+            raise ValueError(f"{name}: got dtype {chosen.dtype}, takes int64, int32 or int16")
+        if chosen.device != value.device:
+            raise ValueError(f"{name}: is on {chosen.device}, value on {value.device}; move them to one device")
     return num_states
 
 
@@ -59,7 +72,7 @@ COMPARED = 2**28
 """Pairs of indices that are compared in memory; where there are more, they are sorted."""
 
 
-def check_indices(indices: Tensor, num_states: int) -> None:
+def check_indices(indices: Tensor, num_states: int, name: str = "indices") -> None:
     """ValueError unless each token's states are distinct and below M; looks at the values, which waits for a GPU."""
     if indices.numel() == 0:
         return
@@ -70,9 +83,9 @@ def check_indices(indices: Tensor, num_states: int) -> None:
         repeated = (ordered[..., 1:] == ordered[..., :-1]).sum()
     low, high, repeats = torch.stack((indices.min(), indices.max(), repeated)).tolist()  # a GPU is waited for once
     if low < 0 or high >= num_states:
-        raise ValueError(f"indices: got values from {low} to {high}, takes 0 to num_states - 1 = {num_states - 1}")
+        raise ValueError(f"{name}: got values from {low} to {high}, takes 0 to num_states - 1 = {num_states - 1}")
     if repeats:
-        raise ValueError("indices: got the same state twice for one token, takes distinct states")
+        raise ValueError(f"{name}: got the same state twice for one token, takes distinct states")
 
 
 _READ = WeakTensorKeyDictionary()

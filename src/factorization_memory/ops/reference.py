@@ -1,6 +1,7 @@
 """The recurrence as one loop over time, in the letters of docs/method.md: the truth that every other backend is tested against.
 
-Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width of a head.
+Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it
+merges, D value width of a head.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ from torch import Tensor
 
 
 def forward(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, state: Tensor, state_norm_eps: float | None = None
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The whole sequence, one token after the other; differentiable by autograd.
 
     Args:
         update: theta, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`.
-        merge: phi, same shape.
+        merge: phi, likewise, or `[B, T, H, R]` with `merge_indices`.
         value: v, `[B, T, H, D]`.
-        indices: states that each token selects, `[B, T, H, K]`, or None for all M in order.
+        indices: states that each token updates, `[B, T, H, K]`, or None for all M in order.
+        merge_indices: states that each token merges, `[B, T, H, R]`, or None for those that it updates.
         state: h_0, `[B, H, M, D]`; its dtype is the dtype of the arithmetic.
-        state_norm_eps: if given, each memory state is RMS-normalised (with this epsilon) as it is merged; the memory itself
-            stays as it is.
 
     Returns:
         y `[B, T, H, D]` and the state after the last token `[B, H, M, D]`, both in the dtype of `state`.
@@ -31,42 +31,46 @@ def forward(
         theta, phi = update[:, t, :, :, None].to(state.dtype), merge[:, t, :, :, None].to(state.dtype)
         v = value[:, t, :, None, :].to(state.dtype)
         if indices is None:
-            state = selected = (1 - theta) * state + theta * v
+            state = merged = (1 - theta) * state + theta * v
         else:
             rows = indices[:, t, :, :, None].expand(-1, -1, -1, state.shape[-1])
-            selected = (1 - theta) * state.gather(2, rows) + theta * v
-            state = state.scatter(2, rows, selected)
-        outputs.append((phi * _normalise(selected, state_norm_eps)).sum(dim=2))
+            merged = (1 - theta) * state.gather(2, rows) + theta * v
+            state = state.scatter(2, rows, merged)
+        if merge_indices is not None:
+            merged = state.gather(2, merge_indices[:, t, :, :, None].expand(-1, -1, -1, state.shape[-1]))
+        outputs.append((phi * merged).sum(dim=2))
     if not outputs:
         return state.new_zeros(value.shape), state.clone()
     return torch.stack(outputs, dim=1), state
 
 
 def step(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, state: Tensor, state_norm_eps: float | None = None
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor
 ) -> Tensor:
     """One token, `state` (contiguous) updated in place. Shapes as in `forward` without T; returns y `[B, H, D]` in the dtype
     of `state`."""
     theta, phi = update[..., None].to(state.dtype), merge[..., None, :].to(state.dtype)
     v = value[:, :, None, :].to(state.dtype)
     if indices is None:
-        selected = state.mul_(1 - theta).addcmul_(theta, v)
+        merged = state.mul_(1 - theta).addcmul_(theta, v)
     else:
         rows = _rows(state, indices)
         table = state.view(-1, state.shape[3])
-        selected = table.index_select(0, rows).view(*indices.shape, -1).mul_(1 - theta).addcmul_(theta, v)
-        table.index_copy_(0, rows, selected.flatten(0, 2))
-    return (phi @ _normalise(selected, state_norm_eps))[:, :, 0]
+        merged = table.index_select(0, rows).view(*indices.shape, -1).mul_(1 - theta).addcmul_(theta, v)
+        table.index_copy_(0, rows, merged.flatten(0, 2))
+        if merge_indices is not None:
+            merged = table.index_select(0, _rows(state, merge_indices)).view(*merge_indices.shape, -1)
+    return (phi @ merged)[:, :, 0]
 
 
 def steps(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, state: Tensor, places: Tensor | None,
-    undo: Tensor | None, position: Tensor | None,
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor,
+    places: Tensor | None, undo: Tensor | None, position: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """T tokens of each sequence one after the other, `state` updated in place.
 
     Args:
-        update, merge, value, indices: as in `forward`.
+        update, merge, value, indices, merge_indices: as in `forward`.
         state: `[S, H, M, D]`.
         places: int `[B]`, each sequence's place in `state`, -1 for none; None is one after the other.
         undo: `[depth, B, T, H, K, D]`, takes the rows as they were.
@@ -78,10 +82,10 @@ def steps(
     own = state if places is None else state[places.clamp(min=0)]
     outputs = []
     for t in range(value.shape[1]):
-        chosen = None if indices is None else indices[:, t].long()
+        chosen, read = (None if x is None else x[:, t].long() for x in (indices, merge_indices))
         if undo is not None and position is not None:
             put_aside(own, chosen, undo[:, :, t], position)
-        outputs.append(step(update[:, t], merge[:, t], value[:, t], chosen, own))
+        outputs.append(step(update[:, t], merge[:, t], value[:, t], chosen, read, own))
     y = torch.stack(outputs, 1) if outputs else own.new_zeros(value.shape)
     if places is not None:
         there = places >= 0
@@ -123,7 +127,3 @@ def _rows(state: Tensor, indices: Tensor) -> Tensor:
     batch, heads, states = state.shape[:3]
     first = torch.arange(batch * heads, device=state.device).view(batch, heads, 1) * states
     return (first + indices).flatten()
-
-
-def _normalise(states: Tensor, eps: float | None) -> Tensor:
-    return states if eps is None else torch.nn.functional.rms_norm(states, states.shape[-1:], eps=eps)

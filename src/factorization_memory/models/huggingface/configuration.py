@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.config import RETIRED, ConfigError, ModelConfig, without_retired
 from factorization_memory.models.pretrained.format import MODEL_TYPE, RENAMED, config_fields, config_from_fields, field_names
 from factorization_memory.models.pretrained.shim import AUTO_MAP
 
@@ -36,22 +36,16 @@ class FactorizationMemoryConfig(PreTrainedConfig):
     tie_word_embeddings: bool = _DEFAULT["tie_word_embeddings"]
     embedding_multiplier: float = _DEFAULT["embedding_multiplier"]
     rms_norm_eps: float = _DEFAULT["rms_norm_eps"]
-    dropout: float = _DEFAULT["dropout"]
     num_states: int = _DEFAULT["num_states"]
     top_k: int | None = _DEFAULT["top_k"]
-    merge_top_k: int | None = _DEFAULT["merge_top_k"]
-    affinity_threshold: float | None = _DEFAULT["affinity_threshold"]
     num_heads: int = _DEFAULT["num_heads"]
     expand: float = _DEFAULT["expand"]
     affinity_temperature: float = _DEFAULT["affinity_temperature"]
     affinity_init: float = _DEFAULT["affinity_init"]
-    affinity: str = _DEFAULT["affinity"]
-    query: str = _DEFAULT["query"]
+    update_lag: int = _DEFAULT["update_lag"]
     rates: str = _DEFAULT["rates"]
     update_rate_init: list[float] | tuple[float, float] = tuple(_DEFAULT["update_rate_init"])
-    norm: str = _DEFAULT["norm"]
     conv_size: int = _DEFAULT["conv_size"]
-    conv_input: str = _DEFAULT["conv_input"]
     value_skip: bool = _DEFAULT["value_skip"]
     output_gate: bool = _DEFAULT["output_gate"]
     attention: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["attention"]))
@@ -64,6 +58,8 @@ class FactorizationMemoryConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         names = field_names()
+        without_retired(ModelConfig.__name__, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED[ModelConfig.__name__]}
         for name in kwargs:
             near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, n=1, cutoff=0.8)
             if near and not hasattr(PreTrainedConfig, name):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from factorization_memory.config import ConfigError, ModelConfig, from_dict, to_dict
+from factorization_memory.config import RETIRED, ConfigError, ModelConfig, from_dict, to_dict
 from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.models.pretrained.conversion import NATIVE, from_native, native_config
 
@@ -133,7 +133,7 @@ def read_model_config(folder: Path | str) -> ModelConfig:
         if kind in NATIVE:
             config = native_config(fields)
         else:
-            known = set(field_names())
+            known = {*field_names(), *RETIRED[ModelConfig.__name__]}
             config = config_from_fields({name: value for name, value in fields.items() if name in known})
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None

@@ -170,13 +170,13 @@ def forward_sparse(
 
 
 def step_in_place(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, places: Tensor | None,
-    undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
+    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """A few tokens of each sequence, `state` in place: see `step._step`."""
     from factorization_memory.ops.triton import step as kernels
 
-    return kernels.step(update, merge, value, state, indices, places, undo, position, seed)
+    return kernels.step(update, merge, value, state, indices, merge_indices, places, undo, position, seed)
 
 
 def undo_in_place(

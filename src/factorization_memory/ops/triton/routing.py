@@ -1,10 +1,12 @@
-"""Routing on a GPU: the operators `factorization_memory::route` and `factorization_memory::route_backward`.
+"""Routing on a GPU: the operators `factorization_memory::route` and `factorization_memory::route_backward`, and
+`factorization_memory::route_step` for one token whose update goes to the states of an earlier one.
 
 Forward, a block of rows at once (a row is one token and head): the K-th largest logit is found bit by bit, as the largest
 number that at least K logits reach; the logits above it, and of those equal to it the first, are gathered and sorted. Backward
 keeps only what is K wide.
 
-Shapes: N rows, H heads, M memory states, K selected states, R rates of a head (M or 1), S kept rates (K, or 1 if R is).
+Shapes: N rows, H heads, M memory states, K selected states, R rates of a head (M or 1), S kept rates (K, or 1 if R is),
+L lag of updates.
 """
 
 from __future__ import annotations
@@ -60,12 +62,18 @@ def _rate(logits, start, index, mask):
 
 @triton.jit
 def forward_kernel(
-    affinity_logits, update_logits, merge_logits, affinity, update, merge, indices, update_rate, merge_rate, count, temperature,
+    affinity_logits, update_logits, merge_logits, affinity, update, merge, indices, update_rate, merge_rate,
+    last_affinity,  # in and out with LAG: [tokens, LAG, H, K], oldest first
+    last_indices,  # in and out with LAG: [tokens, LAG, H, K]
+    update_indices,  # out with LAG: [tokens, H, K]
+    count, temperature,
     affinity_token, affinity_head, update_token, update_head, merge_token, merge_head,
     HEADS: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr,
-    ROWS: tl.constexpr, ONE_RATE: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, ONE_RATE: tl.constexpr, BITS: tl.constexpr, UPDATES: tl.constexpr, LAG: tl.constexpr,
+    TRAINS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows."""
+    """ROWS rows. UPDATES: update weights are wanted; LAG: they go to the states of the token LAG before; TRAINS: rates are kept
+    for backward."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -110,19 +118,44 @@ def forward_kernel(
     bits = (key ^ ((key >> 31) & 0x7FFFFFFF)) & MASK
     alpha = _softly(bits.to(tl.float32, bitcast=True) / temperature, known, column < SELECTED)
     tl.store(indices + at, index, mask=here)
-    tl.store(affinity + at, alpha, mask=here)
-    if ONE_RATE:
-        eta = _rate(update_logits, token * update_token + head * update_head, 0, known)
-        mu = _rate(merge_logits, token * merge_token + head * merge_head, 0, known)
-        tl.store(update_rate + row, eta, mask=known)
-        tl.store(merge_rate + row, mu, mask=known)
+    written, share = index, alpha
+    if LAG > 0:
+        oldest = (token * LAG * HEADS + head) * SELECTED + column
+        written = tl.load(last_indices + oldest, mask=here, other=0)
+        share = tl.load(last_affinity + oldest, mask=here, other=0.0)
+        for i in tl.static_range(LAG - 1):
+            after = oldest + (i + 1) * HEADS * SELECTED
+            moved_index = tl.load(last_indices + after, mask=here, other=0)
+            moved_share = tl.load(last_affinity + after, mask=here, other=0.0)
+            tl.debug_barrier()
+            tl.store(last_indices + after - HEADS * SELECTED, moved_index, mask=here)
+            tl.store(last_affinity + after - HEADS * SELECTED, moved_share, mask=here)
+        tl.debug_barrier()
+        newest = oldest + (LAG - 1) * HEADS * SELECTED
+        tl.store(last_indices + newest, index, mask=here)
+        tl.store(last_affinity + newest, alpha, mask=here)
+        tl.store(update_indices + at, written, mask=here)
     else:
-        eta = _rate(update_logits, token * update_token + head * update_head, index, here)
+        tl.store(affinity + at, alpha, mask=here)
+    if ONE_RATE:
+        mu = _rate(merge_logits, token * merge_token + head * merge_head, 0, known)
+        if TRAINS:
+            tl.store(merge_rate + row, mu, mask=known)
+    else:
         mu = _rate(merge_logits, token * merge_token + head * merge_head, index, here)
-        tl.store(update_rate + at, eta, mask=here)
-        tl.store(merge_rate + at, mu, mask=here)
-    tl.store(update + at, eta * alpha, mask=here)
+        if TRAINS:
+            tl.store(merge_rate + at, mu, mask=here)
     tl.store(merge + at, mu * alpha, mask=here)
+    if UPDATES:
+        if ONE_RATE:
+            eta = _rate(update_logits, token * update_token + head * update_head, 0, known)
+            if TRAINS:
+                tl.store(update_rate + row, eta, mask=known)
+        else:
+            eta = _rate(update_logits, token * update_token + head * update_head, written, here)
+            if TRAINS:
+                tl.store(update_rate + at, eta, mask=here)
+        tl.store(update + at, eta * share, mask=here)
 
 
 @triton.jit
@@ -130,7 +163,8 @@ def backward_kernel(
     affinity, indices, update_rate, merge_rate, d_affinity, d_update, d_merge, d_affinity_logits, d_update_logits,
     d_merge_logits, count, temperature,
     STATES: tl.constexpr, PADDED: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr,
-    ONE_RATE: tl.constexpr, HAS_AFFINITY: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_MERGE: tl.constexpr,
+    ONE_RATE: tl.constexpr, UPDATES: tl.constexpr, HAS_AFFINITY: tl.constexpr, HAS_UPDATE: tl.constexpr,
+    HAS_MERGE: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows: zeros for all states, then the gradients of the selected ones."""
     row, _, _, known = _rows_of(count, 1, ROWS)
@@ -139,7 +173,8 @@ def backward_kernel(
     nothing = tl.zeros([ROWS, PADDED], tl.float32)
     tl.store(d_affinity_logits + row * STATES + state, nothing.to(d_affinity_logits.dtype.element_ty), mask=there)
     if not ONE_RATE:
-        tl.store(d_update_logits + row * STATES + state, nothing.to(d_update_logits.dtype.element_ty), mask=there)
+        if UPDATES:
+            tl.store(d_update_logits + row * STATES + state, nothing.to(d_update_logits.dtype.element_ty), mask=there)
         tl.store(d_merge_logits + row * STATES + state, nothing.to(d_merge_logits.dtype.element_ty), mask=there)
     column = tl.arange(0, KP)[None, :]
     here = known & (column < SELECTED)
@@ -151,7 +186,8 @@ def backward_kernel(
     d_mu = tl.zeros([ROWS, KP], tl.float32)
     rate_at = row if ONE_RATE else at
     rate_here = known if ONE_RATE else here
-    eta = tl.load(update_rate + rate_at, mask=rate_here, other=0.0)
+    if UPDATES:
+        eta = tl.load(update_rate + rate_at, mask=rate_here, other=0.0)
     mu = tl.load(merge_rate + rate_at, mask=rate_here, other=0.0)
     if HAS_AFFINITY:
         d_alpha += tl.load(d_affinity + at, mask=here, other=0.0)
@@ -169,14 +205,16 @@ def backward_kernel(
     place = row * STATES + index
     tl.store(d_affinity_logits + place, d_logit.to(d_affinity_logits.dtype.element_ty), mask=here)
     if ONE_RATE:
-        d_eta = tl.sum(d_eta, 1)[:, None] * eta * (1.0 - eta)
+        if UPDATES:
+            d_eta = tl.sum(d_eta, 1)[:, None] * eta * (1.0 - eta)
+            tl.store(d_update_logits + row, d_eta.to(d_update_logits.dtype.element_ty), mask=known)
         d_mu = tl.sum(d_mu, 1)[:, None] * mu * (1.0 - mu)
-        tl.store(d_update_logits + row, d_eta.to(d_update_logits.dtype.element_ty), mask=known)
         tl.store(d_merge_logits + row, d_mu.to(d_merge_logits.dtype.element_ty), mask=known)
     else:
-        d_eta = d_eta * eta * (1.0 - eta)
+        if UPDATES:
+            d_eta = d_eta * eta * (1.0 - eta)
+            tl.store(d_update_logits + place, d_eta.to(d_update_logits.dtype.element_ty), mask=here)
         d_mu = d_mu * mu * (1.0 - mu)
-        tl.store(d_update_logits + place, d_eta.to(d_update_logits.dtype.element_ty), mask=here)
         tl.store(d_merge_logits + place, d_mu.to(d_merge_logits.dtype.element_ty), mask=here)
 
 
@@ -198,58 +236,111 @@ def _by_token(logits: Tensor) -> Tensor:
 
 @on_device_of
 def _route(
-    affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, top_k: int, temperature: float
+    affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, top_k: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Routing.
 
     Args:
         affinity_logits: `[..., H, M]`, bfloat16, float16 or float32; so are the others.
-        update_logits: `[..., H, R]`.
+        update_logits: `[..., H, R]`; None leaves update weights out.
         merge_logits: `[..., H, R]`.
         top_k: K.
         temperature: divides the affinity logits.
 
     Returns:
         affinity, update and merge weights float32 `[..., H, K]`, indices int64 `[..., H, K]`; and for backward, the update and
-        merge rates float32 `[..., H, S]`.
+        merge rates float32 `[..., H, S]`. Update weights and rates are empty without `update_logits`.
     """
     made = _fake_route(affinity_logits, update_logits, merge_logits, top_k, temperature)
     affinity, update, merge, indices, update_rate, merge_rate = made
-    if affinity.numel() > 0:
-        logits = [_by_token(x) for x in (affinity_logits, update_logits, merge_logits)]
-        heads, states = affinity_logits.shape[-2:]
-        sizes = _sizes(states, top_k)
-        rows = affinity.numel() // top_k
-        launch(
-            forward_kernel, (triton.cdiv(rows, sizes["ROWS"]),),
-            *logits, affinity, update, merge, indices, update_rate, merge_rate, rows, float(temperature),
-            *(stride for x in logits for stride in x.stride()[:2]),
-            HEADS=heads, ONE_RATE=update_logits.shape[-1] == 1, BITS=KEY_BITS[affinity_logits.dtype], **sizes,
-            **dependent(early=True),
-        )  # fmt: skip
+    _launch_forward(
+        affinity_logits, update_logits, merge_logits,
+        (affinity, update, merge, indices, update_rate, merge_rate, None, None, None), top_k, temperature, lag=0,
+    )  # fmt: skip
     return made
 
 
+def _launch_forward(
+    affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, results: tuple[Tensor | None, ...],
+    top_k: int, temperature: float, lag: int,
+) -> None:  # fmt: skip
+    """`forward_kernel`; its `results` are affinity to update_indices, None where they are not wanted."""
+    heads, states = affinity_logits.shape[-2:]
+    rows = affinity_logits.numel() // states
+    if rows == 0:
+        return
+    # Without update weights its logits are not read.
+    logits = [_by_token(x) for x in (affinity_logits, merge_logits if update_logits is None else update_logits, merge_logits)]
+    sizes = _sizes(states, top_k)
+    launch(
+        forward_kernel, (triton.cdiv(rows, sizes["ROWS"]),),
+        *logits, *results, rows, float(temperature), *(stride for x in logits for stride in x.stride()[:2]),
+        HEADS=heads, ONE_RATE=merge_logits.shape[-1] == 1, BITS=KEY_BITS[affinity_logits.dtype],
+        UPDATES=update_logits is not None, LAG=lag, TRAINS=results[5] is not None, **sizes, **dependent(early=True),
+    )  # fmt: skip
+
+
 def _fake_route(
-    affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, top_k: int, temperature: float
+    affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, top_k: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lead = affinity_logits.shape[:-1]
-    affinity, update, merge = (affinity_logits.new_empty(*lead, top_k, dtype=torch.float32) for _ in range(3))
-    indices = affinity_logits.new_empty(*lead, top_k, dtype=torch.int64)
-    rates = 1 if update_logits.shape[-1] == 1 else top_k
-    update_rate, merge_rate = (affinity_logits.new_empty(*lead, rates, dtype=torch.float32) for _ in range(2))
-    return affinity, update, merge, indices, update_rate, merge_rate
+    def made(width: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return affinity_logits.new_empty((*affinity_logits.shape[:-1], width) if wanted else 0, dtype=dtype)
+
+    updates = update_logits is not None
+    rates = 1 if merge_logits.shape[-1] == 1 else top_k
+    return (
+        made(top_k), made(top_k, updates), made(top_k), made(top_k, dtype=torch.int64), made(rates, updates), made(rates),
+    )  # fmt: skip
+
+
+@on_device_of
+def _route_step(
+    affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, last_affinity: Tensor, last_indices: Tensor,
+    top_k: int, temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Routing of one token of each sequence whose update goes to the states of an earlier one. Not differentiable.
+
+    Args:
+        affinity_logits: `[B, H, M]`; update_logits, merge_logits: `[B, H, R]`.
+        last_affinity: of the L tokens before, oldest first, contiguous float32 `[B, L, H, K]`, moved on in place.
+        last_indices: their states, contiguous int64 `[B, L, H, K]`, likewise.
+        top_k: K.
+        temperature: divides the affinity logits.
+
+    Returns:
+        update and merge weights float32 `[B, H, K]`; the states that are updated and those that are merged, int64 `[B, H, K]`.
+    """
+    made = _fake_route_step(affinity_logits, update_logits, merge_logits, last_affinity, last_indices, top_k, temperature)
+    update, merge, update_indices, indices = made
+    _launch_forward(
+        affinity_logits, update_logits, merge_logits,
+        (None, update, merge, indices, None, None, last_affinity, last_indices, update_indices),
+        top_k, temperature, lag=last_affinity.shape[1],
+    )  # fmt: skip
+    return made
+
+
+def _fake_route_step(
+    affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, last_affinity: Tensor, last_indices: Tensor,
+    top_k: int, temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = (*affinity_logits.shape[:-1], top_k)
+    update, merge = (affinity_logits.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    update_indices, indices = (affinity_logits.new_empty(shape, dtype=torch.int64) for _ in range(2))
+    return update, merge, update_indices, indices
 
 
 @on_device_of
 def _route_backward(
     affinity: Tensor, indices: Tensor, update_rate: Tensor, merge_rate: Tensor, d_affinity: Tensor | None,
     d_update: Tensor | None, d_merge: Tensor | None, states: int, rates: int, temperature: float, dtype: torch.dtype,
+    updates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the three logits `[..., H, M]`, `[..., H, R]`, `[..., H, R]` in `dtype`, given those of affinity, update and
-    merge weights (None for zero), what `route` kept, M = `states` and R = `rates`."""
+    merge weights (None for zero), what `route` kept, M = `states` and R = `rates`; that of update logits is empty unless
+    `updates`."""
     made = _fake_route_backward(
-        affinity, indices, update_rate, merge_rate, d_affinity, d_update, d_merge, states, rates, temperature, dtype
+        affinity, indices, update_rate, merge_rate, d_affinity, d_update, d_merge, states, rates, temperature, dtype, updates
     )
     if affinity.numel() > 0:
         selected = affinity.shape[-1]
@@ -259,8 +350,8 @@ def _route_backward(
             backward_kernel, (triton.cdiv(rows, sizes["ROWS"]),),
             affinity, indices, update_rate, merge_rate,
             *(None if x is None else x.contiguous() for x in (d_affinity, d_update, d_merge)), *made, rows, float(temperature),
-            ONE_RATE=rates == 1, HAS_AFFINITY=d_affinity is not None, HAS_UPDATE=d_update is not None,
-            HAS_MERGE=d_merge is not None, **sizes,
+            ONE_RATE=rates == 1, UPDATES=updates, HAS_AFFINITY=d_affinity is not None,
+            HAS_UPDATE=updates and d_update is not None, HAS_MERGE=d_merge is not None, **sizes,
         )  # fmt: skip
     return made
 
@@ -268,10 +359,11 @@ def _route_backward(
 def _fake_route_backward(
     affinity: Tensor, indices: Tensor, update_rate: Tensor, merge_rate: Tensor, d_affinity: Tensor | None,
     d_update: Tensor | None, d_merge: Tensor | None, states: int, rates: int, temperature: float, dtype: torch.dtype,
+    updates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     lead = affinity.shape[:-1]
-    d_update_logits, d_merge_logits = (affinity.new_empty(*lead, rates, dtype=dtype) for _ in range(2))
-    return affinity.new_empty(*lead, states, dtype=dtype), d_update_logits, d_merge_logits
+    d_update_logits = affinity.new_empty((*lead, rates) if updates else 0, dtype=dtype)
+    return affinity.new_empty(*lead, states, dtype=dtype), d_update_logits, affinity.new_empty(*lead, rates, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -279,8 +371,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     affinity, _, _, indices, update_rate, merge_rate = output
     ctx.mark_non_differentiable(indices, update_rate, merge_rate)
     ctx.save_for_backward(affinity, indices, update_rate, merge_rate)
-    ctx.states, ctx.rates = affinity_logits.shape[-1], update_logits.shape[-1]
-    ctx.dtypes = affinity_logits.dtype, update_logits.dtype, merge_logits.dtype
+    ctx.states, ctx.rates = affinity_logits.shape[-1], merge_logits.shape[-1]
+    ctx.dtypes = affinity_logits.dtype, None if update_logits is None else update_logits.dtype, merge_logits.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -288,23 +380,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, d_affinity: Tensor | None, d_update: Tensor | None, d_merge: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    widest = reduce(torch.promote_types, ctx.dtypes)
+    widest = reduce(torch.promote_types, [dtype for dtype in ctx.dtypes if dtype is not None])
     gradients = torch.ops.factorization_memory.route_backward.default(
-        *ctx.saved_tensors, d_affinity, d_update, d_merge, ctx.states, ctx.rates, ctx.temperature, widest
-    )
-    return *(x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
+        *ctx.saved_tensors, d_affinity, d_update, d_merge, ctx.states, ctx.rates, ctx.temperature, widest,
+        ctx.dtypes[1] is not None,
+    )  # fmt: skip
+    return *(None if dtype is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
 
 
 torch.library.define(
     "factorization_memory::route",
-    "(Tensor affinity_logits, Tensor update_logits, Tensor merge_logits, int top_k, float temperature)"
+    "(Tensor affinity_logits, Tensor? update_logits, Tensor merge_logits, int top_k, float temperature)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "factorization_memory::route_step",
+    "(Tensor affinity_logits, Tensor update_logits, Tensor merge_logits, Tensor(a!) last_affinity, Tensor(b!) last_indices,"
+    " int top_k, float temperature) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "factorization_memory::route_backward",
     "(Tensor affinity, Tensor indices, Tensor update_rate, Tensor merge_rate, Tensor? d_affinity, Tensor? d_update,"
-    " Tensor? d_merge, SymInt states, SymInt rates, float temperature, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    " Tensor? d_merge, SymInt states, SymInt rates, float temperature, ScalarType dtype, bool updates)"
+    " -> (Tensor, Tensor, Tensor)",
 )
+torch.library.impl("factorization_memory::route_step", ("cpu", "cuda"), _route_step)
+torch.library.register_fake("factorization_memory::route_step", _fake_route_step)
 torch.library.impl("factorization_memory::route", ("cpu", "cuda"), _route)
 torch.library.impl("factorization_memory::route_backward", ("cpu", "cuda"), _route_backward)
 torch.library.register_fake("factorization_memory::route", _fake_route)
@@ -313,3 +414,5 @@ torch.library.register_autograd("factorization_memory::route", _backward, setup_
 
 select = torch.ops.factorization_memory.route.default
 """The operator; `_route` says what it takes and returns."""
+route_step = torch.ops.factorization_memory.route_step.default
+"""The operator; `_route_step` says what it takes and returns."""

@@ -4,8 +4,8 @@
 A step moves the states it touches to the chip and back, and little else: all M in the dense form, K in the sparse one. Before
 it overwrites them it can put them aside, so that it can be undone to the bit.
 
-Shapes: B sequences, T tokens of each, H heads, M memory states, K selected states (M in the dense form), D value width of a
-head; S places for sequences in the state.
+Shapes: B sequences, T tokens of each, H heads, M memory states, K states that a token updates (M in the dense form), R that
+it merges where those are others, D value width of a head; S places for sequences in the state.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ PROGRAMS = 2
 @triton.jit
 def step_kernel(
     update,  # [B, T, H, K]
-    merge,  # [B, T, H, K]
+    merge,  # [B, T, H, K], or [B, T, H, R] with `merge_indices`
     value,  # [B, T, H, D], `value_row` numbers from token to token
     state,  # in and out: [S, H, M, D]
     indices,  # [B, T, H, K]
+    merge_indices,  # [B, T, H, R]
     places,  # [B]
     undo,  # out: [depth, B, T, H, K, D]
     position,  # [1]: which of the depth
@@ -49,12 +50,14 @@ def step_kernel(
     heads,
     num_states,
     chosen,
+    merged_states,
     width,
     split_rows,
     value_row,
     ROWS: tl.constexpr,
     BD: tl.constexpr,
     SPARSE: tl.constexpr,
+    APART: tl.constexpr,  # whether other states are merged than updated; a program then has all rows
     HAS_PLACES: tl.constexpr,
     HAS_UNDO: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -85,7 +88,6 @@ def step_kernel(
                 row = start + tl.arange(0, ROWS)
                 real = row < end
                 theta = tl.load(update + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
-                phi = tl.load(merge + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
                 chosen_state = row.to(tl.int64)
                 if SPARSE:
                     chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(
@@ -107,7 +109,22 @@ def step_kernel(
                     rounded = bits.to(tl.float32, bitcast=True)
                     new = tl.where(tl.abs(new) < float("inf"), rounded, new)
                 tl.store(memory + at, new.to(state.dtype.element_ty), mask=both)
-                merged += tl.sum(tl.where(real[:, None], phi[:, None] * new, 0.0), 0)
+                if not APART:
+                    phi = tl.load(merge + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                    merged += tl.sum(tl.where(real[:, None], phi[:, None] * new, 0.0), 0)
+            if APART:
+                tl.debug_barrier()  # what is merged may have been written just now
+                for start in range(0, merged_states, ROWS):
+                    row = start + tl.arange(0, ROWS)
+                    real = row < merged_states
+                    at = token * merged_states + row
+                    phi = tl.load(merge + at, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                    read = tl.load(merge_indices + at, mask=real, other=0, cache_modifier=".cg").to(tl.int64)
+                    both = real[:, None] & there[None, :]
+                    held = tl.load(
+                        memory + read[:, None] * width + column[None, :], mask=both, other=0, cache_modifier=".cg"
+                    ).to(tl.float32)
+                    merged += tl.sum(tl.where(real[:, None], phi[:, None] * held, 0.0), 0)
         target = (split.to(tl.int64) * batch * tokens * heads + token) * width + column
         tl.store(output + target, merged.to(output.dtype.element_ty), mask=there)
         tl.debug_barrier()  # the next token may read what this one wrote
@@ -301,17 +318,18 @@ def _tiles(units: int, rows: int, width: int, device: torch.device) -> tuple[int
 
 @on_device_of
 def _step(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, places: Tensor | None,
-    undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
+    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """A few tokens of each sequence; `state` is updated in place.
 
     Args:
         update: theta, `[B, T, H, K]`.
-        merge: phi, likewise.
+        merge: phi, likewise, or `[B, T, H, R]` with `merge_indices`.
         value: v, `[B, T, H, D]`.
         state: h, contiguous `[S, H, M, D]`, float32 or bfloat16.
-        indices: the distinct states of each token, int `[B, T, H, K]`; None is the dense form.
+        indices: the distinct states that each token updates, int `[B, T, H, K]`; None is the dense form.
+        merge_indices: the distinct states that it merges, int `[B, T, H, R]`; None for those that it updates.
         places: which place of `state` each sequence has, int `[B]`, -1 for none (its output is 0); None is one after the other.
         undo: takes the states as they were, contiguous `[depth, B, T, H, K, D]` of state's dtype.
         position: int `[1]`, which of `undo`'s depth to take.
@@ -321,8 +339,7 @@ def _step(
         y `[B, T, H, D]` in value's dtype.
     """
     update, merge = update.contiguous(), merge.contiguous()
-    indices = None if indices is None else indices.contiguous()
-    places = None if places is None else places.contiguous()
+    indices, merge_indices, places = (None if x is None else x.contiguous() for x in (indices, merge_indices, places))
     batch, tokens, heads, chosen = update.shape
     num_states, width = state.shape[2:]
     if tokens > 1 or value.stride(3) != 1 or (heads > 1 and value.stride(2) != width):
@@ -331,23 +348,24 @@ def _step(
     if value.numel() == 0:
         return output
     columns, rows, splits = _tiles(batch * heads, chosen, width, value.device)
-    if tokens > 1 and indices is not None:
-        splits = 1  # a state may stand at another place among the next token's, and so belong to another program
+    if merge_indices is not None or (tokens > 1 and indices is not None):
+        splits = 1  # what a program writes, another might read: for the merge, or at another place among the next token's
     parts = output if splits == 1 else value.new_empty(splits, *value.shape, dtype=torch.float32)
     split_rows = -(-chosen // (splits * rows)) * rows
     value_row = value.stride(1) if tokens > 1 else value.stride(0)
     launch(
-        step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices, places, undo,
-        position, seed, parts, batch, tokens, heads, num_states, chosen, width, split_rows, value_row,
-        ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, HAS_UNDO=undo is not None,
-        ROUNDS=seed is not None, num_warps=4, **dependent(early=True),
+        step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices,
+        merge_indices, places, undo, position, seed, parts, batch, tokens, heads, num_states, chosen, merge.shape[3], width,
+        split_rows, value_row,
+        ROWS=rows, BD=columns, SPARSE=indices is not None, APART=merge_indices is not None, HAS_PLACES=places is not None,
+        HAS_UNDO=undo is not None, ROUNDS=seed is not None, num_warps=4, **dependent(early=True),
     )  # fmt: skip
     return output if splits == 1 else parts.sum(0).to(value.dtype)
 
 
 def _fake_step(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, places: Tensor | None,
-    undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
+    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
@@ -379,8 +397,8 @@ def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | 
 
 torch.library.define(
     "factorization_memory::step",
-    "(Tensor update, Tensor merge, Tensor value, Tensor(a!) state, Tensor? indices, Tensor? places, Tensor(b!)? undo,"
-    " Tensor? position, Tensor? seed) -> Tensor",
+    "(Tensor update, Tensor merge, Tensor value, Tensor(a!) state, Tensor? indices, Tensor? merge_indices, Tensor? places,"
+    " Tensor(b!)? undo, Tensor? position, Tensor? seed) -> Tensor",
 )
 torch.library.define(
     "factorization_memory::undo",
