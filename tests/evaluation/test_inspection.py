@@ -64,6 +64,33 @@ def test_memory_length_and_shares(top_k: int | None) -> None:
                 assert s["memory_length"] == (None if expected is None else pytest.approx(expected, rel=1e-2, abs=0.06))
 
 
+def test_a_state_is_written_after_one_piece_and_holds_what_followed() -> None:
+    """One state for each letter, strong writes: "b" follows "a", "c" follows "b"."""
+    letters = {letter: TOKENIZER.encode(letter)[0] for letter in "abc"}
+    model = LanguageModel(
+        ModelConfig(
+            vocab_size=TOKENIZER.vocab_size, hidden_size=4, num_layers=1, num_states=4, top_k=1, update_lag=1, rates="head",
+            feed_forward=False,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+        for state, token in enumerate(letters.values()):
+            model.embedding.weight[token, state] = 1
+        model.blocks[0].mixer.affinity.weight.copy_(torch.eye(4))
+    result = inspect_text(model, TOKENIZER, "abcabc")
+    assert result["update_lag"] == 1
+    states = {state["state"]: state for state in result["layers"][0]["heads"][0]["states"]}
+    for state, (own, following) in enumerate(("ab", "bc", "ca")):
+        assert [piece["text"] for piece in states[state]["read_at"]] == [own]
+        assert [piece["text"] for piece in states[state]["written_after"]] == [own]
+        assert [piece["text"] for piece in states[state]["pieces"]] == [following]
+    html = inspection_html(result)
+    assert '"written after"' in html
+    assert "the token before it reads" in html
+    assert "written after" not in inspection_html(inspect_text(build(2), TOKENIZER, TEXT))
+
+
 def test_memory_length_of_known_rates() -> None:
     assert memory_length(np.full(10, 1 - np.exp(-1 / 20))) == pytest.approx(20)
     assert memory_length(np.zeros(10)) is None

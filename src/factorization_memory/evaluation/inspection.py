@@ -6,11 +6,15 @@
     pieces        whole characters as the tokens spell them: {text, start, end}, the text of tokens start <= t < end; one token
                   each, except where a character spans several
     num_states    M
+    update_lag    0: a token writes into the states that it reads. L: into those that the token L before it reads, so that a
+                  state is written after one piece of text, holds what followed it, and is read where that piece comes again
     layers        the memory layers, in order: {layer, heads: [{head, writes, reads, states}]}, layer the number of the block
       writes      {states, weights}: for each token its states with the largest update weights, and these weights
       reads       the same of the merge weights
       states      the states by falling share of updates: {state, write_share, read_share, memory_length, pieces}, pieces
-                  being those that use the state most: {text, count, weight}, weight the mean of the update weights
+                  being those that write into the state most: {text, count, weight}, weight the mean of the update weights.
+                  With a lag also written_after, likewise the pieces after which it is written, and read_at, those that read
+                  it, weight the mean of the merge weights
 """
 
 from __future__ import annotations
@@ -66,12 +70,15 @@ def inspect_text(
                 "head": head,
                 "writes": _strongest(update[:, head], strongest),
                 "reads": _strongest(merge[:, head], strongest),
-                "states": _states(update[:, head], merge[:, head], pieces, pieces_per_state),
+                "states": _states(update[:, head], merge[:, head], pieces, pieces_per_state, model.config.update_lag),
             }
             for head in range(update.shape[1])
         ]
         layers.append({"layer": index, "heads": heads})
-    return {"tokens": tokens, "pieces": pieces, "num_states": model.config.num_states, "layers": layers}
+    return {
+        "tokens": tokens, "pieces": pieces, "num_states": model.config.num_states, "update_lag": model.config.update_lag,
+        "layers": layers,
+    }  # fmt: skip
 
 
 def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]]:
@@ -98,36 +105,48 @@ def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:
     }
 
 
-def _states(update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def _states(
+    update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]], count: int, lag: int
+) -> list[dict[str, Any]]:  # fmt: skip
     """Each state's part in one head, from update and merge weights [T, M]."""
     write_share = update.sum(axis=0) / max(update.sum(), 1e-30)
     read_share = merge.sum(axis=0) / max(merge.sum(), 1e-30)
+    uses = {"pieces": update}
+    if lag:
+        after = np.zeros_like(update)
+        after[: max(len(update) - lag, 0)] = update[lag:]
+        uses |= {"written_after": after, "read_at": merge}
+    named = {name: _pieces_of_states(weights, pieces, count) for name, weights in uses.items()}
+    return [
+        {
+            "state": int(state),
+            "write_share": round(float(write_share[state]), 5),
+            "read_share": round(float(read_share[state]), 5),
+            "memory_length": memory_length(update[:, state]),
+            **{name: of_states[state] for name, of_states in named.items()},
+        }
+        for state in np.argsort(-write_share, kind="stable")
+    ]
+
+
+def _pieces_of_states(weights: np.ndarray, pieces: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
+    """For each state the pieces of text whose tokens have the largest weights [T, M] in the mean."""
     texts, piece_of = np.unique([piece["text"] for piece in pieces], return_inverse=True)
     text_of_token = np.repeat(piece_of, [piece["end"] - piece["start"] for piece in pieces])
     times = np.bincount(piece_of, minlength=len(texts))
-    totals = np.zeros((len(texts), update.shape[1]))
-    np.add.at(totals, text_of_token, update)
+    totals = np.zeros((len(texts), weights.shape[1]))
+    np.add.at(totals, text_of_token, weights)
     spelled = np.bincount(text_of_token, minlength=len(texts))
     # A mean over few occurrences is luck: it is drawn towards zero as if there were two more without weight.
     score = totals / (spelled + 2)[:, None]
     result = []
-    for state in np.argsort(-write_share, kind="stable"):
+    for state in range(weights.shape[1]):
         best = [i for i in np.argsort(-score[:, state], kind="stable")[:count] if totals[i, state] > 0]
         result.append(
-            {
-                "state": int(state),
-                "write_share": round(float(write_share[state]), 5),
-                "read_share": round(float(read_share[state]), 5),
-                "memory_length": memory_length(update[:, state]),
-                "pieces": [
-                    {
-                        "text": str(texts[i]),
-                        "count": int(times[i]),
-                        "weight": round(float(totals[i, state] / spelled[i]), 4),
-                    }
-                    for i in best
-                ],
-            }
+            [
+                {"text": str(texts[i]), "count": int(times[i]), "weight": round(float(totals[i, state] / spelled[i]), 4)}
+                for i in best
+            ]
         )
     return result
 

@@ -42,6 +42,7 @@ INSPECTION_STYLE = """
 .inspect .pieces { margin: .35rem 0 0; display: flex; flex-wrap: wrap; gap: .25rem .3rem; font: .86rem/1.35 var(--serif); }
 .inspect .pieces span { border: 1px solid var(--line); border-radius: 4px; padding: .02rem .38rem; white-space: pre;
   max-width: 100%; overflow: hidden; text-overflow: ellipsis; }
+.inspect .pieces i { font: .74rem/1.75 var(--sans); color: var(--soft); flex: none; width: 5.1rem; }
 .inspect .tip { position: fixed; z-index: 9; pointer-events: none; min-width: 11rem; background: var(--card); color: var(--ink);
   border: 1px solid var(--line); border-radius: 8px; box-shadow: 0 6px 24px #0003; padding: .6rem .75rem;
   font: .8rem/1.5 var(--sans); font-variant-numeric: tabular-nums; }
@@ -138,11 +139,13 @@ _SCRIPT = """
       const card = element("button", "state");
       card.state = s.state;
       card.append(row(s.state, s[share], listed[0][share], s.memory_length));
-      if (s.pieces.length) {
+      for (const [name, label, weight] of data.lists) {
+        if (!s[name].length) continue;
         const list = element("div", "pieces");
-        for (const p of s.pieces) {
+        if (label) list.append(element("i", "", label));
+        for (const p of s[name]) {
           const chip = element("span", "", visible(p.text));
-          chip.title = `${p.count} times in the text, mean update weight ${p.weight}`;
+          chip.title = `${p.count} times in the text, mean ${weight} weight ${p.weight}`;
           list.append(chip);
         }
         card.append(list);
@@ -191,7 +194,11 @@ _SCRIPT = """
 
 def inspection_fragment(result: dict[str, Any]) -> str:
     """The picture as a part of a page whose style has `pages.STYLE` and `INSPECTION_STYLE`."""
-    shown = {"pieces": result["pieces"], "layers": [_compact(layer) for layer in result["layers"]]}
+    shown = {
+        "pieces": result["pieces"],
+        "layers": [_compact(layer) for layer in result["layers"]],
+        "lists": LAGGED_LISTS if result.get("update_lag") else LISTS,
+    }
     # "<" could end the script element from inside a string; \u003c is the same character to JSON.
     data = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return _BODY.replace("@SCRIPT@", _SCRIPT).replace("@DATA@", data)
@@ -217,12 +224,30 @@ def inspection_html(result: dict[str, Any], title: str = "Memory at work") -> st
     heads, layers = len(result["layers"][0]["heads"]), len(result["layers"])
     size = f"{len(result['tokens']):,} tokens, {layers} layers"
     memory = f"{result['num_states']} memory states" + (f" in each of {heads} heads" if heads > 1 else " in each")
-    body = f'<h1>{escape(title)}</h1>\n<p class="note">{size}, {memory}. {EXPLANATION}</p>\n' + inspection_fragment(result)
+    body = f'<h1>{escape(title)}</h1>\n<p class="note">{size}, {memory}. {explanation(result)}</p>\n' + inspection_fragment(
+        result
+    )
     return page(title, body, INSPECTION_STYLE)
 
+
+def explanation(result: dict[str, Any]) -> str:
+    """What the picture of a record shows, in a paragraph."""
+    return LAGGED_EXPLANATION if result.get("update_lag") else EXPLANATION
+
+
+LISTS = [("pieces", "", "update")]
+LAGGED_LISTS = [("read_at", "read at", "merge"), ("written_after", "written after", "update"), ("pieces", "holds", "update")]
+"""The lists of pieces beside a state: field of the record, label, and which weight ranks them."""
 
 EXPLANATION = (
     "Each piece of text is coloured by the memory state it uses most, the stronger the more. Point at the text to see the "
     "states it writes and reads; click a state to see where it is used. Beside a state: its share of all updates or "
     "reads, the tokens after which it has forgotten all but 1/e of what it held, and the pieces that update it most."
+)
+LAGGED_EXPLANATION = (
+    "Each piece of text is coloured by the memory state it uses most, the stronger the more. What a piece writes goes into the "
+    "states that the token before it reads, so that the same token finds it when it comes again. Point at the text to see the "
+    "states it writes and reads; click a state to see where it is used. Beside a state: its share of all updates or reads, the "
+    "tokens after which it has forgotten all but 1/e of what it held, the pieces that read it, those after which it is "
+    "written, and what it holds: the pieces that followed."
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
-from factorization_memory.evaluation.inspection_page import EXPLANATION, INSPECTION_STYLE, inspection_fragment
+from factorization_memory.evaluation.inspection_page import INSPECTION_STYLE, explanation, inspection_fragment
 from factorization_memory.evaluation.pages import page
 from factorization_memory.evaluation.recall import KINDS, as_text, distances_as_text
 from factorization_memory.experiments import figures
@@ -90,7 +90,11 @@ def write_report(run_dir: Path) -> Path:
         _section("Loss by position", _position_note(evaluation), plots.get("position"), _position_table(evaluation)),
         _section("Recall", RECALL_NOTE, _recall_table(evaluation.get("recall", {}))),
         _section("Use of the memory", MEMORY_NOTE, plots.get("memory")),
-        _section("The memory at work", EXPLANATION, inspection_fragment(inspection) if inspection else None),
+        _section(
+            "The memory at work",
+            explanation(inspection or {}),
+            inspection_fragment(inspection) if inspection else None,
+        ),
         _samples(samples),
         _configuration(config, environment),
     ]

@@ -119,10 +119,10 @@ class LayerState:
         return self.memory.shape[0]
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> LayerState:
-        """The state with `function` applied to each tensor."""
-        rest = (self.convolution, self.affinity, self.indices)
+        """The state with `function` applied to each tensor, in the order of `tensors`."""
+        memory, rest = function(self.memory), (self.convolution, self.affinity, self.indices)
         convolution, affinity, indices = (None if tensor is None else function(tensor) for tensor in rest)
-        return LayerState(function(self.memory), convolution, affinity, indices)
+        return LayerState(memory, convolution, affinity, indices)
 
     def tensors(self) -> list[Tensor]:
         """The tensors that make up the state."""
