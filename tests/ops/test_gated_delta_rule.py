@@ -312,6 +312,6 @@ def test_fla_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib, "import_module", missing)
     module._find.cache_clear()
     try:
-        assert "No module named 'fla.ops.gated_delta_rule'); pip install flash-linear-attention" in str(module._missing())
+        assert "No module named 'fla.ops.gated_delta_rule'); pip install fla-core" in str(module._missing())
     finally:
         module._find.cache_clear()

@@ -173,7 +173,7 @@ def _find() -> Callable[..., Any] | str:
             return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     except Exception as error:  # compiled parts fail in many ways where they do not fit this PyTorch
         reason = f"{type(error).__name__}: {error}"
-        return f"fla.ops.gated_delta_rule cannot be imported ({reason}); pip install flash-linear-attention"
+        return f"fla.ops.gated_delta_rule cannot be imported ({reason}); pip install fla-core"
 
 
 @torch.compiler.disable
