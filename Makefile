@@ -23,7 +23,7 @@ test-matrix: $(MATRIX:%=.venv-matrix/%/tested)
 	[ $* = newest ] || echo transformers==$* >> .venv-matrix/$*/constraints.txt
 	.venv-matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-matrix/$*/constraints.txt torch
 	.venv-matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-matrix/$*/constraints.txt --upgrade --upgrade-strategy eager --editable '.[dev]'
-	.venv-matrix/$*/bin/python -m pytest --numprocesses 2 tests/models/test_huggingface.py tests/models/test_huggingface_training.py tests/models/test_transformer.py tests/layers/test_mamba2.py tests/training/test_pretrained.py $(ARGS)
+	.venv-matrix/$*/bin/python -m pytest --numprocesses 2 tests/models/test_huggingface.py tests/models/test_huggingface_training.py tests/models/test_transformer.py tests/layers/test_mamba2.py tests/layers/test_gated_delta_net.py tests/training/test_pretrained.py $(ARGS)
 	@touch $@
 
 FORCE:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from factorization_memory.config import (
     AttentionConfig,
     DataConfig,
+    GatedDeltaNetConfig,
     Mamba2Config,
     ModelConfig,
     OptimizerConfig,
@@ -149,6 +150,21 @@ def mamba2() -> RunConfig:
     )  # fmt: skip
 
 
+def gated_deltanet() -> RunConfig:
+    """Baseline: Gated DeltaNet with feed-forward layers, as its authors have it, of the size and data of `paper`."""
+    config = paper()
+    return RunConfig(
+        name="gated_deltanet",
+        model=ModelConfig(
+            hidden_size=512, num_layers=8, intermediate_size=1088, mixers=("gated_deltanet",), embedding_multiplier=50.0,
+            gated_deltanet=GatedDeltaNetConfig(num_heads=3, head_size=128, expand_v=2.0),
+        ),
+        data=config.data,
+        optimizer=config.optimizer,
+        training=config.training,
+    )  # fmt: skip
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "books": books,
@@ -157,4 +173,5 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     **{size if form == "best" else f"{size}-{form}": _preset(size, form) for size, form in itertools.product(SIZES, FORMS)},
     "transformer": transformer,
     "mamba2": mamba2,
+    "gated-deltanet": gated_deltanet,
 }

@@ -147,8 +147,9 @@ def test_evaluation_on_another_corpus_is_not_kept(workplace: Path, tmp_path: Pat
         (("attention",), []),
         (("memory", "attention"), ["--model.attention.sliding-window", "16", "--training.carry-state"]),
         (("mamba2",), ["--training.carry-state"]),
+        (("gated_deltanet",), ["--training.carry-state"]),
     ],
-    ids=["transformer", "hybrid", "mamba2"],
+    ids=["transformer", "hybrid", "mamba2", "gated-deltanet"],
 )
 def test_models_of_other_mixers(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mixers: tuple[str, ...], options: list[str]
@@ -156,7 +157,7 @@ def test_models_of_other_mixers(
     """Trained (with a carried state where it ends), evaluated past the context, sampled, looked into, planned, reported on."""
     fields = [
         *TINY, "--model.mixers", *mixers, "--model.num-layers", str(len(mixers)), "--model.attention.num-heads", "2",
-        "--model.mamba2.head-size", "16", "--model.mamba2.state-size", "8", *options,
+        "--model.mamba2.head-size", "16", "--model.mamba2.state-size", "8", "--model.gated-deltanet.head-size", "8", *options,
     ]  # fmt: skip
     run = tmp_path / "run"
     train = ["train", "demo", *fields, "--data.corpus", workplace / "packed", "--run-dir", run]

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from factorization_memory.config import AttentionConfig, ConfigError, Mamba2Config, ModelConfig
+from factorization_memory.config import AttentionConfig, ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.experiments.matching import TOLERANCE, match_parameters, non_embedding_parameters
 from factorization_memory.models import LanguageModel
 
@@ -18,6 +18,9 @@ MAMBA2 = ModelConfig(
     vocab_size=50, hidden_size=128, num_layers=4, mixers=("mamba2",), feed_forward=False,
     mamba2=Mamba2Config(head_size=8, state_size=16),
 )  # fmt: skip
+GATED_DELTANET = ModelConfig(
+    vocab_size=50, hidden_size=128, num_layers=2, mixers=("gated_deltanet",), gated_deltanet=GatedDeltaNetConfig(head_size=32)
+)
 
 
 def test_counts_what_the_model_has_outside_its_embedding() -> None:
@@ -48,7 +51,7 @@ def test_leaves_what_is_near_enough() -> None:
     assert match.difference == pytest.approx(0.004, abs=1e-4)
 
 
-@pytest.mark.parametrize("given", [ATTENTION, MAMBA2], ids=["attention", "mamba2"])
+@pytest.mark.parametrize("given", [ATTENTION, MAMBA2, GATED_DELTANET], ids=["attention", "mamba2", "gated-deltanet"])
 def test_baselines_of_equal_size(given: ModelConfig) -> None:
     target = non_embedding_parameters(MEMORY)
     match = match_parameters(given, target)
@@ -65,6 +68,15 @@ def test_blocks_without_feed_forward_change_depth_and_width() -> None:
     assert set(match.varied) <= {"model.num_layers", "model.expand"}
     pattern = dataclasses.replace(given, mixers=("memory", "memory"))
     assert match_parameters(pattern, 2 * non_embedding_parameters(given)).model.num_layers % 2 == 0
+
+
+def test_gated_deltanet_without_feed_forward_changes_depth_and_value_width() -> None:
+    sizes = GatedDeltaNetConfig(num_heads=2, head_size=32)
+    given = dataclasses.replace(GATED_DELTANET, feed_forward=False, num_layers=4, gated_deltanet=sizes)
+    match = match_parameters(given, non_embedding_parameters(MEMORY))
+    assert abs(match.difference) <= TOLERANCE
+    assert match.varied
+    assert set(match.varied) <= {"model.num_layers", "model.gated_deltanet.expand_v"}
 
 
 def test_refuses_what_cannot_be_matched() -> None:

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from factorization_memory.config import AttentionConfig, ConfigError, Mamba2Config, ModelConfig
+from factorization_memory.config import AttentionConfig, ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.huggingface import (
@@ -54,9 +54,10 @@ CONVOLVED = ModelConfig(
     tie_word_embeddings=False,
 )  # fmt: skip
 MIXED = ModelConfig(
-    vocab_size=VOCABULARY, hidden_size=16, num_layers=3, num_states=8, top_k=2, mixers=("memory", "attention", "mamba2"),
+    vocab_size=VOCABULARY, hidden_size=16, num_layers=4, num_states=8, top_k=2,
+    mixers=("memory", "attention", "mamba2", "gated_deltanet"),
     attention=AttentionConfig(num_heads=4, num_key_value_heads=2, sliding_window=6),
-    mamba2=Mamba2Config(state_size=8, head_size=8, chunk_size=4),
+    mamba2=Mamba2Config(state_size=8, head_size=8, chunk_size=4), gated_deltanet=GatedDeltaNetConfig(num_heads=2, head_size=8),
 )  # fmt: skip
 MODELS = pytest.mark.parametrize("config", [PURE, CONVOLVED, MIXED], ids=["pure", "convolved", "mixed"])
 

@@ -1,5 +1,5 @@
-"""Models of attention and Mamba-2: against those of `transformers` with the same weights, and mixed with memory layers through
-everything that a model goes through."""
+"""Models of attention and Mamba-2: against those of `transformers` with the same weights; these and Gated DeltaNet, also mixed
+with memory layers, through everything that a model goes through."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from transformers import (
 from transformers import Mamba2Config as TheirMamba2Config
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from factorization_memory.config import AttentionConfig, ConfigError, Mamba2Config, ModelConfig, RunConfig, TrainingConfig
+from factorization_memory.config import (
+    AttentionConfig,
+    ConfigError,
+    GatedDeltaNetConfig,
+    Mamba2Config,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from factorization_memory.generation import prefill_batch
 from factorization_memory.generation.graph import StepGraph, Steps
 from factorization_memory.models import LanguageModel, ModelState
@@ -38,7 +46,11 @@ MIXED = ModelConfig(
 )  # fmt: skip
 WINDOWED = replace(MIXED, mixers=("attention", "memory"), attention=replace(MIXED.attention, sliding_window=5))
 BARE = replace(MIXED, mixers=("mamba2", "attention"), feed_forward=False)
-MODELS = pytest.mark.parametrize("config", [MIXED, WINDOWED, BARE], ids=["mixed", "windowed", "bare"])
+DELTA = replace(
+    WINDOWED, mixers=("gated_deltanet", "attention"),
+    gated_deltanet=GatedDeltaNetConfig(num_heads=1, num_value_heads=2, head_size=8),
+)  # fmt: skip
+MODELS = pytest.mark.parametrize("config", [MIXED, WINDOWED, BARE, DELTA], ids=["mixed", "windowed", "bare", "delta"])
 
 
 def shake(model: PreTrainedModel) -> PreTrainedModel:

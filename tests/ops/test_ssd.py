@@ -338,6 +338,6 @@ def test_fla_is_not_taken_where_it_would_refuse(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(ssd_kernels.metadata, "version", lambda name: version)
-    reason = ssd_kernels._refusal("cuda:0")
+    reason = ssd_kernels.fla_refusal("cuda:0")
     assert (reason is not None) == refused
     assert reason is None or f"Triton {version}" in reason

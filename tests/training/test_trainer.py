@@ -16,6 +16,7 @@ from factorization_memory.config import (
     AttentionConfig,
     ConfigError,
     DataConfig,
+    GatedDeltaNetConfig,
     Mamba2Config,
     ModelConfig,
     OptimizerConfig,
@@ -160,8 +161,9 @@ def test_a_run_learns_and_leaves_a_whole_folder(corpus: PackedCorpus, run_dir: P
 
 ASSOCIATIVE = ModelConfig(hidden_size=16, num_layers=2, num_states=4, top_k=2, update_lag=1, rates="head", conv_size=3)
 OTHER_MIXERS = ModelConfig(
-    hidden_size=16, num_layers=3, num_states=4, mixers=("attention", "memory", "mamba2"),
+    hidden_size=16, num_layers=4, num_states=4, mixers=("attention", "memory", "mamba2", "gated_deltanet"),
     attention=AttentionConfig(num_heads=2, sliding_window=12), mamba2=Mamba2Config(state_size=4, head_size=8, chunk_size=8),
+    gated_deltanet=GatedDeltaNetConfig(num_heads=2, head_size=4),
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from factorization_memory.config.checks import require, require_finite
 
-Mixer = Literal["memory", "attention", "mamba2"]
+Mixer = Literal["memory", "attention", "mamba2", "gated_deltanet"]
 Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
 
 
@@ -56,6 +56,41 @@ class Mamba2Config:
         for name in ("state_size", "head_size", "num_groups", "conv_size", "chunk_size"):
             require(getattr(self, name) >= 1, f"model.mamba2.{name}", getattr(self, name), "use 1 or more")
         require(self.expand > 0, "model.mamba2.expand", self.expand, "use a positive ratio")
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetConfig:
+    """Gated DeltaNet (arXiv 2412.06464), in the blocks that `ModelConfig.mixers` gives it."""
+
+    num_heads: int = 0
+    """Heads of queries and keys; 0 takes as many as make the keys of all heads about 3/4 of hidden_size, as the authors' do."""
+    num_value_heads: int = 0
+    """Heads of values, a multiple of num_heads (each key head is shared by as many, as in Qwen3-Next); 0 takes num_heads."""
+    head_size: int = 128
+    """K: width of one head's queries and keys."""
+    expand_v: float = 2.0
+    """Width of one head's values over head_size."""
+    conv_size: int = 4
+    """Taps of the causal convolution over queries, keys and values."""
+
+    def __post_init__(self) -> None:
+        require_finite(self, "model.gated_deltanet")
+        for name in ("num_heads", "num_value_heads"):
+            require(getattr(self, name) >= 0, f"model.gated_deltanet.{name}", getattr(self, name), "use 0 (automatic) or more")
+        for name in ("head_size", "conv_size"):
+            require(getattr(self, name) >= 1, f"model.gated_deltanet.{name}", getattr(self, name), "use 1 or more")
+        require(self.expand_v > 0, "model.gated_deltanet.expand_v", self.expand_v, "use a positive ratio")
+        require(
+            float(self.expand_v * self.head_size).is_integer(),
+            "model.gated_deltanet.expand_v",
+            self.expand_v,
+            f"expand_v * head_size, the width of a head's values, must be a whole number; head_size is {self.head_size}",
+        )
+
+    @property
+    def value_head_size(self) -> int:
+        """V: width of one head's values."""
+        return int(self.expand_v * self.head_size)
 
 
 @dataclass(frozen=True)
@@ -114,6 +149,8 @@ class ModelConfig:
     """The attention layers, if `mixers` has any."""
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
     """The Mamba-2 layers, if `mixers` has any."""
+    gated_deltanet: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
+    """The Gated DeltaNet layers, if `mixers` has any."""
     backend: Backend = "auto"
     """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
 
@@ -183,6 +220,14 @@ class ModelConfig:
                 self.mamba2.num_groups,
                 f"must divide {heads} heads",
             )
+        if "gated_deltanet" in self.layer_mixers:
+            heads, value_heads = self.gated_deltanet_heads
+            require(
+                value_heads % heads == 0,
+                "model.gated_deltanet.num_value_heads",
+                value_heads,
+                f"use a multiple of num_heads={heads}, or 0 for as many",
+            )
 
     @property
     def layer_mixers(self) -> tuple[Mixer, ...]:
@@ -195,6 +240,13 @@ class ModelConfig:
         automatic = self.hidden_size // 64 if self.hidden_size % 64 == 0 else 1
         heads = self.attention.num_heads or automatic
         return heads, self.attention.num_key_value_heads or heads
+
+    @property
+    def gated_deltanet_heads(self) -> tuple[int, int]:
+        """Key heads and value heads of a Gated DeltaNet layer, the automatic choices resolved."""
+        sizes = self.gated_deltanet
+        heads = sizes.num_heads or max(1, round(0.75 * self.hidden_size / sizes.head_size))
+        return heads, sizes.num_value_heads or heads
 
     @property
     def value_size(self) -> int:

@@ -134,22 +134,27 @@ def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> Mo
 
 def _expands(model: ModelConfig) -> tuple[float, list[float]]:
     """The mixers' `expand`, and all that it may be, itself among them."""
+    base = model.hidden_size
     if "mamba2" in model.mixers:
         own, step = model.mamba2.expand, model.mamba2.head_size * model.mamba2.num_groups
     elif "memory" in model.mixers:
         own, step = model.expand, math.lcm(16, model.num_heads)
+    elif "gated_deltanet" in model.mixers:
+        own, step, base = model.gated_deltanet.expand_v, 8, model.gated_deltanet.head_size
     else:
         return model.expand, [model.expand]
-    size = own * model.hidden_size
+    size = own * base
     widths = range(step * math.ceil(size / FARTHEST / step), math.floor(size * FARTHEST) + 1, step)
-    expands = {own, *(width / model.hidden_size for width in widths)}
+    expands = {own, *(width / base for width in widths)}
     # A quotient that is rounded may not come back as a whole width.
-    return own, sorted(expand for expand in expands if float(expand * model.hidden_size).is_integer())
+    return own, sorted(expand for expand in expands if float(expand * base).is_integer())
 
 
 def _widened(model: ModelConfig, expand: float) -> ModelConfig:
     if "mamba2" in model.mixers:
         return dataclasses.replace(model, mamba2=dataclasses.replace(model.mamba2, expand=expand))
+    if "gated_deltanet" in model.mixers and "memory" not in model.mixers:
+        return dataclasses.replace(model, gated_deltanet=dataclasses.replace(model.gated_deltanet, expand_v=expand))
     return dataclasses.replace(model, expand=expand)
 
 
@@ -159,6 +164,7 @@ def _varied(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any
         "model.num_layers": (before.num_layers, after.num_layers),
         "model.expand": (before.expand, after.expand),
         "model.mamba2.expand": (before.mamba2.expand, after.mamba2.expand),
+        "model.gated_deltanet.expand_v": (before.gated_deltanet.expand_v, after.gated_deltanet.expand_v),
     }
     return {name: (old, new) for name, (old, new) in fields.items() if old != new}
 

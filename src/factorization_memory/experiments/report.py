@@ -211,6 +211,7 @@ def _model(model: dict[str, Any]) -> str:
         "memory": f"{form} memory states{heads}",
         "attention": "attention" + (f" to the last {window:,} tokens" if window else ""),
         "mamba2": f"Mamba-2 with states of {model['mamba2']['state_size']}",
+        "gated_deltanet": "Gated DeltaNet",
     }
     size = f"{model['num_layers']} layers of width {model['hidden_size']}"
     pattern = model["mixers"]

@@ -3,6 +3,7 @@
 from factorization_memory.layers.attention import Attention, AttentionState
 from factorization_memory.layers.factorization_memory import FactorizationMemory
 from factorization_memory.layers.feed_forward import FeedForward
+from factorization_memory.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 from factorization_memory.layers.mamba2 import Mamba2, Mamba2State
 from factorization_memory.layers.mixer import SequenceMixer
 from factorization_memory.layers.routing import Routing
@@ -13,6 +14,8 @@ __all__ = [
     "AttentionState",
     "FactorizationMemory",
     "FeedForward",
+    "GatedDeltaNet",
+    "GatedDeltaNetState",
     "GrowingState",
     "LayerState",
     "Mamba2",

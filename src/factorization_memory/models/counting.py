@@ -18,6 +18,8 @@ UPDATE_FLOPS = 3
 """Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
 MERGE_FLOPS = 2
 """Of one number of the memory: its share of `sum_j phi_j h_j`."""
+ERASE_FLOPS = 2
+"""Of one number of the memory of Gated DeltaNet, besides: its share of what the memory returns for a key."""
 PAIR_FLOPS = 4
 """Of two tokens in attention and one number of a token's width: in the product of query and key, and in the sum of values."""
 
@@ -34,8 +36,8 @@ class Counts:
     head_flops: int
     """The output head, forward."""
     recurrence_flops: int
-    """Updating and merging the selected states as the formula says, forward; of Mamba-2 the same of all its states. The chunked
-    forms do other arithmetic for the same result."""
+    """Updating and merging the selected states as the formula says, forward; of Mamba-2 and Gated DeltaNet the same of all they
+    hold, and what the latter erases. The chunked forms do other arithmetic for the same result."""
     attention_flops: int
     """Products of queries with keys, and sums of values, forward, at the mean context of a training sequence."""
     state_bytes: int
@@ -86,8 +88,10 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
     recurrence = {
         "memory": (UPDATE_FLOPS + MERGE_FLOPS) * (config.top_k or config.num_states) * config.value_size,
         "mamba2": (UPDATE_FLOPS + MERGE_FLOPS) * config.mamba2.state_size * int(config.mamba2.expand * config.hidden_size),
+        "gated_deltanet": (UPDATE_FLOPS + MERGE_FLOPS + ERASE_FLOPS)
+        * config.gated_deltanet_heads[1] * config.gated_deltanet.head_size * config.gated_deltanet.value_head_size,
         "attention": 0,
-    }
+    }  # fmt: skip
     reach = min(window or context_length, context_length)
     attended = reach * (reach + 1) // 2 + (context_length - reach) * reach  # by all tokens of a sequence
     pairs = config.layer_mixers.count("attention") * attended * config.hidden_size

@@ -1,4 +1,5 @@
-"""The language model: embedding, pre-norm blocks of a mixer (memory, attention, Mamba-2) and a feed-forward layer, norm, head.
+"""The language model: embedding, pre-norm blocks of a mixer (memory, attention, Mamba-2, Gated DeltaNet) and a feed-forward
+layer, norm, head.
 
 Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequences.
 """
@@ -15,6 +16,7 @@ from factorization_memory.layers import (
     Attention,
     FactorizationMemory,
     FeedForward,
+    GatedDeltaNet,
     LayerState,
     Mamba2,
     MixerState,
@@ -31,6 +33,8 @@ def make_mixer(mixer: Mixer, config: ModelConfig) -> SequenceMixer:
         return Attention.from_config(config)
     if mixer == "mamba2":
         return Mamba2.from_config(config)
+    if mixer == "gated_deltanet":
+        return GatedDeltaNet.from_config(config)
     return FactorizationMemory.from_config(config)
 
 

@@ -131,9 +131,7 @@ def _forward(
     inputs, outputs = (cut(tensor.to(x.dtype)).transpose(2, 3) for tensor in (input_map, output_map))
 
     # Within chunks: [B, n, H, L, L] weights.
-    # The compiler fuses the plain form with what follows, both ways.
-    decay = _decays(logs) if torch.compiler.is_compiling() else _Decays.apply(logs)
-    decay = decay.unflatten(2, (groups, heads // groups))
+    decay = decays(logs).unflatten(2, (groups, heads // groups))
     weights = ((outputs @ inputs.mT)[:, :, :, None] * decay).to(x.dtype).flatten(2, 3)
     inner = (weights @ values.transpose(2, 3)).transpose(2, 3)
 
@@ -162,9 +160,15 @@ def _forward(
     return y, final.unflatten(2, (width, size)).clone(memory_format=torch.contiguous_format)
 
 
-def _decays(logs: Tensor) -> Tensor:
+def decays(logs: Tensor) -> Tensor:
     """The decays from each token to each later one, `exp(logs_{s+1} + ... + logs_t)` at `[..., t, s]` of logs `[..., L]`, zero
     to those before."""
+    # The compiler fuses the plain form with what follows, both ways.
+    return _decays(logs) if torch.compiler.is_compiling() else _Decays.apply(logs)
+
+
+def _decays(logs: Tensor) -> Tensor:
+    """`decays` in plain PyTorch, whose gradient is left to autograd."""
     length, sums = logs.shape[-1], logs.cumsum(-1)
     edge = torch.full((length, length), -torch.inf, dtype=logs.dtype, device=logs.device).triu(1)
     return torch.where(_later(length, logs.device), sums[..., :, None] - sums[..., None, :], edge).exp()

@@ -43,13 +43,13 @@ def obstacle(backend: str, x: Tensor, packed_states: bool) -> str | None:
         return f"x is empty, {tuple(x.shape)}"
     if backend == "mamba-ssm" and packed_states:
         return "it has no gradients of states of packed sequences"
-    if backend == "fla" and (reason := _refusal(str(x.device))) is not None:
+    if backend == "fla" and (reason := fla_refusal(str(x.device))) is not None:
         return reason
     return _missing(backend)
 
 
 @torch.compiler.assume_constant_result
-def _refusal(device: str) -> str | None:
+def fla_refusal(device: str) -> str | None:
     """Why fla would refuse to run, which it says only when it computes gradients; None if it does not."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return None

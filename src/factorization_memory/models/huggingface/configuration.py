@@ -50,6 +50,7 @@ class FactorizationMemoryConfig(PreTrainedConfig):
     output_gate: bool = _DEFAULT["output_gate"]
     attention: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["attention"]))
     mamba2: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["mamba2"]))
+    gated_deltanet: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT["gated_deltanet"]))
     backend: str = _DEFAULT["backend"]
     use_cache: bool = True
     bos_token_id: int | None = None

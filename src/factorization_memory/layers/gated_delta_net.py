@@ -1,0 +1,226 @@
+"""Gated DeltaNet's layer (arXiv 2412.06464) behind the interface of the memory layer, as the model to compare with and to mix
+in.
+
+Shapes: B sequences, T tokens, d hidden size, G key heads, H value heads, K width of a key, V width of a head's values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from factorization_memory import ops
+from factorization_memory.config import Backend, GatedDeltaNetConfig, ModelConfig
+from factorization_memory.layers.convolution import CausalConvolution
+from factorization_memory.layers.mixer import check_inputs
+from factorization_memory.layers.norm import rms_norm
+from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from factorization_memory.ops.precision import no_autocast, state_dtype
+
+DECAY_RATES = (0.01, 16.0)
+"""Least and largest decay rate at initialisation, drawn evenly; the authors begin at 0, whose logarithm is infinite."""
+STEP_SIZES = (1e-3, 1e-1)
+"""Least and largest step size at initialisation, drawn evenly in their logarithm."""
+KEY_EPS = 1e-6
+"""Added to the squared length under the root that queries and keys are divided by."""
+
+
+@dataclass
+class GatedDeltaNetState:
+    """The state of one Gated DeltaNet layer; an all-zero one is the initial state.
+
+    Attributes:
+        memory: `[B, H, K, V]`, float32 (float64 in a float64 model).
+        convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, 2 G K + H V]`.
+        undo: steps are not kept: a snapshot is a copy.
+    """
+
+    memory: Tensor
+    convolution: Tensor
+    undo: None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B: sequences that the state belongs to."""
+        return self.memory.shape[0]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> GatedDeltaNetState:
+        """The state with `function` applied to each tensor."""
+        return GatedDeltaNetState(function(self.memory), function(self.convolution))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that make up the state."""
+        return [self.memory, self.convolution]
+
+
+class GatedDeltaNet(nn.Module):
+    """A layer of linear attention whose memory decays and is overwritten by the delta rule, as the authors' implementation has
+    it.
+
+    The input gives queries, keys and values, which pass a causal convolution with SiLU; queries and keys are then scaled to
+    length 1. It also gives for each value head the write strength `sigmoid(b)` and the log decay `-A softplus(a + bias)`. What
+    the recurrence (see `ops.gated_delta_rule`) returns is RMS-normalised for each head, multiplied by a SiLU gate and
+    projected. Unlike the authors', the convolution has a bias, as that of our other layers, which begins at zero. The input is
+    expected RMS-normalised, as in a pre-norm block.
+
+    Args:
+        hidden_size: d, width of input and output.
+        config: sizes.
+        norm_eps: epsilon of the normalisation of each head.
+        backend: "reference" and "chunked" are those of `ops.gated_delta_rule`; any other takes the fastest that is here.
+
+    Raises:
+        ConfigError: a value that cannot be, named with its remedy.
+    """
+
+    state_type = GatedDeltaNetState
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: GatedDeltaNetConfig | None = None,
+        *,
+        norm_eps: float = 1e-5,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        config = config or GatedDeltaNetConfig()
+        # One place checks these fields, for the layer alone as for a whole model.
+        model = ModelConfig(
+            hidden_size=hidden_size, gated_deltanet=config, mixers=("gated_deltanet",), norm_eps=norm_eps, backend=backend
+        )
+        self.hidden_size, self.norm_eps = hidden_size, norm_eps
+        self.backend = backend if backend in ("reference", "chunked") else "auto"
+        self.num_heads, self.num_value_heads = model.gated_deltanet_heads
+        self.head_size, self.value_head_size = config.head_size, config.value_head_size
+        self.key_size, self.value_size = self.num_heads * self.head_size, self.num_value_heads * self.value_head_size
+
+        channels = 2 * self.key_size + self.value_size
+        self.input = nn.Linear(hidden_size, self.value_size + channels + 2 * self.num_value_heads, bias=False)
+        self.convolution = CausalConvolution(channels, config.conv_size)
+        self.log_decay_rate = nn.Parameter(torch.empty(self.num_value_heads))
+        self.step_size_bias = nn.Parameter(torch.empty(self.num_value_heads))
+        self.norm_weight = nn.Parameter(torch.ones(self.value_head_size))
+        self.output = nn.Linear(self.value_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> GatedDeltaNet:
+        """The layer of a model's configuration."""
+        return cls(config.hidden_size, config.gated_deltanet, norm_eps=config.norm_eps, backend=config.backend)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights; decays as in the authors' implementation."""
+        for projection in (self.input, self.output):
+            nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
+        nn.init.uniform_(self.log_decay_rate, *DECAY_RATES).log_()
+        low, high = (math.log(size) for size in STEP_SIZES)
+        step_size = nn.init.uniform_(self.step_size_bias, low, high).exp_()
+        step_size.add_(torch.log(-torch.expm1(-step_size)))  # the inverse of softplus
+        nn.init.ones_(self.norm_weight)
+        self.convolution.reset_parameters()
+
+    def initial_state(self, batch_size: int) -> GatedDeltaNetState:
+        """The empty state of `batch_size` sequences."""
+        weight = self.output.weight
+        shape = (batch_size, self.num_value_heads, self.head_size, self.value_head_size)
+        return GatedDeltaNetState(weight.new_zeros(shape, dtype=state_dtype(weight)), self.convolution.initial_tail(batch_size))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: GatedDeltaNetState | None = None,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, GatedDeltaNetState | None]:
+        """A stretch of whole sequences, from their beginning or from a carried state.
+
+        Args:
+            x: `[B, T, d]`, normalised.
+            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is,
+                and its output is to be ignored. Not with `cu_seqlens`.
+            keep_state: whether to return the state; without, its memory is not taken either.
+
+        Returns:
+            y `[B, T, d]`, and the state after the last token or None.
+
+        Raises:
+            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+        """
+        self._check(x, state, cu_seqlens, padding_mask)
+        if padding_mask is not None:
+            # Whatever stands in padding, also what is not finite, stays out.
+            x = x.masked_fill(~padding_mask[..., None], 0)
+        gate, mixed, strength, log_decay = self._project(x)
+        if padding_mask is not None:
+            strength, log_decay = (rate.masked_fill(~padding_mask[..., None], 0) for rate in (strength, log_decay))
+        (mixed,), tail = self.convolution(
+            [mixed],
+            None if state is None else state.convolution,
+            cu_seqlens,
+            padding_mask,
+            keep_tail=keep_state,
+            backend="auto" if self.backend == "auto" else "plain",
+        )
+        query, key, value = self._parts(mixed)
+        y, memory = gated_delta_rule(
+            query, key, value, log_decay, strength, None, None if state is None else state.memory, keep_state, cu_seqlens,
+            self.backend,
+        )  # fmt: skip
+        return self._output(y, gate), None if memory is None or tail is None else GatedDeltaNetState(memory, tail)
+
+    def _check(
+        self, x: Tensor, state: GatedDeltaNetState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
+    ) -> None:
+        """Checks the arguments of `forward`."""
+        check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
+        if state is not None:
+            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            shape = (sequences, self.num_value_heads, self.head_size, self.value_head_size)
+            ops.check_state(state.memory, "state.memory", shape, self.output.weight)
+            self.convolution.check_tail(state.convolution, "state.convolution", sequences)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
+        gate, mixed, strength, log_decay = self._project(x)
+        query, key, value = self._parts(*self.convolution.step([mixed], state.convolution))
+        y = gated_delta_rule_step(query, key, value, log_decay, strength, state.memory)
+        return self._output(y, gate)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gate `[..., H V]`, what the convolution takes, and write strengths and log decays `[..., H]`, float32 (float64
+        for float64 x)."""
+        heads = self.num_value_heads
+        channels = self.convolution.weight.shape[1]
+        gate, mixed, strength, step_size = self.input(x).split((self.value_size, channels, heads, heads), dim=-1)
+        dtype = state_dtype(self.output.weight)
+        step_size = functional.softplus(step_size.to(dtype) + self.step_size_bias.to(dtype))
+        return gate, mixed, strength.to(dtype).sigmoid(), -self.log_decay_rate.to(dtype).exp() * step_size
+
+    def _parts(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys `[..., G, K]` of length 1, and values `[..., H, V]`, of what the convolution returns."""
+        query, key, value = mixed.split((self.key_size, self.key_size, self.value_size), dim=-1)
+        query, key = (_unit(part.unflatten(-1, (self.num_heads, self.head_size))) for part in (query, key))
+        return query, key, value.unflatten(-1, (self.num_value_heads, self.value_head_size))
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        """What was read `[..., H, V]`, normalised for each head, gated, projected."""
+        y = rms_norm(y, self.norm_weight.to(y.dtype), self.norm_eps).flatten(-2)
+        return self.output(y * functional.silu(gate))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x, scaled to length 1 along its last dimension."""
+    with no_autocast(x.device):
+        wide = x.to(state_dtype(x))
+        return (wide * (wide.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()).to(x.dtype)
