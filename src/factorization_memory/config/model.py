@@ -63,9 +63,9 @@ class GatedDeltaNetConfig:
     """Gated DeltaNet (arXiv 2412.06464), in the blocks that `ModelConfig.mixers` gives it."""
 
     num_heads: int = 0
-    """Heads of queries and keys; 0 takes as many as make the keys of all heads about 3/4 of hidden_size, as the authors' do."""
+    """Heads of queries and keys; 0 takes as many as bring their total width to about 3/4 of hidden_size, as in fla."""
     num_value_heads: int = 0
-    """Heads of values, a multiple of num_heads (each key head is shared by as many, as in Qwen3-Next); 0 takes num_heads."""
+    """Heads of values, a multiple of num_heads: neighbours share a key head, as in Qwen3-Next; 0 takes num_heads."""
     head_size: int = 128
     """K: width of one head's queries and keys."""
     expand_v: float = 2.0

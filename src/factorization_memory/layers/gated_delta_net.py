@@ -23,11 +23,11 @@ from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_de
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
 DECAY_RATES = (0.01, 16.0)
-"""Least and largest decay rate at initialisation, drawn evenly; the authors begin at 0, whose logarithm is infinite."""
+"""Least and largest decay rate at initialisation, drawn evenly; the authors draw from 0, whose log is infinite."""
 STEP_SIZES = (1e-3, 1e-1)
 """Least and largest step size at initialisation, drawn evenly in their logarithm."""
 KEY_EPS = 1e-6
-"""Added to the squared length under the root that queries and keys are divided by."""
+"""Added to the squared norm under the root by which queries and keys are divided."""
 
 
 @dataclass
@@ -59,14 +59,13 @@ class GatedDeltaNetState:
 
 
 class GatedDeltaNet(nn.Module):
-    """A layer of linear attention whose memory decays and is overwritten by the delta rule, as the authors' implementation has
-    it.
+    """A linear attention layer whose memory decays and is written to by the delta rule, as in the authors' implementation.
 
-    The input gives queries, keys and values, which pass a causal convolution with SiLU; queries and keys are then scaled to
-    length 1. It also gives for each value head the write strength `sigmoid(b)` and the log decay `-A softplus(a + bias)`. What
-    the recurrence (see `ops.gated_delta_rule`) returns is RMS-normalised for each head, multiplied by a SiLU gate and
-    projected. Unlike the authors', the convolution has a bias, as that of our other layers, which begins at zero. The input is
-    expected RMS-normalised, as in a pre-norm block.
+    The input is projected to queries, keys and values, which pass through a causal convolution with SiLU; queries and keys are
+    then scaled to norm 1. It is also projected to a write strength `sigmoid(b)` and a log decay `-A softplus(a + bias)` for
+    each value head. The output of the recurrence (see `ops.gated_delta_rule`) is RMS-normalised for each head, multiplied by a
+    SiLU gate and projected. Unlike the authors' convolution, ours has a bias, as in our other layers, initialised to zero.
+    The input is expected RMS-normalised, as in a pre-norm block.
 
     Args:
         hidden_size: d, width of input and output.
@@ -208,19 +207,19 @@ class GatedDeltaNet(nn.Module):
         return gate, mixed, strength.to(dtype).sigmoid(), -self.log_decay_rate.to(dtype).exp() * step_size
 
     def _parts(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys `[..., G, K]` of length 1, and values `[..., H, V]`, of what the convolution returns."""
+        """Queries and keys `[..., G, K]` of norm 1, and values `[..., H, V]`, from the convolution's output."""
         query, key, value = mixed.split((self.key_size, self.key_size, self.value_size), dim=-1)
         query, key = (_unit(part.unflatten(-1, (self.num_heads, self.head_size))) for part in (query, key))
         return query, key, value.unflatten(-1, (self.num_value_heads, self.value_head_size))
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
-        """What was read `[..., H, V]`, normalised for each head, gated, projected."""
+        """The recurrence's output `[..., H, V]`, normalised for each head, gated and projected."""
         y = rms_norm(y, self.norm_weight.to(y.dtype), self.norm_eps).flatten(-2)
         return self.output(y * functional.silu(gate))
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x, scaled to length 1 along its last dimension."""
+    """x, scaled to norm 1 along its last dimension."""
     with no_autocast(x.device):
         wide = x.to(state_dtype(x))
         return (wide * (wide.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()).to(x.dtype)

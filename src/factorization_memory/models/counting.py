@@ -19,7 +19,7 @@ UPDATE_FLOPS = 3
 MERGE_FLOPS = 2
 """Of one number of the memory: its share of `sum_j phi_j h_j`."""
 ERASE_FLOPS = 2
-"""Of one number of the memory of Gated DeltaNet, besides: its share of what the memory returns for a key."""
+"""Of one number of Gated DeltaNet's memory, besides these: its share of what the memory returns for the key."""
 PAIR_FLOPS = 4
 """Of two tokens in attention and one number of a token's width: in the product of query and key, and in the sum of values."""
 
@@ -36,8 +36,9 @@ class Counts:
     head_flops: int
     """The output head, forward."""
     recurrence_flops: int
-    """Updating and merging the selected states as the formula says, forward; of Mamba-2 and Gated DeltaNet the same of all they
-    hold, and what the latter erases. The chunked forms do other arithmetic for the same result."""
+    """Updating and merging the selected states as the formula says, forward; of Mamba-2 and Gated DeltaNet, updating and
+    reading the whole state, in the latter also reading it for the key. The chunked forms do other arithmetic for the same
+    result."""
     attention_flops: int
     """Products of queries with keys, and sums of values, forward, at the mean context of a training sequence."""
     state_bytes: int

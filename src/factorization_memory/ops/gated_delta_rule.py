@@ -5,7 +5,7 @@ For each token t and head, with query q, key k, value v, log decay g <= 0 and wr
 
     S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - (exp(g_t) S_{t-1})^T k_t)^T        o_t = scale S_t^T q_t
 
-What the decayed state returns for the key is replaced, to the share beta, by the value. Keys are expected to be of norm 1.
+A write replaces a fraction beta of what the decayed state returns for the key by the value. Keys are expected to have norm 1.
 
 Shapes: B sequences, T tokens, H value heads, G key heads that divide H, K width of a key, V width of a value.
 """
@@ -48,7 +48,7 @@ def gated_delta_rule(
 
     Args:
         q: queries, `[B, T, G, K]`; G divides H, and neighbouring value heads share a key head.
-        k: keys, the same shape, of norm 1 at most.
+        k: keys, the same shape, of norm at most 1.
         v: values, `[B, T, H, V]`.
         g: natural logarithm of the decay, `[B, T, H]`, not positive.
         beta: write strength, `[B, T, H]`, 0 to 1. A token with g = 0 and beta = 0 leaves the state as it is.
@@ -99,7 +99,7 @@ def gated_delta_rule_step(
 
 
 def _shared(tensor: Tensor, share: int, dim: int = 2) -> Tensor:
-    """Key heads, written out for each of the value heads that share them."""
+    """Repeats each key head for the value heads that share it."""
     return tensor if share == 1 else tensor.repeat_interleave(share, dim=dim)
 
 
@@ -136,7 +136,7 @@ def _choose(backend: str, k: Tensor, v: Tensor) -> str:
 
 
 def fla_obstacle(k: Tensor, v: Tensor) -> str | None:
-    """Why fla's kernels cannot compute with these keys and values; None if they can."""
+    """Why fla's kernels cannot run on these keys and values; None if they can."""
     if v.dtype not in (torch.bfloat16, torch.float16):
         return f"v has dtype {v.dtype}, the kernels take bfloat16 or float16"
     if not v.is_cuda:
@@ -157,10 +157,10 @@ def _missing() -> str | None:
 
 @torch.compiler.assume_constant_result
 def _tilelang() -> bool:
-    """Whether fla computes by TileLang what it refuses to compute by Triton on GPUs of capability 9."""
+    """Whether fla runs in TileLang the backward kernel that it refuses to run in Triton on GPUs of capability 9."""
     try:
         return importlib.import_module("fla.ops.common.backends.tilelang").CommonTileLangBackend.can_use()
-    except Exception:  # other versions of fla keep it elsewhere, or have none
+    except Exception:  # other versions of fla have it elsewhere or not at all
         return False
 
 
@@ -181,10 +181,10 @@ def _fla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, keep_final: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The kernels of fla, which take queries, keys and values of one dtype, and borders of int64."""
+    """fla's kernels, which take queries, keys and values of one dtype, and int64 borders."""
     kernels: Any = _find()
     with no_autocast(v.device):
-        # The same tensor for every layer where nothing is converted: fla remembers what it has read of it.
+        # int64 borders on v's device are passed on as they are: fla caches what it reads from a tensor, for all layers.
         borders = None if cu_seqlens is None else cu_seqlens.to(v.device, torch.int64)
         y, final = kernels(
             q=q.to(v.dtype), k=k.to(v.dtype), v=v, g=g.float(), beta=beta.float(), scale=scale, initial_state=initial,

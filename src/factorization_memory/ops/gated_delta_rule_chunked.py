@@ -5,17 +5,17 @@ what token t writes along its key, u_t, depends on the writes before it:
 
     u_t = beta_t (v_t - decay(start -> t) S^T k_t - sum_{s < t} decay(s -> t) (k_t . k_s) u_s)
 
-This is a unit triangular system; solved once for `beta v` and once for `beta decay(start -> t) k`, over all chunks at once, it
-gives `u = U - W S` (the UT transform). Then, chunk after chunk,
+This is a unit triangular system. Solved with the right-hand sides `beta v` and `beta decay(start -> t) k`, for all chunks at
+once, it gives `u = U - W S` (the UT transform). Then, chunk after chunk,
 
     S'  = decay(start -> end) S + sum_s decay(s -> end) k_s u_s^T
 
-and again over all chunks at once
+and, again for all chunks at once,
 
     o_t = scale (decay(start -> t) S^T q_t + sum_{s <= t} decay(s -> t) (q_t . k_s) u_s)
 
-Only numbers in [0, 1] are made by `exp`. Packed sequences begin at chunks of their own, so that nothing need be masked inside
-a chunk. All arithmetic is float32 (float64 for float64 values).
+`exp` only ever sees numbers <= 0. Each packed sequence starts a new chunk, so nothing is masked inside a chunk. All arithmetic
+is float32 (float64 for float64 values).
 
 Shapes: B sequences, T tokens, H heads, K width of a key, V width of a value; n chunks of L tokens.
 """
@@ -32,18 +32,18 @@ from factorization_memory.ops.precision import no_autocast, state_dtype
 from factorization_memory.ops.ssd_chunked import MIN_CHUNK, NO_DECAY_LEFT, decays
 
 CHUNK_SIZE = 64
-"""Tokens of a chunk, as the paper has it."""
+"""Tokens of a chunk, as in the paper."""
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """Where packed sequences lie in the chunks: each fills chunks of its own.
+    """Where packed sequences lie in the chunks: each has chunks of its own.
 
     Attributes:
         token: place of each token among the n L places in chunks, `[T]`.
         sequence: the sequence of each chunk, `[n]`.
         starts: whether a chunk is the first of its sequence, bool `[n]`.
-        last: the last chunk of each sequence, `[N]`; any for an empty one.
+        last: the last chunk of each sequence, `[N]`; arbitrary for an empty one.
         empty: whether a sequence has no tokens, bool `[N]`.
     """
 
@@ -63,7 +63,7 @@ class _Packing:
         token = torch.arange(length, device=borders.device)
         owner = torch.bucketize(token, borders[1:], right=True)
         number = torch.arange(chunks, device=borders.device)
-        # Chunks behind all sequences hold no token, and no final state is taken from them.
+        # Chunks after the last sequence hold no token, and no final state is read from them.
         sequence = torch.bucketize(number, stops, right=True).clamp(max=len(counts) - 1)
         token = first[owner] * chunk + token - borders[owner]
         return cls(token, sequence, number == first[sequence], (stops - 1).clamp(min=0), counts == 0)
@@ -91,15 +91,15 @@ def _forward(
         chunks = max(1, -(-length // chunk))
     else:
         sequences, chunk = cu_seqlens.shape[0] - 1, CHUNK_SIZE
-        # The shorter the sequences, the smaller the chunks, so that less of the last ones stays empty.
+        # Short sequences take smaller chunks, so that less of each one's last chunk is empty.
         while chunk >= 2 * MIN_CHUNK and chunk * sequences > length:
             chunk //= 2
-        # As many as N sequences of T tokens may need, so that their lengths need not be known here.
+        # The most that N sequences of T tokens in all can need: their lengths are not read, which would synchronize.
         chunks = max(1, (length + sequences * (chunk - 1)) // chunk)
         packing = _Packing.plan(cu_seqlens.to(v.device), length, chunk, chunks)
 
     def cut(tensor: Tensor) -> Tensor:
-        """`[B, T, H, ...]` to `[B, n, H, L, ...]`, zero where there is no token: such a token leaves the state as it is."""
+        """`[B, T, H, ...]` to `[B, n, H, L, ...]`, zero where there is no token, which leaves the state unchanged."""
         tensor = tensor.to(wide)
         if packing is not None:
             room = tensor.new_zeros(1, chunks * chunk, *tensor.shape[2:])
@@ -111,18 +111,19 @@ def _forward(
     q, k, v, beta = cut(q) * scale, cut(k), cut(v), cut(beta)[..., None]
     logs = cut(g.to(wide).clamp(min=NO_DECAY_LEFT[wide]))
     from_start = logs.cumsum(-1).exp()[..., None]
-    # Sums of what comes later, not differences: a gradient would be one of large numbers.
+    # Sums of the later logs, not differences of sums, whose gradient would be a difference of large numbers.
     to_end = functional.pad(logs[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp()[..., None]
     whole = logs.sum(-1).exp()[..., None, None]
     decay = decays(logs)
 
-    # The writes of each chunk, U - W S: all but S.
-    system = beta * (k @ k.mT) * decay  # its diagonal is taken as 1
+    # The writes of each chunk are U - W S: here U and W.
+    system = beta * (k @ k.mT) * decay  # the solver takes its diagonal as 1
     right = torch.cat((beta * v, beta * from_start * k), dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     free, along = solved.split((width, k.shape[-1]), dim=-1)
 
-    # From chunk to chunk: states [B, H, K, V]. Views are taken all at once, so that backward fills their gradients once.
+    # From chunk to chunk: states [B, H, K, V]. One unbind instead of an index for each chunk: backward then stacks the
+    # gradients instead of adding up n tensors that are zero but for one chunk.
     parts = zip(free.unbind(1), along.unbind(1), (k * to_end).mT.unbind(1), whole.unbind(1), strict=True)
     state = v.new_zeros(batch, heads, k.shape[-1], width) if initial is None else initial.to(wide)
     if packing is not None:
