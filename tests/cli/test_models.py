@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from factorization_memory.cli import dispatch
+from factorization_memory.cli.evaluate import EvaluateOptions
 from factorization_memory.data.corpora import builtin_corpus
 from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS
 from factorization_memory.models.pretrained import builtin_model, load_pretrained
 from factorization_memory.training import load_model
 
@@ -65,6 +67,11 @@ def test_the_model_of_the_package_reads(tmp_path: Path, capsys: pytest.CaptureFi
         capsys, "inspect", "--text", "It was dark.", "--output", str(tmp_path / "page.html"), "--device", "cpu"
     )
     assert len(inspected["layers"]) == load_pretrained(builtin_model()).config.num_layers
+
+
+def test_defaults_are_those_of_the_suite() -> None:
+    """The command line names them itself, so that it need not import the suite to say what they are."""
+    assert (EvaluateOptions().recall_items, EvaluateOptions().recall_lengths) == (ITEMS, LENGTHS)
 
 
 def test_the_model_of_the_package_is_asked_what_it_read(

@@ -107,8 +107,8 @@ def test_who_recalls_all_gets_everything_right() -> None:
         (128, 1, 4, 4), (512, 1, 4, 4), (512, 4, 4, 16),
     ]  # fmt: skip
     assert any("books, haystacks of 128 tokens with 4 needles" in each for each in record["left_out"])
-    assert [row["asked"] for row in record["associative"]["by_pairs"]] == [16, 64]
-    assert sum(row["asked"] for row in record["associative"]["by_distance"]) == 64
+    assert [row["asked"] for row in record["associative"]["by_pairs"]] == [32, 128]
+    assert sum(row["asked"] for row in record["associative"]["by_distance"]) == 128
     for name in ("by_needles", "by_depth", "by_distance"):
         assert sum(row["asked"] for row in record["needle"]["books"][name]) == 24
     shares = headline(record)

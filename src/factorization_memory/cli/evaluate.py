@@ -45,7 +45,7 @@ class EvaluateOptions:
     """Stretches of text of each source that are read by position."""
     recall: bool = False
     """Also ask what the context held: the value behind a key, a number hidden in a book, a stretch of text once more."""
-    recall_items: int = 8
+    recall_items: int = 4
     """Texts of each length and number of hidden sentences; errors shrink with its square root."""
     recall_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     """Tokens of these texts."""

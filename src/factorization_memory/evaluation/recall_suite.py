@@ -1,7 +1,7 @@
 """The recall suite: does a language model find again what its context held?
 
 version        of the items: figures of different versions do not compare
-items          haystacks of each length and number of needles; the other tasks have twice as many sequences of each size
+items          haystacks of each length and number of needles; of each size four times as many pairs, twice as many copies
 associative    keys and values, random tokens: the pairs once, then again in another order
                by_pairs      a list: pairs, and the figures of all queries
                by_distance   a list: pairs (the largest number alone), start, end, and the figures of the queries whose key
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
 
-ITEMS = 8
+ITEMS = 4
 LENGTHS = (256, 512, 1024, 2048, 4096)
 NEEDLES = (1, 4, 16)
 PAIRS = (4, 8, 16, 32, 64)
@@ -87,7 +87,8 @@ def evaluate_recall(
 
     Args:
         texts: the text of each source without special tokens, int64 [N] (see `held_out_texts`).
-        items: haystacks of each length and number of needles, each needle asked for; of the other tasks 2 * items sequences.
+        items: haystacks of each length and number of needles, each needle asked for; 4 * items sequences of pairs,
+            2 * items copies.
         lengths: tokens of a haystack.
         needles: needles in one.
         pairs: pairs of key and value.
@@ -111,7 +112,7 @@ def evaluate_recall(
     report = progress or (lambda what, done, total: None)
     with evaluating(model):
         needle = _needles(read, tokenizer, texts, items, lengths, needles, split, report, left_out)
-        associative = _associative(read, vocabulary, 2 * items, pairs, split, report, left_out)
+        associative = _associative(read, vocabulary, 4 * items, pairs, split, report, left_out)
         drawn: dict[str, Callable[[int, Split, int], np.ndarray]] = {
             "random": partial(random_stretch, np.setdiff1d(vocabulary, separator))
         }
