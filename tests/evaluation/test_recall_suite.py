@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConfig
+from factorization_memory.data.shards import pack
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.evaluation.recall_suite import evaluate_recall, headline
+from factorization_memory.evaluation.recall_suite import evaluate_recall, headline, held_out_texts
 from factorization_memory.evaluation.recall_tasks import LANGUAGES, NUM_CANDIDATES
 from factorization_memory.models import LanguageModel
 
@@ -159,6 +161,16 @@ def test_pieces_and_batches_make_no_difference(name: str) -> None:
     for source, copies in whole["copy"].items():
         for row, other in zip(copies["by_length"], parts["copy"][source]["by_length"], strict=True):
             assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_held_out_texts_hold_no_special_tokens(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 50)
+    corpus = pack([("books", tmp_path)], TOKENIZER, tmp_path / "packed", holdout="tail", holdout_fraction=0.5)
+    tokens = corpus.sources["books"].splits["validation"].tokens
+    text = held_out_texts(corpus)["books"]
+    assert TOKENIZER.document_end in tokens.tolist()
+    assert text.tolist() == [token for token in tokens.tolist() if token != TOKENIZER.document_end]
 
 
 def test_what_is_left_out_is_said() -> None:

@@ -66,7 +66,7 @@ def learn_recall(
     started = time.monotonic()
     test, answers = (torch.from_numpy(x).to(device) for x in associative_recall(pairs, "test", 0, TEST_SEQUENCES))
     asked = answers != IGNORED
-    with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU; the caller's random numbers stay his
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU; the caller's generator is left alone
         torch.manual_seed(seed)
         model = LanguageModel(replace(config, vocab_size=8 * pairs + 1)).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
