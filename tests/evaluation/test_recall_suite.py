@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConfig
 from factorization_memory.data.shards import pack
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.evaluation.recall_suite import evaluate_recall, headline, held_out_texts
+from factorization_memory.evaluation.recall_suite import _error, evaluate_recall, headline, held_out_texts
 from factorization_memory.evaluation.recall_tasks import LANGUAGES, NUM_CANDIDATES
 from factorization_memory.models import LanguageModel
 
@@ -96,7 +96,10 @@ def test_who_recalls_all_gets_everything_right() -> None:
         for name in part.keys() - {"language"}:
             for row in part[name]:
                 assert row["choice"] == row["exact"] == 1
-                assert row["choice_error"] == (0 if row["sequences"] > 1 else None)
+                # All right is no certainty: as if half a query had failed.
+                smoothed = (row["asked"] + 0.5) / (row["asked"] + 1)
+                least = (smoothed * (1 - smoothed) / row["asked"]) ** 0.5
+                assert row["choice_error"] == (pytest.approx(least) if row["sequences"] > 1 else None)
     copies = record["copy"]["random"]["by_length"]
     assert [row["length"] for row in copies] == [8, 32]
     assert all(row["loss"] < row["first_loss"] and row["tokens"] == 8 * row["length"] for row in copies)
@@ -129,6 +132,14 @@ def test_who_guesses_gets_chance() -> None:
         assert row["choice_error"] == pytest.approx(error, rel=0.5)
         assert row["exact"] < 0.05
     assert record["copy"]["random"]["by_length"][0]["accuracy"] < 0.02
+
+
+def test_answers_of_one_sequence_are_not_independent() -> None:
+    """All or none of a sequence's answers right: as uncertain as one answer of each."""
+    together, apart = _error([8, 0, 8, 0, 8, 0], [8] * 6), _error([4, 4, 4, 4, 4, 4], [8] * 6)
+    assert together == pytest.approx((6 / 5 * 0.25 / 6) ** 0.5)
+    assert apart == pytest.approx((0.25 / 48) ** 0.5)
+    assert _error([3], [4]) is None
 
 
 def test_a_tie_is_no_right_answer() -> None:

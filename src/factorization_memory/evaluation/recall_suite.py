@@ -17,7 +17,7 @@ left_out       a list of sentences: what was not asked, and why
 
 Figures of queries are: sequences, asked, chance; choice, the share whose right answer is the likeliest of the candidates;
 exact, the share that the model would name if it wrote greedily. Standard errors (choice_error, exact_error, accuracy_error)
-take sequences, not queries, as independent; None for a single one.
+take sequences, not queries, as independent, and are never below those of independent queries; None for a single sequence.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _copying(
                 _, once, twice = made[0]
                 nats, hit = read.score(np.stack([each[0] for each in made]))
                 # What stands at t is predicted at t - 1.
-                right += hit[:, twice - 1 :].mean(1).tolist()
+                right += hit[:, twice - 1 :].sum(1).tolist()
                 losses += nats[:, twice - 1 :].mean(1).tolist()
                 first_losses += nats[:, once - 1 : once - 1 + length].mean(1).tolist()
                 done += len(made)
@@ -246,7 +246,7 @@ def _copying(
             rows.append(
                 {
                     "length": length, "sequences": count, "tokens": count * length,
-                    "accuracy": float(np.mean(right)), "accuracy_error": _error(right, [1] * count),
+                    "accuracy": sum(right) / (count * length), "accuracy_error": _error(right, [length] * count),
                     "loss": float(np.mean(losses)), "first_loss": float(np.mean(first_losses)),
                 }
             )  # fmt: skip
@@ -278,13 +278,14 @@ def _figures(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _error(right: Sequence[float], asked: Sequence[int]) -> float | None:
-    """Standard error of sum(right) / sum(asked) over independent sequences."""
+    """Standard error of sum(right) / sum(asked) over independent sequences, but not below that of as many independent queries
+    at a share half a query away from 0 and 1: a few sequences that happen to agree are no certainty."""
     n, all_asked = len(right), sum(asked)
     if n < 2:
         return None
-    share = sum(right) / all_asked
+    share, smoothed = sum(right) / all_asked, (sum(right) + 0.5) / (all_asked + 1)
     squares = sum((hit - share * count) ** 2 for hit, count in zip(right, asked, strict=True))
-    return float((n / (n - 1) * squares) ** 0.5 / all_asked)
+    return float(max((n / (n - 1) * squares) ** 0.5 / all_asked, (smoothed * (1 - smoothed) / all_asked) ** 0.5))
 
 
 def _doubling(distance: int) -> dict[str, int]:
