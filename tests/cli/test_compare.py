@@ -18,6 +18,8 @@ from factorization_memory.cli import compare_display, compare_plan, dispatch
 from factorization_memory.config import ConfigError, RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.evaluation import recall_suite
+from factorization_memory.experiments.comparison_table import tables
 from factorization_memory.training.guard import RunLock
 
 TINY = [
@@ -148,6 +150,46 @@ def test_two_models_from_text_to_table(corpus: Path, tmp_path: Path, capsys: pyt
     status, again, _ = call(capsys, *arguments, "--json")
     assert (status, json.loads(again)) == (0, record)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()} == times
+
+
+def test_recall_tasks_are_asked_for(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall_suite, "ITEMS", 1)
+    options = ["--seeds", 0, "--learning-rates", "1e-3", "--positions", 4, "--stretches", 1, "--max-tokens", 64, "--recall"]
+    arguments = [*CONTENDERS, *TINY, *options, "--corpus", corpus, "--out", tmp_path / "out"]
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 0, err
+    record = json.loads(out)
+    assert record["shared"]["evaluation"]["recall_items"] == 1
+    first, wide = record["contenders"]
+    evaluation = json.loads((tmp_path / "out" / wide["seeds"][0]["folder"] / "evaluation.json").read_text())
+    shares = recall_suite.headline(evaluation["recall_tasks"])
+    assert {task: set(each) for task, each in shares.items()} == {
+        "associative": {"random"}, "needle": {"en", "ja"}, "copy": {"random", "en", "ja"},
+    }  # fmt: skip
+    for task, source in (("associative", "random"), ("needle", "ja"), ("copy", "en")):
+        share, other = (each["summary"]["tasks"][task][source]["accuracy"]["mean"] for each in (wide, first))
+        assert share == shares[task][source]
+        assert wide["difference"]["tasks"][task][source]["accuracy"]["mean"] == pytest.approx(share - other)
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert "Share right in recall tasks" in page
+    assert "| contender | values, random | needles, en | needles, ja | copies, random | copies, en | copies, ja |" in page
+    status, out, err = call(capsys, *arguments, "--json", "--no-train")
+    assert status == 0, err
+    assert json.loads(out)["contenders"] == record["contenders"]
+    # It was not asked for once: the record is as it was before there was a suite.
+    del wide["summary"]["tasks"], first["summary"]["tasks"]
+    assert not any("recall tasks" in table.title for table in tables(record))
+
+
+def test_too_little_text_for_recall_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("A short text.\n" * 40)
+    pack([("en", tmp_path / "short.txt")], Tokenizer.bytes_level(), tmp_path / "packed", holdout="tail", holdout_fraction=0.2)
+    status, _, err = call(capsys, *CONTENDERS, *TINY, "--corpus", tmp_path / "packed", "--out", tmp_path / "out", "--recall")
+    assert status == 2
+    assert "--recall: the longest held-out text of the corpus has" in err
+    assert "fewer than the 256 of the shortest haystack" in err.replace("\n", " ")
 
 
 def test_search_seeds_and_figures(

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from factorization_memory.cli import dispatch
+from factorization_memory.cli.evaluate import EvaluateOptions
 from factorization_memory.data.corpora import builtin_corpus
 from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS
 from factorization_memory.models.pretrained import builtin_model, load_pretrained
 from factorization_memory.training import load_model
 
@@ -65,6 +67,52 @@ def test_the_model_of_the_package_reads(tmp_path: Path, capsys: pytest.CaptureFi
         capsys, "inspect", "--text", "It was dark.", "--output", str(tmp_path / "page.html"), "--device", "cpu"
     )
     assert len(inspected["layers"]) == load_pretrained(builtin_model()).config.num_layers
+
+
+def test_defaults_are_those_of_the_suite() -> None:
+    """The command line names them itself, so that it need not import the suite to say what they are."""
+    assert (EvaluateOptions().recall_items, EvaluateOptions().recall_lengths) == (ITEMS, LENGTHS)
+
+
+def test_the_model_of_the_package_is_asked_what_it_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    options = ["--max-tokens", "500", "--max-position", "0", "--device", "cpu"]
+    recall = ["--recall", "--recall-items", "1", "--recall-lengths", "256", "200000"]
+    result, err = called(capsys, "evaluate", *options, *recall)
+    tasks = result["recall_tasks"]
+    assert tasks["needle"].keys() == {"en", "ja"}
+    assert [tasks["needle"][name]["language"] for name in ("en", "ja")] == ["en", "ja"]
+    assert result["evaluated"]["recall_items"] == 1
+    assert result["evaluated"]["recall_lengths"] == [256, 200000]
+    said = " ".join(err.split())
+    for words in (
+        "en, 4 hidden",
+        "by chance, of those read",
+        "tokens of the stretch",
+        "left out: ja, haystacks of 200000 tokens",
+    ):
+        assert words in said
+    capsys.readouterr()
+    assert dispatch(["evaluate", *options, "--recall", "--recall-lengths", "200000"]) == 1
+    assert "no text fills a haystack of 200000 tokens" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recall-items", "3"], "--recall-items: the recall suite is not asked for; add --recall"),
+        (["--recall-lengths", "99"], "--recall-lengths: the recall suite is not asked for"),
+        (["--recall", "--recall-items", "0"], "--recall-items=0: use 1 or more"),
+        (["--recall", "--recall-lengths", "256", "0"], "--recall-lengths=256 0: name one or more"),
+        (["--recall", "--harness", "hellaswag"], "--recall: it is about held-out text"),
+    ],
+)
+def test_recall_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    capsys.readouterr()
+    assert dispatch(["evaluate", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_model_of_the_package_is_small_and_described() -> None:

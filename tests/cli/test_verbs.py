@@ -124,6 +124,8 @@ def test_which_evaluation_stays(change: dict[str, Any], kept: bool) -> None:
         "position": {"en": {"max_position": 1024, "stretches": 8}},
     }
     assert evaluate_verb.told_by(before | change, before) is kept
+    assert evaluate_verb.told_by(before, before | {"recall_tasks": {"items": 8}})
+    assert not evaluate_verb.told_by(before | {"recall_tasks": {"items": 8}}, before | {"recall_tasks": {"items": 4}})
     assert not evaluate_verb.told_by(before, {name: x for name, x in before.items() if name != "recall"})
 
 

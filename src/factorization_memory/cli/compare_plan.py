@@ -59,6 +59,8 @@ class CompareOptions:
     """Held-out tokens of each source that the loss is measured on; by default all."""
     stretches: int = 8
     """Stretches of text of each source that are read by position."""
+    recall: bool = False
+    """Also ask each trained model what its context held (see `fmem evaluate --recall`)."""
     parallel: int = 1
     """Trainings that run at the same time."""
     gpus: int = 1
@@ -139,12 +141,28 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
         "max_tokens": options.max_tokens,
         "stretches": options.stretches,
     }
+    if options.recall:
+        evaluation["recall_items"] = check_recall(opened)
     every = dict.fromkeys(seed for own in seeds.values() for seed in own)
     order = {str(seed): same_order(opened, {each.name: each.config for each in entries}, seed) for seed in every}
     return Plan(
         options.out, entries, corpus, options.search_seed, search_steps, options.alone_steps, options.positions, evaluation,
         order,
     )  # fmt: skip
+
+
+def check_recall(corpus: PackedCorpus) -> int:
+    """Items of the recall suite. Raises ConfigError where the held-out text is too short for it: better now than when all
+    trainings are done."""
+    from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS, held_out_texts
+
+    longest = max(map(len, held_out_texts(corpus).values()), default=0)
+    if longest < min(LENGTHS):
+        raise ConfigError(
+            f"--recall: the longest held-out text of the corpus has {longest} tokens, fewer than the {min(LENGTHS)} of the "
+            "shortest haystack; pack it with a larger held-out share, or leave --recall out"
+        )
+    return ITEMS
 
 
 def learning_rates(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[float, ...]]:

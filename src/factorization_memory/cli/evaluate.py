@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
 
-HELD_OUT = ("corpus", "max_position", "max_tokens", "stretches")
+HELD_OUT = ("corpus", "max_position", "max_tokens", "stretches", "recall")
 """Options for held-out text alone."""
+RECALL = ("recall_items", "recall_lengths")
+"""Options for the recall suite alone."""
 HARNESS = ("harness_data", "harness_tasks", "harness_shots", "harness_limit", "harness_batch_size")
 """Options for tasks alone."""
 
@@ -27,7 +29,7 @@ HARNESS = ("harness_data", "harness_tasks", "harness_shots", "harness_limit", "h
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Evaluate a trained model: loss, perplexity, bits per byte, recall from the context, loss by position with carried memory,
-    routing health; or, with --harness, tasks of lm-evaluation-harness."""
+    routing health, with --recall also tasks of recall; or, with --harness, tasks of lm-evaluation-harness."""
 
     run: tyro.conf.Positional[Path | None] = None
     """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
@@ -41,6 +43,12 @@ class EvaluateOptions:
     """Held-out tokens of each source that the loss is measured on; by default all."""
     stretches: int = 8
     """Stretches of text of each source that are read by position."""
+    recall: bool = False
+    """Also ask what the context held: the value behind a key, a number hidden in a book, a stretch of text once more."""
+    recall_items: int = 4
+    """Texts of each length and number of hidden sentences; errors shrink with its square root."""
+    recall_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    """Tokens of these texts."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda or cuda:N."""
     harness: tuple[str, ...] | None = None
@@ -75,13 +83,20 @@ def run(arguments: list[str]) -> int:
         return evaluate_harness.run(options)
     if with_harness:
         raise ConfigError(f"{with_harness[0]}: there is no task; name some with --harness")
-    at_least(options, max_tokens=1, stretches=1, max_position=0)
+    at_least(options, max_tokens=1, stretches=1, max_position=0, recall_items=1)
+    changed = [f"--{name.replace('_', '-')}" for name in RECALL if getattr(options, name) != getattr(default, name)]
+    if changed and not options.recall:
+        raise ConfigError(f"{changed[0]}: the recall suite is not asked for; add --recall")
+    if min(options.recall_lengths, default=0) < 1:
+        raise ConfigError(f"--recall-lengths={' '.join(map(str, options.recall_lengths))}: name one or more, each 1 or more")
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.training.checkpoint_folder import read_state
 
     run_dir, checkpoint = resolve(options.run)
     model, tokenizer, config = load(checkpoint, options.device)
     limits: dict[str, Any] = {name: getattr(options, name) for name in ("max_position", "max_tokens", "stretches")}
+    if options.recall:
+        limits |= {"recall_items": options.recall_items, "recall_lengths": options.recall_lengths}
     if checkpoint is None and options.corpus is None:
         with tempfile.TemporaryDirectory() as temporary:
             corpus = sample_books(tokenizer, Path(temporary))
@@ -119,8 +134,10 @@ def sample_books(tokenizer: Tokenizer, folder: Path) -> PackedCorpus:
 def evaluate(
     model: LanguageModel, corpus: PackedCorpus, config: RunConfig, checkpoint: str, *,
     max_position: int | None = None, max_tokens: int | None = None, stretches: int = 8, ngram_orders: tuple[int, ...] = (3, 5),
+    **recall: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """`evaluate_run` under a progress bar and the run's precision; `evaluated` says what was evaluated, and how."""
+    """`evaluate_run` under a progress bar and the run's precision; `evaluated` says what was evaluated, and how. `recall` are
+    its arguments for the recall suite."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from factorization_memory.evaluation import evaluate_run
@@ -136,7 +153,7 @@ def evaluate(
                 tasks[what] = bar.add_task(what)
             bar.update(tasks[what], completed=done, total=total)
 
-        options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches}
+        options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches, **recall}
         record = evaluate_run(model, corpus, config, ngram_orders=ngram_orders, progress=progress, **options)
     return {"evaluated": {"checkpoint": checkpoint, "corpus_fingerprint": corpus.fingerprint, **options}, **record}
 
@@ -164,13 +181,14 @@ def told_by(result: dict[str, Any], kept: dict[str, Any]) -> bool:
     if any(evaluated.get(name) != result["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")):
         return False
 
-    def extent(evaluation: dict[str, Any]) -> tuple[int, int, int, int]:
+    def extent(evaluation: dict[str, Any]) -> tuple[int, ...]:
         positions = evaluation.get("position", {}).values()
         return (
             evaluation["total"]["tokens"],
             min((each["max_position"] for each in positions), default=0),
             min((each["stretches"] for each in positions), default=0),
-            len(evaluation.keys() & {"recall", "ngram", "position"}),
+            len(evaluation.keys() & {"recall", "ngram", "position", "recall_tasks"}),
+            evaluation.get("recall_tasks", {}).get("items", 0),
         )
 
     mine, theirs = extent(result), extent(kept)
@@ -181,6 +199,7 @@ def show(result: dict[str, Any]) -> None:
     """The evaluation as tables on stderr."""
     from rich.table import Table
 
+    from factorization_memory.cli.evaluate_recall import show_recall
     from factorization_memory.evaluation.recall import KINDS, as_text, distances_as_text
 
     out = console()
@@ -225,6 +244,8 @@ def show(result: dict[str, Any]) -> None:
             )  # fmt: skip
         out.print("bits per byte of the same tokens, memory carried from the beginning against emptied each training context")
         out.print(table)
+    if "recall_tasks" in result:
+        show_recall(result["recall_tasks"], out)
     if not result["routing"]:
         return
     table = Table("layer", "dead states", "balance", "entropy of a token's affinities")

@@ -8,16 +8,18 @@ recall           {name: {kind: the same of the tokens that the window told, or n
 ngram            the yardstick, for small corpora: {orders, training_bytes, sources: {name: {"3": bits per byte, ...}},
                  total: {...}}
 position         {name: loss by position, see position.py, and "beyond": {"16": one bin for 8 to 16 training contexts, ...}}
+recall_tasks     if asked for: see recall_suite.py
 routing          use of the memory states, a list per memory layer: see RoutingHealth.summary
 
 The command line adds
 
-evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stretches}: what made it; null is the default
+evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stretches}: what made it; null is the default; with
+                 recall_tasks also recall_items and, if given, recall_lengths
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ import numpy as np
 from factorization_memory.evaluation.loss import evaluate_corpus, has_text
 from factorization_memory.evaluation.ngram import NgramModel
 from factorization_memory.evaluation.position import beyond_context, loss_by_position, reading_stretches
+from factorization_memory.evaluation.recall_suite import LENGTHS, evaluate_recall, held_out_texts
 from factorization_memory.models.routing import RoutingHealth
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ def evaluate_run(
     stretches: int = 8,
     batch_size: int = 16,
     ngram_orders: tuple[int, ...] = (3, 5),
+    recall_items: int | None = None,
+    recall_lengths: Sequence[int] = LENGTHS,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on the validation split of every source.
@@ -59,9 +64,12 @@ def evaluate_run(
         stretches: stretches of text of each source read by position.
         batch_size: windows of one forward.
         ngram_orders: orders of the n-gram yardsticks, fitted where the training text has at most `NGRAM_BYTES`; () for none.
-        progress: called with (what is being done, tokens done, tokens in all).
+        recall_items: if given, the recall suite is asked too, with so many items.
+        recall_lengths: tokens of its haystacks.
+        progress: called with (what is being done, how much is done, how much in all).
 
-    Returns the record that the head of this file describes. Raises ValueError when no source has held-out text.
+    Returns the record that the head of this file describes. Raises ValueError when no source has held-out text, or too little
+    for the recall suite.
     """
     context_length = config.data.context_length
     health = RoutingHealth(model)
@@ -97,6 +105,11 @@ def evaluate_run(
         shown = [m for m in multiples if m in (2, 4, 16, 64, 256) or m == multiples[-1]]
         parts = {str(multiple): beyond_context(by_position, multiple) for multiple in shown}
         result["position"][name] = {**by_position, "beyond": {key: part for key, part in parts.items() if part is not None}}
+    if recall_items is not None:
+        texts = held_out_texts(corpus)
+        result["recall_tasks"] = evaluate_recall(
+            model, corpus.tokenizer, texts, items=recall_items, lengths=recall_lengths, batch_size=batch_size, progress=progress
+        )
     result["routing"] = health.summary()
     return result
 

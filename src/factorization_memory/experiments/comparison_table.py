@@ -9,6 +9,9 @@ from typing import Any
 
 from factorization_memory.evaluation.recall import KINDS, distance_name, distance_ranges
 
+TASKS = {"associative": "values", "needle": "needles", "copy": "copies"}
+"""Of the recall suite, as the tables call them."""
+
 
 @dataclass
 class Table:
@@ -20,9 +23,12 @@ class Table:
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
-    """Losses; what the models are; differences to the first contender that has seeds; recall, also by distance; searches of the
-    learning rate."""
-    made = (_losses(record), _models(record), _differences(record), _recall(record), _distances(record), _searches(record))
+    """Losses; what the models are; differences to the first contender that has seeds; recall, also by distance, and its
+    tasks; searches of the learning rate."""
+    made = (
+        _losses(record), _models(record), _differences(record), _recall(record), _distances(record), _tasks(record),
+        _searches(record),
+    )  # fmt: skip
     return [each for each in made if each.rows and len(each.columns) > 1]
 
 
@@ -184,11 +190,23 @@ def _distances(record: dict[str, Any]) -> Table:
     return _loss_table(record, "Loss of the repeated ones by how many tokens ago they last followed that predecessor", places)
 
 
-def _loss_table(record: dict[str, Any], title: str, places: Sequence[tuple[str, tuple[str, ...]]]) -> Table:
-    """A row of losses for each contender, from places of its summary with their headings."""
+def _tasks(record: dict[str, Any]) -> Table:
+    found = [
+        (task, source)
+        for contender in record["contenders"]
+        for task, shares in contender["summary"].get("tasks", {}).items()
+        for source in shares
+    ]
+    places = [(f"{TASKS[task]}, {source}", ("tasks", task, source)) for task, source in dict.fromkeys(found)]
+    title = "Share right in recall tasks, over all sizes: by choice the first two, token by token the copies"
+    return _loss_table(record, title, places, "accuracy")
+
+
+def _loss_table(record: dict[str, Any], title: str, places: Sequence[tuple[str, tuple[str, ...]]], unit: str = "loss") -> Table:
+    """A row of losses, or of another unit, for each contender, from places of its summary with their headings."""
     table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
-        losses = [_figure(_at(contender["summary"], (*place, "loss"))) for _, place in places]
+        losses = [_figure(_at(contender["summary"], (*place, unit))) for _, place in places]
         table.rows.append([_counted(record, contender["name"], contender["summary"]["n"]), *losses])
     return table
 

@@ -10,9 +10,9 @@ contenders       a list: name, text, config (as trained, for the first seed), pa
 complete         whether every run is there; failures: those that are not, each with its message
 
 Losses are nats per token, and bits per byte of text. `context` is the loss in windows of the training context; `recall` parts
-its tokens by what the window held before (evaluation/recall.py), `distance` the repeated ones by how many
-tokens ago; `positions` is the loss of tokens that stand between half of so many training contexts and all of them, the memory
-carried on from the beginning.
+its tokens by what the window held before (evaluation/recall.py), `distance` the repeated ones by how many tokens ago; `tasks`,
+if asked for, are shares named right in the recall suite (evaluation/recall_suite.py); `positions` is the loss of tokens that
+stand between half of so many training contexts and all of them, the memory carried on from the beginning.
 Spread is the sample standard deviation over seeds. A difference is to the first contender that has seeds, seed by seed.
 """
 
@@ -26,11 +26,13 @@ from typing import Any
 from factorization_memory.config import to_dict
 from factorization_memory.evaluation.position import beyond_context
 from factorization_memory.evaluation.recall import KINDS, distance_name
+from factorization_memory.evaluation.recall_suite import headline
 from factorization_memory.experiments.compare import Entry, Plan
 from factorization_memory.experiments.processes import MEMORY_NAME, Job, read_json
 
 SCHEMA_VERSION = 2
 UNITS = ("loss", "bits_per_byte")
+FIGURES = (*UNITS, "accuracy")
 
 
 def make_record(plan: Plan) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
     for source, parts in recall.items():
         for part in parts.get("repeated", {}).get("by_distance", []):
             distance.setdefault(distance_name(part["start"], part["end"]), {})[source] = _picked(part, "tokens", *UNITS)
+    tasks = evaluation.get("recall_tasks")
     positions: dict[str, dict[str, Any]] = {}
     by_position: dict[str, list[dict[str, Any]]] = {}
     for source, read in evaluation.get("position", {}).items():
@@ -124,6 +127,10 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
             if recall
         },
         "distance": distance,
+        "tasks": {
+            task: {source: {"accuracy": share} for source, share in shares.items()}
+            for task, shares in ({} if tasks is None else headline(tasks)).items()
+        },
         "by_position": by_position,
         "tokens_per_second": _tokens_per_second(job),
         "seconds": result["seconds"],
@@ -163,6 +170,9 @@ def _places(seed: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, A
     for name, sources in seed["distance"].items():
         for source, part in sources.items():
             yield ("distance", name, source), part
+    for task, sources in seed["tasks"].items():
+        for source, part in sources.items():
+            yield ("tasks", task, source), part
     for source, bins in seed["by_position"].items():
         for each in bins:
             yield ("by_position", source, f"{each['start']}-{each['end']}"), each
@@ -178,7 +188,9 @@ def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for place, parts in collected.items():
         if len(parts) < len(seeds):
             continue
-        figures: dict[str, Any] = {unit: mean_and_spread([part[unit] for part in parts]) for unit in UNITS}
+        figures: dict[str, Any] = {
+            unit: mean_and_spread([part[unit] for part in parts]) for unit in FIGURES if unit in parts[0]
+        }
         if place[0] == "by_position":
             edges = _picked(parts[0], "start", "end", "tokens")
             summary["by_position"].setdefault(place[1], []).append({**edges, **figures})
@@ -206,8 +218,8 @@ def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     for place in dict.fromkeys(place for a, _ in pairs for place, _ in _places(a) if place[0] != "by_position"):
         parts = [(dict(_places(a)).get(place), dict(_places(b)).get(place)) for a, b in pairs]
         figures: dict[str, Any] = {}
-        for unit in UNITS:
-            values = [b[unit] - a[unit] for a, b in parts if a is not None and b is not None]
+        for unit in FIGURES:
+            values = [b[unit] - a[unit] for a, b in parts if a is not None and b is not None and unit in a]
             if len(values) == len(pairs):
                 spread = mean_and_spread(values)["spread"]
                 error = None if spread is None else spread / math.sqrt(len(values))
