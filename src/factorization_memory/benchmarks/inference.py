@@ -161,7 +161,8 @@ class Ours:
 
     def invent(self, context: int) -> None:
         for tensor in self._room().state.tensors():
-            tensor.normal_()
+            if tensor.is_floating_point():  # the others are indices, which the first step sets
+                tensor.normal_()
         self.invented = context
 
     def keep(self) -> Callable[[], None]:
@@ -186,8 +187,10 @@ class Ours:
             weights -= tensor_bytes(rows) - room.batch_size * tensor_bytes(rows[0])
         memories = [layer.memory for layer in room.state if isinstance(layer, LayerState)]
         moved = room.state.num_bytes - tensor_bytes(*memories)
-        moved += sum(tensor_bytes(memory) * (self.top_k or config.num_states) // config.num_states for memory in memories)
-        return weights + 2 * moved
+        touched = sum(tensor_bytes(memory) * (self.top_k or config.num_states) // config.num_states for memory in memories)
+        # With a lag other states are read than those that are read and written.
+        read_alone = touched if config.update_lag and self.top_k else 0
+        return weights + 2 * (moved + touched) + read_alone
 
     def end(self) -> None:
         self.steps = None
