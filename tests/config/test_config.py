@@ -10,6 +10,7 @@ import pytest
 
 from factorization_memory import presets
 from factorization_memory.config import (
+    RETIRED,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -104,3 +105,14 @@ def test_the_forms_of_a_size_are_equally_large(size: str) -> None:
     assert all(other == pytest.approx(pure, rel=0.005) for other in others)
     assert (models[0].num_heads, models[0].conv_size, models[0].output_gate) == (1, 0, False)
     assert (models[1].num_heads, models[1].conv_size, models[1].output_gate) == (1, 4, True)
+
+
+@pytest.mark.parametrize("name", RETIRED["ModelConfig"])
+def test_retired_fields_load_with_their_neutral_value_alone(name: str) -> None:
+    """Saved by version 0.1.0: a configuration that did without loads as it was, any other is refused."""
+    neutral, version = RETIRED["ModelConfig"][name]
+    assert from_dict(RunConfig, {"model": {name: neutral, "top_k": 4}}).model.top_k == 4
+    other = 0.5 if neutral in (None, 0.0) else "both"
+    with pytest.raises(ConfigError, match=rf"model\.{name}={other!r}: this field is gone; use factorization_memory {version}"):
+        from_dict(RunConfig, {"model": {name: other}})
+    assert name not in to_dict(RunConfig())["model"]

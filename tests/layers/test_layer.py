@@ -288,7 +288,7 @@ def test_values_that_skip_the_memory_are_added_to_what_was_normalised(x: torch.T
     weights = with_skip.state_dict()
     skip = weights.pop("skip")
     without.load_state_dict(weights)
-    (value,), _ = without.convolution([without.value(x)])
+    value, _ = without.convolution(without.value(x))
     torch.testing.assert_close(with_skip(x)[0], without(x)[0] + without.output(value * skip), rtol=1e-10, atol=1e-12)
 
 
@@ -395,8 +395,17 @@ def test_a_state_of_another_selection_is_refused(
     saved: dict[str, Any], read: dict[str, Any], message: str, x: torch.Tensor
 ) -> None:
     _, state = FactorizationMemory(16, 8, **saved).double()(x)
+    layer = FactorizationMemory(16, 8, **read).double()
     with pytest.raises(ValueError, match=message):
-        FactorizationMemory(16, 8, **read).double()(x, state)
+        layer(x, state)
+    with pytest.raises(ValueError, match=message):
+        layer.step(x[:, 0], state)
+
+
+def test_a_step_with_a_state_of_another_batch_is_refused(x: torch.Tensor) -> None:
+    layer = FactorizationMemory(16, 8, top_k=2, update_lag=1).double()
+    with pytest.raises(ValueError, match=r"state\.memory: got shape \(2, 1, 8, 32\), takes \(3, 1, 8, 32\)"):
+        layer.step(x[:, 0], layer.initial_state(2))
 
 
 @pytest.mark.parametrize("lag", [-1, 1.0, True, "1", None])

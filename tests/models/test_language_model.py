@@ -256,3 +256,10 @@ def test_embeddings_are_multiplied_where_they_enter_and_not_in_the_head() -> Non
     torch.testing.assert_close(larger(tokens)[0], plain(tokens)[0], rtol=0, atol=1e-2)
     with pytest.raises(ConfigError, match="embedding_multiplier=0"):
         ModelConfig(embedding_multiplier=0)
+
+
+def test_an_empty_packed_sequence_has_no_last_position(tokens: torch.Tensor) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=16, num_layers=1, num_states=4))
+    with pytest.raises(ValueError, match=r"cu_seqlens: got \[0, 3, 3, 5\], whose sequence 1 is empty"):
+        model(tokens[:1, :5], cu_seqlens=torch.tensor([0, 3, 3, 5]), last_only=True)
+    assert model(tokens[:1, :5], cu_seqlens=torch.tensor([0, 3, 3, 5]))[0].shape == (1, 5, 30)

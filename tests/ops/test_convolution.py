@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
 def loop(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tail: torch.Tensor, borders: list[int], residual: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tail: torch.Tensor, borders: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token by token, each row of x from one border to the next with a tail of its own, `[sequences, taps - 1, C]`."""
     taps = len(weight)
@@ -34,7 +34,7 @@ def loop(
                 total = bias.clone()
                 for tap in range(taps):
                     total = total + weight[tap] * known[token + tap]
-                parts.append(total * torch.sigmoid(total) + (each[start + token] if residual else 0))
+                parts.append(total * torch.sigmoid(total))
             tails.append(known[len(known) - taps + 1 :])
         outputs.append(torch.stack(parts) if parts else each)
     return torch.stack(outputs), torch.stack(tails)
@@ -49,7 +49,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def compare(
     shape: tuple[int, int, int], taps: int, dtype: torch.dtype, backend: str, borders: list[int] | None = None,
-    with_tail: bool = False, residual: bool = False, tail_gradient: bool = False,
+    with_tail: bool = False, tail_gradient: bool = False,
 ) -> None:  # fmt: skip
     """Output, tail and every gradient, of an input whose rows stand apart in memory."""
     batch, length, channels = shape
@@ -65,11 +65,11 @@ def compare(
 
     exact = [t.detach().double().cpu().requires_grad_() for t in leaves]
     exact_tail = exact[3] if tail_gradient else tail.detach().double().cpu() * with_tail
-    y, last = loop(exact[0], exact[1], exact[2], exact_tail, borders or [0, length], residual)
+    y, last = loop(exact[0], exact[1], exact[2], exact_tail, borders or [0, length])
     y.backward(d_y.double().cpu())
 
     given_tail = tail if with_tail else None
-    found = causal_convolution(x, weight, bias, given_tail, edges, residual, backend)
+    found = causal_convolution(x, weight, bias, given_tail, edges, backend)
     assert (found.dtype, found.shape) == (dtype, x.shape)
     found.backward(d_y)
     assert error(found.cpu(), y.detach()) < TOLERANCE[dtype]
@@ -84,17 +84,17 @@ def compare(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("taps", [1, 2, 3, 4])
-@pytest.mark.parametrize(("with_tail", "residual"), [(False, False), (True, True)])
-def test_sequences(taps: int, with_tail: bool, residual: bool, backend: str) -> None:
-    compare((2, 7, 130), taps, torch.float32, backend, None, with_tail, residual)
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_sequences(taps: int, with_tail: bool, backend: str) -> None:
+    compare((2, 7, 130), taps, torch.float32, backend, None, with_tail)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize(("with_tail", "residual"), [(False, True), (True, False)])
-def test_packed_sequences(taps: int, with_tail: bool, residual: bool, backend: str) -> None:
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_packed_sequences(taps: int, with_tail: bool, backend: str) -> None:
     """Of one, two and more tokens than taps, and of none."""
-    compare((1, 17, 5), taps, torch.float32, backend, [0, 1, 1, 3, 8, 10, 17, 17], with_tail, residual)
+    compare((1, 17, 5), taps, torch.float32, backend, [0, 1, 1, 3, 8, 10, 17, 17], with_tail)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +121,7 @@ def test_no_tokens(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_low_precision(dtype: torch.dtype, backend: str) -> None:
-    compare((2, 9, 20), 4, dtype, backend, with_tail=True, residual=True)
+    compare((2, 9, 20), 4, dtype, backend, with_tail=True)
     compare((1, 9, 20), 4, dtype, backend, [0, 4, 9])
 
 
@@ -134,7 +134,7 @@ def test_five_taps_and_the_gradient_of_a_tail() -> None:
 @pytest.mark.gpu
 def test_real_sizes() -> None:
     for dtype in TOLERANCE:
-        compare((2, 1100, 1536), 4, dtype, "triton", residual=True)
+        compare((2, 1100, 1536), 4, dtype, "triton")
         compare((1, 1500, 1030), 4, dtype, "triton", [0, 700, 701, 1500], with_tail=True)
 
 
@@ -147,7 +147,7 @@ def test_traced_as_one_graph(borders: list[int] | None) -> None:
     traced = torch.compile(causal_convolution, fullgraph=True, backend="aot_eager")
     results = []
     for function in (traced, causal_convolution):
-        y = function(x, weight, bias, tail, cu_seqlens, True, "triton")
+        y = function(x, weight, bias, tail, cu_seqlens, "triton")
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
@@ -160,7 +160,7 @@ def test_compiled_as_one_graph() -> None:
     weight, bias = torch.randn(4, 256, device=DEVICE, requires_grad=True), torch.randn(256, device=DEVICE, requires_grad=True)
     gradients = []
     for function in (torch.compile(causal_convolution, fullgraph=True), causal_convolution):
-        y = function(x, weight, bias, None, None, True)
+        y = function(x, weight, bias)
         gradients.append(torch.autograd.grad(y.float().square().sum(), (x, weight, bias)))
     for compiled, eager in zip(*gradients, strict=True):
         assert torch.equal(compiled, eager)
@@ -174,36 +174,33 @@ PADDED["padding_mask"][0, :3] = PADDED["padding_mask"][1, 2:4] = False
 @pytest.mark.parametrize("what", [{}, PACKED, PADDED], ids=["whole", "packed", "padded"])
 @pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("with_tail", [False, True])
-def test_parts_as_one(what: dict[str, torch.Tensor], low: torch.dtype, with_tail: bool) -> None:
-    """Two parts, of which the second is wider in memory and more precise, by kernels, as PyTorch makes them, rounded first, of
-    both at once in float32."""
+def test_layer(what: dict[str, torch.Tensor], low: torch.dtype, with_tail: bool) -> None:
+    """By kernels what PyTorch makes in float32 of the same numbers."""
     what = {name: value.to(DEVICE) for name, value in what.items()}
     layer = CausalConvolution(11, 4).to(DEVICE)
     torch.nn.init.normal_(layer.bias)
     batch, sequences = (1, 3) if "cu_seqlens" in what else (2, 2)
-    first, second = torch.randn(batch, 6, 7, device=DEVICE, dtype=low), torch.randn(batch, 6, 9, device=DEVICE)[..., 3:7]
+    x = torch.randn(batch, 6, 15, device=DEVICE, dtype=low)[..., 3:14]
     tail = torch.randn(sequences, 3, 11, device=DEVICE) if with_tail else None
-    (value, mixed), kept = layer([first, second], tail, **what, residual=True, backend="triton")
-    joined, rounded = torch.cat((first, second.to(low)), 2).float(), None if tail is None else tail.to(low).float()
-    (expected,), expected_tail = layer([joined], rounded, **what, backend="plain")
-    expected_mixed = joined[..., 7:] + expected[..., 7:]
-    assert value.dtype == mixed.dtype == kept.dtype == low
+    y, kept = layer(x, tail, **what, backend="triton")
+    rounded = None if tail is None else tail.to(low).float()
+    expected, expected_tail = layer(x.float(), rounded, **what, backend="plain")
+    assert y.dtype == kept.dtype == low
     assert torch.equal(kept.float(), expected_tail)
     real = what.get("padding_mask", torch.ones(batch, 6, dtype=torch.bool, device=DEVICE))
     close = {"rtol": 8e-3 if low == torch.bfloat16 else 1e-5, "atol": 1e-6}  # the interpreter cuts to bfloat16
-    torch.testing.assert_close(value[real].float(), expected[..., :7][real], **close)
-    torch.testing.assert_close(mixed[real].float(), expected_mixed[real], **close)
-    assert layer([first, second], tail, **what, keep_tail=False, backend="triton")[1] is None
+    torch.testing.assert_close(y[real].float(), expected[real], **close)
+    assert layer(x, tail, **what, keep_tail=False, backend="triton")[1] is None
 
 
-def test_parts_that_do_not_fit() -> None:
+def test_channels_that_do_not_fit() -> None:
     layer = CausalConvolution(12, 4)
-    with pytest.raises(ValueError, match=r"parts: got 7 channels, takes 12 in all"):
-        layer([torch.zeros(2, 5, 7)])
-    with pytest.raises(ValueError, match=r"parts: got 7 \+ 6 channels, takes 12 in all"):
-        layer.step([torch.zeros(2, 7), torch.zeros(2, 6)], layer.initial_tail(2))
+    with pytest.raises(ValueError, match=r"x: got 7 channels, takes 12"):
+        layer(torch.zeros(2, 5, 7))
+    with pytest.raises(ValueError, match=r"x: got 13 channels, takes 12"):
+        layer.step(torch.zeros(2, 13), layer.initial_tail(2))
     with pytest.raises(ValueError, match=r"tail: got shape \(2, 3, 20\), takes \(2, 3, 12\)"):
-        layer([torch.zeros(2, 5, 12)], torch.zeros(2, 3, 20))
+        layer(torch.zeros(2, 5, 12), torch.zeros(2, 3, 20))
 
 
 def test_borders_that_are_not_looked_at() -> None:
@@ -222,9 +219,9 @@ def test_operator() -> None:
     from factorization_memory.ops.triton.convolution import convolve
 
     x, weight, bias = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((2, 6, 10), (3, 10), (10,)))
-    torch.library.opcheck(convolve, (x, weight, bias, None, None, None, True))
+    torch.library.opcheck(convolve, (x, weight, bias, None, None, None))
     tail = torch.randn(2, 2, 10, device=DEVICE)
-    torch.library.opcheck(convolve, (x, weight, bias, tail, None, None, False))
+    torch.library.opcheck(convolve, (x, weight, bias, tail, None, None))
 
 
 @pytest.mark.skipif(not KERNELS, reason="needs a GPU, or TRITON_INTERPRET=1")

@@ -223,15 +223,15 @@ class FactorizationMemory(nn.Module):
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
-        routing, affinity, indices = self.route(x, state, cu_seqlens, padding_mask)
-        if self.observer is not None:
-            self.observer(routing)
         value, tail = self.value(x), None
         if self.convolution is not None:
             before = None if state is None else state.convolution
-            (value,), tail = self.convolution(
-                [value], before, cu_seqlens, padding_mask, keep_tail=keep_state, backend=self._backend_beside()
+            value, tail = self.convolution(
+                value, before, cu_seqlens, padding_mask, keep_tail=keep_state, backend=self._backend_beside()
             )
+        routing, affinity, indices = self.route(x, state, cu_seqlens, padding_mask)
+        if self.observer is not None:
+            self.observer(routing)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         y, memory = ops.recurrence_unchecked(
             routing.update, routing.merge, value, routing.update_indices, routing.merge_indices, self.num_states,
@@ -241,14 +241,16 @@ class FactorizationMemory(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError if it is not one of this layer for B
+        sequences."""
+        self._check_state(state, x.shape[0])
         if state.undo is not None:
             state.undo.put_aside(state)
-        affinity, update, merge = project(x, self.num_heads, self.affinity, self.update_rate, self.merge_rate)
         value = self.value(x)
         if self.convolution is not None:
             assert state.convolution is not None
-            (value,) = self.convolution.step([value], state.convolution)
+            value = self.convolution.step(value, state.convolution)
+        affinity, update, merge = project(x, self.num_heads, self.affinity, self.update_rate, self.merge_rate)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         return self._output(self.step_memory(affinity, update, merge, value, state), x, value)
 

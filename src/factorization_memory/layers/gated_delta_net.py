@@ -162,8 +162,8 @@ class GatedDeltaNet(nn.Module):
         gate, mixed, strength, log_decay = self._project(x)
         if padding_mask is not None:
             strength, log_decay = (rate.masked_fill(~padding_mask[..., None], 0) for rate in (strength, log_decay))
-        (mixed,), tail = self.convolution(
-            [mixed],
+        mixed, tail = self.convolution(
+            mixed,
             None if state is None else state.convolution,
             cu_seqlens,
             padding_mask,
@@ -192,7 +192,7 @@ class GatedDeltaNet(nn.Module):
     def step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
         gate, mixed, strength, log_decay = self._project(x)
-        query, key, value = self._parts(*self.convolution.step([mixed], state.convolution))
+        query, key, value = self._parts(self.convolution.step(mixed, state.convolution))
         y = gated_delta_rule_step(query, key, value, log_decay, strength, state.memory)
         return self._output(y, gate)
 

@@ -152,8 +152,8 @@ class Mamba2(nn.Module):
         gate, mixed, dt = self._project(x)
         if padding_mask is not None:
             dt = dt.masked_fill(~padding_mask[..., None], 0)
-        (mixed,), tail = self.convolution(
-            [mixed],
+        mixed, tail = self.convolution(
+            mixed,
             None if state is None else state.convolution,
             cu_seqlens,
             padding_mask,
@@ -180,7 +180,7 @@ class Mamba2(nn.Module):
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
         gate, mixed, dt = self._project(x)
-        value, input_map, output_map = self._parts(*self.convolution.step([mixed], state.convolution))
+        value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
         y = ssd_step(value, dt, self._decay_rate(), input_map, output_map, state.memory)
         return self._output(y, value, gate)
 

@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from factorization_memory.layers import (
 )
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.cross_entropy import linear_cross_entropy
+from factorization_memory.ops import read_borders
 
 
 def make_mixer(mixer: Mixer, config: ModelConfig) -> SequenceMixer:
@@ -148,7 +150,18 @@ class LanguageModel(nn.Module):
         Returns:
             logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` of packed sequences) and the state after the last
             token.
+
+        Raises:
+            ValueError: an argument that does not fit, or an empty packed sequence with `last_only`.
         """
+        if last_only and cu_seqlens is not None and not torch.compiler.is_compiling():
+            borders = read_borders(cu_seqlens)
+            empty = [n for n, (start, stop) in enumerate(pairwise(borders)) if start == stop]
+            if empty:
+                raise ValueError(
+                    f"cu_seqlens: got {borders}, whose sequence {empty[0]} is empty and has no last position; leave it out, or "
+                    "last_only"
+                )
         x, final = self._hidden(tokens, state, cu_seqlens, padding_mask)
         if last_only:
             x = x[:, -1:] if cu_seqlens is None else x[:, cu_seqlens[1:].to(x.device, torch.long) - 1]

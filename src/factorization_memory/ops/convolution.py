@@ -21,7 +21,6 @@ def causal_convolution(
     bias: Tensor,
     tail: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    residual: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The convolution of whole sequences. Gradients flow to x, weight, bias and tail.
@@ -33,7 +32,6 @@ def causal_convolution(
         tail: the inputs before the first, oldest first, `[B, taps - 1, C]` (`[N, taps - 1, C]` with `cu_seqlens`); None for
             zeros.
         cu_seqlens: `[N + 1]` int32 or int64, borders of sequences packed along T (B = 1).
-        residual: whether x is added to the result.
         backend: "plain" (PyTorch), "triton" (kernels for GPUs; up to four taps, not for float64, nor if `tail` requires a
             gradient), or "auto": triton on a GPU where it can run, plain elsewhere.
 
@@ -45,11 +43,11 @@ def causal_convolution(
             here; names the argument, what it got and what it takes.
     """
     _check(x, weight, bias, tail, cu_seqlens)
-    return convolution_unchecked(x, weight, bias, tail, cu_seqlens, residual, backend)
+    return convolution_unchecked(x, weight, bias, tail, cu_seqlens, backend)
 
 
 def convolution_unchecked(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, residual: bool, backend: str
+    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
     """`causal_convolution` of arguments that are known to fit: of borders in particular, which a GPU would be waited for."""
     if tail is not None:
@@ -58,9 +56,8 @@ def convolution_unchecked(
         from factorization_memory.ops.triton.convolution import convolve
 
         positions, sequences = (None, None) if cu_seqlens is None else _places(x, cu_seqlens, tail is not None)
-        return convolve(x, weight, bias, tail, positions, sequences, residual)
-    y = _whole(x, weight, bias, tail) if cu_seqlens is None else _packed(x, weight, bias, tail, cu_seqlens)
-    return x + y if residual else y
+        return convolve(x, weight, bias, tail, positions, sequences)
+    return _whole(x, weight, bias, tail) if cu_seqlens is None else _packed(x, weight, bias, tail, cu_seqlens)
 
 
 def window_convolution(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -75,8 +75,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The recurrence over whole sequences; arguments and results as of `gated_delta_rule`, but of as many key heads as value
     heads, and with the scale given."""
+    # PyTorch 2.11's compiler fails on packed sequences for GPUs (NotImplementedError: SliceView): there a graph break.
+    run = _uncompiled_forward if cu_seqlens is not None and v.is_cuda else _forward
     with no_autocast(v.device):
-        y, final = _forward(q, k, v, g, beta, scale, initial, keep_final, cu_seqlens)
+        y, final = run(q, k, v, g, beta, scale, initial, keep_final, cu_seqlens)
         return y.to(v.dtype), final
 
 
@@ -151,3 +153,6 @@ def _forward(
         return y, state
     final = torch.cat(after).index_select(0, packing.last)
     return y, torch.where(packing.empty[:, None, None, None], begin, final)
+
+
+_uncompiled_forward = torch.compiler.disable(_forward)

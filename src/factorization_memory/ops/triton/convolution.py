@@ -104,10 +104,10 @@ def _program(length, COLUMNS: tl.constexpr, RUN_TOKENS: tl.constexpr, BLOCK: tl.
 @triton.jit
 def forward_kernel(
     x, tail, weight, bias, positions, sequences, y, length, x_batch, x_time,
-    C: tl.constexpr, TAPS: tl.constexpr, RESIDUAL: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, TAPS: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
     COLUMNS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`y_t = silu(sum_i w_i x_{t-i} + b)`, with RESIDUAL added to x, for STEPS tokens of a block of channels."""
+    """`y_t = silu(sum_i w_i x_{t-i} + b)` for STEPS tokens of a block of channels."""
     batch, first, column, inside, _ = _program(length, COLUMNS, STEPS, BLOCK, C)
     x += batch * x_batch + column
     y += batch * length * C + column
@@ -131,8 +131,6 @@ def forward_kernel(
                     h1, h2, h3 = _history(x, tail, token, batch, positions, sequences, x_time, inside, C, TAPS, TAIL, PACKED)
             total = _sum(rows[i], h1, h2, h3, w0, w1, w2, w3, b, TAPS)
             out = total / (1.0 + tl.exp(-total))
-            if RESIDUAL:
-                out += rows[i]
             tl.store(y + token * C, out.to(y.dtype.element_ty), mask=inside & (token < length))
             h3 = h2
             h2 = h1
@@ -142,7 +140,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     x, tail, weight, bias, positions, sequences, d_y, d_x, sums, length, x_batch, x_time, d_y_batch, d_y_time,
-    C: tl.constexpr, TAPS: tl.constexpr, RESIDUAL: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, TAPS: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
     COLUMNS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x for STEPS - 3 tokens of a block of channels, and their part of those of taps and bias, `sums`
@@ -205,8 +203,6 @@ def backward_kernel(
             a3 = a2
             a2 = a1
             a1 = w0 * d_total
-            if RESIDUAL:
-                a1 += gradients[i]
             h3 = h2
             h2 = h1
             h1 = rows[i]
@@ -223,7 +219,6 @@ def backward_kernel(
 @on_device_of
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
-    residual: bool,
 ) -> Tensor:  # fmt: skip
     """The convolution.
 
@@ -234,12 +229,11 @@ def _convolve(
         tail: the inputs before the first, `[B, taps - 1, C]` (`[N, ...]` with `sequences`) in x's dtype; None for zeros.
         positions: int32 `[T]`, tokens of its sequence before each token, if several are packed.
         sequences: int32 `[T]`, the sequence of each token, if several are packed and have tails.
-        residual: whether x is added.
 
     Returns:
         y `[B, T, C]`, contiguous, in x's dtype.
     """
-    y = _fake_convolve(x, weight, bias, tail, positions, sequences, residual)
+    y = _fake_convolve(x, weight, bias, tail, positions, sequences)
     if x.numel() > 0:
         x, weight, bias, tail = _laid_out(x, weight, bias, tail)
         batch, length, channels = x.shape
@@ -247,7 +241,7 @@ def _convolve(
         launch(
             forward_kernel, (columns * batch * triton.cdiv(length, RUN),),
             x, tail, weight, bias, positions, sequences, y, length, *x.stride()[:2],
-            C=channels, TAPS=len(weight), RESIDUAL=residual, TAIL=tail is not None, PACKED=positions is not None,
+            C=channels, TAPS=len(weight), TAIL=tail is not None, PACKED=positions is not None,
             COLUMNS=columns, STEPS=RUN, ROWS=ROWS, BLOCK=BLOCK, num_warps=1,
         )  # fmt: skip
     return y
@@ -255,7 +249,6 @@ def _convolve(
 
 def _fake_convolve(
     x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
-    residual: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -263,10 +256,10 @@ def _fake_convolve(
 @on_device_of
 def _convolve_backward(
     x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
-    d_y: Tensor, residual: bool,
+    d_y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x `[B, T, C]`, in its dtype, and of weight `[taps, C]` and bias `[C]`, in theirs, given that of y."""
-    d_x, d_weight, d_bias = _fake_convolve_backward(x, weight, bias, tail, positions, sequences, d_y, residual)
+    d_x, d_weight, d_bias = _fake_convolve_backward(x, weight, bias, tail, positions, sequences, d_y)
     if x.numel() == 0:
         return d_x, d_weight.zero_(), d_bias.zero_()
     x, weight, bias, tail = _laid_out(x, weight, bias, tail)
@@ -278,7 +271,7 @@ def _convolve_backward(
     launch(
         backward_kernel, (columns * programs,),
         x, tail, weight, bias, positions, sequences, d_y, d_x, sums, length, *x.stride()[:2], *d_y.stride()[:2],
-        C=channels, TAPS=taps, RESIDUAL=residual, TAIL=tail is not None, PACKED=positions is not None,
+        C=channels, TAPS=taps, TAIL=tail is not None, PACKED=positions is not None,
         COLUMNS=columns, STEPS=RUN, ROWS=ROWS, BLOCK=BLOCK, num_warps=1,
     )  # fmt: skip
     total = sums.sum(0)
@@ -287,7 +280,7 @@ def _convolve_backward(
 
 def _fake_convolve_backward(
     x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
-    d_y: Tensor, residual: bool,
+    d_y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (x, weight, bias))  # type: ignore[return-value]
 
@@ -299,23 +292,22 @@ def _laid_out(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None) -> t
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.residual = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs)
 
 
 @once_differentiable
 def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.factorization_memory.convolve_backward.default(*ctx.saved_tensors, d_y, ctx.residual)
-    return *gradients, None, None, None, None
+    gradients = torch.ops.factorization_memory.convolve_backward.default(*ctx.saved_tensors, d_y)
+    return *gradients, None, None, None
 
 
 torch.library.define(
     "factorization_memory::convolve",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? tail, Tensor? positions, Tensor? sequences, bool residual) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? tail, Tensor? positions, Tensor? sequences) -> Tensor",
 )
 torch.library.define(
     "factorization_memory::convolve_backward",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? tail, Tensor? positions, Tensor? sequences, Tensor d_y, bool residual)"
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? tail, Tensor? positions, Tensor? sequences, Tensor d_y)"
     " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("factorization_memory::convolve", ("cpu", "cuda"), _convolve)
