@@ -103,6 +103,7 @@ def test_the_forms_of_a_size_are_equally_large(size: str) -> None:
     models = [dataclasses.replace(presets.sized(size, form).model, vocab_size=16384) for form in presets.FORMS]
     pure, *others = (counting.count(model).non_embedding_parameters for model in models)
     assert all(other == pytest.approx(pure, rel=0.005) for other in others)
+    assert float(presets.PARAMETERS[size]) == pytest.approx(others[0] / 1e6, rel=0.01)
     assert (models[0].num_heads, models[0].conv_size, models[0].output_gate) == (1, 0, False)
     assert (models[1].num_heads, models[1].conv_size, models[1].output_gate) == (1, 4, True)
 
