@@ -23,6 +23,8 @@ MODELS = {
     "mamba2": replace(BASE, mixers=("mamba2",), mamba2=Mamba2Config(state_size=32, head_size=32)),
     "paper": BASE,
     "paper-k16": replace(BASE, top_k=16),
+    "associative": replace(BASE, top_k=8, update_lag=1, rates="head"),
+    "associative-additions": replace(BASE, top_k=8, update_lag=1, rates="head", conv_size=4, value_skip=True, output_gate=True),
 }
 
 
