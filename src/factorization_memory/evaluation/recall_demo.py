@@ -33,11 +33,10 @@ from factorization_memory.models.routing import memory_layers, observe_routing
 
 FORMS = {"associative form": 1, "paper's form": 0}
 """The update lag of each."""
-RECALL_STEPS = 120
 
 
 def recall_demo(
-    steps: int = RECALL_STEPS,
+    steps: int = 120,
     seed: int = 0,
     *,
     pairs: int = 4,
