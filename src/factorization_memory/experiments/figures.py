@@ -157,7 +157,7 @@ def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[flo
     beyond = [i for i, b in enumerate(bins) if b["start"] >= context]
     difference = [bins[i]["bits_per_byte"] - bins[i]["restarted_bits_per_byte"] for i in beyond]
     axes.axhline(0, color=SOFT, linewidth=1)
-    axes.set_title("carried on minus restarted, same tokens")
+    axes.set_title("carried − restarted (below 0: it helps)")
     if not beyond:
         axes.set_ylim(-0.05, 0.05)
         return
@@ -176,10 +176,6 @@ def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[flo
     high = max(d + e for d, e in zip(difference, errors, strict=True))
     room = 0.12 * max(high - low, 0.02)
     axes.set_ylim(min(low, 0) - room, max(high, 0) + room)
-    # Where they have room: on the right, where many tokens make the bars short.
-    for y, va, text, extent in ((0.04, "bottom", "↓ carrying helps", -low), (0.96, "top", "↑ carrying hurts", high)):
-        if extent > 0.2 * (max(high, 0) - min(low, 0)):
-            axes.text(0.98, y, text, transform=axes.transAxes, color=SOFT, fontsize=9, va=va, ha="right")
 
 
 def _position_axis(axes: Axes, x: Sequence[float], context: int) -> None:
