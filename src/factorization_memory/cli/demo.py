@@ -27,7 +27,7 @@ RUN_DIR = Path("runs/demo")
 PROMPTS = ("“My dear Watson,” said ", "おれは")
 VOCABULARY = 512
 HELD_OUT = 0.1
-RECALL_STEPS = 120
+RECALL_STEPS = 100
 INSPECTED_CHARACTERS = {"en": 900, "ja": 450}
 
 

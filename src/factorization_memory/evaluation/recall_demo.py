@@ -36,7 +36,7 @@ FORMS = {"associative form": 1, "paper's form": 0}
 
 
 def recall_demo(
-    steps: int = 120,
+    steps: int = 100,
     seed: int = 0,
     *,
     pairs: int = 4,

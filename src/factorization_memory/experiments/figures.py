@@ -231,8 +231,8 @@ def recall_curves(record: dict[str, Any] | None) -> Figure | None:
 
 
 def recall_reads(record: dict[str, Any] | None) -> Figure | None:
-    """For one sequence, what each question reads: a row for each key asked again, a cell for each token that wrote, the darker
-    the more of what is read; from `recall_demo.json`. None without a record."""
+    """For one sequence, what each question reads: a row for each key asked again, a cell for each token that wrote, its
+    colour the stronger the more of what is read; from `recall_demo.json`. None without a record."""
     if not record:
         return None
     tokens, asked = record["tokens"], record["asked"]

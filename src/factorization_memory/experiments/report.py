@@ -127,12 +127,13 @@ RECALL_NOTE = (
 CAPTIONS = {
     "recall-learning": (
         "After each few steps both models are asked for the values of keys in sequences that neither has been trained on. "
-        "Only the associative form learns to name them; the other at best learns which values are in the sequence."
+        "The associative form learns to name them at once; the other gets little further than guessing among the values that "
+        "the sequence shows."
     ),
     "recall-reads": (
-        "Each row is a key that is asked again, and the darker a cell, the more of what the question reads from the memory was "
-        "written at that token (P[t, s] for question t and token s, as a share of its row). "
-        "The outlined cell is the value that stood right behind the key: where it is dark, the answer is there to be read."
+        "Each row is a key that is asked again, and the stronger the colour of a cell, the more of what the question reads "
+        "from the memory was written at that token (P[t, s] for question t and token s, as a share of its row). "
+        "The outlined cell is the value that stood right behind the key: where it is filled, the answer is there to be read."
     ),
 }
 """What stands under a figure, by its name."""
