@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from factorization_memory.cli import dispatch
+from factorization_memory.cli import demo, dispatch
 from factorization_memory.models.pretrained import builtin_model
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +80,7 @@ def test_make_targets() -> None:
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`make demo`, a few steps of it: everything that it leaves is there, and its results are those of the files."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "RECALL_STEPS", 8)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     assert dispatch(["demo", "--steps", "3", "--json", "--device", "cpu"]) == 0
     (tmp_path / "runs" / "demo-2").rename(tmp_path / "run")
@@ -89,6 +90,16 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert result["evaluation"]["position"]["en"]["max_position"] >= 16 * 256 - 1
     assert [sample["tokens"] for sample in result["samples"]] == [100, 100]
     assert result["samples"][0]["prompt"] in err
+    order = ["text to tokens", "training", "evaluation", "writing", "recall", "report"]
+    assert re.findall(r"^─+ [1-6]  (text to tokens|\w+)", err, re.MULTILINE) == order
+    assert "associative form (update_lag=1)" in err
+    last = err.partition("what to do next:")[2]
+    commands_of = [line.split() for line in last.strip().splitlines()]
+    assert commands_of[0][:2] == ["open", "runs/demo-2/report.html"]
+    assert commands_of[1][:4] == ["fmem", "generate", "runs/demo-2", "--prompt"]
+    assert commands_of[2][:3] == ["fmem", "data", "pack"]
+    assert json.loads((tmp_path / "run" / "recall_demo.json").read_text(encoding="utf-8")) == result["recall"]
+    assert result["recall"]["models"][0]["step"] == [4, 8]
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8")) == result["evaluation"]
     for name in ("report.html", "plots/loss.png", "plots/position.png", "plots/memory.png", "inspection.json", "samples.json"):
         assert (tmp_path / "run" / name).stat().st_size > 1000 or name == "samples.json", name

@@ -78,8 +78,8 @@ SIZES: dict[str, tuple[ModelConfig, DataConfig, OptimizerConfig, TrainingConfig]
         TrainingConfig(steps=20000, tokens_per_step=262144, micro_batch_size=32, evaluate_every=1000, checkpoint_every=500),
     ),
 }
-"""Models whose forms and learning rates were compared at 10 million parameters (width 384, six blocks): 6e-3 served all there, and
-1.2e-2 the associative form a little better. No size has been trained as it stands, and the base's learning rate is a guess."""
+"""Models whose forms and learning rates were compared at 10 million parameters (width 384, six blocks): 6e-3 served all there,
+and 1.2e-2 the associative form a little better. No size has been trained as it stands; the base's learning rate is a guess."""
 PARAMETERS = {"tiny": "5.1", "small": "26.1", "base": "308"}
 """Millions of parameters outside the embedding."""
 FORMS = {

@@ -397,6 +397,7 @@ def test_demo_stopped_and_resumed_by_the_command_it_prints(
     )
     monkeypatch.setattr("factorization_memory.data.corpora.builtin_corpus", lambda: books)
     monkeypatch.setattr(demo_verb, "demo", lambda: tiny)
+    monkeypatch.setattr(demo_verb, "RECALL_STEPS", 4)
     with monkeypatch.context() as patch:
         evaluator = train_verb.evaluator
 

@@ -9,7 +9,7 @@ import torch
 from factorization_memory.config import ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import beyond_context, loss_by_position, reading_stretches
-from factorization_memory.evaluation.position import position_edges
+from factorization_memory.evaluation.position import _error_of_ratio, position_edges
 from factorization_memory.models import LanguageModel
 
 TOKENIZER = Tokenizer.bytes_level()
@@ -74,6 +74,19 @@ def test_bins_are_those_of_a_whole_reading(model: LanguageModel, segment: int, b
         if len(kept) > 1:
             assert b["loss_error"] == pytest.approx(kept.std(ddof=1) / math.sqrt(len(kept)), rel=1e-3)
             assert b["gain_error"] == pytest.approx((anew - kept).std(ddof=1) / math.sqrt(len(kept)), rel=1e-2, abs=1e-6)
+        gains = [(r[here] - c[here]) for r, c in zip(restarted, carried, strict=True) if len(c[here])]
+        if len(gains) == 1:
+            assert b["gain_stretch_error"] is None
+        else:
+            residuals = np.array([g.sum() - (anew - kept).mean() * len(g) for g in gains])
+            expected = np.sqrt(len(gains) / (len(gains) - 1) * (residuals**2).sum()) / len(kept)
+            assert b["gain_stretch_error"] == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+def test_the_error_over_stretches_of_one_length_is_that_of_their_means() -> None:
+    means = np.array([0.1, 0.4, 0.3])
+    parts = np.stack((np.full(3, 50.0), 50 * means), axis=1)
+    assert _error_of_ratio(parts) == pytest.approx(means.std(ddof=1) / math.sqrt(3))
 
 
 def test_within_the_context_both_readings_are_the_same(model: LanguageModel) -> None:

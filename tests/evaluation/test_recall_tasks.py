@@ -169,6 +169,10 @@ def test_a_model_learns_it() -> None:
     assert reports[-1].accuracy > 0.9
     assert reports[-1].loss < reports[0].loss
     assert reports[-1].seconds >= reports[0].seconds > 0
+    tokens, targets = (torch.from_numpy(x) for x in associative_recall(2, "test", 0, 256))
+    with torch.no_grad():
+        right = (reports[-1].model(tokens)[0].argmax(-1) == targets)[targets != IGNORED]
+    assert right.double().mean().item() == reports[-1].accuracy
 
 
 def test_learning_repeats_and_leaves_random_numbers_alone() -> None:

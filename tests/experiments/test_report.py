@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from factorization_memory.config import ModelConfig, RunConfig, to_dict
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.evaluation import inspect_text, loss_by_position
+from factorization_memory.evaluation import inspect_text, loss_by_position, recall_demo
 from factorization_memory.evaluation.position import beyond_context
 from factorization_memory.experiments import ReportError, figures, write_report
 from factorization_memory.models import LanguageModel
@@ -22,6 +23,7 @@ SECTIONS = [
     "Learning",
     "Loss by position",
     "Recall",
+    "Learning to recall",
     "Use of the memory",
     "The memory at work",
     "Samples",
@@ -70,6 +72,7 @@ def records() -> dict[str, Any]:
             "routing": health.summary(),
         },
         "inspection.json": inspect_text(model, tokenizer, "A cat. 猫。"),
+        "recall_demo.json": recall_demo(2, pairs=2, every=1),
         "metrics.jsonl": metrics,
         "samples.json": [{"prompt": "それは", "text": "猫である。<script>", "tokens": 12, "tokens_per_second": 99.4}],
     }
@@ -126,8 +129,11 @@ def test_whole_report(tmp_path: Path, records: dict[str, Any]) -> None:
     assert "2.000 <span class='worse'>+8%</span>" in html
     assert "<td>1.500 (25%)</td><td></td><td>2.500 (75%)</td>" in html
     assert "12 tokens, 99 tokens per second" in html
+    told = html.split("<h2>Learning to recall")[1].split("<h2>")[0]
+    assert "the associative form (<code>update_lag=1</code>) and the paper's form (<code>update_lag=0</code>)" in told
+    assert told.count("<figcaption>") == 2
     plots = sorted(p.name for p in (tmp_path / "plots").iterdir())
-    assert plots == ["loss.png", "memory.png", "position.png"]
+    assert plots == ["loss.png", "memory.png", "position.png", "recall-learning.png", "recall-reads.png"]
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in plots)
 
 
@@ -137,6 +143,7 @@ def test_whole_report(tmp_path: Path, records: dict[str, Any]) -> None:
         (set(), ["Configuration"]),
         ({"metrics.jsonl"}, ["Learning", "Use of the memory", "Samples", "Configuration"]),
         ({"evaluation.json"}, ["Held-out text", "Loss by position", "Recall", "Use of the memory", "Configuration"]),
+        ({"recall_demo.json"}, ["Learning to recall", "Configuration"]),
         ({"inspection.json"}, ["The memory at work", "Configuration"]),
         ({"samples.json", "environment.json"}, ["Samples", "Configuration"]),
     ],
@@ -197,6 +204,40 @@ def test_figures_without_data_are_none() -> None:
     assert figures.loss_curve([]) is None
     assert figures.position_curves({}) is None
     assert figures.memory_use([], 16) is None
+    assert figures.recall_curves(None) is None
+    assert figures.recall_reads(None) is None
+
+
+def test_the_difference_by_position_is_drawn_with_its_error(records: dict[str, Any]) -> None:
+    result = records["evaluation.json"]["position"]["en"]
+    bins = [{**b, "tokens": 1000, "bytes": 1000, "gain_stretch_error": 2 * b["gain_error"]} for b in result["bins"]]
+    old = [{name: value for name, value in b.items() if name != "gain_stretch_error"} for b in bins]
+    half_bars = []
+    for each in (bins, old, [{**b, "gain_stretch_error": None} for b in bins]):
+        figure = figures.position_curves({"en": {**result, "bins": each}})
+        assert figure is not None
+        loss, difference = figure.axes
+        assert len(loss.lines[0].get_xdata()) == len(bins)
+        beyond = [b for b in bins if b["start"] >= result["context_length"]]
+        points = next(c for c in difference.containers)
+        expected = [b["bits_per_byte"] - b["restarted_bits_per_byte"] for b in beyond]
+        assert list(points[0].get_ydata()) == expected
+        segments = points[2][0].get_segments()
+        half_bars.append([(segment[1][1] - segment[0][1]) / 2 for segment in segments])
+    by_tokens = [2 * b["gain_error"] / math.log(2) for b in beyond]
+    assert half_bars[0] == pytest.approx([2 * e for e in by_tokens])
+    assert half_bars[1] == half_bars[2] == pytest.approx(by_tokens)
+
+
+def test_each_question_shows_what_it_reads(records: dict[str, Any]) -> None:
+    record = records["recall_demo.json"]
+    figure = figures.recall_reads(record)
+    assert figure is not None
+    assert len(figure.axes) == 2
+    for axes, model in zip(figure.axes, record["models"], strict=True):
+        assert [text.get_text() for text in axes.get_xticklabels()] == record["tokens"]
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["A?", "B?"]
+        assert [text.get_text()[:9] for text in axes.texts] == [f"answers {answer}" for answer in model["answers"]]
 
 
 def test_loss_curve_with_a_single_line() -> None:

@@ -9,28 +9,33 @@ import sys
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from factorization_memory.cli import evaluate, generate, train
-from factorization_memory.cli.common import console, emit, interrupted_status, parse, write_aside
+from factorization_memory.cli.common import console, emit, interrupted_status, parse, say, write_aside
 from factorization_memory.config import ConfigError
 from factorization_memory.presets import demo
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.evaluation import RecallProgress
 
 RUN_DIR = Path("runs/demo")
 PROMPTS = ("“My dear Watson,” said ", "おれは")
 VOCABULARY = 512
 HELD_OUT = 0.1
+RECALL_STEPS = 100
 INSPECTED_CHARACTERS = {"en": 900, "ja": 450}
 
 
 @dataclass(frozen=True)
 class DemoOptions:
     """Train a small model on one English and one Japanese book (about two minutes on two cores), evaluate it, let it write,
-    and leave a run folder with plots and a report. Uses the GPU where there is one."""
+    show two still smaller ones learning to recall, and leave a run folder with plots and a report. Uses the GPU where there is
+    one."""
 
     run_dir: Path | None = None
     """Run folder; by default runs/demo, or (without --resume) the next name that is free."""
@@ -69,6 +74,7 @@ def run(arguments: list[str]) -> int:
         return interrupted_status(result)
 
     from factorization_memory.evaluation import inspect_text
+    from factorization_memory.experiments.report import REPORT_NAME
     from factorization_memory.training import find_checkpoint, load_model, resolve_device
 
     checkpoint = find_checkpoint(run_dir, "best")
@@ -86,10 +92,54 @@ def run(arguments: list[str]) -> int:
     text = "\n\n".join(_held_out_text(corpus, name)[:length] for name, length in INSPECTED_CHARACTERS.items())
     write_aside(run_dir / "inspection.json", json.dumps(inspect_text(model, tokenizer, text), ensure_ascii=False))
 
-    out.rule("[bold]5  report")
+    out.rule("[bold]5  recall: two small models learn to name the value behind a key")
+    recall = _recall(out)
+    write_aside(run_dir / "recall_demo.json", json.dumps(recall, ensure_ascii=False, allow_nan=False))
+
+    out.rule("[bold]6  report")
     evaluate.record_evaluation(run_dir, evaluation)
-    emit({"run_dir": str(run_dir), "training": result, "evaluation": evaluation, "samples": samples}, options.json)
+    say("what to do next:")
+    say(f"  open {run_dir / REPORT_NAME} in a browser")
+    say(f"  {shlex.join(['fmem', 'generate', str(run_dir), '--prompt', PROMPTS[0]])}")
+    say("  fmem data pack TEXTS --output CORPUS     (your own texts; then fmem train demo --data.corpus CORPUS)")
+    record = {"training": result, "evaluation": evaluation, "samples": samples, "recall": recall}
+    emit({"run_dir": str(run_dir), **record}, options.json)
     return 0
+
+
+def _recall(out: Console) -> dict[str, Any]:
+    """The recall demonstration's record; how far both models have come is shown as they learn."""
+    from rich.live import Live
+    from rich.table import Table
+
+    from factorization_memory.evaluation.recall_demo import FORMS, recall_demo
+
+    out.print("the same sequences and sizes; they differ in update_lag alone. Share of values named right in new sequences:")
+    reports: list[dict[str, RecallProgress]] = []
+
+    def table() -> Table:
+        shown = Table("steps", *(f"{name} (update_lag={lag})" for name, lag in FORMS.items()))
+        for number, report in enumerate(reports, start=1):
+            # The first reports, ever fewer later ones, and the last.
+            if number & (number - 1) == 0 or number == len(reports):
+                step = next(iter(report.values())).step
+                shown.add_row(str(step), *(_bar(report[name].accuracy) for name in FORMS))
+        return shown
+
+    with Live(table(), console=out, auto_refresh=False, transient=True) as live:
+
+        def progress(report: dict[str, RecallProgress]) -> None:
+            reports.append(report)
+            live.update(table(), refresh=True)
+
+        record = recall_demo(RECALL_STEPS, progress=progress)
+    out.print(table())
+    out.print(f"{record['seconds']:.0f} seconds for both")
+    return record
+
+
+def _bar(share: float, width: int = 20) -> str:
+    return f"{'█' * round(width * share):·<{width}} {share:4.0%}"
 
 
 def _free_name(path: Path) -> Path:

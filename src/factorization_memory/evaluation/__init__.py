@@ -9,6 +9,8 @@ from factorization_memory.evaluation.inspection_page import inspection_html
 from factorization_memory.evaluation.loss import evaluate_corpus, evaluate_loss
 from factorization_memory.evaluation.ngram import NgramModel
 from factorization_memory.evaluation.position import beyond_context, loss_by_position, reading_stretches
+from factorization_memory.evaluation.reading import writes_read
+from factorization_memory.evaluation.recall_demo import recall_demo
 from factorization_memory.evaluation.recall_learning import RecallProgress, learn_recall
 from factorization_memory.evaluation.recall_suite import evaluate_recall, held_out_texts
 from factorization_memory.evaluation.run import evaluate_run
@@ -27,4 +29,6 @@ __all__ = [
     "learn_recall",
     "loss_by_position",
     "reading_stretches",
+    "recall_demo",
+    "writes_read",
 ]

@@ -77,9 +77,10 @@ def loss_by_position(
 
     Returns `context_length`, `max_position` (the last one reached), `stretches`, `tokens`, and `bins`, a list with, for
     positions `start <= position < end`: `tokens`, `bytes`, `loss` and `restarted_loss` (nats per token), `loss_error`,
-    `bits_per_byte`, `restarted_bits_per_byte`, `gain` (restarted minus carried loss of the same tokens) and `gain_error`.
-    Errors are standard errors over tokens taken as independent. Tokens that stand for no text are read but not scored. Raises
-    ValueError when there is nothing to score.
+    `bits_per_byte`, `restarted_bits_per_byte`, `gain` (restarted minus carried loss of the same tokens), `gain_error` and
+    `gain_stretch_error`. Errors are standard errors over tokens taken as independent; `gain_stretch_error` is the one over
+    stretches, which allows for what the tokens of a stretch have in common (None where only one reaches). Tokens that stand for
+    no text are read but not scored. Raises ValueError when there is nothing to score.
     """
     for name, value in (("context_length", context_length), ("max_position", max_position), ("segment", segment)):
         if value < 1:
@@ -87,6 +88,7 @@ def loss_by_position(
     text_length = token_lengths(tokenizer)
     edges = position_edges(context_length, max_position + 1)
     sums = np.zeros((len(edges) - 1, 7))
+    gains_of_stretches: list[np.ndarray] = []  # of each its tokens and summed gain by bin, [bins, 2]
     ordered = sorted((s[: max_position + 1] for s in stretches if len(s) >= 2), key=len, reverse=True)
     total, done, reached = 2 * sum(len(s) - 1 for s in ordered), 0, 0
 
@@ -111,13 +113,15 @@ def loss_by_position(
                 gain = other - loss
                 columns = (np.ones_like(loss), lengths[position - 1], loss, loss**2, other, gain, gain**2)
                 bin_of = np.searchsorted(edges, position, side="right") - 1
-                for column, values in enumerate(columns):
-                    sums[:, column] += np.bincount(bin_of, weights=values, minlength=len(sums))
+                own = np.stack([np.bincount(bin_of, weights=values, minlength=len(sums)) for values in columns], axis=1)
+                sums += own
+                gains_of_stretches.append(own[:, [0, 5]])
     if not reached:
         raise ValueError(f"{len(stretches)} stretches hold no text to score: give documents of at least two tokens")
+    gains = np.stack(gains_of_stretches, axis=1)
     bins = [
-        {"start": int(start), "end": int(end), **_summary(row)}
-        for start, end, row in zip(edges[:-1], edges[1:], sums, strict=True)
+        {"start": int(start), "end": int(end), **_summary(row), "gain_stretch_error": _error_of_ratio(own[own[:, 0] > 0])}
+        for start, end, row, own in zip(edges[:-1], edges[1:], sums, gains, strict=True)
         if row[0]
     ]
     return {
@@ -132,7 +136,8 @@ def loss_by_position(
 def beyond_context(result: dict[str, Any], multiple: int = 16) -> dict[str, Any] | None:
     """The tokens of `loss_by_position` at positions from half of `multiple` training contexts to `multiple` of them, in one.
 
-    The same fields as a bin; a power of two for `multiple` falls on bin edges. None when no tokens stand that far.
+    The same fields as a bin but `gain_stretch_error`; a power of two for `multiple` falls on bin edges. None when no tokens
+    stand that far.
     """
     low, high = result["context_length"] * multiple // 2, result["context_length"] * multiple
     bins = [b for b in result["bins"] if b["start"] >= low and b["end"] <= high + 1]
@@ -187,6 +192,15 @@ def _read(
             losses[row][start : start + length] = values[row, :length]
             report(length)
     return losses
+
+
+def _error_of_ratio(parts: np.ndarray) -> float | None:
+    """Standard error of the mean per token from (tokens, sum) of each stretch [S, 2], stretches taken as independent."""
+    if len(parts) < 2:
+        return None
+    tokens, total = parts.sum(axis=0)
+    residuals = parts[:, 1] - total / tokens * parts[:, 0]
+    return float(math.sqrt(len(parts) / (len(parts) - 1) * (residuals**2).sum()) / tokens)
 
 
 def _summary(row: np.ndarray) -> dict[str, Any]:

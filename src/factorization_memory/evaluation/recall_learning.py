@@ -27,6 +27,7 @@ class RecallProgress:
         accuracy: share of the values named right in the test split.
         parameters: of the model.
         seconds: since the beginning.
+        model: the model itself, which the steps after this report go on changing.
     """
 
     step: int
@@ -34,6 +35,7 @@ class RecallProgress:
     accuracy: float
     parameters: int
     seconds: float
+    model: LanguageModel
 
 
 def learn_recall(
@@ -87,5 +89,5 @@ def learn_recall(
             with evaluating(model):
                 accuracy = (model(test)[0].argmax(-1)[asked] == answers[asked]).double().mean().item()
             mean = torch.stack(losses).mean().item()
-            yield RecallProgress(step + 1, mean, accuracy, parameters, time.monotonic() - started)
+            yield RecallProgress(step + 1, mean, accuracy, parameters, time.monotonic() - started, model)
             losses = []

@@ -101,28 +101,42 @@ def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure | None:
 
 
 def position_curves(position: dict[str, dict[str, Any]]) -> Figure | None:
-    """Bits per byte by position for each source, memory carried and restarted, from the `position` part of evaluation.json."""
+    """Bits per byte by position for each source, memory carried on, and below it how much less or more that is than on the same
+    tokens with the memory restarted each training context; from the `position` part of evaluation.json."""
     if not position:
         return None
     with matplotlib.rc_context(_STYLE):
         columns = min(len(position), 2)
         rows = -(-len(position) // columns)
-        figure = Figure(figsize=(9, 3.9 * rows), layout="constrained")
-        for index, (name, result) in enumerate(position.items()):
-            axes = figure.add_subplot(rows, columns, index + 1)
-            _position_axes(axes, name, result, SERIES[index % len(SERIES)], first=index % columns == 0)
+        figure = Figure(figsize=(9, 5.6 * rows), layout="constrained")
+        axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 2.4] * rows)
+        for index in range(rows * columns):
+            row, column = divmod(index, columns)
+            above, below = axes[2 * row, column], axes[2 * row + 1, column]
+            if index >= len(position):
+                above.set_axis_off()
+                below.set_axis_off()
+                continue
+            name, result = list(position.items())[index]
+            colour = SERIES[index % len(SERIES)]
+            # Where few tokens stand, the curve is noise and would stretch the axis.
+            bins = [b for b in result["bins"] if b["tokens"] >= 256] or result["bins"]
+            x = [math.sqrt(b["start"] * (b["end"] - 1)) for b in bins]
+            _loss_axes(above, name, bins, x, colour)
+            _difference_axes(below, bins, x, result["context_length"], colour)
+            for each in (above, below):
+                _position_axis(each, x, result["context_length"])
+            _mark_context(above, result["context_length"])
+            below.set_xlabel("position (tokens read before)")
+            if column == 0:
+                above.set_ylabel("bits per byte")
+                below.set_ylabel("difference in bits per byte")
     return figure
 
 
-def _position_axes(axes: Axes, name: str, result: dict[str, Any], colour: str, first: bool) -> None:
-    # Where few tokens stand, the curve is noise and would stretch the axis.
-    bins = [b for b in result["bins"] if b["tokens"] >= 256] or result["bins"]
-    x = [math.sqrt(b["start"] * (b["end"] - 1)) for b in bins]
+def _loss_axes(axes: Axes, name: str, bins: Sequence[dict[str, Any]], x: Sequence[float], colour: str) -> None:
     carried = [b["bits_per_byte"] for b in bins]
     error = [b["bits_per_byte"] * b["loss_error"] / b["loss"] if b["loss"] else 0.0 for b in bins]
-    context = result["context_length"]
-    axes.axvspan(context, x[-1] * 1.25, color=SERIES[0], alpha=0.045, linewidth=0)
-    axes.axvline(context, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
     axes.fill_between(
         x,
         [c - 2 * e for c, e in zip(carried, error, strict=True)],
@@ -131,22 +145,50 @@ def _position_axes(axes: Axes, name: str, result: dict[str, Any], colour: str, f
         alpha=0.14,
         linewidth=0,
     )
+    axes.plot(x, carried, color=colour, linewidth=2.2, marker="o", markersize=3.8)
+    low, high = min(carried), max(carried)
+    room = max(high - low, 0.1)
+    axes.set_ylim(low - 0.35 * room, high + 0.35 * room)
+    axes.set_title(f"{name}: loss, memory carried on")
+
+
+def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[float], context: int, colour: str) -> None:
+    """Carried minus restarted on the same tokens, with two standard errors; up to the context the two are one reading."""
     beyond = [i for i, b in enumerate(bins) if b["start"] >= context]
-    if beyond:
-        axes.plot(
-            [x[i] for i in beyond],
-            [bins[i]["restarted_bits_per_byte"] for i in beyond],
-            color=SOFT,
-            linewidth=1.6,
-            linestyle=(0, (4, 2)),
-            label=f"memory restarted every {context:,} tokens",
-        )
-    axes.plot(x, carried, color=colour, linewidth=2.2, marker="o", markersize=3.8, label="memory carried on")
+    difference = [bins[i]["bits_per_byte"] - bins[i]["restarted_bits_per_byte"] for i in beyond]
+    axes.axhline(0, color=SOFT, linewidth=1)
+    axes.set_title("carried − restarted (below 0: it helps)")
+    if not beyond:
+        axes.set_ylim(-0.05, 0.05)
+        return
+    errors = []
+    for i in beyond:
+        # Records from before there was an error over stretches have the one over tokens alone.
+        over_tokens, over_stretches = bins[i]["gain_error"], bins[i].get("gain_stretch_error")
+        error = over_tokens if over_stretches is None else max(over_tokens, over_stretches)
+        errors.append(2 * error * bins[i]["tokens"] / math.log(2) / bins[i]["bytes"])
+    at = [x[i] for i in beyond]
+    axes.errorbar(
+        at, difference, yerr=errors, color=colour, ecolor=colour, elinewidth=1.4, capsize=3, linewidth=1.6, marker="o",
+        markersize=4.5,
+    )  # fmt: skip
+    low = min(d - e for d, e in zip(difference, errors, strict=True))
+    high = max(d + e for d, e in zip(difference, errors, strict=True))
+    room = 0.12 * max(high - low, 0.02)
+    axes.set_ylim(min(low, 0) - room, max(high, 0) + room)
+
+
+def _position_axis(axes: Axes, x: Sequence[float], context: int) -> None:
+    axes.axvspan(context, max(x[-1], context) * 1.25, color=SERIES[0], alpha=0.045, linewidth=0)
+    axes.axvline(context, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
     axes.set_xscale("log", base=2)
-    axes.set_xlim(x[0] / 1.1, x[-1] * 1.25)
+    axes.set_xlim(min(x[0], context) / 1.1, max(x[-1], context) * 1.25)
     axes.xaxis.set_major_locator(LogLocator(base=4, numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+
+
+def _mark_context(axes: Axes, context: int) -> None:
     axes.annotate(
         f"trained up to {context:,}",
         (context, 1),
@@ -157,14 +199,73 @@ def _position_axes(axes: Axes, name: str, result: dict[str, Any], colour: str, f
         fontsize=9,
         va="top",
     )
-    low, high = min(carried), max(carried)
-    room = max(high - low, 0.1)
-    axes.set_ylim(low - 0.5 * room, high + 0.35 * room)
-    axes.set_title(name)
-    axes.set_xlabel("position (tokens read before)")
-    if first:
-        axes.set_ylabel("bits per byte")
-    axes.legend(frameon=False, fontsize=9, loc="lower left", labelcolor=SOFT)
+
+
+def recall_curves(record: dict[str, Any] | None) -> Figure | None:
+    """Share of values named right against steps of training, for each form, from `recall_demo.json`; None without a record."""
+    if not record:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        ends = []
+        for colour, model in zip(SERIES, record["models"], strict=False):
+            accuracy = [100 * value for value in model["accuracy"]]
+            axes.plot(model["step"], accuracy, color=colour, linewidth=2.2, marker="o", markersize=3.6)
+            ends.append((model["name"], accuracy[-1], colour))
+        guess = 100 / record["pairs"]
+        axes.axhline(guess, color=SOFT, linewidth=1, linestyle=(0, (4, 2)))
+        last = record["models"][0]["step"][-1]
+        axes.annotate(
+            f"guessing among the {record['pairs']} values in the sequence", (0.1 * last, guess), xytext=(0, 4),
+            textcoords="offset points", color=SOFT, fontsize=9,
+        )  # fmt: skip
+        axes.set_ylim(-3, 106)
+        axes.set_xlim(0, last)
+        _label_ends(axes, ends, "{:.0f} %")
+        axes.set_title("How soon each form names the value behind a key")
+        axes.set_ylabel("values named right, %")
+        axes.set_xlabel("training steps")
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    return figure
+
+
+def recall_reads(record: dict[str, Any] | None) -> Figure | None:
+    """For one sequence, what each question reads: a row for each key asked again, a cell for each token that wrote, its
+    colour the stronger the more of what is read; from `recall_demo.json`. None without a record."""
+    if not record:
+        return None
+    tokens, asked = record["tokens"], record["asked"]
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        rows = len(asked)
+        figure = Figure(figsize=(9, len(record["models"]) * (1.15 + 0.31 * rows) + 0.3), layout="constrained")
+        panels = figure.subplots(len(record["models"]), 1, squeeze=False)[:, 0]
+        for colour, axes, model in zip(SERIES, panels, record["models"], strict=False):
+            for y, (place, reads) in enumerate(zip(asked, model["reads"], strict=True)):
+                for x, part in enumerate(reads):
+                    edge = {"edgecolor": SOFT, "linewidth": 0.35} if x <= place else {"linewidth": 0}
+                    axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, alpha=0.5, **edge))
+                    axes.add_patch(
+                        Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, facecolor=colour, alpha=min(part, 1.0), linewidth=0)
+                    )
+                # Where the value of this key was written.
+                axes.add_patch(Rectangle((2 * y + 0.54, y - 0.44), 0.92, 0.88, fill=False, edgecolor=INK, linewidth=1.6))
+                answer = model["answers"][y]
+                right = answer == tokens[2 * y + 1]
+                axes.annotate(
+                    f"answers {answer} {'✓' if right else '✗'}", (len(tokens) - 0.3, y), va="center", fontsize=9.5,
+                    color=INK if right else BAD, annotation_clip=False,
+                )  # fmt: skip
+            axes.set_yticks(range(rows), [f"{tokens[place]}?" for place in asked])
+            axes.set_xticks(range(len(tokens)), tokens)
+            axes.tick_params(axis="both", length=0, labelcolor=INK)
+            axes.set_xlim(-0.6, len(tokens) - 0.4)
+            axes.set_ylim(rows - 0.4, -0.6)
+            axes.spines["bottom"].set_visible(False)
+            axes.set_ylabel("question t")
+            axes.set_title(f"{model['name'].capitalize()}: which writes each question reads, in layer {model['layer'] + 1}")
+        panels[-1].set_xlabel("token s that wrote (A, B, ... keys; a, b, ... their values; · fillers)")
+    return figure
 
 
 def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int) -> Figure | None:
@@ -292,7 +393,7 @@ def _smooth(values: list[float]) -> list[float]:
     return result
 
 
-def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
+def _label_ends(axes: Axes, ends: list[tuple[str, float, str]], number: str = "{:.3f}") -> None:
     """Name each curve at its right end, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
     gap = 0.058 * (high - low)
@@ -300,7 +401,7 @@ def _label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
     for label, value, colour in sorted(ends, key=lambda end: end[1]):
         placed = max(value, placed + gap)
         axes.annotate(
-            f"{label}  {value:.3f}",
+            f"{label}  {number.format(value)}",
             (1, placed),
             xycoords=("axes fraction", "data"),
             xytext=(8, 0),

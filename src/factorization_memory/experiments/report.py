@@ -1,8 +1,9 @@
 """`report.html` of a run folder: everything its records say, on one page that opens in any browser and loads nothing.
 
 Read are `config.json`, `environment.json`, `metrics.jsonl`, `result.json` (see training/record.py), `evaluation.json` (see
-evaluation/run.py), `inspection.json` (see evaluation/inspection.py) and `samples.json`, a list of {prompt, text} and whatever
-else generation has to say. A section whose record is not there is left out. The plots are also written to `plots/*.png`.
+evaluation/run.py), `inspection.json` (see evaluation/inspection.py), `recall_demo.json` (see evaluation/recall_demo.py) and
+`samples.json`, a list of {prompt, text} and whatever else generation has to say. A section whose record is not there is left
+out. The plots are also written to `plots/*.png`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ td:last-child, th:last-child { padding-right: 0; }
 td.strong { font-weight: 700; }
 .better { color: var(--good); }
 .worse { color: var(--bad); }
-figure { margin: 1rem 0 0; }
-figure svg { display: block; max-width: 100%; height: auto; }
+figure { margin: 1rem 0 0; overflow-x: auto; }
+figure svg { display: block; min-width: 36rem; max-width: 100%; height: auto; }
+figcaption { color: var(--soft); max-width: 46rem; margin: .3rem 0 1.6rem; position: sticky; left: 0; }
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.4rem; margin: 1rem 0; }
 .sample p { font: 1.06rem/1.85 var(--serif); white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
 .sample b { font-weight: 400; color: var(--accent); }
@@ -69,18 +71,22 @@ def write_report(run_dir: Path) -> Path:
     result = _read(run_dir / "result.json") or {}
     evaluation = _read(run_dir / "evaluation.json") or {}
     inspection = _read(run_dir / "inspection.json")
+    recall_demo = _read(run_dir / "recall_demo.json")
     metrics = list(_metrics(run_dir / "metrics.jsonl"))
     drawn = {
         "loss": figures.loss_curve(metrics),
         "position": figures.position_curves(evaluation.get("position", {})),
         "memory": figures.memory_use(_routing(evaluation, metrics), config["data"]["context_length"]),
+        "recall-learning": figures.recall_curves(recall_demo),
+        "recall-reads": figures.recall_reads(recall_demo),
     }
     plots: dict[str, str] = {}
     (run_dir / "plots").mkdir(exist_ok=True)
     for name, figure in drawn.items():
         if figure is not None:
             figures.png(figure, run_dir / "plots" / f"{name}.png")
-            plots[name] = f"<figure>{figures.svg(figure, name)}</figure>"
+            caption = f"<figcaption>{CAPTIONS[name]}</figcaption>" if name in CAPTIONS else ""
+            plots[name] = f"<figure>{figures.svg(figure, name)}{caption}</figure>"
 
     samples = _read(run_dir / "samples.json") or _last_samples(metrics)
     parts = [
@@ -89,6 +95,9 @@ def write_report(run_dir: Path) -> Path:
         _section("Learning", LEARNING_NOTE, plots.get("loss")),
         _section("Loss by position", _position_note(evaluation), plots.get("position"), _position_table(evaluation)),
         _section("Recall", RECALL_NOTE, _recall_table(evaluation.get("recall", {}))),
+        _section(
+            "Learning to recall", _recall_demo_note(recall_demo or {}), plots.get("recall-learning"), plots.get("recall-reads")
+        ),
         _section("Use of the memory", MEMORY_NOTE, plots.get("memory")),
         _section(
             "The memory at work",
@@ -115,6 +124,19 @@ RECALL_NOTE = (
     "(repeated), the predecessor behind which other tokens stood alone (contradicted), or neither (new). A model that recalls "
     "what it has read is best where tokens are repeated; below, these by how many tokens ago that pair last occurred."
 )
+CAPTIONS = {
+    "recall-learning": (
+        "After each few steps both models are asked for the values of keys in sequences that neither has been trained on. "
+        "The associative form learns to name them at once; the other gets little further than guessing among the values that "
+        "the sequence shows."
+    ),
+    "recall-reads": (
+        "Each row is a key that is asked again, and the stronger the colour of a cell, the more of what the question reads "
+        "from the memory was written at that token (P[t, s] for question t and token s, as a share of its row). "
+        "The outlined cell is the value that stood right behind the key: where it is filled, the answer is there to be read."
+    ),
+}
+"""What stands under a figure, by its name."""
 MEMORY_NOTE = (
     "Left: each layer's memory states, the stronger the colour the larger the state's part of all affinity; a red mark is a "
     "state that held-out text hardly ever selects. Right: for how many tokens each state holds what it has read (to 1/e), "
@@ -256,11 +278,14 @@ def _headline(evaluation: dict[str, Any]) -> str:
 
 
 def _position_note(evaluation: dict[str, Any]) -> str:
+    context = f"{evaluation.get('context_length', 0):,}"
     return (
         "Long stretches of held-out text are read from their beginning with the memory carried on, at constant cost per token. "
-        f"The shaded part lies beyond the {evaluation.get('context_length', 0):,} tokens of a training sequence. Different "
-        "positions hold different text, so the fair comparison is with the dashed line: the very same tokens, with the memory "
-        "emptied as often as in training. Bands are two standard errors; the table is in bits per byte."
+        f"The shaded part lies beyond the {context} tokens of a training sequence. Different positions hold different text, so "
+        "the fair comparison is the lower plot: the very same tokens read once more with the memory emptied every "
+        f"{context} tokens, as in training, and the difference; below zero, the carried memory predicts better. Band and bars "
+        "are two standard errors, the bars' over the stretches where those differ more than their tokens; the table is in bits "
+        "per byte."
     )
 
 
@@ -291,6 +316,20 @@ def _recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
     made = _rows(KINDS, {name: as_text(parts) for name, parts in recall.items()})
     headings, cells = distances_as_text(recall)
     return made + (_rows(headings, cells) if headings else "")
+
+
+def _recall_demo_note(record: dict[str, Any]) -> str:
+    if not record:
+        return ""
+    one, other = (f"the {model['name']} (<code>update_lag={model['update_lag']}</code>)" for model in record["models"])
+    return (
+        f"Two small models of {record['models'][0]['parameters']:,} parameters each learned from scratch, in "
+        f"{record['seconds']:.0f} seconds together, to name the value behind a key: a sequence shows {record['pairs']} keys, "
+        "each followed by its value, and then asks for the keys again in another order. They are "
+        f"{one} and {other}, equal but for where a token writes: in the first, into the memory states that the token before it "
+        "reads, so that a key finds what followed it; in the second, into those that the token itself reads. After as little "
+        "text as this run has read, the losses of the two forms on text do not differ yet."
+    )
 
 
 def _rows(headings: Sequence[str], cells: dict[str, list[str]]) -> str:

@@ -1,0 +1,130 @@
+"""Recall learned side by side by two small models that differ in `update_lag` alone: what writing one token later is worth.
+
+The record, ready for JSON:
+
+    pairs       P; a sequence is P keys with their values, then places where the keys stand again, see recall_tasks.py
+    seconds     of both models together
+    tokens      one sequence of the test split in letters: keys "A", "B", ..., their values "a", "b", ..., fillers "·"
+    asked       where in it the keys stand again, those of A first
+    models      of the associative form and of the paper's form: {name, update_lag, config, parameters, step, accuracy, answers,
+                layer, reads}
+      step        list of steps, and `accuracy` the share of values named right in the test split after each
+      answers     what the trained model names at each place of `asked`, a letter, or "?" for a value not in the sequence
+      layer       the memory layer looked into: the one in which the questions read most where their values were written
+      reads       [P][T]: of all that each place of `asked` reads there, the part that each token wrote; see reading.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from factorization_memory.config import ModelConfig, to_dict
+from factorization_memory.evaluation.loss import evaluating
+from factorization_memory.evaluation.reading import writes_read
+from factorization_memory.evaluation.recall_learning import TEST_SEQUENCES, RecallProgress, learn_recall
+from factorization_memory.evaluation.recall_tasks import associative_recall
+from factorization_memory.models import LanguageModel
+from factorization_memory.models.routing import memory_layers, observe_routing
+
+FORMS = {"associative form": 1, "paper's form": 0}
+"""The update lag of each."""
+
+
+def recall_demo(
+    steps: int = 100,
+    seed: int = 0,
+    *,
+    pairs: int = 4,
+    every: int = 4,
+    progress: Callable[[dict[str, RecallProgress]], None] | None = None,
+) -> dict[str, Any]:
+    """Train both models on the CPU, in turn, a few steps each; about ten seconds.
+
+    Args:
+        progress: called after each `every` steps with where both stand, by their names.
+
+    Returns the record that the head of this file describes. Raises ValueError for arguments that `learn_recall` refuses.
+    """
+    started = time.monotonic()
+    configs = {
+        name: ModelConfig(hidden_size=32, num_layers=2, num_states=32, top_k=4, rates="head", update_lag=lag)
+        for name, lag in FORMS.items()
+    }
+    learning = [
+        learn_recall(config, pairs, steps, seed, every=every, batch_size=32, learning_rate=5e-3, warmup_steps=20)
+        for config in configs.values()
+    ]
+    reports: list[dict[str, RecallProgress]] = []
+    with _one_thread():
+        for both in zip(*learning, strict=True):
+            reports.append(dict(zip(FORMS, both, strict=True)))
+            if progress is not None:
+                progress(reports[-1])
+        tokens, asked, letters = _example(pairs)
+        models = []
+        for name, config in configs.items():
+            last = reports[-1][name]
+            models.append(
+                {
+                    "name": name,
+                    "update_lag": config.update_lag,
+                    "config": to_dict(config),
+                    "parameters": last.parameters,
+                    "step": [each[name].step for each in reports],
+                    "accuracy": [each[name].accuracy for each in reports],
+                    **_looked_into(last.model, tokens, asked, letters),
+                }
+            )
+    return {
+        "pairs": pairs,
+        "seconds": time.monotonic() - started,
+        "tokens": [letters.get(token, "·") for token in tokens.tolist()],
+        "asked": asked,
+        "models": models,
+    }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, which on a busy machine wait for each other at every one of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _example(pairs: int) -> tuple[torch.Tensor, list[int], dict[int, str]]:
+    """The first test sequence whose values all differ: its tokens [T], where its keys stand again, and letters of both."""
+    for row in associative_recall(pairs, "test", 0, TEST_SEQUENCES)[0]:
+        keys, values = row[: 2 * pairs : 2].tolist(), row[1 : 2 * pairs : 2].tolist()
+        if len(set(values)) == pairs:
+            break
+    letters = {key: chr(ord("A") + i) for i, key in enumerate(keys)} | {
+        value: chr(ord("a") + i) for i, value in enumerate(values)
+    }
+    rest = row[2 * pairs :].tolist()
+    return torch.from_numpy(row), [2 * pairs + rest.index(key) for key in keys], letters
+
+
+def _looked_into(model: LanguageModel, tokens: torch.Tensor, asked: list[int], letters: dict[int, str]) -> dict[str, Any]:
+    """`answers`, `layer` and `reads` of one model."""
+    with evaluating(model), observe_routing(model) as observed:
+        named = model(tokens[None])[0][0, asked].argmax(-1).tolist()
+    layers = {}
+    for layer, (routing,) in zip(memory_layers(model), observed, strict=True):
+        reads = writes_read(routing)[0].sum(0)[asked]
+        layers[layer] = reads / reads.sum(-1, keepdim=True).clamp(min=1e-30)
+    values = torch.arange(1, 2 * len(asked), 2)
+    best = max(layers, key=lambda layer: float(layers[layer][torch.arange(len(asked)), values].sum()))
+    return {
+        "answers": [letters.get(token, "?") for token in named],
+        "layer": best,
+        "reads": [[round(float(part), 4) for part in row] for row in layers[best]],
+    }
