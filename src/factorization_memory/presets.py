@@ -23,13 +23,15 @@ def demo() -> RunConfig:
     return RunConfig(
         name="demo",
         model=ModelConfig(
-            hidden_size=160, num_layers=3, num_states=32, top_k=4, num_heads=4, conv_size=4, output_gate=True,
-            embedding_multiplier=10.0,
+            hidden_size=160, num_layers=3, num_states=64, top_k=8, update_lag=1, rates="head", conv_size=4, value_skip=True,
+            output_gate=True, embedding_multiplier=10.0,
         ),
         data=DataConfig(context_length=256),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20, weight_decay=1.0, schedule="wsd", decay_fraction=0.3),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-3, warmup_steps=40, weight_decay=1.0, schedule="wsd", decay_fraction=0.7, final_ratio=0.01
+        ),
         training=TrainingConfig(
-            steps=240, tokens_per_step=4096, log_every=5, evaluate_every=80, evaluation_tokens=16384, checkpoint_every=80,
+            steps=480, tokens_per_step=2048, log_every=10, evaluate_every=160, evaluation_tokens=16384, checkpoint_every=160,
         ),
     )  # fmt: skip
 

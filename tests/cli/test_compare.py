@@ -26,7 +26,8 @@ TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--model.num-heads", "1",
     "--data.context-length", "32", "--training.tokens-per-step", "128", "--training.steps", "8", "--training.log-every", "1",
     "--training.evaluate-every", "4", "--training.evaluation-tokens", "256", "--training.device", "cpu",
-    "--optimizer.warmup-steps", "4",
+    "--optimizer.warmup-steps", "4", "--model.top-k", "4", "--model.update-lag", "0", "--model.rates", "state",
+    "--model.no-value-skip",
 ]  # fmt: skip
 CONTENDERS = ["demo", "wide=demo:model.num-states=16,model.top-k=none"]
 
@@ -428,7 +429,7 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     status, out, err = call(capsys, *CONTENDERS, *TINY, "--match-to", "wide", *options)
     assert status == 0
     plan = json.loads(out)
-    assert plan["contenders"]["demo"]["learning_rates"] == [0.002, 0.004, 0.008]
+    assert plan["contenders"]["demo"]["learning_rates"] == [0.003, 0.006, 0.012]
     assert plan["contenders"]["demo"]["model"]["vocab_size"] == PackedCorpus.open(corpus).tokenizer.vocab_size
     assert "intermediate_size" in err
     assert "Contenders differ" not in err

@@ -89,7 +89,7 @@ def test_the_model_of_the_package_is_asked_what_it_read(
     said = " ".join(err.split())
     for words in (
         "en, 4 hidden",
-        "by chance, of those read",
+        "chance, among the values shown",
         "tokens of the stretch",
         "left out: ja, haystacks of 200000 tokens",
     ):

@@ -384,11 +384,23 @@ def test_what_followed_a_token_is_found_by_it() -> None:
 @pytest.mark.parametrize(
     ("saved", "read", "message"),
     [
-        ({}, {"update_lag": 1}, r"state\.affinity: the state is of update_lag=0, the layer has update_lag=1 and top_k=None"),
-        ({"update_lag": 1}, {}, r"of update_lag=1, the layer has update_lag=0 .*; read the text again"),
+        (
+            {},
+            {"update_lag": 1},
+            r"state\.affinity: the state is of update_lag=0, the layer has update_lag=1; read the text again",
+        ),
+        ({"update_lag": 1}, {}, "of update_lag=1, the layer has update_lag=0; read the text again"),
         ({"update_lag": 2}, {"update_lag": 1}, "of update_lag=2, the layer has update_lag=1"),
-        ({"update_lag": 1}, {"update_lag": 1, "top_k": 3}, "of update_lag=1, the layer has update_lag=1 and top_k=3"),
-        ({"update_lag": 1, "top_k": 2}, {"update_lag": 1, "top_k": 3}, r"state\.affinity: got shape \(3, 1, 1, 2\), takes"),
+        (
+            {"update_lag": 1},
+            {"update_lag": 1, "top_k": 3},
+            r"state\.indices: the state has no selection, the layer has top_k=3; take one",
+        ),
+        (
+            {"update_lag": 1, "top_k": 2},
+            {"update_lag": 1, "top_k": 3},
+            r"state\.affinity: got torch\.float64 \(3, 1, 1, 2\) on cpu, takes torch\.float64 \(3, 1, 1, 3\)",
+        ),
     ],
 )
 def test_a_state_of_another_selection_is_refused(
@@ -400,6 +412,13 @@ def test_a_state_of_another_selection_is_refused(
         layer(x, state)
     with pytest.raises(ValueError, match=message):
         layer.step(x[:, 0], state)
+
+
+def test_indices_that_were_made_floats_are_refused(x: torch.Tensor) -> None:
+    layer = FactorizationMemory(16, 8, top_k=2, update_lag=1)
+    _, state = layer(x.float())
+    with pytest.raises(ValueError, match=r"state\.indices: got torch\.float64 .*, takes torch\.int64"):
+        layer.double()(x, state.apply(torch.Tensor.double))
 
 
 def test_a_step_with_a_state_of_another_batch_is_refused(x: torch.Tensor) -> None:

@@ -466,7 +466,7 @@ def test_states_of_a_token_are_not_tokens_to_sample_from(tmp_path: Path, caplog:
         ({"num_hidden_layers": 0}, "num_hidden_layers=0: use 1 or more"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
         ({"update_lag": -1}, "update_lag=-1: use 0"),
-        ({"affinity_threshold": 0.1}, r"affinity_threshold=0\.1: this field is gone; use factorization_memory 0\.1\.0"),
+        ({"affinity_threshold": 0.1}, r"affinity_threshold=0\.1: this field is gone; what was trained with it needs"),
         ({"num_heads": "two"}, "num_heads='two': expected int"),
         ({"mixers": ["mamba"]}, r"mixers\[0\]='mamba': use one of"),
         ({"attention": {"heads": 4}}, r"attention\.heads: no such field"),

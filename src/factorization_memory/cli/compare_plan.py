@@ -142,27 +142,17 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
         "stretches": options.stretches,
     }
     if options.recall:
-        evaluation["recall_items"] = check_recall(opened)
+        from factorization_memory.cli.evaluate_recall import check_recall
+        from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS
+
+        check_recall(opened, LENGTHS)
+        evaluation["recall_items"] = ITEMS
     every = dict.fromkeys(seed for own in seeds.values() for seed in own)
     order = {str(seed): same_order(opened, {each.name: each.config for each in entries}, seed) for seed in every}
     return Plan(
         options.out, entries, corpus, options.search_seed, search_steps, options.alone_steps, options.positions, evaluation,
         order,
     )  # fmt: skip
-
-
-def check_recall(corpus: PackedCorpus) -> int:
-    """Items of the recall suite. Raises ConfigError where the held-out text is too short for it: better now than when all
-    trainings are done."""
-    from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS, held_out_texts
-
-    longest = max(map(len, held_out_texts(corpus).values()), default=0)
-    if longest < min(LENGTHS):
-        raise ConfigError(
-            f"--recall: the longest held-out text of the corpus has {longest} tokens, fewer than the {min(LENGTHS)} of the "
-            "shortest haystack; pack it with a larger held-out share, or leave --recall out"
-        )
-    return ITEMS
 
 
 def learning_rates(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[float, ...]]:

@@ -100,6 +100,7 @@ def run(arguments: list[str]) -> int:
     if checkpoint is None and options.corpus is None:
         with tempfile.TemporaryDirectory() as temporary:
             corpus = sample_books(tokenizer, Path(temporary))
+            _check_recall(options, corpus)
             result = evaluate(model, corpus, config, "builtin", ngram_orders=(), **limits)
     else:
         if options.corpus is None and not config.data.corpus:
@@ -112,6 +113,7 @@ def run(arguments: list[str]) -> int:
             raise ValueError(
                 f"{folder}: packed with another tokenizer than the model's; pack it with the tokenizer.json beside the model"
             )
+        _check_recall(options, corpus)
         result = evaluate(model, corpus, config, "builtin" if checkpoint is None else checkpoint.name, **limits)
     show(result)
     if run_dir is not None and checkpoint is not None:
@@ -121,6 +123,13 @@ def run(arguments: list[str]) -> int:
             say(f"{corpus.folder}: not the corpus of the run, whose evaluation.json stays as it is; --json gives this one")
     emit(result, options.json)
     return 0
+
+
+def _check_recall(options: EvaluateOptions, corpus: PackedCorpus) -> None:
+    if options.recall:
+        from factorization_memory.cli.evaluate_recall import check_recall
+
+        check_recall(corpus, options.recall_lengths)
 
 
 def sample_books(tokenizer: Tokenizer, folder: Path) -> PackedCorpus:

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from factorization_memory.config import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from factorization_memory.data.shards import PackedCorpus
+
+
+def check_recall(corpus: PackedCorpus, lengths: Sequence[int]) -> None:
+    """Raises ConfigError where the held-out text is too short for the recall suite: better now than when all else is done."""
+    from factorization_memory.evaluation.recall_suite import held_out_texts
+
+    longest = max(map(len, held_out_texts(corpus).values()), default=0)
+    if longest < min(lengths):
+        raise ConfigError(
+            f"--recall: the longest held-out text of the corpus has {longest} tokens, fewer than the {min(lengths)} of the "
+            "shortest haystack; pack it with a larger held-out share, or leave --recall out"
+        )
 
 
 def show_recall(record: dict[str, Any], out: Console) -> None:
     """What `evaluate_recall` returned."""
     pairs = record["associative"]["by_pairs"]
     if pairs:
-        out.print("recall: random tokens in pairs, then the first of each again; how often is the second the likeliest?")
+        out.print("recall: random tokens in pairs, then the first of each again; how often is its partner the likeliest?")
         table = Table("pairs", *(str(row["pairs"]) for row in pairs))
-        table.add_row("of the seconds read", *(_share(row, "choice") for row in pairs))
-        table.add_row("of all tokens", *(_share(row, "exact") for row in pairs))
-        table.add_row("by chance, of those read", *(f"{row['chance']:.0%}" for row in pairs))
+        table.add_row("among the values shown", *(_share(row, "choice") for row in pairs))
+        table.add_row("among all tokens", *(_share(row, "exact") for row in pairs))
+        table.add_row("chance, among the values shown", *(f"{row['chance']:.0%}" for row in pairs))
         out.print(table)
         rows = record["associative"]["by_distance"]
         table = Table("tokens between", *map(_range, rows))
-        table.add_row(f"of the seconds read, {rows[0]['pairs']} pairs", *(_share(row, "choice") for row in rows))
+        table.add_row(f"among the values shown, {rows[0]['pairs']} pairs", *(_share(row, "choice") for row in rows))
         out.print(table)
     needles = record["needle"]
     if needles:

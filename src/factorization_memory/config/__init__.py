@@ -8,7 +8,7 @@ naming the field, its value and what to do.
 from factorization_memory.config.checks import ConfigError
 from factorization_memory.config.model import AttentionConfig, Backend, GatedDeltaNetConfig, Mamba2Config, Mixer, ModelConfig
 from factorization_memory.config.plain import from_dict, suggestion, to_dict
-from factorization_memory.config.retired import RETIRED, without_retired
+from factorization_memory.config.retired import RETIRED, is_neutral, without_retired
 from factorization_memory.config.run import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "from_dict",
+    "is_neutral",
     "suggestion",
     "to_dict",
     "without_retired",

@@ -132,8 +132,8 @@ class ModelConfig:
     affinity_init: float = 1.0
     """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
     update_lag: int = 0
-    """How many tokens back the affinities lie that a token writes under: 0, its own (the paper); 1, those of the token before,
-    so that whoever reads with that token finds what followed it (the associative form, see docs/method.md)."""
+    """How many tokens back a token takes the affinities it writes with: 0, its own (the paper); 1, the previous token's, so
+    that a later occurrence of that token finds what followed it (the associative form, see docs/method.md)."""
     rates: Literal["head", "state"] = "state"
     """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
     update_rate_init: tuple[float, float] = (0.05, 0.95)

@@ -1,7 +1,7 @@
 """Fields that configurations once had, so that what was saved with them loads or is refused, never misread.
 
-A field is retired when measurement shows that it leads nowhere (docs/experiments.md has the figures). A saved configuration
-that holds the value which means "without it" loads; any other is refused, with the last version that had the field.
+A field is retired when measurements show no benefit (docs/experiments.md has the figures). A saved configuration that holds the
+value which means "without it" loads; any other is refused, with the last version that had the field.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from typing import Any
 
 from factorization_memory.config.checks import ConfigError
 
+FIRST = "0.1.0 (commit 1f9596a)"
+
 RETIRED: dict[str, dict[str, tuple[Any, str]]] = {
     "ModelConfig": {
-        "merge_top_k": (None, "0.1.0"),
-        "affinity_threshold": (None, "0.1.0"),
-        "affinity": ("softmax", "0.1.0"),
-        "query": ("shared", "0.1.0"),
-        "norm": ("merged", "0.1.0"),
-        "conv_input": ("value", "0.1.0"),
-        "dropout": (0.0, "0.1.0"),
+        "merge_top_k": (None, FIRST),
+        "affinity_threshold": (None, FIRST),
+        "affinity": ("softmax", FIRST),
+        "query": ("shared", FIRST),
+        "norm": ("merged", FIRST),
+        "conv_input": ("value", FIRST),
+        "dropout": (0.0, FIRST),
     },
 }
 """By class and field: the neutral value, and the last version that had the field."""
@@ -35,12 +37,16 @@ def without_retired(section: str, values: dict[str, Any], path: str = "") -> dic
     Raises:
         ConfigError: a retired field holds another value than the neutral one.
     """
-    retired = RETIRED.get(section, {})
-    for name in values.keys() & retired.keys():
-        neutral, version = retired[name]
-        if values[name] != neutral:
+    for name, value in values.items():
+        if name in RETIRED.get(section, {}) and not is_neutral(section, name, value):
+            version = RETIRED[section][name][1]
             raise ConfigError(
-                f"{path}{name}={values[name]!r}: this field is gone; use factorization_memory {version}, the last version that "
-                f"had it, or {name}={neutral!r}"
+                f"{path}{name}={value!r}: this field is gone; what was trained with it needs factorization_memory {version}; "
+                "a new run does without it"
             )
-    return {name: value for name, value in values.items() if name not in retired}
+    return {name: value for name, value in values.items() if name not in RETIRED.get(section, {})}
+
+
+def is_neutral(section: str, name: str, value: Any) -> bool:
+    """Whether a retired field of a section's class holds the value that means without it."""
+    return name in RETIRED.get(section, {}) and bool(value == RETIRED[section][name][0])

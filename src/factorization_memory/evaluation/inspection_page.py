@@ -246,7 +246,7 @@ EXPLANATION = (
 )
 LAGGED_EXPLANATION = (
     "Each piece of text is coloured by the memory state it uses most, the stronger the more. What a piece writes goes into the "
-    "states that the token before it reads, so that the same token finds it when it comes again. Point at the text to see the "
+    "states that the token before it reads, so that this token finds it when it occurs again. Point at the text to see the "
     "states it writes and reads; click a state to see where it is used. Beside a state: its share of all updates or reads, the "
     "tokens after which it has forgotten all but 1/e of what it held, the pieces that read it, those after which it is "
     "written, and what it holds: the pieces that followed."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from factorization_memory.config import RETIRED, ConfigError, ModelConfig, RunConfig, to_dict
+from factorization_memory.config import ConfigError, ModelConfig, RunConfig, is_neutral, to_dict
 from factorization_memory.experiments.contenders import Contender
 from factorization_memory.experiments.matching import Match, match_parameters, non_embedding_parameters
 from factorization_memory.experiments.processes import Job
@@ -245,8 +245,8 @@ def make_entries(
 
 def with_defaults(plan: Any) -> Any:
     """A plan as `Plan.description` gave it, in the form of today: with the defaults of fields that have come since, which are
-    what it was trained with, without retired fields that said nothing, and with each contender's seeds, which were once the
-    same for all."""
+    what it was trained with, without retired fields at their neutral value, and with each contender's seeds, which were once
+    the same for all."""
     if not isinstance(plan, dict) or not isinstance(plan.get("contenders"), dict):
         return plan
     if plan.get("schema_version") == 1 and "seeds" not in plan:
@@ -268,10 +268,8 @@ def _without_neutral(config: Any) -> Any:
     """A contender's configuration without the retired fields of its model that hold their neutral value."""
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         return config
-    retired = RETIRED[ModelConfig.__name__]
-    model = {
-        name: value for name, value in config["model"].items() if name not in retired or value != retired[name][0]
-    }  # fmt: skip
+    section = ModelConfig.__name__
+    model = {name: value for name, value in config["model"].items() if not is_neutral(section, name, value)}
     return config | {"model": model}
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from factorization_memory.config import ConfigError, RunConfig, from_dict, suggestion, to_dict
+from factorization_memory.config import RETIRED, ConfigError, ModelConfig, RunConfig, from_dict, suggestion, to_dict
 from factorization_memory.presets import PRESETS
 
 SECTIONS = ("model", "data", "optimizer", "training")
@@ -129,6 +129,9 @@ def field_type(name: str) -> Any:
     kind: Any = RunConfig
     for i, part in enumerate(parts := name.split(".")):
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if kind is ModelConfig and part in RETIRED[ModelConfig.__name__]:
+            version = RETIRED[ModelConfig.__name__][part][1]
+            raise ConfigError(f"{name}: this field is gone; leave it out (factorization_memory {version} had it last)")
         if part not in hints:
             before = "".join(f"{each}." for each in parts[:i])
             known = [f"{before}{each}" for each in hints]

@@ -140,11 +140,12 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
 
 
 def _finite(job: Job) -> bool:
-    """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null."""
+    """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null. Errors
+    over stretches are null too where only one stretch reaches."""
     evaluation = read_json(job.folder / "evaluation.json")
     parts = [{unit: part[unit] for unit in UNITS} for part in (*evaluation["sources"].values(), evaluation["total"])]
     parts += [each for read in evaluation.get("position", {}).values() for each in read["bins"]]
-    return all(value is not None for part in parts for value in part.values())
+    return all(value is not None for part in parts for name, value in part.items() if name != "gain_stretch_error")
 
 
 def _tokens_per_second(job: Job) -> float | None:

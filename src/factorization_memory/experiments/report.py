@@ -127,8 +127,8 @@ RECALL_NOTE = (
 CAPTIONS = {
     "recall-learning": (
         "After each few steps both models are asked for the values of keys in sequences that neither has been trained on. "
-        "The associative form learns to name them at once; the other gets little further than guessing among the values that "
-        "the sequence shows."
+        "The two differ in one thing: the associative form writes a value under the key before it, the paper's form under the "
+        "value itself."
     ),
     "recall-reads": (
         "Each row is a key that is asked again, and the stronger the colour of a cell, the more of what the question reads "
@@ -165,7 +165,7 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     try:
         return to_dict(from_dict(RunConfig, values))
     except ConfigError as error:
-        raise ReportError(f"{path}: not the configuration of a run ({error}); restore the file") from None
+        raise ReportError(f"{path}: not the configuration of a run: {error}") from None
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -175,10 +175,10 @@ class FactorizationMemory(nn.Module):
         if self.update_lag:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             before = (state.affinity, state.indices) if state is not None else self._no_selection(sequences)
-            assert before[0] is not None
+            assert before[0] is not None, "see check_state"
             updated, last_affinity = delayed(affinity, before[0].to(affinity.dtype), cu_seqlens, padding_mask)
             if indices is not None and before[1] is not None:
-                # Where there is no token, its states are any that differ.
+                # Before the first token there is no selection: take any distinct states, their weights are zero.
                 none = (before[0] == 0).all(-1, keepdim=True)
                 selected = torch.where(none, torch.arange(indices.shape[-1], device=x.device), before[1])
                 update_indices, last_indices = delayed(indices, selected, cu_seqlens, padding_mask)
@@ -219,7 +219,7 @@ class FactorizationMemory(nn.Module):
         """
         check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
         if state is not None:
-            self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
@@ -243,7 +243,7 @@ class FactorizationMemory(nn.Module):
     def step(self, x: Tensor, state: LayerState) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError if it is not one of this layer for B
         sequences."""
-        self._check_state(state, x.shape[0])
+        self.check_state(state, x.shape[0])
         if state.undo is not None:
             state.undo.put_aside(state)
         value = self.value(x)
@@ -261,7 +261,7 @@ class FactorizationMemory(nn.Module):
         merged vectors `[B, H, D]`; `state` is updated in place."""
         backend, options = self._backend_beside(), (self.top_k, self.temperature)
         if self.update_lag:
-            assert state.affinity is not None, "see _check_state"
+            assert state.affinity is not None, "see check_state"
             update, merge, update_indices, indices = route_step(
                 affinity_logits, update_logits, merge_logits, state.affinity, state.indices, *options, backend
             )
@@ -291,9 +291,9 @@ class FactorizationMemory(nn.Module):
         )
         return LayerState(memory, state.convolution, state.affinity, state.indices, undo)
 
-    def _check_state(self, state: LayerState, sequences: int) -> None:
-        """ValueError unless `state` is one of this layer, of so many sequences."""
-        weight, lag = self.value.weight, self.update_lag
+    def check_state(self, state: LayerState, sequences: int) -> None:
+        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        weight, lag, remedy = self.value.weight, self.update_lag, "take one from initial_state or forward of this layer"
         shape = (sequences, self.num_heads, self.num_states, self.head_size)
         ops.check_state(state.memory, "state.memory", shape, weight)
         if (state.convolution is None) != (self.convolution is None):
@@ -301,15 +301,22 @@ class FactorizationMemory(nn.Module):
         if state.convolution is not None and self.convolution is not None:
             self.convolution.check_tail(state.convolution, "state.convolution", sequences)
         found = 0 if state.affinity is None else state.affinity.shape[1]
-        if found != lag or (state.indices is None) != (self.top_k is None or not lag):
+        if found != lag:
             raise ValueError(
-                f"state.affinity: the state is of update_lag={found}, the layer has update_lag={lag} and top_k={self.top_k}; "
-                "read the text again from initial_state"
+                f"state.affinity: the state is of update_lag={found}, the layer has update_lag={lag}; read the text again from "
+                "initial_state"
             )
+        if (state.indices is None) != (self.top_k is None or not lag):
+            said = "no selection" if state.indices is None else f"a selection of {state.indices.shape[-1]}"
+            raise ValueError(f"state.indices: the state has {said}, the layer has top_k={self.top_k}; {remedy}")
         selected = (sequences, lag, self.num_heads, self.top_k or self.num_states)
-        for name, tensor in (("affinity", state.affinity), ("indices", state.indices)):
-            if tensor is not None and tensor.shape != selected:
-                raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, takes {selected}")
+        tails = (("affinity", state.affinity, state.memory.dtype), ("indices", state.indices, torch.int64))
+        for name, tensor, dtype in tails:
+            if tensor is None:
+                continue
+            if tensor.shape != selected or tensor.dtype != dtype or tensor.device != state.memory.device:
+                got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                raise ValueError(f"state.{name}: got {got}, takes {dtype} {selected} on {state.memory.device}; {remedy}")
 
     def _output(self, y: Tensor, x: Tensor, value: Tensor) -> Tensor:
         """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, with the token's own values

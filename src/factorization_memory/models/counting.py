@@ -42,7 +42,7 @@ class Counts:
     attention_flops: int
     """Products of queries with keys, and sums of values, forward, at the mean context of a training sequence."""
     state_bytes: int
-    """Memory and convolution tails of one sequence, and full attention windows, at any length."""
+    """Memory, convolution tails and last selections of one sequence, and full attention windows, at any length."""
     state_bytes_per_token: int
     """What attention without a window keeps of each token read, besides."""
 

@@ -56,11 +56,13 @@ class DecodingModel:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token of each sequence, `[B]`, to float32 logits `[B, V]`; `state` is updated in place and returned."""
+        """One token of each sequence, `[B]`, to float32 logits `[B, V]`; `state` is updated in place and returned. ValueError
+        if it is not one of this model for B sequences."""
         from factorization_memory.ops.triton.decoding import normalise
         from factorization_memory.ops.triton.small_linear import small_linear
 
         model = self.model
+        model.check_state(state)
         norm, head = model.final_norm, model.head.weight
         x = model.embed(tokens).float()
         if len(tokens) <= self.few:
@@ -165,6 +167,7 @@ class _DecodingBlock:
 
         assert isinstance(state, LayerState), "the state is of another model"
         mixer, undo = self.mixer, state.undo
+        mixer.check_state(state, len(projected))
         parts = list(projected.split(self.sizes, dim=1))
         gate = parts.pop() if mixer.gate is not None else None
         value = parts.pop()

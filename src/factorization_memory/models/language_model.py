@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned."""
-        self._check_state(state)
+        self.check_state(state)
         x = self.embed(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             x = block.step(x, layer_state)
@@ -228,7 +228,7 @@ class LanguageModel(nn.Module):
             layers.append(block.mixer.keep_undo(layer, steps, position))
         return ModelState(layers)
 
-    def _check_state(self, state: ModelState) -> None:
+    def check_state(self, state: ModelState) -> None:
         """ValueError for a state of another number of layers, or of layers of another kind."""
         kinds = [block.mixer.state_type for block in self.blocks]
         if len(state) != len(kinds) or not all(isinstance(one, kind) for one, kind in zip(state, kinds, strict=True)):
@@ -246,7 +246,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[MixerState]]:
         """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
         if state is not None:
-            self._check_state(state)
+            self.check_state(state)
         x = self.embed(tokens)
         states: list[MixerState] = []
         for i, block in enumerate(self.blocks):

@@ -305,8 +305,8 @@ def obstacle(backend: str, value: Tensor, argument: str = "value") -> str | None
 def _choose(
     backend: str, value: Tensor, touched: int, num_states: int, alone: bool, cu_seqlens: Tensor | None
 ) -> str:  # fmt: skip
-    """The backend that computes, "triton" made one of its two forms; ValueError if it is none, or cannot. `touched` states
-    each token updates or merges at most, 0 in the dense form; `alone` if no memory comes in or is asked for."""
+    """The backend that computes, "triton" made one of its two forms; ValueError if it is none, or cannot. `touched`: upper
+    bound on the states that a token updates or merges, 0 in the dense form; `alone` if no memory comes in or is asked for."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
     if backend == "auto":

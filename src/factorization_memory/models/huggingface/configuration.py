@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from factorization_memory.config import RETIRED, ConfigError, ModelConfig, without_retired
+from factorization_memory.config import ConfigError, ModelConfig, without_retired
 from factorization_memory.models.pretrained.format import MODEL_TYPE, RENAMED, config_fields, config_from_fields, field_names
 from factorization_memory.models.pretrained.shim import AUTO_MAP
 
@@ -59,8 +59,7 @@ class FactorizationMemoryConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         names = field_names()
-        without_retired(ModelConfig.__name__, kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in RETIRED[ModelConfig.__name__]}
+        kwargs = without_retired(ModelConfig.__name__, kwargs)
         for name in kwargs:
             near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, n=1, cutoff=0.8)
             if near and not hasattr(PreTrainedConfig, name):

@@ -88,7 +88,7 @@ def _what(facts: CardFacts, native: str | None) -> str:
         selected = "all of them" if config.top_k is None else f"{config.top_k} of them"
         rows["memory"] = (
             f"{config.num_heads} x {config.num_states} states of width {config.value_size // config.num_heads} in each block, "
-            f"{selected} updated and read by a token"
+            f"{selected} updated and {'as many others read' if config.update_lag and config.top_k else 'read'} by a token"
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     return f"{what}\n\n| | |\n| --- | --- |\n{table}\n"

@@ -121,12 +121,12 @@ def forward_kernel(
     written, share = index, alpha
     if LAG > 0:
         oldest = (token * LAG * HEADS + head) * SELECTED + column
-        written = tl.load(last_indices + oldest, mask=here, other=0)
-        share = tl.load(last_affinity + oldest, mask=here, other=0.0)
+        written = tl.load(last_indices + oldest, mask=here, other=0, cache_modifier=".cg")
+        share = tl.load(last_affinity + oldest, mask=here, other=0.0, cache_modifier=".cg")
         for i in tl.static_range(LAG - 1):
             after = oldest + (i + 1) * HEADS * SELECTED
-            moved_index = tl.load(last_indices + after, mask=here, other=0)
-            moved_share = tl.load(last_affinity + after, mask=here, other=0.0)
+            moved_index = tl.load(last_indices + after, mask=here, other=0, cache_modifier=".cg")
+            moved_share = tl.load(last_affinity + after, mask=here, other=0.0, cache_modifier=".cg")
             tl.debug_barrier()
             tl.store(last_indices + after - HEADS * SELECTED, moved_index, mask=here)
             tl.store(last_affinity + after - HEADS * SELECTED, moved_share, mask=here)
