@@ -140,8 +140,8 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
 
 
 def _finite(job: Job) -> bool:
-    """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null. Errors
-    over stretches are null too where only one stretch reaches."""
+    """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null. So
+    are errors over stretches where only one stretch reaches, which are none of these."""
     evaluation = read_json(job.folder / "evaluation.json")
     parts = [{unit: part[unit] for unit in UNITS} for part in (*evaluation["sources"].values(), evaluation["total"])]
     parts += [each for read in evaluation.get("position", {}).values() for each in read["bins"]]
