@@ -31,7 +31,7 @@ def demo() -> RunConfig:
             learning_rate=6e-3, warmup_steps=40, weight_decay=1.0, schedule="wsd", decay_fraction=0.7, final_ratio=0.01
         ),
         training=TrainingConfig(
-            steps=520, tokens_per_step=2048, log_every=10, evaluate_every=130, evaluation_tokens=16384, checkpoint_every=130,
+            steps=460, tokens_per_step=2048, log_every=10, evaluate_every=230, evaluation_tokens=16384, checkpoint_every=230,
         ),
     )  # fmt: skip
 
