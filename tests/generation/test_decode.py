@@ -19,7 +19,14 @@ GREEDY = SamplingConfig(temperature=0)
 def model() -> LanguageModel:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=TOKENIZER.vocab_size + 6, hidden_size=32, num_layers=2, num_states=8, top_k=2, num_heads=2, conv_size=3
+        vocab_size=TOKENIZER.vocab_size + 6,
+        hidden_size=32,
+        num_layers=2,
+        num_states=8,
+        top_k=2,
+        num_heads=2,
+        conv_size=3,
+        update_lag=1,
     )
     return LanguageModel(config)
 

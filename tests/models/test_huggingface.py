@@ -53,13 +53,19 @@ CONVOLVED = ModelConfig(
     vocab_size=VOCABULARY, hidden_size=16, num_layers=2, num_states=8, num_heads=2, conv_size=4, output_gate=True,
     tie_word_embeddings=False,
 )  # fmt: skip
+ASSOCIATIVE = ModelConfig(
+    vocab_size=VOCABULARY, hidden_size=16, num_layers=2, num_states=8, top_k=3, update_lag=1, rates="head", conv_size=4,
+    value_skip=True, output_gate=True, embedding_multiplier=10.0,
+)  # fmt: skip
 MIXED = ModelConfig(
-    vocab_size=VOCABULARY, hidden_size=16, num_layers=4, num_states=8, top_k=2,
+    vocab_size=VOCABULARY, hidden_size=16, num_layers=4, num_states=8, top_k=2, update_lag=1,
     mixers=("memory", "attention", "mamba2", "gated_deltanet"),
     attention=AttentionConfig(num_heads=4, num_key_value_heads=2, sliding_window=6),
     mamba2=Mamba2Config(state_size=8, head_size=8, chunk_size=4), gated_deltanet=GatedDeltaNetConfig(num_heads=2, head_size=8),
 )  # fmt: skip
-MODELS = pytest.mark.parametrize("config", [PURE, CONVOLVED, MIXED], ids=["pure", "convolved", "mixed"])
+MODELS = pytest.mark.parametrize(
+    "config", [PURE, CONVOLVED, ASSOCIATIVE, MIXED], ids=["pure", "convolved", "associative", "mixed"]
+)
 
 
 def make(config: ModelConfig) -> tuple[LanguageModel, FactorizationMemoryForCausalLM]:

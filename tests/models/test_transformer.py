@@ -41,7 +41,7 @@ from factorization_memory.models.pretrained.conversion import from_llama, from_m
 from factorization_memory.models.routing import RoutingHealth, observe_routing
 
 MIXED = ModelConfig(
-    vocab_size=30, hidden_size=16, num_layers=3, num_states=8, top_k=2, mixers=("memory", "attention", "mamba2"),
+    vocab_size=30, hidden_size=16, num_layers=3, num_states=8, top_k=2, update_lag=1, mixers=("memory", "attention", "mamba2"),
     attention=AttentionConfig(num_heads=4, num_key_value_heads=2), mamba2=Mamba2Config(state_size=8, head_size=8, chunk_size=4),
 )  # fmt: skip
 WINDOWED = replace(MIXED, mixers=("attention", "memory"), attention=replace(MIXED.attention, sliding_window=5))
