@@ -16,8 +16,8 @@ from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConf
 from factorization_memory.evaluation.recall_learning import learn_recall
 
 BASE = ModelConfig(hidden_size=64, num_layers=2, num_heads=1, num_states=64, embedding_multiplier=8.0, intermediate_size=128)
-# But for those of "associative", the rows in results.jsonl were made by the script of commit 1f9596a, which drew other sequences
-# of the same form.
+# But for those of "associative", the rows in results.jsonl were made by the script of commit 1f9596a, which drew other
+# sequences of the same form.
 MODELS = {
     "transformer": replace(BASE, mixers=("attention",), attention=AttentionConfig(num_heads=2)),
     "mamba2": replace(BASE, mixers=("mamba2",), mamba2=Mamba2Config(state_size=32, head_size=32)),
