@@ -300,7 +300,7 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["train", "dmo"], 2, "preset 'dmo' is not known; did you mean 'demo'?"),
         (["train", "demo"], 2, "data.corpus=''"),
         (["train", "demo", "--model.topk", "3"], 2, "--model.top-k"),
-        (["train", "demo", "--model.top-k", "65"], 2, "model.top_k=65: use 1 to num_states=32"),
+        (["train", "demo", "--model.top-k", "65"], 2, "model.top_k=65: use 1 to num_states=64"),
         (["train", "demo", "--model.top-k", "0"], 2, "model.top_k=0"),
         (["train", "demo", "--model.num-heads", "7"], 2, "model.num_heads=7: must divide"),
         (["train", "demo", "--data.corpus", "nowhere"], 1, "nowhere"),
