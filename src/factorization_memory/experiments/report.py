@@ -327,8 +327,7 @@ def _recall_demo_note(record: dict[str, Any]) -> str:
         f"{record['seconds']:.0f} seconds together, to name the value behind a key: a sequence shows {record['pairs']} keys, "
         "each followed by its value, and then asks for the keys again in another order. They are "
         f"{one} and {other}, equal but for where a token writes: in the first, into the memory states that the token before it "
-        "reads, so that a key finds what followed it; in the second, into those that the token itself reads. After as little "
-        "text as this run has read, the losses of the two forms on text do not differ yet."
+        "reads, so that a key finds what followed it; in the second, into those that the token itself reads."
     )
 
 
