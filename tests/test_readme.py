@@ -127,6 +127,8 @@ def test_examples(script: Path, tmp_path: Path) -> None:
     if script.name == "fine_tune_with_trl.py":
         (tmp_path / "data.jsonl").write_text('{"prompt": "It was", "completion": " dark."}\n' * 16, encoding="utf-8")
         arguments = [str(builtin_model()), str(tmp_path / "data.jsonl"), "2"]
+    if script.name == "associative_recall.py":
+        arguments = ["--steps", "2", "associative"]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "False" not in done.stdout
     assert done.stdout.strip()
@@ -144,3 +146,8 @@ def test_results_are_where_their_table_says() -> None:
     assert listed == {path.name for path in (ROOT / "results").iterdir() if path.is_dir()}
     for name in listed:
         assert any((ROOT / "results" / name).iterdir()), name
+
+
+def test_results_hold_no_code() -> None:
+    """A script beside a record goes on changing while the record does not."""
+    assert not [*(ROOT / "results").rglob("*.py")]

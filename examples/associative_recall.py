@@ -1,9 +1,10 @@
-"""Associative recall: pairs of key and value, then keys whose values are to be named. Which layers learn it, and how soon?
+"""Associative recall: pairs of key and value are read, then the keys come again, and their values are asked for. Which layers
+learn it, and how soon?
 
-    python results/associative-recall/recall.py [--pairs 4] [--seed 0] [NAME...] >> results.jsonl
+    python examples/associative_recall.py [--pairs 4] [--seed 0] [--steps 600] [NAME...] >> results.jsonl
 
-Prints for each name the share of values named rightly after each 100 steps, on 256 test sequences that are the same for all
-(`factorization_memory.evaluation.recall_learning`). Two blocks, d = 64, 600 steps of 128 sequences.
+Prints for each name the share of values that are named rightly after each 100 steps (and after the last), on 256 test sequences
+that are the same for all (`factorization_memory.evaluation.recall_learning`). Two blocks, d = 64, 128 sequences a step.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConf
 from factorization_memory.evaluation.recall_learning import learn_recall
 
 BASE = ModelConfig(hidden_size=64, num_layers=2, num_heads=1, num_states=64, embedding_multiplier=8.0, intermediate_size=128)
-# But for those of "associative", the rows in results.jsonl were made by the script of commit 1f9596a, which drew other
-# sequences of the same form.
 MODELS = {
     "transformer": replace(BASE, mixers=("attention",), attention=AttentionConfig(num_heads=2)),
     "mamba2": replace(BASE, mixers=("mamba2",), mamba2=Mamba2Config(state_size=32, head_size=32)),
@@ -28,9 +27,9 @@ MODELS = {
 }
 
 
-def run(name: str, pairs: int, seed: int) -> None:
+def run(name: str, pairs: int, seed: int, steps: int) -> None:
     """Train one model and print its line."""
-    reports = list(learn_recall(MODELS[name], pairs, seed=seed))
+    reports = list(learn_recall(MODELS[name], pairs, steps, seed))
     line = {
         "name": name,
         "pairs": pairs,
@@ -46,7 +45,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("names", nargs="*", help="of MODELS; all by default")
     options = parser.parse_args()
     for each in options.names or MODELS:
-        run(each, options.pairs, options.seed)
+        run(each, options.pairs, options.seed, options.steps)
