@@ -84,7 +84,7 @@ class AttentionState(GrowingState):
 
 
 class Attention(nn.Module):
-    """Each token attends to those before it and itself. Gradients of gradients are not supported.
+    """Each token attends to those before it and itself. Gradients of gradients are refused, by an error.
 
     Args:
         hidden_size: d, width of input and output.

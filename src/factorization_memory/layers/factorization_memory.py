@@ -28,7 +28,7 @@ from factorization_memory.ops.routing import route, route_step, weigh
 
 class FactorizationMemory(nn.Module):
     """A recurrent mixing layer with a memory of M states per head, all (dense) or K (sparse) of which each token updates and
-    merges. The input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are not supported.
+    merges. The input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are refused, by an error.
 
     Args:
         hidden_size: d, width of input and output.

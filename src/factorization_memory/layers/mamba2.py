@@ -60,7 +60,7 @@ class Mamba2(nn.Module):
 
     The input gives a gate z, values x, an input map B, an output map C and a step size dt; x, B and C pass a causal convolution
     with SiLU; the recurrence (see `ops.ssd`) is followed by a skip `D x`, `norm(y * silu(z))` and the output projection. The
-    input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are not supported.
+    input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are refused, by an error.
 
     Args:
         hidden_size: d, width of input and output.

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from factorization_memory.ops import gated_delta_rule_chunked
 from factorization_memory.ops.arguments import FLOATS, check_borders, check_state, read_borders
+from factorization_memory.ops.autograd import call_once_differentiable
 from factorization_memory.ops.precision import no_autocast, state_dtype
 from factorization_memory.ops.ssd_kernels import fla_refusal
 
@@ -186,11 +187,16 @@ def _fla(
     with no_autocast(v.device):
         # int64 borders on v's device are passed on as they are: fla caches what it reads from a tensor, for all layers.
         borders = None if cu_seqlens is None else cu_seqlens.to(v.device, torch.int64)
-        y, final = kernels(
-            q=q.to(v.dtype), k=k.to(v.dtype), v=v, g=g.float(), beta=beta.float(), scale=scale, initial_state=initial,
-            output_final_state=keep_final, use_qk_l2norm_in_kernel=False, cu_seqlens=borders,
-        )  # fmt: skip
-    return y, final.float() if keep_final else None
+
+        def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor | None) -> Any:
+            return kernels(
+                q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=initial, output_final_state=keep_final,
+                use_qk_l2norm_in_kernel=False, cu_seqlens=borders,
+            )  # fmt: skip
+
+        y, final = call_once_differentiable(run, q.to(v.dtype), k.to(v.dtype), v, g.float(), beta.float(), initial)
+    assert y is not None
+    return y, None if final is None or not keep_final else final.float()
 
 
 def _reference(

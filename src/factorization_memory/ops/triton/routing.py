@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.launcher import dependent, launch
 
