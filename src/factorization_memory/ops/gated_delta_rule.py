@@ -88,7 +88,11 @@ def gated_delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float | None = None
 ) -> Tensor:
     """One token: `state` `[B, H, K, V]` is updated in place. Shapes as of `gated_delta_rule`, without T; returns o `[B, H, V]`
-    in v's dtype. Nothing is checked."""
+    in v's dtype. ValueError as of `gated_delta_rule`."""
+    if v.dim() != 3:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, takes one token of each sequence, [B, H, V]")
+    _check(*(x[:, None] for x in (q, k, v, g, beta)))
+    check_state(state, "state", (*v.shape[:2], k.shape[2], v.shape[2]), v)
     with no_autocast(v.device):
         dtype, share = state.dtype, v.shape[1] // k.shape[1]
         query, key = (_shared(tensor, share, dim=1).to(dtype) for tensor in (q, k))
