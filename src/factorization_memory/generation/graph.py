@@ -150,6 +150,8 @@ class StepGraph(Steps):
 
     def step(self, tokens: Tensor) -> Tensor:
         """Tokens int64 `[B]` to logits `[B, V]`: one tensor, which the next step overwrites."""
+        if tokens.shape != self.tokens.shape:  # copying would repeat one token for all sequences
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes {tuple(self.tokens.shape)}, one of each sequence")
         self.tokens.copy_(tokens)
         self._graph.replay()
         self.state.step_done(replayed=True)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
-from factorization_memory.layers.mixer import check_inputs
+from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.state import GrowingState
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
@@ -84,7 +84,7 @@ class AttentionState(GrowingState):
 
 
 class Attention(nn.Module):
-    """Each token attends to those before it and itself. Gradients of gradients are not supported.
+    """Each token attends to those before it and itself. Gradients of gradients are refused, by an error.
 
     Args:
         hidden_size: d, width of input and output.
@@ -178,7 +178,10 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, with larger tensors when it is full."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, with larger tensors when it is full. ValueError
+        unless x fits and `state` is one of this layer for B sequences."""
+        check_token(x, self.hidden_size)
+        self.check_state(state, x.shape[0])
         used = slice(self._make_room(state))
         place, position = state.length[:, None], state.length[:, None] + 1
         if self.sliding_window is not None:
@@ -197,15 +200,23 @@ class Attention(nn.Module):
     def _check(self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
         """Checks the arguments of `forward`."""
         check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
-        if state is None:
-            return
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        shape = (sequences, self.num_key_value_heads, state.capacity, self.head_size)
-        for name, tensor in (("keys", state.keys), ("values", state.values)):
+        if state is not None:
+            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+    def check_state(self, state: AttentionState, sequences: int) -> None:
+        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        heads, places, device = self.num_key_value_heads, state.positions.shape[-1], self.output.weight.device
+        shapes = {
+            "keys": (state.keys, (sequences, heads, places, self.head_size)),
+            "values": (state.values, (sequences, heads, places, self.head_size)),
+            "positions": (state.positions, (sequences, places)),
+            "length": (state.length, (sequences,)),
+        }
+        for name, (tensor, shape) in shapes.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, takes {shape}")
-            if tensor.device != x.device:
-                raise ValueError(f"state.{name}: is on {tensor.device}, x on {x.device}; move them to one device")
+            if tensor.device != device:
+                raise ValueError(f"state.{name}: is on {tensor.device}, the layer on {device}; move them to one device")
         if state.most != self.sliding_window:
             raise ValueError(
                 f"state: it is of a layer with sliding_window={state.most}, not {self.sliding_window}; "

@@ -82,8 +82,10 @@ class CausalConvolution(nn.Module):
         return y, torch.cat((before, x), dim=1).gather(1, last[..., None].expand(-1, -1, x.shape[2]))
 
     def step(self, x: Tensor, tail: Tensor) -> Tensor:
-        """One token x `[B, channels]` to y, shaped as it; `tail` `[B, taps - 1, channels]` is updated in place."""
+        """One token x `[B, channels]` to y, shaped as it; `tail` `[B, taps - 1, channels]` is updated in place. ValueError for
+        other channels, or a tail of another B."""
         self._check_channels(x)
+        self.check_tail(tail, "tail", len(x))
         window = torch.cat((tail.to(x.dtype), x[:, None]), dim=1)
         tail.copy_(window[:, 1:])
         return window_convolution(window, self.weight, self.bias)[:, 0]

@@ -17,7 +17,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs
+from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing, delayed
@@ -28,7 +28,7 @@ from factorization_memory.ops.routing import route, route_step, weigh
 
 class FactorizationMemory(nn.Module):
     """A recurrent mixing layer with a memory of M states per head, all (dense) or K (sparse) of which each token updates and
-    merges. The input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are not supported.
+    merges. The input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are refused, by an error.
 
     Args:
         hidden_size: d, width of input and output.
@@ -241,8 +241,9 @@ class FactorizationMemory(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError if it is not one of this layer for B
-        sequences."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
+        layer for B sequences."""
+        check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
         if state.undo is not None:
             state.undo.put_aside(state)
@@ -317,6 +318,11 @@ class FactorizationMemory(nn.Module):
             if tensor.shape != selected or tensor.dtype != dtype or tensor.device != state.memory.device:
                 got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
                 raise ValueError(f"state.{name}: got {got}, takes {dtype} {selected} on {state.memory.device}; {remedy}")
+        if state.undo is not None:
+            rows = state.undo.rows
+            wanted = (len(rows), sequences, self.num_heads, self.top_k or self.num_states, self.head_size)
+            if rows.shape != wanted:
+                raise ValueError(f"state.undo: got rows {tuple(rows.shape)}, takes {wanted}; take a state from keep_undo")
 
     def _output(self, y: Tensor, x: Tensor, value: Tensor) -> Tensor:
         """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, with the token's own values

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from factorization_memory.ops.autograd import once_differentiable
 
 
 class FeedForward(nn.Module):

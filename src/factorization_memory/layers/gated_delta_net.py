@@ -17,7 +17,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import Backend, GatedDeltaNetConfig, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs
+from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from factorization_memory.ops.precision import no_autocast, state_dtype
@@ -183,14 +183,20 @@ class GatedDeltaNet(nn.Module):
         """Checks the arguments of `forward`."""
         check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            shape = (sequences, self.num_value_heads, self.head_size, self.value_head_size)
-            ops.check_state(state.memory, "state.memory", shape, self.output.weight)
-            self.convolution.check_tail(state.convolution, "state.convolution", sequences)
+            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+    def check_state(self, state: GatedDeltaNetState, sequences: int) -> None:
+        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        shape = (sequences, self.num_value_heads, self.head_size, self.value_head_size)
+        ops.check_state(state.memory, "state.memory", shape, self.output.weight)
+        self.convolution.check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
+        layer for B sequences."""
+        check_token(x, self.hidden_size)
+        self.check_state(state, x.shape[0])
         gate, mixed, strength, log_decay = self._project(x)
         query, key, value = self._parts(self.convolution.step(mixed, state.convolution))
         y = gated_delta_rule_step(query, key, value, log_decay, strength, state.memory)

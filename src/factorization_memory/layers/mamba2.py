@@ -16,7 +16,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import Backend, Mamba2Config, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs
+from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.ssd import ssd, ssd_step
@@ -60,7 +60,7 @@ class Mamba2(nn.Module):
 
     The input gives a gate z, values x, an input map B, an output map C and a step size dt; x, B and C pass a causal convolution
     with SiLU; the recurrence (see `ops.ssd`) is followed by a skip `D x`, `norm(y * silu(z))` and the output projection. The
-    input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are not supported.
+    input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are refused, by an error.
 
     Args:
         hidden_size: d, width of input and output.
@@ -171,14 +171,20 @@ class Mamba2(nn.Module):
         """Checks the arguments of `forward`."""
         check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
         if state is not None:
-            sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            shape = (sequences, self.num_heads, self.head_size, self.state_size)
-            ops.check_state(state.memory, "state.memory", shape, self.output.weight)
-            self.convolution.check_tail(state.convolution, "state.convolution", sequences)
+            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+    def check_state(self, state: Mamba2State, sequences: int) -> None:
+        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        shape = (sequences, self.num_heads, self.head_size, self.state_size)
+        ops.check_state(state.memory, "state.memory", shape, self.output.weight)
+        self.convolution.check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
+        layer for B sequences."""
+        check_token(x, self.hidden_size)
+        self.check_state(state, x.shape[0])
         gate, mixed, dt = self._project(x)
         value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
         y = ssd_step(value, dt, self._decay_rate(), input_map, output_map, state.memory)

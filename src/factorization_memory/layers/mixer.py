@@ -47,13 +47,23 @@ class SequenceMixer(Protocol):
         """
 
     def step(self, x: Tensor, state: Any) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, also by larger tensors instead of its own."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, also by larger tensors instead of its own.
+        ValueError unless x fits and `state` is one of this layer for B sequences."""
+
+    def check_state(self, state: Any, sequences: int) -> None:
+        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
 
     def initial_state(self, batch_size: int) -> Any:
         """The empty state of `batch_size` sequences: zeros."""
 
     def reset_parameters(self) -> None:
         """Initial weights."""
+
+
+def check_token(x: Tensor, hidden_size: int) -> None:
+    """ValueError for an argument of a mixer's `step` that is of the wrong shape."""
+    if x.dim() != 2 or x.shape[1] != hidden_size:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token of each sequence, [B, {hidden_size}]")
 
 
 def check_inputs(x: Tensor, hidden_size: int, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import outside_autocast
 
 

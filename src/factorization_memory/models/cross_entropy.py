@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from factorization_memory.ops import triton
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import has_autocast, no_autocast, wide_product
 
 IGNORE = -100

@@ -62,7 +62,7 @@ class DecodingModel:
         from factorization_memory.ops.triton.small_linear import small_linear
 
         model = self.model
-        model.check_state(state)
+        model.check_step(tokens, state)
         norm, head = model.final_norm, model.head.weight
         x = model.embed(tokens).float()
         if len(tokens) <= self.few:
@@ -167,7 +167,6 @@ class _DecodingBlock:
 
         assert isinstance(state, LayerState), "the state is of another model"
         mixer, undo = self.mixer, state.undo
-        mixer.check_state(state, len(projected))
         parts = list(projected.split(self.sizes, dim=1))
         gate = parts.pop() if mixer.gate is not None else None
         value = parts.pop()

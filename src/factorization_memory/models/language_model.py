@@ -200,8 +200,9 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned."""
-        self.check_state(state)
+        """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned. ValueError unless it
+        is one of this model for B sequences."""
+        self.check_step(tokens, state)
         x = self.embed(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             x = block.step(x, layer_state)
@@ -235,6 +236,15 @@ class LanguageModel(nn.Module):
             found = ", ".join(type(one).__name__ for one in state)
             takes = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"state: got layers of {found}, takes {takes}; take one from initial_state or forward")
+
+    def check_step(self, tokens: Tensor, state: ModelState) -> None:
+        """ValueError unless `tokens` are one of each sequence of `state`, which is of this model: before any layer's part
+        of it is changed."""
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes one token of each sequence, [B]")
+        self.check_state(state)
+        for block, layer in zip(self.blocks, state, strict=True):
+            block.mixer.check_state(layer, len(tokens))
 
     def _hidden(
         self,

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from factorization_memory.ops.autograd import once_differentiable
 
 MASK_NUMBERS = 1 << 26
 """A mask of pairs of tokens is made of at most about so many at a time."""

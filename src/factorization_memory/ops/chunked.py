@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import no_autocast, outside_autocast, state_dtype
 
 MAX_CHUNK = 64

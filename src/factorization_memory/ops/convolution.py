@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from factorization_memory.ops import triton
 from factorization_memory.ops.arguments import check_borders
+from factorization_memory.ops.autograd import once_differentiable
 
 
 def causal_convolution(
@@ -131,13 +131,13 @@ class _Convolution(torch.autograd.Function):
         y = torch.addcmul(bias, first, weight[0])
         for shifted, tap in zip(rest, weight[1:], strict=True):
             y.addcmul_(shifted, tap)
-        ctx.save_for_backward(x, weight, y)
+        ctx.save_for_backward(x, weight, bias, y)  # all inputs, for what `once_differentiable` refuses
         return torch.nn.functional.silu(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, y = ctx.saved_tensors
+        x, weight, _, y = ctx.saved_tensors
         d_y = torch.ops.aten.silu_backward(d_output, y)
         d_x, d_weight, product = torch.zeros_like(x), torch.empty_like(weight), torch.empty_like(y)
         for d_shifted, shifted, tap, d_tap in zip(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from factorization_memory.ops import gated_delta_rule_chunked
 from factorization_memory.ops.arguments import FLOATS, check_borders, check_state, read_borders
+from factorization_memory.ops.autograd import call_once_differentiable
 from factorization_memory.ops.precision import no_autocast, state_dtype
 from factorization_memory.ops.ssd_kernels import fla_refusal
 
@@ -87,7 +88,11 @@ def gated_delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float | None = None
 ) -> Tensor:
     """One token: `state` `[B, H, K, V]` is updated in place. Shapes as of `gated_delta_rule`, without T; returns o `[B, H, V]`
-    in v's dtype. Nothing is checked."""
+    in v's dtype. ValueError as of `gated_delta_rule`."""
+    if v.dim() != 3:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, takes one token of each sequence, [B, H, V]")
+    _check(*(x[:, None] for x in (q, k, v, g, beta)))
+    check_state(state, "state", (*v.shape[:2], k.shape[2], v.shape[2]), v)
     with no_autocast(v.device):
         dtype, share = state.dtype, v.shape[1] // k.shape[1]
         query, key = (_shared(tensor, share, dim=1).to(dtype) for tensor in (q, k))
@@ -186,11 +191,16 @@ def _fla(
     with no_autocast(v.device):
         # int64 borders on v's device are passed on as they are: fla caches what it reads from a tensor, for all layers.
         borders = None if cu_seqlens is None else cu_seqlens.to(v.device, torch.int64)
-        y, final = kernels(
-            q=q.to(v.dtype), k=k.to(v.dtype), v=v, g=g.float(), beta=beta.float(), scale=scale, initial_state=initial,
-            output_final_state=keep_final, use_qk_l2norm_in_kernel=False, cu_seqlens=borders,
-        )  # fmt: skip
-    return y, final.float() if keep_final else None
+
+        def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor | None) -> Any:
+            return kernels(
+                q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=initial, output_final_state=keep_final,
+                use_qk_l2norm_in_kernel=False, cu_seqlens=borders,
+            )  # fmt: skip
+
+        y, final = call_once_differentiable(run, q.to(v.dtype), k.to(v.dtype), v, g.float(), beta.float(), initial)
+    assert y is not None
+    return y, None if final is None or not keep_final else final.float()
 
 
 def _reference(

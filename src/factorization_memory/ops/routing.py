@@ -103,7 +103,12 @@ def route_step(
     Returns:
         Update and merge weights `[B, H, K]`; the states that are updated and those that are merged, int64 `[B, H, K]`, None in
         the dense form.
+
+    Raises:
+        ValueError: as of `route`, or what is carried does not fit.
     """
+    _check(affinity_logits, update_logits, merge_logits, top_k, temperature)
+    _check_last(affinity_logits, last_affinity, last_indices, top_k)
     kernels = triton.by_kernels(
         backend, affinity_logits, lambda: _obstacle(affinity_logits, update_logits, merge_logits, top_k)
     )
@@ -163,6 +168,20 @@ def _obstacle(
         if logits is not None and (reason := triton.obstacle(logits, name)) is not None:
             return reason
     return None
+
+
+def _check_last(logits: Tensor, affinity: Tensor, indices: Tensor | None, top_k: int | None) -> None:
+    """Checks what `route_step` carries, which kernels write to, for logits `[B, H, M]`."""
+    (batch, heads, states), lag = logits.shape, affinity.shape[1] if affinity.dim() == 4 else 1
+    shape = (batch, lag, heads, top_k or states)
+    if (indices is None) != (top_k is None):
+        raise ValueError(f"last_indices: got {'None' if indices is None else 'a tensor'}, top_k={top_k}; give both or neither")
+    for name, tensor in (("last_affinity", affinity), ("last_indices", indices)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or lag < 1 or tensor.device != logits.device or not tensor.is_contiguous():
+            got = f"{tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+            raise ValueError(f"{name}: got {got}, takes a contiguous [B, L, H, K] {shape} on {logits.device}")
 
 
 def _check(

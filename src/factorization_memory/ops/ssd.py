@@ -87,7 +87,11 @@ def _compiles_wrongly(x: Tensor) -> bool:
 @torch.no_grad()
 def ssd_step(x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, state: Tensor) -> Tensor:
     """One token: `state` `[B, H, P, N]` is updated in place. Shapes as of `ssd`, without T; returns y `[B, H, P]` in x's dtype.
-    Nothing is checked."""
+    ValueError as of `ssd`."""
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token of each sequence, [B, H, P]")
+    _check(x[:, None], dt[:, None], decay_rate, input_map[:, None], output_map[:, None])
+    check_state(state, "state", (*x.shape, input_map.shape[2]), x)
     with no_autocast(x.device):
         dtype, groups = state.dtype, input_map.shape[1]
         dt = dt.to(dtype)

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
 BLOCK = 32

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.autograd import call_once_differentiable, once_differentiable
 from factorization_memory.ops.precision import no_autocast
 from factorization_memory.ops.ssd_chunked import log_decays
 
@@ -87,7 +87,7 @@ def forward(
     keep_final: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The recurrence over whole sequences; arguments and results as of `ssd.ssd`."""
-    run = _operator if torch.compiler.is_compiling() else _run
+    run = _operator if torch.compiler.is_compiling() else _run_once
     with no_autocast(x.device):
         # The same tensor for every layer: fla remembers what it has read of it.
         borders = None if cu_seqlens is None else cu_seqlens.to(x.device)
@@ -107,6 +107,23 @@ def forward(
             y, final = run(value, logs, input_map, output_map, None, initial, borders, keep_final, backend)
             final = final.mT.contiguous() if keep_final else final
     return y, final if keep_final else None
+
+
+def _run_once(
+    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
+    borders: Tensor | None, keep_final: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`_run`, whose gradients of gradients are an error: the kernels' own would be wrong."""
+
+    def run(
+        value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _run(value, decay, input_map, output_map, rate, initial, borders, keep_final, backend)
+
+    y, final = call_once_differentiable(run, value, decay, input_map, output_map, rate, initial)
+    assert y is not None
+    assert final is not None
+    return y, final
 
 
 def _run(

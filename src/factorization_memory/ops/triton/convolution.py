@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.triton import MOST_TAPS
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.launcher import launch

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.launcher import dependent, launch
+from factorization_memory.ops.triton.step import check_shapes
 
 THREAD_NUMBERS = 8
 """Numbers of a row for each thread, where warps allow."""
@@ -168,6 +169,11 @@ def normalise(
     """
     assert (skipped is None) == (skip_weight is None), "one is nothing without the other"
     batch, inputs = x.shape
+    shapes = {
+        "parts": (parts, (0 if parts is None else len(parts), batch, inputs)), "gate": (gate, (batch, inputs)),
+        "norm_weight": (norm_weight, (inputs,)), "skipped": (skipped, (batch, inputs)), "skip_weight": (skip_weight, (inputs,)),
+    }  # fmt: skip
+    check_shapes(shapes, "x", x)
     out = x.new_empty(batch, inputs, dtype=dtype)
     if norm_weight is None:
         groups = 1
@@ -210,6 +216,9 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     assert tail.is_contiguous(), "it is updated in place"
     batch, width = x.shape
+    taps = len(weight)
+    shapes = {"tail": (tail, (batch, taps - 1, width)), "weight": (weight, (taps, width)), "bias": (bias, (width,))}
+    check_shapes(shapes, "x", x)
     out = x.new_empty(batch, width)
     if batch:
         launch(

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.triton.launch import Call
 from factorization_memory.ops.triton.layout import chunk_table
 from factorization_memory.ops.triton.plan import Plan, operands, plan

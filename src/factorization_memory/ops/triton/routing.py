@@ -18,11 +18,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.launcher import dependent, launch
+from factorization_memory.ops.triton.step import check_shapes
 
 BLOCK, SELECTED_BLOCK = 1024, 256
 """Logits of a program, and those among them that are selected, if not a row has more."""
@@ -310,6 +311,13 @@ def _route_step(
     Returns:
         update and merge weights float32 `[B, H, K]`; the states that are updated and those that are merged, int64 `[B, H, K]`.
     """
+    batch, heads, _ = affinity_logits.shape
+    carried = (batch, last_affinity.shape[1], heads, top_k)
+    shapes = {
+        "last_affinity": (last_affinity, carried), "last_indices": (last_indices, carried),
+        "update_logits": (update_logits, merge_logits.shape),
+    }  # fmt: skip
+    check_shapes(shapes, "affinity_logits", affinity_logits)
     made = _fake_route_step(affinity_logits, update_logits, merge_logits, last_affinity, last_indices, top_k, temperature)
     update, merge, update_indices, indices = made
     _launch_forward(

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from factorization_memory.ops.arguments import read_borders
+from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import wide_product
 from factorization_memory.ops.triton.dense import on_device_of
 from factorization_memory.ops.triton.lists import WORD, Lists, lists_of

@@ -32,6 +32,14 @@ PROGRAMS = 2
 """Programs for each processor of the GPU that tiles aim at."""
 
 
+def check_shapes(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], first: str, of: Tensor) -> None:
+    """ValueError for a tensor of another shape than beside its name, which a kernel would read or write beyond; `first` is the
+    name of the tensor that the others go by."""
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {shape} with {first} {tuple(of.shape)}")
+
+
 @triton.jit
 def step_kernel(
     update,  # [B, T, H, K]
@@ -287,6 +295,13 @@ def dense_step(
         y, float32 `[B, H, D]`.
     """
     batch, heads, states, width = state.shape
+    rates, depth = update.shape[-1], 0 if undo is None else len(undo)
+    shapes = {
+        "affinity": (affinity, (batch, heads, states)), "update": (update, (batch, heads, rates)),
+        "merge": (merge, (batch, heads, rates)), "value": (value, (batch, heads, width)),
+        "rate_bias": (rate_bias, (2 * heads * rates,)), "undo": (undo, (depth, *state.shape)),
+    }  # fmt: skip
+    check_shapes(shapes, "state", state)
     assert affinity.stride(0) == update.stride(0) == merge.stride(0), "they are parts of one tensor"
     if batch == 0:
         return state.new_empty(batch, heads, width)
@@ -342,6 +357,14 @@ def _step(
     indices, merge_indices, places = (None if x is None else x.contiguous() for x in (indices, merge_indices, places))
     batch, tokens, heads, chosen = update.shape
     num_states, width = state.shape[2:]
+    lead, depth = (batch, tokens, heads), 0 if undo is None else len(undo)
+    shapes = {
+        "state": (state, (batch if places is None else len(state), heads, num_states, width)), "value": (value, (*lead, width)),
+        "merge": (merge, (*lead, merge.shape[-1])), "indices": (indices, (*lead, chosen)),
+        "merge_indices": (merge_indices, merge.shape), "places": (places, (batch,)),
+        "undo": (undo, (depth, *lead, chosen, width)),
+    }  # fmt: skip
+    check_shapes(shapes, "update", update)
     if tokens > 1 or value.stride(3) != 1 or (heads > 1 and value.stride(2) != width):
         value = value.contiguous()
     output = torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -383,6 +406,11 @@ def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | 
         count: at most depth.
     """
     depth, batch, tokens, heads, chosen, width = undo.shape
+    shapes = {
+        "state": (state, (batch if places is None else len(state), heads, state.shape[2], width)),
+        "indices": (indices, (depth, batch, tokens, heads, chosen)), "places": (places, (batch,)),
+    }  # fmt: skip
+    check_shapes(shapes, "undo", undo)
     indices = None if indices is None else indices.contiguous()
     places = None if places is None else places.contiguous()
     if undo.numel() == 0 or count == 0:

@@ -1,0 +1,103 @@
+"""Gradients that are computed by hand can be differentiated once; here a second time becomes an error.
+
+PyTorch's own `once_differentiable` hangs the error on copies, which `torch.autograd.grad(first, inputs)` never visits: what it
+then returns lacks the terms that go through the function, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """Makes a gradient of what an autograd function's `backward(ctx, gradient, ...)` returns an error, whatever it is taken of:
+    the gradients that came in or the tensors that were saved. All inputs that the gradients depend on must be saved, or an
+    output.
+
+    Raises:
+        RuntimeError: when a second derivative is computed through the function.
+    """
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no graph of this is being made
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        several = results if isinstance(results, tuple) else (results,)
+        refused = _refuse(several, (*gradients, *ctx.saved_tensors))
+        return refused if isinstance(results, tuple) else refused[0]
+
+    return cast(Backward, wrapped)
+
+
+def call_once_differentiable(
+    function: Callable[..., tuple[Tensor | None, ...]], *arguments: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """`function(*arguments)`, of another package, whose gradient may not say that it is wrong to differentiate it again: with
+    the same error."""
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in arguments):
+        return function(*arguments)
+    gradients: list[Tensor | None] = []
+    entered = _Enter.apply(gradients, *arguments)
+    return cast(tuple[Tensor | None, ...], _Leave.apply(gradients, *function(*entered)))
+
+
+def _refuse(results: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """`results`, of which no gradient can be computed with respect to any of `sources`."""
+    differentiable = [x for x in sources if x is not None and x.requires_grad]
+    if not differentiable:
+        return results
+    refused = iter(_Refused.apply([x for x in results if x is not None], *differentiable))
+    return tuple(None if x is None else next(refused) for x in results)
+
+
+class _Refused(torch.autograd.Function):
+    """Copies of tensors that seem to depend on others, but whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, results: list[Tensor], *sources: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            "a gradient of a gradient was asked for, through a function whose gradient is once_differentiable; take the "
+            "difference of two gradients instead"
+        )
+
+
+class _Enter(torch.autograd.Function):
+    """The arguments of a function that `_Leave` takes the results of; `gradients` are those of the results."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor | None], *arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.gradients = gradients
+        ctx.save_for_backward(*arguments)
+        return tuple(None if x is None else x.view_as(x) for x in arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+        sources = (*ctx.gradients, *ctx.saved_tensors) if torch.is_grad_enabled() else ()
+        ctx.gradients.clear()
+        return None, *_refuse(found, sources)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor | None], *results: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
+        return tuple(None if x is None else x.view_as(x) for x in results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.gradients[:] = gradients
+        return None, *gradients
