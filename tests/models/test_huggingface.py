@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.parallel._functions import Gather
+from torch.nn.parallel.scatter_gather import gather
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -228,6 +230,25 @@ def test_going_on_from_a_kept_state(config: ModelConfig) -> None:
     assert generated(model, whole[1:], **{CACHE_NAME: one}) == expected[1:]
     kept.reset()
     assert generated(model, whole, **{CACHE_NAME: kept}) == expected
+
+
+@MODELS
+@torch.no_grad()
+def test_outputs_of_replicas_are_gathered(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torch.nn.DataParallel` puts together what its replicas return: also the caches, which then can be read on from."""
+    _, model = make(config)
+    tokens, more = text(4, 7), text(4, 2)
+    monkeypatch.setattr(Gather, "apply", lambda _device, dim, *parts: torch.cat(parts, dim))  # on a CPU
+    together = gather([model(part, use_cache=True) for part in tokens.split(2)], "cpu")
+    expected = model(tokens, use_cache=True)
+    torch.testing.assert_close(together.logits, expected.logits)
+    cache = together[CACHE_NAME]
+    assert cache.get_seq_length() == 7
+    torch.testing.assert_close(
+        model(more, **{CACHE_NAME: cache}).logits, model(more, **{CACHE_NAME: expected[CACHE_NAME]}).logits
+    )
+    empty = [FactorizationMemoryCache(config.num_layers) for _ in range(2)]
+    assert gather(empty, "cpu").state() is None
 
 
 def test_streamer_scores_and_embeddings() -> None:

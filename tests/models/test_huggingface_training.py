@@ -83,6 +83,41 @@ def test_trainer_resumes(model: FactorizationMemoryForCausalLM, tmp_path: Path) 
         assert torch.equal(tensor, ends[1][name]), name
 
 
+def test_trainer_evaluates(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
+    """`evaluate`, `predict`, evaluation while training and the best model at the end; with `compute_metrics`, logits too."""
+    tokenizer = Tokenizer.bytes_level()
+    examples = [{"input_ids": ids, "labels": ids} for ids in (tokenizer.encode(text)[:24] for text in TEXTS)]
+    tokens = torch.tensor([example["input_ids"] for example in examples])
+
+    def expected(model: Any) -> float:
+        with torch.no_grad():
+            return float(model.eval()(tokens, labels=tokens).loss)
+
+    seen: dict[str, Any] = {}
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen["logits"] = found.predictions
+        return {"rows": len(found.predictions)}
+
+    options = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", load_best_model_at_end=True, save_total_limit=1
+    )
+    trainer = Trainer(model, options, train_dataset=examples, eval_dataset=examples)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected(model), rel=1e-4)
+    predicted = trainer.predict(examples)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected(model), rel=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(predicted.predictions), model(tokens).logits, rtol=1e-4, atol=1e-4)
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(losses) == 2
+    assert trainer.state.best_metric == min(losses)
+    assert expected(model) == pytest.approx(min(losses), rel=1e-4)
+    measured = Trainer(model, arguments(tmp_path / "measured"), eval_dataset=examples, compute_metrics=metrics).evaluate()
+    assert measured["eval_rows"] == len(examples)
+    assert seen["logits"].shape == (len(examples), 24, tokenizer.vocab_size)
+
+
 def test_collator_without_padding(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
     """Sequences that the collator packs into a row train as they do apart."""
     tokenizer = Tokenizer.bytes_level()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, cast
 
@@ -80,16 +81,34 @@ class CacheLayer(CacheLayerMixin):
         raise RuntimeError(f"{CACHE_NAME}: a memory cannot forget its last tokens; keep a clone() of it from before them")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Which tensor of a layer's state it is; the layer is that of the first replica where several are gathered."""
+
+    number: int
+    layer: CacheLayer = field(compare=False)
+
+
 class FactorizationMemoryCache(Cache):
     """What a model carries from one call to the next, as `past_key_values` or `cache`. Reading changes it; `clone()` it before
     that to go on from one text in several ways.
 
+    Iterating gives what the layers carry, as `torch.nn.DataParallel` takes outputs apart to put those of its replicas together.
+
     Args:
-        num_layers: blocks of the model.
+        num_layers: blocks of the model; or, instead of their number, what iterating over another cache gave.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[CacheLayer() for _ in range(num_layers)])
+    def __init__(self, num_layers: int | Iterable[Mapping[_Place, Tensor]]) -> None:
+        if isinstance(num_layers, int):
+            super().__init__(layers=[CacheLayer() for _ in range(num_layers)])
+        else:
+            super().__init__(layers=[_layer_of(tensors) for tensors in num_layers])
+
+    def __iter__(self) -> Iterator[dict[_Place, Tensor]]:
+        for layer in self.own_layers():
+            tensors = [] if layer.state is None else layer.state.tensors()
+            yield {_Place(number, layer): tensor for number, tensor in enumerate(tensors)}
 
     @classmethod
     def from_state(cls, state: ModelState, seen: int) -> FactorizationMemoryCache:
@@ -124,3 +143,13 @@ class FactorizationMemoryCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorizationMemoryCache:
         return self._copied(lambda tensor: tensor.detach().clone())
+
+
+def _layer_of(tensors: Mapping[_Place, Tensor]) -> CacheLayer:
+    """The layer whose state has these tensors."""
+    layer = CacheLayer()
+    if tensors:
+        like, left = next(iter(tensors)).layer, iter(tensors.values())
+        assert like.state is not None
+        layer.state, layer.seen, layer.is_initialized = like.state.apply(lambda _: next(left)), like.seen, True
+    return layer

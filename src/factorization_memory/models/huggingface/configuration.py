@@ -25,7 +25,8 @@ class FactorizationMemoryConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    # A list, to which `Trainer` adds another.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = _DEFAULT["hidden_size"]
