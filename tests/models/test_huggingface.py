@@ -41,6 +41,7 @@ from factorization_memory.models.huggingface import (
     FactorizationMemoryModel,
     fast_tokenizer,
 )
+from factorization_memory.models.huggingface.cache import fingerprint
 from factorization_memory.models.pretrained.format import FormatError, config_fields, config_from_fields, load_pretrained
 from factorization_memory.models.pretrained.shim import AUTO_MAP
 
@@ -228,8 +229,75 @@ def test_going_on_from_a_kept_state(config: ModelConfig) -> None:
     one = kept.clone()
     one.batch_select_indices(torch.tensor([1]))
     assert generated(model, whole[1:], **{CACHE_NAME: one}) == expected[1:]
+    assert generated(model, whole, **{CACHE_NAME: kept.clone()}, prefill_chunk_size=2) == expected
     kept.reset()
     assert generated(model, whole, **{CACHE_NAME: kept}) == expected
+
+
+@MODELS
+@torch.no_grad()
+def test_a_kept_state_is_continued_only_by_the_text_that_it_has_read(config: ModelConfig) -> None:
+    _, model = make(config)
+    prompt, more = text(2, 6), text(2, 30)
+    whole = torch.cat((prompt, more), dim=1)
+    kept = model(prompt, use_cache=True)[CACHE_NAME]
+    for other in (prompt, prompt[:, :4], more[:, :6]):
+        with pytest.raises(
+            ValueError, match=f"{CACHE_NAME}: it has read 6 tokens and the prompt has {other.shape[1]}, .* clone"
+        ):
+            generated(model, other, **{CACHE_NAME: kept.clone()})
+    for other in (more, torch.cat((prompt[:, [0, 1, 2, 4, 3, 5]], more), dim=1), torch.cat((prompt.flip(0), more), dim=1)):
+        with pytest.raises(ValueError, match=f"{CACHE_NAME}: it has read 6 tokens, but not those"):
+            generated(model, other, **{CACHE_NAME: kept.clone()})
+    embeddings = model.get_input_embeddings()
+    with pytest.raises(ValueError, match="it has read 6 tokens and the prompt has 6"):
+        model.generate(inputs_embeds=embeddings(prompt), **{CACHE_NAME: kept.clone()}, max_new_tokens=2)
+    # Read on with by a first generate(): by its own text it goes on, by another one it does not.
+    used = kept.clone()
+    answer = torch.tensor(generated(model, whole[:, :9], **{CACHE_NAME: used}))
+    with pytest.raises(ValueError, match=f"{CACHE_NAME}: it has read 15 tokens, but not those"):
+        generated(model, whole, **{CACHE_NAME: used})
+    second = torch.cat((whole[:, :9], answer, more[:, :4]), dim=1)
+    for options in ({}, {"prefill_chunk_size": 3}):
+        assert generated(model, second, **{CACHE_NAME: used.clone()}, **options) == generated(model, second)
+    # Memories that change places, as those of beams do.
+    kept.reorder_cache(torch.tensor([1, 1, 0]))
+    rows = whole[[1, 1, 0]]
+    assert generated(model, rows, **{CACHE_NAME: kept.clone()}) == generated(model, rows)
+    with pytest.raises(ValueError, match="it has read 6 tokens, but not those"):
+        generated(model, whole[[0, 1, 1]], **{CACHE_NAME: kept})
+
+
+@torch.no_grad()
+def test_a_kept_state_of_padded_texts() -> None:
+    """Padding does not count, whatever id it has; but where it stands does, if the state has read it as text."""
+    _, model = make(PURE)
+    prompt, more = text(2, 6), text(2, 3)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    kept = model(prompt, attention_mask=mask, use_cache=True)[CACHE_NAME]
+    whole, wider = torch.cat((prompt, more), dim=1), torch.cat((mask, torch.ones_like(more)), dim=1)
+    expected = generated(model, whole, attention_mask=wider)
+    whole[0, :2] = PADDING
+    assert generated(model, whole, attention_mask=wider, **{CACHE_NAME: kept.clone()}) == expected
+    assert generated(model, more, attention_mask=wider, **{CACHE_NAME: kept.clone()}) == expected
+    with pytest.raises(ValueError, match="or other padding"):
+        generated(model, whole, attention_mask=torch.ones_like(wider), **{CACHE_NAME: kept.clone()})
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_fingerprints_do_not_depend_on_the_pieces(data: st.DataObject) -> None:
+    tokens = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 5), min_size=9, max_size=9), min_size=2, max_size=2)))
+    mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=2, max_size=2)))
+    for chosen in (None, mask):
+        whole, done, found = fingerprint(tokens, chosen, None), 0, None
+        while done < 9:
+            piece = slice(done, done + data.draw(st.integers(1, 9 - done)))
+            found, done = fingerprint(tokens[:, piece], None if chosen is None else chosen[:, piece], found), piece.stop
+        assert torch.equal(found, whole)
+    for row, kept in zip(tokens, mask, strict=True):
+        assert torch.equal(fingerprint(row[None], kept[None], None), fingerprint(row[kept][None], None, None))
+    assert (whole[0] == whole[1]) == torch.equal(tokens[0][mask[0]], tokens[1][mask[1]])
 
 
 @MODELS

@@ -155,6 +155,8 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         # Reading a token in place is what a step is made for; what needs a gradient or a mask goes the long way.
         step = tokens == 1 and mask is None and borders is None and not torch.is_grad_enabled()
         keep = cache is not None
+        if cache is not None:
+            cache.note(input_ids, mask)
         hidden = [x.view(shape)] if output_hidden_states else []
         for i, block in enumerate(blocks):
             layer = layers[i] if layers else None
@@ -327,6 +329,22 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         made = self.generation_config
         if made is not None and getattr(made, "_from_model_config", False):
             made.top_k, made._from_model_config = None, False
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **kwargs: Any
+    ) -> Any:
+        # What a cache has read already is cut off the prompt here, unless an attention mask that is longer than the prompt says
+        # that the prompt holds new tokens alone. Without this check another text than the prompt would be continued.
+        cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
+        if isinstance(cache, FactorizationMemoryCache) and cache.get_seq_length() > 0:
+            length, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
+            covered = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+            if embeds is not None or covered == length:
+                cache.check_prompt(length, input_ids if embeds is None else None, mask)
+            if CACHE_NAME == "past_key_values":
+                # Before 5.24 some versions read the whole prompt again here, piece by piece.
+                generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *arguments, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any) -> None:
         if generation_config.cache_implementation is not None:
