@@ -14,6 +14,7 @@ from torch import Tensor
 
 from factorization_memory.generation.graph import Steps, steps_for
 from factorization_memory.generation.sampling import SamplingConfig, Uniforms, sample, sample_generators
+from factorization_memory.layers.calling import device_of
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -139,7 +140,7 @@ def _decode(
     sampling: SamplingConfig,
     prefill_chunk: int | None,
 ) -> list[Generation]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     begin = time.perf_counter()
     logits, state = prefill_batch(model, [torch.tensor(ids, device=device) for ids in prompt_ids], prefill_chunk)
     _wait_for(device)
