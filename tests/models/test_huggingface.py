@@ -206,9 +206,64 @@ def test_packed_sequences_do_not_see_each_other(config: ModelConfig) -> None:
     logits = model(rows, attention_mask=mask, position_ids=places).logits
     torch.testing.assert_close(logits[:1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1, :7], expected[0, 6:], rtol=1e-4, atol=1e-4)
-    mask[1, 3] = 0
-    with pytest.raises(ValueError, match="padding within a sequence"):
-        model(rows, attention_mask=mask, position_ids=places)
+    # Padding within a sequence is as if it were not there, whatever its position.
+    mask[0, 3] = mask[1, 3] = mask[1, 4] = 0
+    for padding in (0, 3, 99):
+        logits = model(rows, attention_mask=mask, position_ids=places.masked_fill(mask == 0, padding)).logits
+        left = texts[0][[0, 1, 2, 4]], texts[2][[0, 1, 2, 5, 6]]
+        torch.testing.assert_close(logits[0, [0, 1, 2, 4]], ours(left[0][None])[0][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[:1, 5:], expected[:, 5:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[1, [0, 1, 2, 5, 6]], ours(left[1][None])[0][0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"position_ids: got shape \(3, 13\), takes \[2, 13\]"):
+        model(rows, position_ids=places[[0, 0, 1]])
+
+
+@MODELS
+@torch.no_grad()
+def test_positions_made_from_a_mask(config: ModelConfig) -> None:
+    """As `transformers` makes them, which then tell nothing new: also of padding within a text, and all of a row."""
+    _, model = make(config)
+    tokens = text(4, 7)
+    mask = torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 1], [0, 0, 1, 0, 1, 1, 0], [0] * 7])
+    expected = model(tokens, attention_mask=mask).logits
+    positions = mask.cumsum(-1) - 1
+    for made in (positions.clamp(min=0), positions.masked_fill(mask == 0, 1), positions.masked_fill(mask == 0, 0)):
+        outputs = model(tokens, attention_mask=mask, position_ids=made, use_cache=True)
+        assert torch.equal(outputs.logits[mask.bool()], expected[mask.bool()])
+        assert outputs[CACHE_NAME].get_seq_length() == 7
+    assert torch.equal(model(tokens, position_ids=torch.arange(7)[None]).logits, model(tokens).logits)
+
+
+@MODELS
+def test_hidden_states_that_are_returned_get_gradients(config: ModelConfig) -> None:
+    _, model = make(config)
+    tokens, mask = text(2, 7), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0, 0]])
+    for options in ({}, {"attention_mask": mask}, {"position_ids": packed}, {"position_ids": packed, "attention_mask": mask}):
+        outputs = model(tokens, output_hidden_states=True, **options)
+        for hidden in outputs.hidden_states:
+            assert hidden.shape == (2, 7, config.hidden_size)
+            hidden.retain_grad()
+        outputs.logits[:, 4].sum().backward()
+        for hidden in outputs.hidden_states:
+            assert hidden.grad[:, 4].abs().sum(-1).min() > 0
+            assert not hidden.grad[:, 5:].any()  # nothing comes back from what follows
+        inner = outputs.hidden_states[1]
+        assert inner.grad[0, :3].any() == ("position_ids" not in options)
+
+
+def test_hidden_states_asked_for_in_the_configuration(tmp_path: Path) -> None:
+    tokens = text(2, 5)
+    config = FactorizationMemoryConfig.from_model_config(PURE, pad_token_id=PADDING, output_hidden_states=True)
+    for kind in (FactorizationMemoryModel, FactorizationMemoryForCausalLM, FactorizationMemoryForSequenceClassification):
+        model = kind(config).eval()
+        assert len(model(tokens).hidden_states) == 3
+        assert model(tokens, output_hidden_states=False).hidden_states is None
+        model.save_pretrained(tmp_path / kind.__name__)
+        assert len(kind.from_pretrained(tmp_path / kind.__name__)(tokens).hidden_states) == 3
+        asked = kind.from_pretrained(tmp_path / kind.__name__, output_hidden_states=False)
+        assert asked(tokens).hidden_states is None
+        assert len(asked(tokens, output_hidden_states=True).hidden_states) == 3
 
 
 @MODELS

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,19 +135,19 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         x = cast(Tensor, self.embedding(input_ids)) if inputs_embeds is None else inputs_embeds
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
-        shape, tokens = x.shape, x.shape[1]
+        tokens = x.shape[1]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         blocks, checkpointed = cast(list[Block], self.blocks), self.gradient_checkpointing and self.training
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         layers = self._cache_layers(cache, x.shape[0])
         mask = _padding_mask(attention_mask, x, layers[0].seen if layers else 0)
-        borders, position_ids = cu_seqlens, kwargs.get("position_ids")
+        borders, position_ids, rows = cu_seqlens, kwargs.get("position_ids"), _Rows(x)
         if borders is not None and cache is not None:
             raise ValueError(f"cu_seqlens: not together with {CACHE_NAME}; packed sequences each begin anew")
         if borders is None and position_ids is not None and cache is None:
-            borders = _borders(position_ids, x, mask)
-        if borders is not None:
-            # One row for all; what the mask left out is in sequences of its own.
-            x, mask = x.flatten(0, 1)[None], None if cu_seqlens is None else mask
+            borders, rows.real = _borders(position_ids, x, mask)
+            mask = mask if borders is None else None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache and borders is None and not checkpointed:
@@ -157,7 +158,9 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         keep = cache is not None
         if cache is not None:
             cache.note(input_ids, mask)
-        hidden = [x.view(shape)] if output_hidden_states else []
+        hidden = [x] if output_hidden_states else []
+        if borders is not None:
+            x = rows.joined(x)
         for i, block in enumerate(blocks):
             layer = layers[i] if layers else None
             state = None if layer is None else layer.state
@@ -171,9 +174,15 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
             if layer is not None:
                 layer.state, layer.is_initialized = state, True
                 layer.seen += tokens
-            if output_hidden_states:
-                hidden.append(x.view(shape))
-        x = self.final_norm(x).view(shape)
+            if output_hidden_states and borders is None:
+                hidden.append(x)
+            elif output_hidden_states:
+                # What is returned is what goes on, so that it gets gradients.
+                hidden.append(rows.apart(x))
+                x = rows.joined(hidden[-1])
+        x = self.final_norm(x)
+        if borders is not None:
+            x = rows.apart(x)
         if output_hidden_states:
             hidden[-1] = x
         result = BaseModelOutputWithPast(
@@ -224,18 +233,46 @@ def _padding_mask(mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
-def _borders(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The borders of the sequences in all rows, one row behind the other, from positions that do not go on; None if each row
-    is one sequence."""
-    if position_ids.dim() != 2 or position_ids.shape[1] != x.shape[1]:
+@dataclass
+class _Rows:
+    """Rows of a batch that are read as one.
+
+    Attributes:
+        like: a tensor `[B, T, ...]`.
+        real: which of the B T tokens are read, int64; None for all.
+    """
+
+    like: Tensor
+    real: Tensor | None = None
+
+    def joined(self, x: Tensor) -> Tensor:
+        """x `[B, T, d]`, one row behind the other, `[1, B T, d]` or fewer."""
+        flat = x.flatten(0, 1)
+        return (flat if self.real is None else flat[self.real.to(x.device)])[None]
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The rows `[B, T, d]` of what is joined; zeros for tokens that were not read."""
+        shape = (*self.like.shape[:2], x.shape[-1])
+        if self.real is None:
+            return x.view(shape)
+        return x.new_zeros(shape).flatten(0, 1).index_copy(0, self.real.to(x.device), x[0]).view(shape)
+
+
+def _borders(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The borders of the sequences in all rows, one row behind the other, from positions that do not go on, whatever padding
+    stands between; None if each row is one sequence. And the places of the tokens that are no padding, None for all."""
+    if position_ids.dim() != 2 or position_ids.shape[1] != x.shape[1] or position_ids.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"position_ids: got shape {tuple(position_ids.shape)}, takes {list(x.shape[:2])}")
-    starts = position_ids.diff(dim=1) <= 0
-    if not bool(starts.any()):
-        return None
-    if mask is not None and bool((mask[:, 1:] & ~mask[:, :-1] & ~starts).any()):
-        raise ValueError("attention_mask: padding within a sequence, by position_ids; leave position_ids out")
-    starts = torch.cat((torch.ones_like(starts[:, :1]), starts), dim=1).expand(x.shape[0], -1).flatten()
-    return torch.cat((starts.nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.int64))).to(torch.int32)
+    position = position_ids.expand(x.shape[0], -1).flatten()
+    row = torch.arange(position.numel(), device=position.device) // x.shape[1]
+    real = None if mask is None else mask.flatten().nonzero()[:, 0]
+    if real is not None:
+        position, row = position[real], row[real]
+    anew, other = position.diff() <= 0, row.diff() > 0
+    if not bool((anew & ~other).any()):
+        return None, None
+    starts = torch.cat((anew.new_ones(1), anew | other))
+    return torch.cat((starts.nonzero()[:, 0], row.new_tensor([len(starts)]))).to(torch.int32), real
 
 
 @contextmanager
