@@ -73,15 +73,10 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initial weights, as a `LanguageModel` has them; those that were loaded stay."""
-        if isinstance(module, Block):
-            loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-            module.reset_parameters()
-            for parameter, value in loaded:
-                parameter.copy_(value)
-        elif isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, (nn.Embedding, nn.Linear)):
-            # Linear layers within a block are set again, with it.
+            # Linear layers within a block are set again, with it: see FactorizationMemoryModel.
             init.normal_(module.weight, std=0.02)
 
 
@@ -96,6 +91,32 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, Block):
+            super()._init_weights(module)
+            return
+        parameters = dict(module.named_parameters())
+        missing = [name for name, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)]
+        sharded = any(hasattr(p, "device_mesh") for p in parameters.values())
+        if len(missing) == len(parameters) and not sharded:
+            module.reset_parameters()
+        elif missing:
+            # A block is initialised as a whole: another one is, and what is missing is taken from it.
+            model_config = self.config.model_config()
+            mixer = next(m for b, m in zip(self.blocks, model_config.layer_mixers, strict=True) if b is module)
+            with parameters[missing[0]].device:
+                other = Block(model_config, mixer)
+                other.reset_parameters()
+            for name in missing:
+                parameter, value = cast(Any, parameters[name]), other.get_parameter(name).to(parameters[name].dtype)
+                if hasattr(parameter, "device_mesh"):
+                    from torch.distributed.tensor import distribute_tensor
+
+                    # The values of the first process for all.
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -294,6 +315,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
     """A `LanguageModel` as `AutoModelForCausalLM` gives it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: FactorizationMemoryConfig) -> None:
         with _silenced("transformers.generation.configuration_utils"):
