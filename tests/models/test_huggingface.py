@@ -645,7 +645,11 @@ def test_refused() -> None:
         ("exactly one of them", {}),
         ("exactly one of them", {"input_ids": tokens, "inputs_embeds": torch.zeros(2, 5, 16)}),
         ("each begin anew", {"input_ids": tokens[:1], "past_key_values": cache.clone(), "cu_seqlens": torch.tensor([0, 5])}),
-        ("logits_to_keep", {"input_ids": tokens, "labels": tokens, "logits_to_keep": 1}),
+        ("logits_to_keep=1: not together with labels", {"input_ids": tokens, "labels": tokens, "logits_to_keep": 1}),
+        (r"labels: got shape \(2, 4\), takes .* \[2, 5\]", {"input_ids": tokens, "labels": tokens[:, :-1]}),
+        (r"labels: got shape \(2, 1\)", {"input_ids": tokens, "labels": tokens[:, -1:], "logits_to_keep": 1}),
+        (r"labels: got shape \(1, 5\)", {"inputs_embeds": torch.zeros(2, 5, 16), "labels": tokens[:1]}),
+        (r"labels: got shape \(10,\)", {"input_ids": tokens, "labels": tokens.flatten()}),
     ):
         if "each begin" in message:
             options["past_key_values"].batch_select_indices(torch.tensor([0]))

@@ -369,7 +369,10 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
+            if labels.shape != outputs.last_hidden_state.shape[:2]:
+                takes = list(outputs.last_hidden_state.shape[:2])
+                raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes that of the tokens, {takes}")
+            if logits.shape[:2] != labels.shape:
                 raise ValueError(f"logits_to_keep={logits_to_keep!r}: not together with labels; a loss takes all logits")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
         result = CausalLMOutputWithPast(
