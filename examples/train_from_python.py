@@ -27,5 +27,5 @@ with tempfile.TemporaryDirectory() as folder:
     model, tokenizer, _ = load_model(Path(folder) / "run")
     held_out = evaluate_corpus(model, corpus, context_length=128, max_tokens=20_000)
     print(f"{result['tokens']:,} tokens, held-out bits per byte {held_out['total']['bits_per_byte']:.2f}")
-    (line,) = generate(model, tokenizer, "It was ", max_tokens=80, sampling=SamplingConfig(temperature=0.7))
-    print("It was " + line.text)
+    (line,) = generate(model, tokenizer, "It was", max_tokens=80, sampling=SamplingConfig(temperature=0.7))
+    print("It was" + line.text)

@@ -64,7 +64,7 @@ def test_fmem_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     short = {"train": TINY, "compare": ["--dry-run"]}
     for words in run:
         assert dispatch([*words, *short.get(words[0], [])]) == 0, words
-    assert capsys.readouterr().out.startswith("It was ")
+    assert capsys.readouterr().out.startswith("It was")
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
     assert (tmp_path / "inspection.html").exists()
     assert (tmp_path / "exported" / "model.safetensors").exists()

@@ -44,14 +44,18 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[st
 
 def test_the_model_of_the_package_writes(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert dispatch(["generate", "--prompt", "It was ", "--prompt", "それは", "--max-tokens", "40", "--device", "cpu"]) == 0
+    assert dispatch(["generate", "--prompt", "It was", "--prompt", "それは", "--max-tokens", "40", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert "the one that comes with the package" in err
     english, japanese = out.split("\n--- 2 ---\n")
-    assert english.startswith("It was ")
+    assert english.startswith("It was")
+    assert "ends in a space" not in err
     # It learned what the two languages are made of.
-    assert len(re.findall(r"\b(?:the|and|of|to|a|in|was|I|he|it)\b", english[7:])) >= 1
+    assert len(re.findall(r"\b(?:the|and|of|to|a|in|was|I|he|it)\b", english[6:])) >= 1
     assert len(re.findall(r"[ぁ-んァ-ヶ一-龥]", japanese)) > 20
+    result, err = called(capsys, "generate", "--prompt", "It was ", "--max-tokens", "2", "--device", "cpu")
+    assert "note: prompt 'It was ' ends in a space" in err
+    assert [one["prompt"] for one in result] == ["It was "]
 
 
 def test_the_model_of_the_package_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,12 +138,17 @@ class TestStream:
         given_out = [stream.push(i) for i in any_tokenizer.encode(MIXED)]
         assert "".join(given_out) == MIXED
         assert "\ufffd" not in MIXED
-        assert stream.flush() == ""
 
-    def test_character_left_incomplete(self) -> None:
+    def test_bytes_that_are_no_characters(self) -> None:
+        """U+FFFD itself, and bytes that begin or continue no character, are given out; what may still become one at the end."""
         tokenizer = Tokenizer.bytes_level()
         stream = tokenizer.stream()
         assert [stream.push(i) for i in tokenizer.encode("日")[:2]] == ["", ""]
+        assert stream.push(ord("a")) == "\ufffda"
+        assert [stream.push(i) for i in tokenizer.encode("\ufffd")] == ["", "", "\ufffd"]
+        assert stream.push(0x80) == "\ufffd"
+        assert stream.flush() == ""
+        stream.push(0xE6)
         assert stream.flush() == "\ufffd"
 
 

@@ -8,7 +8,16 @@ import torch
 
 from factorization_memory.config import ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.generation import SamplingConfig, Steps, decode, generate, generate_batch, prefill, prefill_batch
+from factorization_memory.generation import (
+    SamplingConfig,
+    Steps,
+    decode,
+    generate,
+    generate_batch,
+    note_on_prompt,
+    prefill,
+    prefill_batch,
+)
 from factorization_memory.models import LanguageModel, ModelState
 
 TOKENIZER = Tokenizer.bytes_level()
@@ -212,7 +221,33 @@ def test_length_ends_in_the_middle_of_a_character() -> None:
     pieces, result = scripted("雨が", max_tokens=4)
     assert result.stop_reason == "length"
     assert len(result.tokens) == 4
-    assert result.text == "".join(pieces) == "雨�"
+    assert result.text == "".join(pieces) == "雨"
+
+
+@pytest.mark.parametrize("most", range(1, 12))
+def test_no_part_of_a_character_at_the_end(most: int) -> None:
+    """Wherever a text is cut, also by the model's own end of document, before or behind a stop string."""
+    text = "é雨😀が"
+    pieces, result = scripted(text, max_tokens=most)
+    assert len(result.tokens) == most
+    assert result.text == "".join(pieces) == text.encode()[:most].decode(errors="ignore")
+    tokens = [*TOKENIZER.encode(text)[:most], TOKENIZER.document_end]
+    (ended,) = generate(Script([tokens]), TOKENIZER, "x", sampling=GREEDY, stop=["が!"])
+    assert (ended.text, ended.stop_reason) == (result.text, "document_end")
+
+
+def test_a_prompt_that_ends_in_a_space_is_noted() -> None:
+    trained = Tokenizer.train(["it was a dark and stormy night " * 20], 300)
+    assert any(piece == b" dark" for piece in trained.token_bytes)
+    assert "'it was ' ends in a space" in (note_on_prompt(trained, "it was ") or "")
+    for prompt in ("it was", "it was\n", "それは", "それは　"):
+        assert note_on_prompt(trained, prompt) is None
+    assert note_on_prompt(TOKENIZER, "it was ") is None  # a space is a token of its own anyway
+
+
+def test_what_the_model_chose_stays() -> None:
+    _, result = scripted("a\ufffdb")
+    assert result.text == "a\ufffdb"
 
 
 @pytest.mark.parametrize(

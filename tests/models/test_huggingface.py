@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.parallel._functions import Gather
+from torch.nn.parallel.scatter_gather import gather
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -39,6 +41,7 @@ from factorization_memory.models.huggingface import (
     FactorizationMemoryModel,
     fast_tokenizer,
 )
+from factorization_memory.models.huggingface.cache import fingerprint
 from factorization_memory.models.pretrained.format import FormatError, config_fields, config_from_fields, load_pretrained
 from factorization_memory.models.pretrained.shim import AUTO_MAP
 
@@ -203,9 +206,64 @@ def test_packed_sequences_do_not_see_each_other(config: ModelConfig) -> None:
     logits = model(rows, attention_mask=mask, position_ids=places).logits
     torch.testing.assert_close(logits[:1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1, :7], expected[0, 6:], rtol=1e-4, atol=1e-4)
-    mask[1, 3] = 0
-    with pytest.raises(ValueError, match="padding within a sequence"):
-        model(rows, attention_mask=mask, position_ids=places)
+    # Padding within a sequence is as if it were not there, whatever its position.
+    mask[0, 3] = mask[1, 3] = mask[1, 4] = 0
+    for padding in (0, 3, 99):
+        logits = model(rows, attention_mask=mask, position_ids=places.masked_fill(mask == 0, padding)).logits
+        left = texts[0][[0, 1, 2, 4]], texts[2][[0, 1, 2, 5, 6]]
+        torch.testing.assert_close(logits[0, [0, 1, 2, 4]], ours(left[0][None])[0][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[:1, 5:], expected[:, 5:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[1, [0, 1, 2, 5, 6]], ours(left[1][None])[0][0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"position_ids: got shape \(3, 13\), takes \[2, 13\]"):
+        model(rows, position_ids=places[[0, 0, 1]])
+
+
+@MODELS
+@torch.no_grad()
+def test_positions_made_from_a_mask(config: ModelConfig) -> None:
+    """As `transformers` makes them, which then tell nothing new: also of padding within a text, and all of a row."""
+    _, model = make(config)
+    tokens = text(4, 7)
+    mask = torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 1], [0, 0, 1, 0, 1, 1, 0], [0] * 7])
+    expected = model(tokens, attention_mask=mask).logits
+    positions = mask.cumsum(-1) - 1
+    for made in (positions.clamp(min=0), positions.masked_fill(mask == 0, 1), positions.masked_fill(mask == 0, 0)):
+        outputs = model(tokens, attention_mask=mask, position_ids=made, use_cache=True)
+        assert torch.equal(outputs.logits[mask.bool()], expected[mask.bool()])
+        assert outputs[CACHE_NAME].get_seq_length() == 7
+    assert torch.equal(model(tokens, position_ids=torch.arange(7)[None]).logits, model(tokens).logits)
+
+
+@MODELS
+def test_hidden_states_that_are_returned_get_gradients(config: ModelConfig) -> None:
+    _, model = make(config)
+    tokens, mask = text(2, 7), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0, 0]])
+    for options in ({}, {"attention_mask": mask}, {"position_ids": packed}, {"position_ids": packed, "attention_mask": mask}):
+        outputs = model(tokens, output_hidden_states=True, **options)
+        for hidden in outputs.hidden_states:
+            assert hidden.shape == (2, 7, config.hidden_size)
+            hidden.retain_grad()
+        outputs.logits[:, 4].sum().backward()
+        for hidden in outputs.hidden_states:
+            assert hidden.grad[:, 4].abs().sum(-1).min() > 0
+            assert not hidden.grad[:, 5:].any()  # nothing comes back from what follows
+        inner = outputs.hidden_states[1]
+        assert inner.grad[0, :3].any() == ("position_ids" not in options)
+
+
+def test_hidden_states_asked_for_in_the_configuration(tmp_path: Path) -> None:
+    tokens = text(2, 5)
+    config = FactorizationMemoryConfig.from_model_config(PURE, pad_token_id=PADDING, output_hidden_states=True)
+    for kind in (FactorizationMemoryModel, FactorizationMemoryForCausalLM, FactorizationMemoryForSequenceClassification):
+        model = kind(config).eval()
+        assert len(model(tokens).hidden_states) == 3
+        assert model(tokens, output_hidden_states=False).hidden_states is None
+        model.save_pretrained(tmp_path / kind.__name__)
+        assert len(kind.from_pretrained(tmp_path / kind.__name__)(tokens).hidden_states) == 3
+        asked = kind.from_pretrained(tmp_path / kind.__name__, output_hidden_states=False)
+        assert asked(tokens).hidden_states is None
+        assert len(asked(tokens, output_hidden_states=True).hidden_states) == 3
 
 
 @MODELS
@@ -226,8 +284,94 @@ def test_going_on_from_a_kept_state(config: ModelConfig) -> None:
     one = kept.clone()
     one.batch_select_indices(torch.tensor([1]))
     assert generated(model, whole[1:], **{CACHE_NAME: one}) == expected[1:]
+    assert generated(model, whole, **{CACHE_NAME: kept.clone()}, prefill_chunk_size=2) == expected
     kept.reset()
     assert generated(model, whole, **{CACHE_NAME: kept}) == expected
+
+
+@MODELS
+@torch.no_grad()
+def test_a_kept_state_is_continued_only_by_the_text_that_it_has_read(config: ModelConfig) -> None:
+    _, model = make(config)
+    prompt, more = text(2, 6), text(2, 30)
+    whole = torch.cat((prompt, more), dim=1)
+    kept = model(prompt, use_cache=True)[CACHE_NAME]
+    for other in (prompt, prompt[:, :4], more[:, :6]):
+        with pytest.raises(
+            ValueError, match=f"{CACHE_NAME}: it has read 6 tokens and the prompt has {other.shape[1]}, .* clone"
+        ):
+            generated(model, other, **{CACHE_NAME: kept.clone()})
+    for other in (more, torch.cat((prompt[:, [0, 1, 2, 4, 3, 5]], more), dim=1), torch.cat((prompt.flip(0), more), dim=1)):
+        with pytest.raises(ValueError, match=f"{CACHE_NAME}: it has read 6 tokens, but not those"):
+            generated(model, other, **{CACHE_NAME: kept.clone()})
+    embeddings = model.get_input_embeddings()
+    with pytest.raises(ValueError, match="it has read 6 tokens and the prompt has 6"):
+        model.generate(inputs_embeds=embeddings(prompt), **{CACHE_NAME: kept.clone()}, max_new_tokens=2)
+    # Read on with by a first generate(): by its own text it goes on, by another one it does not.
+    used = kept.clone()
+    answer = torch.tensor(generated(model, whole[:, :9], **{CACHE_NAME: used}))
+    with pytest.raises(ValueError, match=f"{CACHE_NAME}: it has read 15 tokens, but not those"):
+        generated(model, whole, **{CACHE_NAME: used})
+    second = torch.cat((whole[:, :9], answer, more[:, :4]), dim=1)
+    for options in ({}, {"prefill_chunk_size": 3}):
+        assert generated(model, second, **{CACHE_NAME: used.clone()}, **options) == generated(model, second)
+    # Memories that change places, as those of beams do.
+    kept.reorder_cache(torch.tensor([1, 1, 0]))
+    rows = whole[[1, 1, 0]]
+    assert generated(model, rows, **{CACHE_NAME: kept.clone()}) == generated(model, rows)
+    with pytest.raises(ValueError, match="it has read 6 tokens, but not those"):
+        generated(model, whole[[0, 1, 1]], **{CACHE_NAME: kept})
+
+
+@torch.no_grad()
+def test_a_kept_state_of_padded_texts() -> None:
+    """Padding does not count, whatever id it has; but where it stands does, if the state has read it as text."""
+    _, model = make(PURE)
+    prompt, more = text(2, 6), text(2, 3)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    kept = model(prompt, attention_mask=mask, use_cache=True)[CACHE_NAME]
+    whole, wider = torch.cat((prompt, more), dim=1), torch.cat((mask, torch.ones_like(more)), dim=1)
+    expected = generated(model, whole, attention_mask=wider)
+    whole[0, :2] = PADDING
+    assert generated(model, whole, attention_mask=wider, **{CACHE_NAME: kept.clone()}) == expected
+    assert generated(model, more, attention_mask=wider, **{CACHE_NAME: kept.clone()}) == expected
+    with pytest.raises(ValueError, match="or other padding"):
+        generated(model, whole, attention_mask=torch.ones_like(wider), **{CACHE_NAME: kept.clone()})
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_fingerprints_do_not_depend_on_the_pieces(data: st.DataObject) -> None:
+    tokens = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 5), min_size=9, max_size=9), min_size=2, max_size=2)))
+    mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=2, max_size=2)))
+    for chosen in (None, mask):
+        whole, done, found = fingerprint(tokens, chosen, None), 0, None
+        while done < 9:
+            piece = slice(done, done + data.draw(st.integers(1, 9 - done)))
+            found, done = fingerprint(tokens[:, piece], None if chosen is None else chosen[:, piece], found), piece.stop
+        assert torch.equal(found, whole)
+    for row, kept in zip(tokens, mask, strict=True):
+        assert torch.equal(fingerprint(row[None], kept[None], None), fingerprint(row[kept][None], None, None))
+    assert (whole[0] == whole[1]) == torch.equal(tokens[0][mask[0]], tokens[1][mask[1]])
+
+
+@MODELS
+@torch.no_grad()
+def test_outputs_of_replicas_are_gathered(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torch.nn.DataParallel` puts together what its replicas return: also the caches, which then can be read on from."""
+    _, model = make(config)
+    tokens, more = text(4, 7), text(4, 2)
+    monkeypatch.setattr(Gather, "apply", lambda _device, dim, *parts: torch.cat(parts, dim))  # on a CPU
+    together = gather([model(part, use_cache=True) for part in tokens.split(2)], "cpu")
+    expected = model(tokens, use_cache=True)
+    torch.testing.assert_close(together.logits, expected.logits)
+    cache = together[CACHE_NAME]
+    assert cache.get_seq_length() == 7
+    torch.testing.assert_close(
+        model(more, **{CACHE_NAME: cache}).logits, model(more, **{CACHE_NAME: expected[CACHE_NAME]}).logits
+    )
+    empty = [FactorizationMemoryCache(config.num_layers) for _ in range(2)]
+    assert gather(empty, "cpu").state() is None
 
 
 def test_streamer_scores_and_embeddings() -> None:
@@ -501,7 +645,11 @@ def test_refused() -> None:
         ("exactly one of them", {}),
         ("exactly one of them", {"input_ids": tokens, "inputs_embeds": torch.zeros(2, 5, 16)}),
         ("each begin anew", {"input_ids": tokens[:1], "past_key_values": cache.clone(), "cu_seqlens": torch.tensor([0, 5])}),
-        ("logits_to_keep", {"input_ids": tokens, "labels": tokens, "logits_to_keep": 1}),
+        ("logits_to_keep=1: not together with labels", {"input_ids": tokens, "labels": tokens, "logits_to_keep": 1}),
+        (r"labels: got shape \(2, 4\), takes .* \[2, 5\]", {"input_ids": tokens, "labels": tokens[:, :-1]}),
+        (r"labels: got shape \(2, 1\)", {"input_ids": tokens, "labels": tokens[:, -1:], "logits_to_keep": 1}),
+        (r"labels: got shape \(1, 5\)", {"inputs_embeds": torch.zeros(2, 5, 16), "labels": tokens[:1]}),
+        (r"labels: got shape \(10,\)", {"input_ids": tokens, "labels": tokens.flatten()}),
     ):
         if "each begin" in message:
             options["past_key_values"].batch_select_indices(torch.tensor([0]))

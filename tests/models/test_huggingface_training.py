@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from factorization_memory.config import ModelConfig
@@ -83,6 +88,41 @@ def test_trainer_resumes(model: FactorizationMemoryForCausalLM, tmp_path: Path) 
         assert torch.equal(tensor, ends[1][name]), name
 
 
+def test_trainer_evaluates(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
+    """`evaluate`, `predict`, evaluation while training and the best model at the end; with `compute_metrics`, logits too."""
+    tokenizer = Tokenizer.bytes_level()
+    examples = [{"input_ids": ids, "labels": ids} for ids in (tokenizer.encode(text)[:24] for text in TEXTS)]
+    tokens = torch.tensor([example["input_ids"] for example in examples])
+
+    def expected(model: Any) -> float:
+        with torch.no_grad():
+            return float(model.eval()(tokens, labels=tokens).loss)
+
+    seen: dict[str, Any] = {}
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen["logits"] = found.predictions
+        return {"rows": len(found.predictions)}
+
+    options = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", load_best_model_at_end=True, save_total_limit=1
+    )
+    trainer = Trainer(model, options, train_dataset=examples, eval_dataset=examples)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected(model), rel=1e-4)
+    predicted = trainer.predict(examples)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected(model), rel=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(predicted.predictions), model(tokens).logits, rtol=1e-4, atol=1e-4)
+    trainer.train()
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(losses) == 2
+    assert trainer.state.best_metric == min(losses)
+    assert expected(model) == pytest.approx(min(losses), rel=1e-4)
+    measured = Trainer(model, arguments(tmp_path / "measured"), eval_dataset=examples, compute_metrics=metrics).evaluate()
+    assert measured["eval_rows"] == len(examples)
+    assert seen["logits"].shape == (len(examples), 24, tokenizer.vocab_size)
+
+
 def test_collator_without_padding(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
     """Sequences that the collator packs into a row train as they do apart."""
     tokenizer = Tokenizer.bytes_level()
@@ -95,6 +135,31 @@ def test_collator_without_padding(model: FactorizationMemoryForCausalLM, tmp_pat
         batch = DataCollatorWithFlattening(return_tensors="pt", **options)(examples)
         assert batch["input_ids"].shape[0] == 1
         torch.testing.assert_close(model(**batch, num_items_in_batch=1).loss, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_loaded_in_shards(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
+    """FSDP2 of `transformers`, which shards the weights while it loads them."""
+    distributed = pytest.importorskip("transformers.distributed")
+    if "fsdp_size" not in signature(distributed.DistributedConfig).parameters:
+        pytest.skip("this version of transformers does not shard while it loads")
+    model.save_pretrained(tmp_path / "whole")
+    kept = {name: tensor for name, tensor in weights(model).items() if "1.mixer.value" not in name and "lm_head" not in name}
+    model.config.save_pretrained(tmp_path / "parts")
+    save_file(kept, tmp_path / "parts" / "model.safetensors", {"format": "pt"})
+    script = Path(__file__).with_name("loading_in_shards.py")
+    environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            said = process.communicate(timeout=240)[1]
+            assert process.returncode == 0, said[-2000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_lora(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:

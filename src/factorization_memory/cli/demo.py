@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from factorization_memory.evaluation import RecallProgress
 
 RUN_DIR = Path("runs/demo")
-PROMPTS = ("“My dear Watson,” said ", "おれは")
+PROMPTS = ("“My dear Watson,” said", "おれは")
 VOCABULARY = 512
 HELD_OUT = 0.1
 RECALL_STEPS = 100
@@ -179,4 +179,5 @@ def _corpus(folder: Path) -> PackedCorpus:
 
 def _held_out_text(corpus: PackedCorpus, source: str) -> str:
     split = corpus.sources[source].splits["validation"]
-    return corpus.tokenizer.decode(split.tokens[:4096].tolist()).strip()
+    whole = corpus.tokenizer.stream()  # not a part of the character at the cut
+    return "".join(whole.push(token) for token in split.tokens[:4096].tolist()).strip()

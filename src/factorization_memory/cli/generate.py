@@ -60,9 +60,12 @@ def run(arguments: list[str]) -> int:
     prompts = options.prompt or (read_text(options.prompt_file or ""),)
     if not all(prompts):
         raise ConfigError("prompt: it is empty; give at least one character to start from")
-    from factorization_memory.generation import weights_dtype, with_dtype
+    from factorization_memory.generation import note_on_prompt, weights_dtype, with_dtype
 
     model, tokenizer, _ = load(options.run, options.device)
+    for prompt in prompts:
+        if (note := note_on_prompt(tokenizer, prompt)) is not None:
+            console().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
     model = with_dtype(model, weights_dtype(options.precision, next(model.parameters()).device))
     results = stream(
         model, tokenizer, *prompts,

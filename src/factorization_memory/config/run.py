@@ -101,7 +101,7 @@ class TrainingConfig:
     """Held-out tokens of each source that an evaluation during training reads."""
     sample_every: int = 0
     """Steps between generated samples; 0 for none."""
-    sample_prompts: tuple[str, ...] = ("It was ", "それは")
+    sample_prompts: tuple[str, ...] = ("It was", "それは")
     """Prompts of those samples."""
     checkpoint_every: int = 250
     """Steps between checkpoints; 0 writes only the last."""

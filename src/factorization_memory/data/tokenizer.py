@@ -219,7 +219,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of ids that come one by one. A character can span tokens: only whole ones are given out."""
+    """Text of ids that come one by one. A character can span tokens: only whole ones are given out. Bytes that no character
+    begins or goes on with are U+FFFD."""
 
     def __init__(self, token_bytes: list[bytes]) -> None:
         self._token_bytes = token_bytes
@@ -230,7 +231,8 @@ class TextStream:
         return self._decoder.decode(self._token_bytes[token])
 
     def flush(self) -> str:
-        """What is left at the end: "" or U+FFFD for an incomplete character."""
+        """What is left at the end: "" or U+FFFD for an incomplete character. Text that a model has written ends without it: the
+        character is not what the model chose."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -334,7 +334,8 @@ class _Continuation:
         return all(self._text.find(stop, max(0, old + 1 - len(stop))) < 0 for stop in self._until)
 
     def finish(self) -> str:
-        """The text before its first stop string."""
+        """The text before its first stop string, decoded as the harness's own adapter does, with U+FFFD for an incomplete last
+        character."""
         text = self._text + self._stream.flush()
         for stop in self._until:
             text = text.partition(stop)[0]

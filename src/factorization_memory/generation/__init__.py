@@ -1,7 +1,15 @@
 """Text from a trained model: `generate` continues a prompt, `generate_batch` many, `SamplingConfig` says how the next token is
 chosen, `steps_for` gives one step of a batch (on a GPU as a CUDA graph)."""
 
-from factorization_memory.generation.decode import Generation, default_chunk, generate, generate_batch, prefill, prefill_batch
+from factorization_memory.generation.decode import (
+    Generation,
+    default_chunk,
+    generate,
+    generate_batch,
+    note_on_prompt,
+    prefill,
+    prefill_batch,
+)
 from factorization_memory.generation.graph import StepGraph, Steps, steps_for, weights_dtype, with_dtype
 from factorization_memory.generation.sampling import SamplingConfig, sample, sample_generators
 
@@ -13,6 +21,7 @@ __all__ = [
     "default_chunk",
     "generate",
     "generate_batch",
+    "note_on_prompt",
     "prefill",
     "prefill_batch",
     "sample",

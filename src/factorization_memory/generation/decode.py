@@ -14,6 +14,7 @@ from torch import Tensor
 
 from factorization_memory.generation.graph import Steps, steps_for
 from factorization_memory.generation.sampling import SamplingConfig, Uniforms, sample, sample_generators
+from factorization_memory.layers.calling import device_of
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ class Generation:
     """One continuation of a prompt."""
 
     text: str
-    """The continuation, without the prompt and without the stop string that ended it."""
+    """The continuation, without the prompt, the stop string that ended it, and a last character that is incomplete."""
     tokens: list[int]
     """Every token generated, also those of a stop string or the end of the document."""
     stop_reason: StopReason
@@ -67,8 +68,9 @@ def generate(
     graph, once half of them have finished). A sample ends after `max_tokens` tokens, at the end-of-document token, or before
     the first of the `stop` strings. Only tokens that stand for text, and the end of the document, can be drawn.
 
-    `on_text(sample, piece)` receives the text as it is made, in whole characters; a piece that may be the beginning of a stop
-    string is held back until that is settled, so the pieces of a sample join to exactly its text.
+    `on_text(sample, piece)` receives the text as it is made, in whole characters (one that is incomplete at the end is
+    dropped); a piece that may be the beginning of a stop string is held back until that is settled, so the pieces of a sample
+    join to exactly its text.
 
     Raises ValueError for an empty prompt or an argument out of range.
     """
@@ -139,7 +141,7 @@ def _decode(
     sampling: SamplingConfig,
     prefill_chunk: int | None,
 ) -> list[Generation]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     begin = time.perf_counter()
     logits, state = prefill_batch(model, [torch.tensor(ids, device=device) for ids in prompt_ids], prefill_chunk)
     _wait_for(device)
@@ -202,6 +204,17 @@ def _decode(
             # Those that have ended stay in the batch, fed with anything, and are not looked at.
             place = torch.tensor(rows, device=device)
             logits = steps.step(drawn.new_zeros(steps.batch_size).index_copy(0, place, drawn))[place]
+
+
+def note_on_prompt(tokenizer: Tokenizer, prompt: str) -> str | None:
+    """What to say of a prompt that ends in a space, where the tokenizer has the space before a word in the word's token; None
+    for other prompts. In texts so encoded hardly any word stands behind a space that is a token of its own."""
+    if not prompt.endswith(" ") or not any(piece.startswith(b" ") and len(piece) > 1 for piece in tokenizer.token_bytes):
+        return None
+    return (
+        f"prompt {prompt[-20:]!r} ends in a space, which this model's tokenizer has in the token of the next word; the text "
+        "goes on better without it"
+    )
 
 
 def _outgrown(steps: Steps, live: int) -> bool:
@@ -303,12 +316,8 @@ class _Sample:
         """Take the next token; the reason to end here, if there is one."""
         self.tokens.append(token)
         if token == self._document_end:
-            stopped = self._take(self._stream.flush())
-            return self._end("stop_string" if stopped else "document_end")
-        stopped = self._take(self._stream.push(token))
-        if last and not stopped:
-            stopped = self._take(self._stream.flush())
-        if stopped:
+            return self._end("document_end")
+        if self._take(self._stream.push(token)):
             return self._end("stop_string")
         return self._end("length") if last else None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from factorization_memory.layers.calling import why_any_called
 from factorization_memory.models.decoding import DecodingModel, obstacle
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ WARM_UP = 2
 
 
 def steps_for(model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0) -> Steps:
-    """`StepGraph` on a GPU, `Steps` elsewhere and for a model whose state grows."""
-    made = StepGraph if next(model.parameters()).is_cuda and not grows(model) else Steps
-    return made(model, batch_size, dtype, undo_steps)
+    """`StepGraph` on a GPU; `Steps` elsewhere, for a model whose state grows, and where something acts in the calls of its
+    modules (adapters, hooks, offloading)."""
+    graph = next(model.parameters()).is_cuda and not grows(model) and why_any_called(model) is None
+    return (StepGraph if graph else Steps)(model, batch_size, dtype, undo_steps)
 
 
 def grows(model: LanguageModel) -> bool:
@@ -109,7 +111,8 @@ class StepGraph(Steps):
         fused: whether it took one.
 
     Raises:
-        ValueError: the model is not on a GPU, or its state grows.
+        ValueError: the model is not on a GPU, its state grows, or something acts in the calls of its modules, such as an
+            adapter or a hook, which a graph would not run again.
     """
 
     captured = True
@@ -123,6 +126,8 @@ class StepGraph(Steps):
             raise ValueError(
                 "model: its attention keeps all it has read, and a CUDA graph takes a state of one size; use Steps"
             )
+        if (reason := why_any_called(self.model)) is not None:
+            raise ValueError(f"model: {reason}, which a CUDA graph would leave out; use Steps, which calls it")
         if device.type != "cuda":
             raise ValueError(f"model: is on {device}, a CUDA graph takes a GPU; use Steps, which runs anywhere")
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)

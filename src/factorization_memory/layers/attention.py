@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
+from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.state import GrowingState
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
@@ -137,10 +138,11 @@ class Attention(nn.Module):
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> AttentionState:
         """The empty cache of `batch_size` sequences, with room for `capacity` tokens; it grows when they are more."""
-        weight, places = self.output.weight, self._places(capacity)
-        keys, values = (weight.new_zeros(batch_size, self.num_key_value_heads, places, self.head_size) for _ in range(2))
-        positions = weight.new_zeros(batch_size, places, dtype=torch.int64)
-        return AttentionState(keys, values, positions, weight.new_zeros(batch_size, dtype=torch.int64), self.sliding_window)
+        places, device = self._places(capacity), device_of(self)
+        shape, dtype = (batch_size, self.num_key_value_heads, places, self.head_size), self.output.weight.dtype
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        positions = torch.zeros(batch_size, places, dtype=torch.int64, device=device)
+        return AttentionState(keys, values, positions, positions.new_zeros(batch_size), self.sliding_window)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from factorization_memory.layers.calling import device_of
 from factorization_memory.ops.convolution import convolution_unchecked, last_inputs, window_convolution
 
 
@@ -30,7 +31,8 @@ class CausalConvolution(nn.Module):
 
     def initial_tail(self, batch_size: int) -> Tensor:
         """The tail of sequences that have not begun, `[batch_size, taps - 1, channels]`."""
-        return self.weight.new_zeros(batch_size, self.taps - 1, self.weight.shape[1])
+        shape = (batch_size, self.taps - 1, self.weight.shape[1])
+        return torch.zeros(shape, dtype=self.weight.dtype, device=device_of(self))
 
     def check_tail(self, tail: Tensor, name: str, sequences: int) -> None:
         """ValueError, which names it, unless `tail` is one of so many sequences."""

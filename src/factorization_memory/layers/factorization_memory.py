@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
+from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.norm import rms_norm
@@ -138,8 +139,8 @@ class FactorizationMemory(nn.Module):
 
     def initial_state(self, batch_size: int) -> LayerState:
         """The empty memory of `batch_size` sequences."""
-        weight = self.value.weight
-        memory = weight.new_zeros(batch_size, self.num_heads, self.num_states, self.head_size, dtype=state_dtype(weight))
+        shape = (batch_size, self.num_heads, self.num_states, self.head_size)
+        memory = torch.zeros(shape, dtype=state_dtype(self.value.weight), device=device_of(self))
         tail = None if self.convolution is None else self.convolution.initial_tail(batch_size)
         return LayerState(memory, tail, *self._no_selection(batch_size))
 
@@ -147,9 +148,9 @@ class FactorizationMemory(nn.Module):
         """`affinity` and `indices` of the state of `batch_size` sequences before their first token."""
         if not self.update_lag:
             return None, None
-        weight, shape = self.value.weight, (batch_size, self.update_lag, self.num_heads, self.top_k or self.num_states)
-        affinity = weight.new_zeros(shape, dtype=state_dtype(weight))
-        return affinity, None if self.top_k is None else weight.new_zeros(shape, dtype=torch.int64)
+        shape = (batch_size, self.update_lag, self.num_heads, self.top_k or self.num_states)
+        affinity = torch.zeros(shape, dtype=state_dtype(self.value.weight), device=device_of(self))
+        return affinity, None if self.top_k is None else affinity.new_zeros(shape, dtype=torch.int64)
 
     def route(
         self,

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import Backend, GatedDeltaNetConfig, ModelConfig
+from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.norm import rms_norm
@@ -127,9 +128,9 @@ class GatedDeltaNet(nn.Module):
 
     def initial_state(self, batch_size: int) -> GatedDeltaNetState:
         """The empty state of `batch_size` sequences."""
-        weight = self.output.weight
         shape = (batch_size, self.num_value_heads, self.head_size, self.value_head_size)
-        return GatedDeltaNetState(weight.new_zeros(shape, dtype=state_dtype(weight)), self.convolution.initial_tail(batch_size))
+        memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
+        return GatedDeltaNetState(memory, self.convolution.initial_tail(batch_size))
 
     def forward(
         self,

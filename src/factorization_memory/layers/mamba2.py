@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import Backend, Mamba2Config, ModelConfig
+from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import check_inputs, check_token
 from factorization_memory.layers.norm import rms_norm
@@ -117,8 +118,8 @@ class Mamba2(nn.Module):
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """The empty state of `batch_size` sequences."""
-        weight = self.output.weight
-        memory = weight.new_zeros(batch_size, self.num_heads, self.head_size, self.state_size, dtype=state_dtype(weight))
+        shape = (batch_size, self.num_heads, self.head_size, self.state_size)
+        memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
         return Mamba2State(memory, self.convolution.initial_tail(batch_size))
 
     def forward(

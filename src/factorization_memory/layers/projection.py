@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from factorization_memory.layers.calling import why_called
+
 
 def project(x: Tensor, num_heads: int, *projections: nn.Linear) -> list[Tensor]:
     """x `[..., d]` through each projection, `[..., H, outputs of a head]`."""
@@ -20,7 +22,8 @@ def project(x: Tensor, num_heads: int, *projections: nn.Linear) -> list[Tensor]:
 
 def as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
     """Whether x is multiplied by the weights of all `projections` at once: in training on a GPU, so that forward reads it once
-    and backward adds up one gradient of it. Not if something else stands in their place, as an adapter, or if the results
-    would be of a width that matrix products on a GPU are slow with."""
-    alone = all(type(projection) is nn.Linear for projection in projections)
-    return alone and x.is_cuda and torch.is_grad_enabled() and sum(p.out_features for p in projections) % 8 == 0
+    and backward adds up one gradient of it. Not if one of them has to be called, as an adapter, or if the results would be
+    of a width that matrix products on a GPU are slow with."""
+    if not x.is_cuda or not torch.is_grad_enabled() or any(why_called(projection) for projection in projections):
+        return False
+    return sum(p.out_features for p in projections) % 8 == 0

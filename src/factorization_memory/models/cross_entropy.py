@@ -60,6 +60,23 @@ def linear_cross_entropy(
     )[0]
 
 
+def logits_cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """The same of logits that are at hand, `[N, V]`, for heads whose weight alone is not all that they compute with.
+
+    Args:
+        logits: `[N, V]`.
+        targets, reduction: as of `linear_cross_entropy`, and so is what is returned.
+
+    Raises:
+        ValueError: unknown reduction.
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction={reduction!r}: use 'mean' or 'none'")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = functional.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="none")
+    return losses.sum() / (targets != IGNORE).sum().clamp(min=1) if reduction == "mean" else losses.float().detach()
+
+
 def _pieces(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     rows = max(1, PIECE_LOGITS.get(hidden.device.type, PIECE_LOGITS["cpu"]) // weight.shape[0])
     return list(zip(hidden.split(rows), targets.split(rows), strict=True)) if len(targets) else []

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from factorization_memory import ops
 from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
+from factorization_memory.layers.calling import why_any_called
 from factorization_memory.models.language_model import Block, LanguageModel
 from factorization_memory.ops.precision import wide_product
 
@@ -81,7 +82,7 @@ class DecodingModel:
 
 def obstacle(model: LanguageModel) -> str | None:
     """Why a model has no such form, or not on its device; None if it has."""
-    config, weight = model.config, model.embedding.weight
+    config = model.config
     others = sorted({mixer for mixer in config.layer_mixers if mixer != "memory"})
     if others:
         return f"mixers={config.mixers!r}: only memory layers have one, not {', '.join(others)}"
@@ -89,6 +90,9 @@ def obstacle(model: LanguageModel) -> str | None:
         return "feed_forward=False: it takes blocks with a feed-forward layer"
     if config.backend in ("reference", "chunked"):
         return f"backend={config.backend!r} is not that of the kernels"
+    if (reason := why_any_called(model)) is not None:
+        return reason
+    weight = model.embedding.weight
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"its weights are {weight.dtype}, the kernels take float32 or bfloat16"
     return ops.obstacle("triton", weight, "weight")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from factorization_memory.layers import (
     ModelState,
     SequenceMixer,
 )
+from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
-from factorization_memory.models.cross_entropy import linear_cross_entropy
+from factorization_memory.models.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from factorization_memory.ops import read_borders
 
 
@@ -78,8 +80,29 @@ class Block(nn.Module):
         return self._feed(x + y), state
 
     def step(self, x: Tensor, state: MixerState) -> Tensor:
-        """One token x `[B, d]` to the same shape; `state` is updated in place."""
-        return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
+        """One token x `[B, d]` to the same shape; `state` is updated in place.
+
+        Where something acts in a call of the block or its mixer, such as a hook, they are called with a text of one token.
+        Steps that can be undone are then refused with a ValueError.
+        """
+        if (reason := self._why_called()) is None:
+            return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
+        if state.undo is not None:
+            raise ValueError(
+                f"state: it keeps what steps overwrite, which they do not where a block has to be called ({reason}); "
+                "remove that, or take a state without keep_undo"
+            )
+        y, after = self(x[:, None], state, None, None)
+        ModelState([state]).load(ModelState([after]))
+        return y[:, 0]
+
+    def _why_called(self) -> str | None:
+        """Why `step` may not pass by the calls of the block, the mixer and the parts of it; None if it may."""
+        mixer = cast(nn.Module, self.mixer)
+        for module in (self, mixer, *mixer.children()):
+            if (reason := why_hooked(module)) is not None:
+                return f"{type(module).__name__}: {reason}"
+        return None
 
     def _feed(self, x: Tensor) -> Tensor:
         if self.feed_forward is None or self.feed_forward_norm is None:
@@ -177,7 +200,8 @@ class LanguageModel(nn.Module):
         reduction: str = "mean",
         keep_state: bool = True,
     ) -> tuple[Tensor, ModelState | None]:
-        """Cross-entropy in nats per token, without ever holding all logits.
+        """Cross-entropy in nats per token, without ever holding all logits, unless the head has to be called (an adapter
+        stands in its place, or a hook is on it).
 
         Args:
             tokens, state, cu_seqlens, padding_mask: as in `forward`.
@@ -190,7 +214,11 @@ class LanguageModel(nn.Module):
             last token, or None.
         """
         x, final = self._hidden(tokens, state, cu_seqlens, padding_mask, keep_state)
-        losses = linear_cross_entropy(self.final_norm(x).flatten(0, 1), self.head.weight, targets.flatten(), reduction)
+        x, flat = self.final_norm(x), targets.flatten()
+        if why_called(self.head) is None:
+            losses = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat, reduction)
+        else:
+            losses = logits_cross_entropy(self.head(x).flatten(0, 1), flat, reduction)
         return (losses.view(targets.shape) if reduction == "none" else losses), ModelState(final) if keep_state else None
 
     def embed(self, tokens: Tensor) -> Tensor:

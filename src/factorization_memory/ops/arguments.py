@@ -141,5 +141,5 @@ def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor,
     dtype = dtype or state_dtype(value)
     if state.dtype != dtype:
         raise ValueError(f"{name}: got dtype {state.dtype}, takes {dtype} with values of {value.dtype}")
-    if state.device != value.device:
+    if state.device != value.device and not value.is_meta:  # weights that are offloaded are on meta
         raise ValueError(f"{name}: is on {state.device}, value on {value.device}; move them to one device")

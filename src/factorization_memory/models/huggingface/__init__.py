@@ -3,8 +3,8 @@
 Importing this makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoModelForSequenceClassification` know the model
 type `factorization_memory`. Private hooks of `transformers` are used where there are no others:
 `_supports_default_dynamic_cache` and `_prepare_cache_for_generation`, because its own caches take a model without attention for
-an empty one, `_is_stateful`, by which decoding with a draft model is refused, and `_initialize_weights`, so that blocks are
-initialised as a whole.
+an empty one, `_prefill`, so that a cache is continued only by a text whose beginning it has read, `_is_stateful`, by which
+decoding with a draft model is refused, and `_initialize_weights`, so that blocks are initialised as a whole.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -17,8 +19,18 @@ CACHE_NAME = "cache" if "cache" in signature(BaseModelOutputWithPast).parameters
 """The field of outputs, and argument of `generate()`, for the cache: transformers 5.24 renamed it. `forward` takes both."""
 
 
+_BASE = 6364136223846793005
+"""Of the fingerprint of tokens: an odd number, large enough to spread small ids over 64 bits."""
+
+
 class CacheLayer(CacheLayerMixin):
-    """What one block carries; `is_sliding` and the like tell `transformers` what it cannot do with it."""
+    """What one block carries; `is_sliding` and the like tell `transformers` what it cannot do with it.
+
+    Attributes:
+        state: of the block; None before the first token.
+        seen: tokens read.
+        read: of the first block, a fingerprint of the tokens read, int64 `[B]`; None where they are not known.
+    """
 
     is_compileable = is_croppable = is_sliding = False
 
@@ -26,6 +38,7 @@ class CacheLayer(CacheLayerMixin):
         super().__init__()
         self.state: MixerState | None = None
         self.seen = 0
+        self.read: Tensor | None = None
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """Nothing: a block makes its state when it reads the first tokens."""
@@ -52,10 +65,12 @@ class CacheLayer(CacheLayerMixin):
         """Put `function` of each tensor in its place."""
         if self.state is not None:
             self.state = self.state.apply(function)
+        if self.read is not None:
+            self.read = function(self.read)
 
     def reset(self) -> None:
         """Forget all that was read."""
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self.state, self.seen, self.read, self.is_initialized = None, 0, None, False
 
     def offload(self) -> None:
         """Nothing: states are small, and stay where their block is."""
@@ -80,16 +95,35 @@ class CacheLayer(CacheLayerMixin):
         raise RuntimeError(f"{CACHE_NAME}: a memory cannot forget its last tokens; keep a clone() of it from before them")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Which tensor of a layer's state it is; the layer is that of the first replica where several are gathered."""
+
+    number: int
+    layer: CacheLayer = field(compare=False)
+
+
 class FactorizationMemoryCache(Cache):
     """What a model carries from one call to the next, as `past_key_values` or `cache`. Reading changes it; `clone()` it before
     that to go on from one text in several ways.
 
+    Iterating gives what the layers carry, as `torch.nn.DataParallel` takes outputs apart to put those of its replicas together.
+
     Args:
-        num_layers: blocks of the model.
+        num_layers: blocks of the model; or, instead of their number, what iterating over another cache gave.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[CacheLayer() for _ in range(num_layers)])
+    def __init__(self, num_layers: int | Iterable[Mapping[_Place, Tensor]]) -> None:
+        if isinstance(num_layers, int):
+            super().__init__(layers=[CacheLayer() for _ in range(num_layers)])
+        else:
+            super().__init__(layers=[_layer_of(tensors) for tensors in num_layers])
+
+    def __iter__(self) -> Iterator[dict[_Place, Tensor]]:
+        for layer in self.own_layers():
+            tensors = [] if layer.state is None else layer.state.tensors()
+            tensors += [] if layer.read is None else [layer.read]
+            yield {_Place(number, layer): tensor for number, tensor in enumerate(tensors)}
 
     @classmethod
     def from_state(cls, state: ModelState, seen: int) -> FactorizationMemoryCache:
@@ -108,6 +142,42 @@ class FactorizationMemoryCache(Cache):
         states = [layer.state for layer in self.own_layers()]
         return None if states[0] is None else ModelState(cast(list[MixerState], states))
 
+    def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
+        """Remember which tokens are about to be read.
+
+        Args:
+            tokens: int64 `[B, T]`; None if only their embeddings are known.
+            mask: bool `[B, T]`, False for padding; None if there is none.
+        """
+        first = self.own_layers()[0]
+        unknown = tokens is None or (first.seen > 0 and first.read is None)
+        first.read = None if unknown else fingerprint(cast(Tensor, tokens), mask, first.read)
+
+    def check_prompt(self, length: int, tokens: Tensor | None, mask: Tensor | None) -> None:
+        """ValueError unless a prompt begins with what was read and goes on behind it.
+
+        Args:
+            length: tokens of the prompt.
+            tokens: the prompt, int64 `[B, length]`; None if only its embeddings are known: then the length alone is checked.
+            mask: `[B, length]`, 0 for padding; None if there is none.
+        """
+        first = self.own_layers()[0]
+        again = "clone() a cache before generate(), which reads on with it, to use it again"
+        if length <= first.seen:
+            raise ValueError(
+                f"{CACHE_NAME}: it has read {first.seen} tokens and the prompt has {length}, so none is left to read; give the "
+                f"whole text and at least one token more, or the new tokens with an attention_mask over all; {again}"
+            )
+        if tokens is None or first.read is None or len(first.read) != len(tokens):  # the model names the other batch
+            return
+        begin = slice(first.seen)
+        given = fingerprint(tokens[:, begin], None if mask is None else mask[:, begin] != 0, None)
+        if not torch.equal(given.to(first.read.device), first.read):
+            raise ValueError(
+                f"{CACHE_NAME}: it has read {first.seen} tokens, but not those that the prompt begins with (or other padding); "
+                f"give the text that it has read and more, or leave it out; {again}"
+            )
+
     def clone(self) -> FactorizationMemoryCache:
         """An independent copy."""
         return self._copied(torch.clone)
@@ -120,7 +190,43 @@ class FactorizationMemoryCache(Cache):
         state = self.state()
         if state is None:
             return type(self)(len(self.layers))
-        return type(self).from_state(state.apply(function), self.own_layers()[0].seen)
+        first = self.own_layers()[0]
+        copied = type(self).from_state(state.apply(function), first.seen)
+        copied.own_layers()[0].read = None if first.read is None else function(first.read)
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FactorizationMemoryCache:
         return self._copied(lambda tensor: tensor.detach().clone())
+
+
+def _layer_of(tensors: Mapping[_Place, Tensor]) -> CacheLayer:
+    """The layer whose state has these tensors."""
+    layer = CacheLayer()
+    if tensors:
+        like, left = next(iter(tensors)).layer, iter(tensors.values())
+        assert like.state is not None
+        layer.state, layer.seen, layer.is_initialized = like.state.apply(lambda _: next(left)), like.seen, True
+        layer.read = next(left, None)
+    return layer
+
+
+def fingerprint(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
+    """A number for each row of tokens, the same in whatever pieces they are read: a polynomial in their ids, modulo 2^64.
+
+    Args:
+        tokens: int64 `[B, T]`.
+        mask: bool `[B, T]`, False for padding, which does not count; None if there is none.
+        before: the number of the tokens before, int64 `[B]`; None if there are none.
+
+    Returns:
+        int64 `[B]`.
+    """
+    before = tokens.new_zeros(len(tokens), dtype=torch.int64) if before is None else before
+    terms = (tokens + 1) * _BASE
+    if tokens.shape[1] == 1 and mask is None:  # a step of decoding
+        return before * _BASE + terms[:, 0]
+    powers = functional.pad(terms.new_full((tokens.shape[1],), _BASE).cumprod(0), (1, 0), value=1)
+    if mask is None:
+        return before * powers[-1] + (terms * powers[:-1].flip(0)).sum(1)
+    behind = mask.flip(1).cumsum(1).flip(1)  # real tokens from here on
+    return before * powers[mask.sum(1)] + (terms * mask * powers[(behind - 1).clamp(min=0)]).sum(1)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,15 +73,10 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initial weights, as a `LanguageModel` has them; those that were loaded stay."""
-        if isinstance(module, Block):
-            loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-            module.reset_parameters()
-            for parameter, value in loaded:
-                parameter.copy_(value)
-        elif isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, (nn.Embedding, nn.Linear)):
-            # Linear layers within a block are set again, with it.
+            # Linear layers within a block are set again, with it: see FactorizationMemoryModel.
             init.normal_(module.weight, std=0.02)
 
 
@@ -95,6 +91,32 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, Block):
+            super()._init_weights(module)
+            return
+        parameters = dict(module.named_parameters())
+        missing = [name for name, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)]
+        sharded = any(hasattr(p, "device_mesh") for p in parameters.values())
+        if len(missing) == len(parameters) and not sharded:
+            module.reset_parameters()
+        elif missing:
+            # A block is initialised as a whole: another one is, and what is missing is taken from it.
+            model_config = self.config.model_config()
+            mixer = next(m for b, m in zip(self.blocks, model_config.layer_mixers, strict=True) if b is module)
+            with parameters[missing[0]].device:
+                other = Block(model_config, mixer)
+                other.reset_parameters()
+            for name in missing:
+                parameter, value = cast(Any, parameters[name]), other.get_parameter(name).to(parameters[name].dtype)
+                if hasattr(parameter, "device_mesh"):
+                    from torch.distributed.tensor import distribute_tensor
+
+                    # The values of the first process for all.
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -134,19 +156,19 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         x = cast(Tensor, self.embedding(input_ids)) if inputs_embeds is None else inputs_embeds
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
-        shape, tokens = x.shape, x.shape[1]
+        tokens = x.shape[1]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         blocks, checkpointed = cast(list[Block], self.blocks), self.gradient_checkpointing and self.training
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         layers = self._cache_layers(cache, x.shape[0])
         mask = _padding_mask(attention_mask, x, layers[0].seen if layers else 0)
-        borders, position_ids = cu_seqlens, kwargs.get("position_ids")
+        borders, position_ids, rows = cu_seqlens, kwargs.get("position_ids"), _Rows(x)
         if borders is not None and cache is not None:
             raise ValueError(f"cu_seqlens: not together with {CACHE_NAME}; packed sequences each begin anew")
         if borders is None and position_ids is not None and cache is None:
-            borders = _borders(position_ids, x, mask)
-        if borders is not None:
-            # One row for all; what the mask left out is in sequences of its own.
-            x, mask = x.flatten(0, 1)[None], None if cu_seqlens is None else mask
+            borders, rows.real = _borders(position_ids, x, mask)
+            mask = mask if borders is None else None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache and borders is None and not checkpointed:
@@ -155,7 +177,11 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         # Reading a token in place is what a step is made for; what needs a gradient or a mask goes the long way.
         step = tokens == 1 and mask is None and borders is None and not torch.is_grad_enabled()
         keep = cache is not None
-        hidden = [x.view(shape)] if output_hidden_states else []
+        if cache is not None:
+            cache.note(input_ids, mask)
+        hidden = [x] if output_hidden_states else []
+        if borders is not None:
+            x = rows.joined(x)
         for i, block in enumerate(blocks):
             layer = layers[i] if layers else None
             state = None if layer is None else layer.state
@@ -169,9 +195,15 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
             if layer is not None:
                 layer.state, layer.is_initialized = state, True
                 layer.seen += tokens
-            if output_hidden_states:
-                hidden.append(x.view(shape))
-        x = self.final_norm(x).view(shape)
+            if output_hidden_states and borders is None:
+                hidden.append(x)
+            elif output_hidden_states:
+                # What is returned is what goes on, so that it gets gradients.
+                hidden.append(rows.apart(x))
+                x = rows.joined(hidden[-1])
+        x = self.final_norm(x)
+        if borders is not None:
+            x = rows.apart(x)
         if output_hidden_states:
             hidden[-1] = x
         result = BaseModelOutputWithPast(
@@ -222,18 +254,46 @@ def _padding_mask(mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
-def _borders(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The borders of the sequences in all rows, one row behind the other, from positions that do not go on; None if each row
-    is one sequence."""
-    if position_ids.dim() != 2 or position_ids.shape[1] != x.shape[1]:
+@dataclass
+class _Rows:
+    """Rows of a batch that are read as one.
+
+    Attributes:
+        like: a tensor `[B, T, ...]`.
+        real: which of the B T tokens are read, int64; None for all.
+    """
+
+    like: Tensor
+    real: Tensor | None = None
+
+    def joined(self, x: Tensor) -> Tensor:
+        """x `[B, T, d]`, one row behind the other, `[1, B T, d]` or fewer."""
+        flat = x.flatten(0, 1)
+        return (flat if self.real is None else flat[self.real.to(x.device)])[None]
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The rows `[B, T, d]` of what is joined; zeros for tokens that were not read."""
+        shape = (*self.like.shape[:2], x.shape[-1])
+        if self.real is None:
+            return x.view(shape)
+        return x.new_zeros(shape).flatten(0, 1).index_copy(0, self.real.to(x.device), x[0]).view(shape)
+
+
+def _borders(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The borders of the sequences in all rows, one row behind the other, from positions that do not go on, whatever padding
+    stands between; None if each row is one sequence. And the places of the tokens that are no padding, None for all."""
+    if position_ids.dim() != 2 or position_ids.shape[1] != x.shape[1] or position_ids.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"position_ids: got shape {tuple(position_ids.shape)}, takes {list(x.shape[:2])}")
-    starts = position_ids.diff(dim=1) <= 0
-    if not bool(starts.any()):
-        return None
-    if mask is not None and bool((mask[:, 1:] & ~mask[:, :-1] & ~starts).any()):
-        raise ValueError("attention_mask: padding within a sequence, by position_ids; leave position_ids out")
-    starts = torch.cat((torch.ones_like(starts[:, :1]), starts), dim=1).expand(x.shape[0], -1).flatten()
-    return torch.cat((starts.nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.int64))).to(torch.int32)
+    position = position_ids.expand(x.shape[0], -1).flatten()
+    row = torch.arange(position.numel(), device=position.device) // x.shape[1]
+    real = None if mask is None else mask.flatten().nonzero()[:, 0]
+    if real is not None:
+        position, row = position[real], row[real]
+    anew, other = position.diff() <= 0, row.diff() > 0
+    if not bool((anew & ~other).any()):
+        return None, None
+    starts = torch.cat((anew.new_ones(1), anew | other))
+    return torch.cat((starts.nonzero()[:, 0], row.new_tensor([len(starts)]))).to(torch.int32), real
 
 
 @contextmanager
@@ -255,6 +315,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
     """A `LanguageModel` as `AutoModelForCausalLM` gives it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: FactorizationMemoryConfig) -> None:
         with _silenced("transformers.generation.configuration_utils"):
@@ -308,7 +369,10 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
+            if labels.shape != outputs.last_hidden_state.shape[:2]:
+                takes = list(outputs.last_hidden_state.shape[:2])
+                raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes that of the tokens, {takes}")
+            if logits.shape[:2] != labels.shape:
                 raise ValueError(f"logits_to_keep={logits_to_keep!r}: not together with labels; a loss takes all logits")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
         result = CausalLMOutputWithPast(
@@ -327,6 +391,22 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         made = self.generation_config
         if made is not None and getattr(made, "_from_model_config", False):
             made.top_k, made._from_model_config = None, False
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **kwargs: Any
+    ) -> Any:
+        # What a cache has read already is cut off the prompt here, unless an attention mask that is longer than the prompt says
+        # that the prompt holds new tokens alone. Without this check another text than the prompt would be continued.
+        cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
+        if isinstance(cache, FactorizationMemoryCache) and cache.get_seq_length() > 0:
+            length, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
+            covered = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+            if embeds is not None or covered == length:
+                cache.check_prompt(length, input_ids if embeds is None else None, mask)
+            if CACHE_NAME == "past_key_values":
+                # Before 5.24 some versions read the whole prompt again here, piece by piece.
+                generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *arguments, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any) -> None:
         if generation_config.cache_implementation is not None:

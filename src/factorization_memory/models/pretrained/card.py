@@ -104,7 +104,7 @@ def _use(native: str | None) -> str:
         "## Use\n\n```python\n"
         f"{known}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n'
-        'prompt = tokenizer("It was ", return_tensors="pt")\n'
+        'prompt = tokenizer("It was", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))\n```\n"
     )
 

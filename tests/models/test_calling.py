@@ -1,0 +1,315 @@
+"""What acts in the calls of modules, adapters, hooks and offloading, acts in every way through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+from transformers import AutoModelForCausalLM
+
+from factorization_memory.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, ModelConfig
+from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.generation import StepGraph, Steps, generate, prefill_batch, steps_for
+from factorization_memory.layers.calling import device_of, why_any_called, why_called, why_hooked
+from factorization_memory.models import LanguageModel
+from factorization_memory.models.decoding import DecodingModel
+from factorization_memory.models.huggingface import CACHE_NAME, FactorizationMemoryForCausalLM
+
+WIDTH = 16
+PURE = ModelConfig(
+    vocab_size=40, hidden_size=WIDTH, num_layers=2, num_states=8, top_k=3, update_lag=1, conv_size=3, output_gate=True,
+    tie_word_embeddings=False,
+)  # fmt: skip
+MIXED = ModelConfig(
+    vocab_size=40, hidden_size=WIDTH, num_layers=4, num_states=8, conv_size=3,
+    mixers=("memory", "attention", "mamba2", "gated_deltanet"), attention=AttentionConfig(num_heads=4, sliding_window=6),
+    mamba2=Mamba2Config(state_size=8, head_size=8, chunk_size=4), gated_deltanet=GatedDeltaNetConfig(num_heads=2, head_size=8),
+)  # fmt: skip
+GROWING = ModelConfig(
+    vocab_size=40, hidden_size=WIDTH, num_layers=2, num_states=8, mixers=("memory", "attention"),
+    attention=AttentionConfig(num_heads=2),
+)  # fmt: skip
+MODELS = pytest.mark.parametrize("config", [PURE, MIXED, GROWING], ids=["pure", "mixed", "growing"])
+
+
+def make(config: ModelConfig) -> LanguageModel:
+    model = LanguageModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(2, 40, shape)
+
+
+def theirs(model: LanguageModel) -> FactorizationMemoryForCausalLM:
+    return FactorizationMemoryForCausalLM.from_language_model(model, eos_token_id=0, pad_token_id=1)
+
+
+@torch.no_grad()
+def check_steps(model: LanguageModel) -> None:
+    """Steps are the forward, from the beginning and from what forward returns; and so is what generates."""
+    text = tokens(2, 12)
+    expected, _ = model(text)
+    for begin in (0, 5):
+        state = model(text[:, :begin])[1] if begin else model.initial_state(2)
+        for t in range(begin, 12):
+            logits, state = model.step(text[:, t], state)
+            torch.testing.assert_close(logits, expected[:, t], rtol=1e-4, atol=1e-4)
+    steps = steps_for(model, 2)
+    steps.load(prefill_batch(model, list(text[:, :7]), chunk=3)[1])
+    for t in range(7, 12):
+        torch.testing.assert_close(steps.step(text[:, t]), expected[:, t], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def check_generate(model: FactorizationMemoryForCausalLM) -> list[list[int]]:
+    """A text is the same with and without a cache; returns it."""
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [0, 1]}
+    text = tokens(2, 9)
+    found = model.generate(text, **options)
+    assert torch.equal(model.generate(text, use_cache=False, **options), found)
+    return found.tolist()
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------------
+
+
+@MODELS
+@pytest.mark.parametrize("place", ["block", "mixer", "convolution"])
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks(config: ModelConfig, place: str, before: bool) -> None:
+    """They run once for each token read or written, and what they add counts."""
+    model = make(config)
+    plain = theirs(model)
+    without = check_generate(plain)
+    for block in model.blocks:
+        module = {"block": block, "mixer": block.mixer}.get(place, getattr(block.mixer, "convolution", None))
+        if module is None:
+            continue
+        calls: list[int] = []
+        push: list[Tensor] = []
+
+        def steer(inputs: Any, output: Any = None, calls: list[int] = calls, push: list[Tensor] = push) -> Any:
+            calls.append(1)
+            first = inputs[0] if output is None else output[0]
+            if not push:
+                push.append(3 * torch.randn(first.shape[-1]))
+            return (first + push[0], *(inputs if output is None else output)[1:])
+
+        if before:
+            hook = module.register_forward_pre_hook(lambda _, inputs, steer=steer: steer(inputs))
+        else:
+            hook = module.register_forward_hook(lambda _, inputs, output, steer=steer: steer(inputs, output))
+        assert check_generate(plain) != without
+        # 6 tokens: read with a cache in 6 calls, without in 6.
+        assert len(calls) == 12
+        check_steps(model)
+        hook.remove()
+    assert check_generate(plain) == without
+
+
+def test_a_hook_on_every_module() -> None:
+    model, seen = make(PURE), set()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(type(module).__name__))
+    try:
+        assert why_called(model.head) == "a hook is on every module"
+        model.step(tokens(1), model.initial_state(1))
+    finally:
+        hook.remove()
+    assert {"Block", "FactorizationMemory", "CausalConvolution"} <= seen
+    assert why_any_called(model) is None
+
+
+def test_steps_that_keep_undo_are_refused_with_hooks() -> None:
+    model = make(PURE)
+    state = model.keep_undo(model.initial_state(1), 2)
+    model.step(tokens(1), state)
+    model.blocks[1].mixer.register_forward_hook(lambda *_: None)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"state: it keeps .* \(FactorizationMemory: a forward hook is on it\); remove that"):
+        model.step(tokens(1), state)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """Stands in a linear layer's place, as PEFT's do: the layer's weight is not all that it computes with."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.more = nn.Parameter(0.3 * torch.randn_like(base.weight))
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + functional.linear(x, self.more)
+
+
+def hooked_head(model: LanguageModel) -> None:
+    model.head.register_forward_hook(lambda _module, _inputs, output: 0.5 * output)
+
+
+def adapted_head(model: LanguageModel) -> None:
+    model.head = Adapter(model.head)  # type: ignore[assignment]
+
+
+def lora(model: LanguageModel) -> None:
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, target_modules=["head", "value", "affinity", "gate_up"], init_lora_weights=False)
+    peft.get_peft_model(model, options)
+
+
+@pytest.mark.parametrize("change", [hooked_head, adapted_head, lora])
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_loss_through_the_head(change: Callable[[LanguageModel], None]) -> None:
+    model = make(PURE).double()
+    change(model)
+    model.double()
+    text, targets = tokens(2, 9), tokens(2, 9)
+    targets[0, 4:] = -100
+    adapter = [parameter for name, parameter in model.named_parameters() if "head" in name and parameter.requires_grad]
+    logits, _ = model(text)
+    expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    found, _ = model.loss(text, targets)
+    torch.testing.assert_close(found, expected)
+    for mine, wanted in zip(torch.autograd.grad(found, adapter), torch.autograd.grad(expected, adapter), strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(mine, wanted)
+    each, _ = model.loss(text, targets, reduction="none")
+    wanted = functional.cross_entropy(logits.detach().mT, targets, reduction="none")
+    torch.testing.assert_close(each, wanted.float())
+    assert model.loss(text, torch.full_like(targets, -100))[0] == 0
+    with pytest.raises(ValueError, match="reduction='sum'"):
+        model.loss(text, targets, reduction="sum")
+    check_steps(model.float())
+
+
+def quantised(model: LanguageModel) -> None:
+    class Packed(Tensor):
+        pass
+
+    layer = model.blocks[0].mixer.output
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+
+
+def normalised(model: LanguageModel) -> None:
+    parametrizations.weight_norm(model.blocks[0].mixer.output)
+
+
+def replaced(model: LanguageModel) -> None:
+    model.final_norm.forward = lambda x: x  # type: ignore[method-assign]
+
+
+def backward_hooked(model: LanguageModel) -> None:
+    model.blocks[1].register_full_backward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hooked_head, "head: a forward hook is on it"),
+        (adapted_head, "head: Adapter stands in its place"),
+        (lora, r"blocks\.0\.mixer\.affinity: Linear stands in its place"),
+        (quantised, r"blocks\.0\.mixer\.output: its weight is a Packed"),
+        (normalised, r"blocks\.0\.mixer\.output: ParametrizedLinear stands in its place"),
+        (replaced, "final_norm: its forward was replaced, as Accelerate does"),
+        (backward_hooked, r"blocks\.1: a backward hook is on it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_kernels_and_graphs_step_aside(change: Callable[[LanguageModel], None], reason: str) -> None:
+    model = make(PURE)
+    assert why_any_called(model) is None
+    change(model)
+    if find_spec("triton") is not None:
+        with pytest.raises(ValueError, match=rf"model: {reason}.*; use LanguageModel.step"):
+            DecodingModel(model)
+    with pytest.raises(ValueError, match=rf"model: {reason}.*; use Steps"):
+        StepGraph(model, 1)
+    if torch.cuda.is_available():
+        assert type(steps_for(model.cuda(), 1)) is Steps
+
+
+# -- offloading --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def offloaded(model: nn.Module, folder: Path | None) -> Iterator[None]:
+    accelerate = pytest.importorskip("accelerate")
+    if folder is None:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert device_of(model) == torch.device("cpu")
+    yield
+    accelerate.hooks.remove_hook_from_submodules(model)
+
+
+@MODELS
+@pytest.mark.parametrize("disk", [False, True])
+def test_offloaded(config: ModelConfig, disk: bool, tmp_path: Path) -> None:
+    model = make(config)
+    hugging = theirs(model)
+    expected, text = check_generate(hugging), tokens(2, 9)
+    with torch.no_grad():
+        logits, (loss, _) = model(text)[0], model.loss(text, text)
+    with offloaded(hugging, tmp_path if disk else None):
+        assert check_generate(hugging) == expected
+    with offloaded(model, tmp_path / "ours" if disk else None), torch.no_grad():
+        torch.testing.assert_close(model(text)[0], logits)
+        torch.testing.assert_close(model.loss(text, text)[0], loss)
+        check_steps(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_a_text_from_offloaded_weights() -> None:
+    tokenizer = Tokenizer.bytes_level()
+    model = make(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=WIDTH, num_layers=2, num_states=8))
+    expected = generate(model, tokenizer, "some text", max_tokens=5)[0].tokens
+    with offloaded(model, None):
+        assert generate(model, tokenizer, "some text", max_tokens=5)[0].tokens == expected
+
+
+@MODELS
+def test_a_block_on_disk(config: ModelConfig, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = theirs(make(config))
+    expected, text = check_generate(model), tokens(2, 7)
+    model.save_pretrained(tmp_path / "model")
+    places: dict[str, Any] = {"model.embedding": "cpu", "model.final_norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.blocks.{i}": "disk" if i % 2 else "cpu" for i in range(config.num_layers)}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    assert check_generate(loaded) == expected
+    with torch.no_grad():
+        cache = loaded(text[:, :4], use_cache=True)[CACHE_NAME]
+        for t in range(4, 7):
+            found = loaded(text[:, t : t + 1], **{CACHE_NAME: cache}).logits[:, 0]
+        torch.testing.assert_close(found, model(text).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_where_a_call_computes() -> None:
+    model = make(PURE)
+    assert device_of(model) == torch.device("cpu")
+    assert device_of(model.to("meta")) == torch.device("meta")
+    assert why_hooked(model) is None
