@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from factorization_memory.data import shards
+from factorization_memory.data import shards, verification
 from factorization_memory.data.corpora import CorpusError, builtin_corpus
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
@@ -288,13 +290,89 @@ class TestOpen:
         assert file.name in self.error_of(packed)
         assert "missing" in self.error_of(packed)
 
-    def test_changed_bytes_are_seen_by_verify(self, packed: Path) -> None:
-        file = next(packed.glob("*.tokens"))
+    @pytest.mark.parametrize("suffix", [".tokens", ".documents.npy"])
+    def test_changed_bytes_are_seen(self, packed: Path, suffix: str) -> None:
+        corpus = PackedCorpus.open(packed)
+        file = next(path for path in sorted(packed.iterdir()) if path.name.endswith(suffix))
         data = bytearray(file.read_bytes())
+        data[-10] ^= 1
+        file.write_bytes(data)
+        message = self.error_of(packed)
+        assert message.startswith(str(file))
+        assert "checksum" in message
+        assert "pack the corpus again" in message
+        with pytest.raises(CorpusError, match=rf"{file.name}.*checksum"):
+            corpus.verify()
+
+    def rewritten(self, packed: Path, change) -> str:
+        """What is said of the corpus with its first training files changed by `change(tokens, starts, manifest)` and every
+        checksum made right."""
+        manifest = json.loads((packed / "manifest.json").read_text())
+        files = manifest["sources"]["en"]["splits"]["train"]
+        places = [packed / files[kind]["name"] for kind in ("tokens_file", "documents_file")]
+        tokens, starts = change(np.fromfile(places[0], dtype="<u2"), np.load(places[1]), manifest)
+        places[0].write_bytes(tokens.tobytes())
+        np.save(places[1], starts)
+        for kind, place in zip(("tokens_file", "documents_file"), places, strict=True):
+            files[kind] |= {"size": place.stat().st_size, "sha256": hashlib.sha256(place.read_bytes()).hexdigest()}
+        manifest["fingerprint"] = shards._fingerprint(manifest)
+        (packed / "manifest.json").write_text(json.dumps(manifest))
+        return self.error_of(packed)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda t, s, _: (np.where(np.arange(len(t)) == 5, 258, t).astype("<u2"), s),
+                "train.tokens: holds the token id 258",
+            ),
+            (lambda t, s, _: (t, s + 1), "train.documents.npy: the borders"),
+            (lambda t, s, _: (t, np.append(s[:-1], s[-1] - 1)), "the borders"),
+            (lambda t, s, _: (t, np.append([0, s[2], s[1]], s[3:])), "the borders"),
+            (lambda t, s, _: (t, s[:-1]), r"train.documents.npy: int64 \[\d+\] instead"),
+            (lambda t, s, _: (t, s.astype(np.float64)), "train.documents.npy: float64"),
+            (lambda t, s, _: (t.astype("<u4"), s), "manifest.json: size="),
+            (lambda t, s, m: m.update(dtype="<f2") or (t, s), "manifest.json: dtype='<f2'"),
+            (lambda t, s, m: m.pop("sources", None) and (t, s), "manifest.json: sources='None'"),
+            (lambda t, s, m: m["sources"]["ja"].update(splits=[1]) or (t, s), r"manifest.json: splits='\[1\]'"),
+            (
+                lambda t, s, m: m["sources"]["ja"]["splits"]["train"]["tokens_file"].update(name="../a") or (t, s),
+                r"name='\.\./a'",
+            ),
+        ],
+    )
+    def test_what_no_packing_writes(self, packed: Path, change, message: str) -> None:
+        said = self.rewritten(packed, change)
+        assert re.search(message, said)
+        assert "pack" in said
+
+    def test_large_corpora_are_read_once_until_a_file_changes(self, packed: Path, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(verification, "REMEMBERED_BYTES", 1)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        read: list[int] = []
+        contents = verification._check_contents
+        monkeypatch.setattr(verification, "_check_contents", lambda *a: (read.append(1), contents(*a)))
+        corpus = PackedCorpus.open(packed)
+        PackedCorpus.open(packed)
+        assert len(read) == 1
+        corpus.verify()
+        assert len(read) == 2
+        file = next(packed.glob("*.tokens"))
+        before, data = file.stat(), bytearray(file.read_bytes())
         data[10] ^= 1
         file.write_bytes(data)
-        with pytest.raises(CorpusError, match=rf"{file.name}.*checksum"):
-            PackedCorpus.open(packed).verify()
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert "checksum" in self.error_of(packed)
+        assert "checksum" in self.error_of(packed)  # what was found damaged is not remembered
+        # A note that cannot be read or written is no reason to stop.
+        data[10] ^= 1
+        file.write_bytes(data)
+        note = next((tmp_path / "cache").rglob("*.json"))
+        note.write_text("{")
+        PackedCorpus.open(packed)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+        PackedCorpus.open(packed)
+        assert len(read) == 6
 
     def test_another_tokenizer(self, packed: Path) -> None:
         Tokenizer.train(["other text"], 300).save(packed / "tokenizer.json")

@@ -75,15 +75,26 @@ class PackOptions:
     """Write the result to stdout as JSON."""
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Read a packed corpus whole: every checksum, token id and document border is compared with what was packed."""
+
+    corpus: tyro.conf.Positional[Path]
+    """Folder of the packed corpus."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
 def run(arguments: list[str]) -> int:
     """`fmem data VERB`."""
-    verbs: dict[str, Callable[[list[str]], int]] = {"fetch": _fetch, "tokenizer": _tokenizer, "pack": _pack}
+    verbs: dict[str, Callable[[list[str]], int]] = {"fetch": _fetch, "tokenizer": _tokenizer, "pack": _pack, "verify": _verify}
     if not arguments or arguments[0] in ("-h", "--help"):
         console().print(
             "usage: fmem data VERB [options]; fmem data VERB --help tells more\n\n"
             "  fetch      stream a data set of the hub once, to disk; alone, it lists those with a short name\n"
             "  tokenizer  train a byte-level BPE tokenizer\n"
-            "  pack       tokenize texts into a packed corpus"
+            "  pack       tokenize texts into a packed corpus\n"
+            "  verify     read a packed corpus whole and compare it with what was packed"
         )
         return 0 if arguments else 2
     return choose(arguments[0], verbs, "fmem data")(arguments[1:])
@@ -204,6 +215,27 @@ def _pack(arguments: list[str]) -> int:
                       f"{numbers['bytes']:>14,} bytes")  # fmt: skip
     result["megabytes_per_second"] = size / 1e6 / seconds
     say(f"packed into {options.output} at {result['megabytes_per_second']:.1f} MB/s")
+    emit(result, options.json)
+    return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    options = parse(VerifyOptions, arguments, "data verify")
+    from factorization_memory.data.shards import PackedCorpus
+
+    out = console()
+    with out.status("reading the corpus") as status:
+        corpus = PackedCorpus.open(options.corpus)
+        corpus.verify(lambda read, total: status.update(f"reading: {read / 1e6:,.0f} of {total / 1e6:,.0f} MB"))
+    splits = [split for source in corpus.sources.values() for split in source.splits.values()]
+    result = {
+        "corpus": str(options.corpus),
+        "fingerprint": corpus.fingerprint,
+        "sources": len(corpus.sources),
+        "documents": sum(split.num_documents for split in splits),
+        "tokens": sum(len(split.tokens) for split in splits),
+    }
+    say(f"{options.corpus}: as it was packed, {result['documents']:,} documents and {result['tokens']:,} tokens")
     emit(result, options.json)
     return 0
 

@@ -18,15 +18,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from factorization_memory._files import atomic_folder, lock
+from factorization_memory._files import JSONError, atomic_folder, lock, read_json
 from factorization_memory.data.corpora import CorpusError, Document, explain_full_disk, read_documents, require_file
 from factorization_memory.data.tokenizer import Tokenizer, TokenizerError
+from factorization_memory.data.verification import REMEDY, check_sizes, verify_once
 
 Holdout = Literal["hash", "author", "tail"]
 
 TRAIN, VALIDATION = "train", "validation"
 
 _FORMAT, _VERSION = "factorization_memory.corpus", 1
+_DTYPES = ("<u2", "<u4")
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,17 @@ class PackedCorpus:
     def open(cls, folder: Path) -> PackedCorpus:
         """Open what `pack` wrote.
 
-        Raises `CorpusError` for a folder that is none, of a newer version, with a file missing or cut short, or with another
-        tokenizer than it was packed with. Checksums are left to `verify`.
+        Its files are read whole, and their checksums and token ids checked, once on a machine and again when one has changed
+        (see `verification`); `verify` reads them anew.
+
+        Raises `CorpusError`, naming the file and the remedy, for a folder that is no packed corpus, of a newer version, with a
+        file missing or changed, with borders or ids that cannot be, or with another tokenizer than it was packed with.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
-        tokenizer_file = _present(folder, "tokenizer.json")
-        try:
-            tokenizer = Tokenizer.load(tokenizer_file)
-        except TokenizerError as error:
-            raise CorpusError(f"{error}; put back the tokenizer of this corpus, or pack it again") from error
-        if tokenizer.fingerprint != manifest["tokenizer"]:
-            raise CorpusError(
-                f"{tokenizer_file}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the corpus was packed "
-                f"with ({manifest['tokenizer'][:12]}); put the right one back, or pack again"
-            )
+        tokenizer = _open_tokenizer(folder, manifest)
+        check_sizes(folder, manifest)
+        verify_once(folder, manifest, tokenizer.vocab_size)
         sources = {
             name: Source(
                 name=name,
@@ -100,17 +98,14 @@ class PackedCorpus:
         }
         return cls(folder=folder, sources=sources, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
 
-    def verify(self) -> None:
-        """Read every file and compare its checksum. Raises `CorpusError` naming the first that changed since packing."""
-        for entry in _read_manifest(self.folder)["sources"].values():
-            for files in entry["splits"].values():
-                for file in (files["tokens_file"], files["documents_file"]):
-                    with _present(self.folder, file["name"]).open("rb") as stream:
-                        found = hashlib.file_digest(stream, "sha256").hexdigest()
-                    if found != file["sha256"]:
-                        raise CorpusError(
-                            f"{self.folder / file['name']}: changed since it was packed (checksum); pack the corpus again"
-                        )
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every file again and compare its checksum. Raises `CorpusError` naming the first that changed since packing.
+
+        `progress(read, total)` is called with bytes.
+        """
+        manifest = _read_manifest(self.folder)
+        check_sizes(self.folder, manifest)
+        verify_once(self.folder, manifest, self.tokenizer.vocab_size, again=True, progress=progress)
 
 
 def pack(
@@ -174,7 +169,7 @@ class _Packer:
         self._tokenizer = tokenizer
         self._holdout: Holdout = holdout
         self._fraction = fraction
-        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._dtype = np.dtype(_DTYPES[tokenizer.vocab_size > 1 << 16])
         self._writers: dict[str, dict[str, _SplitWriter]] = {}
         self._languages: dict[str, set[str | None]] = {}
 
@@ -321,12 +316,12 @@ def _fingerprint(manifest: dict[str, Any]) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     require_file(folder)
     path = folder / "manifest.json"
-    if not path.is_file():
-        raise CorpusError(f"{folder}: not a packed corpus (no manifest.json); make one with `fmem data pack`")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorpusError(f"{path}: damaged ({error}); pack the corpus again") from error
+        manifest = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(f"{folder}: not a packed corpus (no manifest.json); make one with `fmem data pack`") from None
+    except JSONError as error:
+        raise CorpusError(f"{error}: damaged; {REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CorpusError(f"{path}: not the manifest of a packed corpus; make one with `fmem data pack`")
     if manifest.get("version") != _VERSION:
@@ -336,25 +331,70 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if _fingerprint(manifest) != manifest.get("fingerprint"):
         raise CorpusError(f"{path}: changed since it was written (its fingerprint does not match); pack the corpus again")
+    _check_fields(path, manifest)
     return manifest
 
 
-def _present(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise CorpusError(f"{folder / name}: the file is missing; put it back, or pack the corpus again")
-    return folder / name
+def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise `CorpusError` for the first field of the manifest that is not as `pack` writes it."""
+
+    def field(entry: Any, name: str, *kinds: type, fits: Callable[[Any], bool] = lambda _: True) -> Any:
+        value = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(value, kinds) or not fits(value):
+            raise CorpusError(f"{path}: {name}={str(value)[:80]!r}, which no packing writes; pack the corpus again")
+        return value
+
+    bytes_per_token = np.dtype(field(manifest, "dtype", str, fits=_DTYPES.__contains__)).itemsize
+    field(manifest, "tokenizer", str)
+    for entry in field(manifest, "sources", dict).values():
+        field(entry, "language", str, type(None))
+        for split in (TRAIN, VALIDATION):
+            files = field(field(entry, "splits", dict), split, dict)
+            size = field(files, "tokens", int) * bytes_per_token
+            field(files, "documents", int)
+            field(files, "text_bytes", int)
+            for kind in ("tokens_file", "documents_file"):
+                file = field(files, kind, dict)
+                field(file, "name", str, fits=lambda name: Path(name).name == name != "")
+                field(file, "sha256", str)
+                field(file, "size", int)
+            field(files["tokens_file"], "size", int, fits=size.__eq__)
+
+
+def _open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise CorpusError(f"{path}: the file is missing; {REMEDY}")
+    try:
+        tokenizer = Tokenizer.load(path)
+    except TokenizerError as error:
+        raise CorpusError(f"{error}; put back the tokenizer of this corpus, or pack it again") from error
+    if tokenizer.fingerprint != manifest["tokenizer"]:
+        raise CorpusError(
+            f"{path}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the corpus was packed "
+            f"with ({manifest['tokenizer'][:12]}); put the right one back, or pack again"
+        )
+    return tokenizer
 
 
 def _open_split(folder: Path, files: dict[str, Any], dtype: np.dtype[Any], language: str | None) -> Split:
-    for file in (files["tokens_file"], files["documents_file"]):
-        size = _present(folder, file["name"]).stat().st_size
-        if size != file["size"]:
-            raise CorpusError(
-                f"{folder / file['name']}: {size} bytes instead of {file['size']}: cut short or changed; pack the corpus again"
-            )
+    path = folder / files["documents_file"]["name"]
+    try:
+        starts = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise CorpusError(f"{path}: not a file of document borders ({error}); {REMEDY}") from None
+    shape = (files["documents"] + 1,)
+    if starts.dtype != np.int64 or starts.shape != shape:
+        raise CorpusError(f"{path}: {starts.dtype} {list(starts.shape)} instead of int64 {list(shape)}; {REMEDY}")
+    if starts[0] != 0 or starts[-1] != files["tokens"] or np.any(starts[1:] <= starts[:-1]):
+        raise CorpusError(
+            f"{path}: the borders of documents do not rise from 0 to the {files['tokens']} tokens of the split; {REMEDY}"
+        )
+    tokens = folder / files["tokens_file"]["name"]
     return Split(
-        tokens=np.memmap(folder / files["tokens_file"]["name"], dtype=dtype, mode="r"),
-        document_starts=np.load(folder / files["documents_file"]["name"]),
+        # An empty file cannot be mapped.
+        tokens=np.memmap(tokens, dtype=dtype, mode="r") if files["tokens"] else np.empty(0, dtype=dtype),
+        document_starts=starts,
         text_bytes=files["text_bytes"],
         language=language,
     )
