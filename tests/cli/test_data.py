@@ -32,3 +32,25 @@ def test_verify(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert f"{file}: changed since it was packed" in said.err
     assert "pack the corpus again" in said.err
+
+
+def test_pack_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    texts.mkdir()
+    elsewhere.mkdir()
+    (texts / "a.txt").write_text("some words\n" * 100)
+    (elsewhere / "b.txt").write_text("other words\n" * 100)
+    (texts / "linked").symlink_to(elsewhere)
+    (texts / "lost.txt").symlink_to(tmp_path / "nowhere")
+    for number in range(7):
+        (texts / f"{number}.md").touch()
+    command = ["data", "pack", str(texts), "--output", str(tmp_path / "packed"), "--holdout", "tail", "--json"]
+    assert dispatch(command) == 0
+    said = capsys.readouterr()
+    assert f"left out (a link that leads nowhere): {texts / 'lost.txt'}\n" in said.err
+    assert f"{texts / '4.md'} and 2 more\n" in said.err
+    result = json.loads(said.out)
+    assert list(result["sources"]) == ["linked", "texts"]
+    assert len(result["left_out"]["of another kind"]) == 7
+    assert dispatch(["data", "tokenizer", str(texts), "--vocab-size", "270", "--output", str(tmp_path / "t.json")]) == 0
+    assert capsys.readouterr().err.count("lost.txt") == 1

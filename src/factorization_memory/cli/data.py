@@ -159,13 +159,17 @@ def _tokenizer(arguments: list[str]) -> int:
     def texts(keep: int) -> Iterator[str]:
         nonlocal read
         for path in options.inputs:
-            for number, document in enumerate(read_documents(path)):
+            for number, document in enumerate(read_documents(path, skipped=lambda *_: None)):  # told of before
                 if number % keep == 0:
                     read += len(document.text.encode())
                     yield document.text
 
+    left_out = LeftOut()
     with console().status("reading the texts"):
-        total = sum(len(document.text.encode()) for path in options.inputs for document in read_documents(path))
+        total = sum(
+            len(document.text.encode()) for path in options.inputs for document in read_documents(path, skipped=left_out.add)
+        )
+    left_out.say()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with console().status("training the tokenizer"):
@@ -190,6 +194,7 @@ def _pack(arguments: list[str]) -> int:
     tokenizer = Tokenizer.bytes_level() if options.tokenizer == "bytes" else Tokenizer.load(Path(options.tokenizer))
     start = time.perf_counter()
     out = console()
+    left_out = LeftOut()
     with out.status("packing") as status:
         corpus = pack(
             [_named(text) for text in options.inputs],
@@ -201,6 +206,7 @@ def _pack(arguments: list[str]) -> int:
             progress=lambda documents, size: status.update(
                 f"packing: {documents:,} documents, {size / 1e6:.1f} MB, {size / 1e6 / (time.perf_counter() - start):.1f} MB/s"
             ),
+            skipped=left_out.add,
         )
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {"output": str(options.output), "seconds": seconds, "sources": {}}
@@ -214,6 +220,8 @@ def _pack(arguments: list[str]) -> int:
             out.print(f"{name:>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
                       f"{numbers['bytes']:>14,} bytes")  # fmt: skip
     result["megabytes_per_second"] = size / 1e6 / seconds
+    result["left_out"] = left_out.paths
+    left_out.say()
     say(f"packed into {options.output} at {result['megabytes_per_second']:.1f} MB/s")
     emit(result, options.json)
     return 0
@@ -238,6 +246,21 @@ def _verify(arguments: list[str]) -> int:
     say(f"{options.corpus}: as it was packed, {result['documents']:,} documents and {result['tokens']:,} tokens")
     emit(result, options.json)
     return 0
+
+
+class LeftOut:
+    """What folders hold and is not read, to be told by reasons."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, list[str]] = {}
+
+    def add(self, path: Path, reason: str) -> None:
+        self.paths.setdefault(reason, []).append(str(path))
+
+    def say(self) -> None:
+        for reason, paths in self.paths.items():
+            more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
+            say(f"left out ({reason}): {', '.join(paths[:5])}{more}")
 
 
 def _require_inputs(inputs: Sequence[object], verb: str) -> None:

@@ -10,14 +10,16 @@ import difflib
 import importlib.resources
 import io
 import json
+import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from factorization_memory._files import FULL_DISK
+from factorization_memory.data.folders import HIDDEN, OTHER_KIND, find_files
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 
@@ -41,29 +43,43 @@ class Document:
     author: str | None
 
 
-def read_documents(path: Path, *, source: str | None = None) -> Iterator[Document]:
-    """The documents of a file, or of all files in a folder (sorted, subfolders too; other kinds of file are left out).
+def read_documents(
+    path: Path, *, source: str | None = None, skipped: Callable[[Path, str], None] | None = None
+) -> Iterator[Document]:
+    """The documents of a file, or of all files in a folder (sorted, subfolders too, links followed once).
 
     A document's source is `source` if given, else its language, else the subfolder that its file stands in, else the folder's
     name, or that of a file named by itself.
+
+    `skipped(path, reason)` is called, before the first document, with what a folder holds and is not read: files of other
+    kinds, hidden ones, links that lead nowhere or in a circle. If not given, links are logged as warnings, the rest as
+    information.
 
     Raises `CorpusError`, before the first document, for a path that cannot hold any, and later for one that turns out bad:
     not UTF-8, damaged, a line or row without text, a file without documents.
     """
     path = Path(path)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _suffix(file) and file.is_file() and not _hidden(file, path)]
+        try:
+            files, others = find_files(path, lambda name: _suffix(name) is not None)
+        except OSError as error:
+            raise CorpusError(
+                f"{error.filename}: the folder cannot be read ({error.strerror}); give access to it, or name the files to read"
+            ) from None
         if not files:
-            raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+            why = "".join(f"; {other.name} is {reason}" for other, reason in others[:3])
+            raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file{why}")
+        for other, reason in others:
+            (skipped or _log_skipped)(other, reason)
         return (
             document
             for file in files
             for document in _read_file(file, str(file.relative_to(path)), source, _folder_source(file, path))
         )
     require_file(path)
-    if not _suffix(path):
+    if not _suffix(path.name):
         raise CorpusError(f"{path}: unsupported kind of file; use one of {', '.join(SUFFIXES)}, or a folder of these")
-    return _read_file(path, path.name, source, path.name[: -len(_suffix(path) or "")])
+    return _read_file(path, path.name, source, path.name[: -len(_suffix(path.name) or "")])
 
 
 def builtin_corpus() -> Path:
@@ -94,12 +110,13 @@ def require_file(path: Path) -> None:
     raise CorpusError(f"{path}: no such file or folder" + (f" ({missing} is not a folder)" if missing != path else ""))
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in reversed(SUFFIXES) if path.name.lower().endswith(suffix)), None)
+def _suffix(name: str) -> str | None:
+    return next((suffix for suffix in reversed(SUFFIXES) if name.lower().endswith(suffix)), None)
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _log_skipped(path: Path, reason: str) -> None:
+    level = logging.INFO if reason in (OTHER_KIND, HIDDEN) else logging.WARNING
+    logging.getLogger(__name__).log(level, "%s: left out, it is %s", path, reason)
 
 
 def _folder_source(file: Path, folder: Path) -> str:
@@ -108,7 +125,7 @@ def _folder_source(file: Path, folder: Path) -> str:
 
 
 def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iterator[Document]:
-    suffix = _suffix(path)
+    suffix = _suffix(path.name)
     if suffix == ".txt":
         whole = _clean(_decode(path.read_bytes(), path), str(path))
         if not whole.strip():

@@ -117,12 +117,14 @@ def pack(
     holdout_fraction: float = 0.05,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    skipped: Callable[[Path, str], None] | None = None,
 ) -> PackedCorpus:
     """Tokenize the documents of `inputs`, (source name or None, file or folder) each, into the packed corpus `output`.
 
     `holdout` says what is kept for validation, about `holdout_fraction` of it: "hash", whole documents, by a hash of their text
     (equal documents stay together); "author", all documents of an author, by a hash of the name; "tail", the end of every
-    document, cut at a line. `progress(documents, bytes)` is called with the totals so far.
+    document, cut at a line. `progress(documents, bytes)` is called with the totals so far, `skipped(path, reason)` with
+    what the folders hold and is not read (see `read_documents`).
 
     The result does not depend on anything but the arguments and the text. Raises `CorpusError` for bad text, a source whose
     training or validation text would be empty, a full disk, an `output` that another process is packing into, or one that
@@ -137,7 +139,7 @@ def pack(
     if not inputs:
         raise CorpusError("no input to pack; name at least one file or folder")
     _require_free(output, overwrite)
-    documents = [read_documents(path, source=source) for source, path in inputs]
+    documents = [read_documents(path, source=source, skipped=skipped) for source, path in inputs]
 
     def held(holder: str) -> CorpusError:
         return CorpusError(f"{output}: another process is packing into it; wait for that one, or choose another folder")
