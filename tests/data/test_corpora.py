@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tracemalloc
 import types
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
@@ -76,6 +77,23 @@ class TestKinds:
     def test_lines_longer_than_a_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(corpora, "_READ_SIZE", 7)
         path = write(tmp_path / "a.jsonl", jsonl(ROWS).rstrip(b"\n"))
+        assert [document.text for document in read_documents(path)] == [row["text"] for row in ROWS]
+
+    def test_a_long_line_is_held_few_times(self, tmp_path: Path) -> None:
+        line = jsonl([{"text": "some words " * 1_000_000}])
+        path = write(tmp_path / "a.jsonl", line + line)
+        tracemalloc.start()
+        try:
+            lengths = [len(document.text) for document in read_documents(path)]
+            assert tracemalloc.get_traced_memory()[1] < 4.5 * len(line)
+        finally:
+            tracemalloc.stop()
+        assert lengths == [11_000_000, 11_000_000]
+
+    def test_zstandard_of_a_long_window(self, tmp_path: Path) -> None:
+        parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+        stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        path = write(tmp_path / "a.jsonl.zst", stream.compress(jsonl(ROWS)) + stream.flush())
         assert [document.text for document in read_documents(path)] == [row["text"] for row in ROWS]
 
     def test_text_file_is_one_document(self, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import io
 import json
 import logging
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +24,9 @@ from factorization_memory.data.folders import HIDDEN, OTHER_KIND, find_files
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 
 _READ_SIZE = 1 << 18
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST_WINDOW = 1 << 31
+"""Bytes that a file of `zstd --long=31` looks back over, the most there is; memory is taken for what a file uses."""
 
 
 class CorpusError(ValueError):
@@ -159,14 +162,17 @@ def optional_text(row: Mapping[str, Any], field: str) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
+def utf8_length(text: str) -> int:
+    """Bytes of `text` as UTF-8, counted without a copy of it all."""
+    return sum(len(text[start : start + _READ_SIZE].encode("utf-8")) for start in range(0, len(text), _READ_SIZE))
+
+
 def _clean(text: str, place: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
+    lone = _SURROGATE.search(text)
+    if lone is not None:
         raise CorpusError(
-            f"{place}: character {error.start} is the lone surrogate U+{code:04X}, which is no character; remove it"
-        ) from error
+            f"{place}: character {lone.start()} is the lone surrogate U+{ord(lone[0]):04X}, which is no character; remove it"
+        )
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -189,7 +195,8 @@ def _json_rows(path: Path, *, compressed: bool) -> Iterator[tuple[int, str, dict
         place = f"{path}, line {number}"
         text = _decode(line, path, f"{place} (offset in the text it unpacks to)" if compressed else place, offset)
         offset += len(line)
-        if not text.strip():
+        del line  # a line may be a whole library: it is held once
+        if text.isspace():
             continue
         try:
             row = json.loads(text)
@@ -197,23 +204,30 @@ def _json_rows(path: Path, *, compressed: bool) -> Iterator[tuple[int, str, dict
             raise CorpusError(
                 f"{place}: not JSON ({error.msg} at character {error.pos}); each line is one JSON object"
             ) from error
+        del text
         if not isinstance(row, dict):
             raise CorpusError(f'{place}: a {type(row).__name__}, not a JSON object; write {{"text": ...}}')
         yield number, place, row
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    pending = io.BytesIO()
+    pending: list[bytes] = []
     for block in blocks:
         start = 0
         while (end := block.find(b"\n", start) + 1) > 0:
-            pending.write(block[start:end])
-            yield pending.getvalue()
-            pending = io.BytesIO()
+            pending.append(block[start:end])
+            yield _joined(pending)
             start = end
-        pending.write(block[start:])
-    if pending.tell():
-        yield pending.getvalue()
+        pending.append(block[start:])
+    if any(pending):
+        yield _joined(pending)
+
+
+def _joined(pieces: list[bytes]) -> bytes:
+    """The pieces in one, which are held no longer."""
+    line = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    pieces.clear()
+    return line
 
 
 def _file_blocks(path: Path) -> Iterator[bytes]:
@@ -225,11 +239,12 @@ def _file_blocks(path: Path) -> Iterator[bytes]:
 def _zstd_blocks(path: Path) -> Iterator[bytes]:
     import zstandard
 
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW)
     frame = None
     try:
         for block in _file_blocks(path):
             while block:  # a file may be several frames, one after the other
-                frame = frame if frame is not None and not frame.eof else zstandard.ZstdDecompressor().decompressobj()
+                frame = frame if frame is not None and not frame.eof else decompressor.decompressobj()
                 yield frame.decompress(block)
                 block = frame.unused_data if frame.eof else b""
     except zstandard.ZstdError as error:
