@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,27 @@ class TestPack:
         assert list(corpus.sources) == ["a/b", "a_b", "日本"]
         assert all(source.language is None for source in corpus.sources.values())
         assert len({len(source.splits["train"].tokens) for source in corpus.sources.values()}) == 1
+
+    def test_sources_with_long_names(self, jsonl: Path, tmp_path: Path) -> None:
+        names = ["日本" * 60 + end for end in "ab"]
+        corpus = pack([(name, jsonl) for name in names], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        assert list(corpus.sources) == names
+
+    def test_more_sources_than_open_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = [{"text": f"text {i} of some words\n" * 4, "language": f"l{i % 60}"} for i in range(120)]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, most[1]))
+            corpus = pack([(None, tmp_path / "in.jsonl")], BYTES, tmp_path / "out", holdout="tail", holdout_fraction=0.3)
+            assert len(corpus.sources) == 60
+            read = [text for name in corpus.sources for split in ("train", "validation") for text in texts(corpus, name, split)]
+            assert sum(map(len, read)) == sum(len(row["text"]) for row in rows)
+            monkeypatch.setattr(shards, "_MAPPED_BYTES", 0)
+            with pytest.raises(CorpusError, match=r"more sources than files may be open; raise the limit"):
+                PackedCorpus.open(tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 
 class TestRefusals:

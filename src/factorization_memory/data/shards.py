@@ -7,7 +7,7 @@ document starts, and the total). It is written aside and renamed when whole; siz
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -19,7 +19,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from factorization_memory._files import JSONError, atomic_folder, lock, read_json
-from factorization_memory.data.corpora import CorpusError, Document, explain_full_disk, read_documents, require_file
+from factorization_memory.data.corpora import (
+    CorpusError,
+    Document,
+    explain_full_disk,
+    read_documents,
+    require_file,
+    utf8_length,
+)
 from factorization_memory.data.tokenizer import Tokenizer, TokenizerError
 from factorization_memory.data.verification import REMEDY, check_sizes, verify_once
 
@@ -30,13 +37,19 @@ TRAIN, VALIDATION = "train", "validation"
 _FORMAT, _VERSION = "factorization_memory.corpus", 1
 _DTYPES = ("<u2", "<u4")
 
+_PENDING_BYTES = 1 << 16
+"""Tokens of a split that are held while packing."""
+
+_MAPPED_BYTES = 1 << 20
+"""Splits from this size on are mapped; smaller ones are read, as each mapping holds a file open."""
+
 
 @dataclass(frozen=True)
 class Split:
     """The text of one source for training, or for validation."""
 
     tokens: np.ndarray
-    """Token ids [num_tokens], uint16 or uint32, memory-mapped read-only."""
+    """Token ids [num_tokens], uint16 or uint32, read-only, memory-mapped if there are many."""
     document_starts: np.ndarray
     """int64 [num_documents + 1]: where each document starts, and num_tokens."""
     text_bytes: int
@@ -61,7 +74,7 @@ class Source:
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A packed corpus, opened: nothing is in memory but the index."""
+    """A packed corpus, opened: in memory are the index and what is small."""
 
     folder: Path
     sources: dict[str, Source]
@@ -85,17 +98,25 @@ class PackedCorpus:
         tokenizer = _open_tokenizer(folder, manifest)
         check_sizes(folder, manifest)
         verify_once(folder, manifest, tokenizer.vocab_size)
-        sources = {
-            name: Source(
-                name=name,
-                language=entry["language"],
-                splits={
-                    split: _open_split(folder, files, np.dtype(manifest["dtype"]), entry["language"])
-                    for split, files in entry["splits"].items()
-                },
-            )
-            for name, entry in manifest["sources"].items()
-        }
+        try:
+            sources = {
+                name: Source(
+                    name=name,
+                    language=entry["language"],
+                    splits={
+                        split: _open_split(folder, files, np.dtype(manifest["dtype"]), entry["language"])
+                        for split, files in entry["splits"].items()
+                    },
+                )
+                for name, entry in manifest["sources"].items()
+            }
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise CorpusError(
+                f"{folder}: the corpus has more sources than files may be open; raise the limit (`ulimit -n 65536`), or pack "
+                "several under one name (NAME=PATH)"
+            ) from None
         return cls(folder=folder, sources=sources, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -148,8 +169,8 @@ def pack(
     with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
         # Again, now that no other process can write there.
         _require_free(output, overwrite)
-        with atomic_folder(output, overwrite=overwrite) as aside, contextlib.ExitStack() as files:
-            packer = _Packer(aside, files, tokenizer, holdout, holdout_fraction)
+        with atomic_folder(output, overwrite=overwrite) as aside:
+            packer = _Packer(aside, tokenizer, holdout, holdout_fraction)
             for document in (document for some in documents for document in some):
                 packer.add(document)
                 if progress is not None:
@@ -161,13 +182,10 @@ def pack(
 class _Packer:
     """Writes documents into the files of their source and split."""
 
-    def __init__(
-        self, folder: Path, files: contextlib.ExitStack, tokenizer: Tokenizer, holdout: Holdout, fraction: float
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, holdout: Holdout, fraction: float) -> None:
         self.documents = 0
         self.text_bytes = 0
         self._folder = folder
-        self._files = files
         self._tokenizer = tokenizer
         self._holdout: Holdout = holdout
         self._fraction = fraction
@@ -179,19 +197,18 @@ class _Packer:
         source = document.source
         if source not in self._writers:
             self._languages[source] = set()
-            stem = f"{len(self._writers):02d}-" + re.sub(r"[^\w.-]", "_", source)
+            stem = f"{len(self._writers):02d}-" + _file_stem(source)
             self._writers[source] = {
-                split: self._files.enter_context(_SplitWriter(self._folder, f"{stem}.{split}", self._dtype))
-                for split in (TRAIN, VALIDATION)
+                split: _SplitWriter(self._folder, f"{stem}.{split}", self._dtype) for split in (TRAIN, VALIDATION)
             }
         self._languages[source].add(document.language)
         for split, text in self._parts(document):
             writer = self._writers[source][split]
             for ids in self._tokenizer.encode_blocks(text):
                 writer.write(ids)
-            writer.end_document(self._tokenizer.document_end, len(text.encode("utf-8")))
+            writer.end_document(self._tokenizer.document_end, utf8_length(text))
         self.documents += 1
-        self.text_bytes += len(document.text.encode("utf-8"))
+        self.text_bytes += utf8_length(document.text)
 
     def _parts(self, document: Document) -> Iterator[tuple[str, str]]:
         if self._holdout == "tail":
@@ -210,7 +227,7 @@ class _Packer:
         yield VALIDATION if draw < self._fraction else TRAIN, document.text
 
     def finish(self) -> None:
-        """Close the files and write tokenizer and manifest, which comes last."""
+        """Finish the files and write tokenizer and manifest, which comes last."""
         entries: dict[str, Any] = {}
         for source in sorted(self._writers):
             languages = self._languages[source]
@@ -248,25 +265,31 @@ class _Packer:
         )
 
 
-class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
-    """The two files of one split."""
+class _SplitWriter:
+    """The two files of one split. None is open between two calls: a corpus may have more sources than files may be open."""
 
     def __init__(self, folder: Path, stem: str, dtype: np.dtype[Any]) -> None:
         self._folder, self._stem, self._dtype = folder, stem, dtype
-        self._file = (folder / f"{stem}.tokens").open("wb")
+        self._tokens_file = folder / f"{stem}.tokens"
+        self._tokens_file.touch()
+        self._pending = bytearray()
         self._sha256 = hashlib.sha256()
         self._tokens = 0
         self._starts = [0]
         self._text_bytes = 0
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
     def write(self, ids: np.ndarray) -> None:
         data = ids.astype(self._dtype).tobytes()
-        self._file.write(data)
+        self._pending += data
         self._sha256.update(data)
         self._tokens += len(ids)
+        if len(self._pending) >= _PENDING_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._tokens_file.open("ab") as file:
+            file.write(self._pending)
+        self._pending.clear()
 
     def end_document(self, document_end: int, text_bytes: int) -> None:
         self.write(np.array([document_end]))
@@ -274,7 +297,7 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
         self._text_bytes += text_bytes
 
     def finish(self) -> dict[str, Any]:
-        self._file.close()
+        self._flush()
         documents = self._folder / f"{self._stem}.documents.npy"
         np.save(documents, np.array(self._starts, dtype=np.int64))
         return {
@@ -282,7 +305,7 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
             "documents": len(self._starts) - 1,
             "text_bytes": self._text_bytes,
             "tokens_file": {
-                "name": f"{self._stem}.tokens",
+                "name": self._tokens_file.name,
                 "size": self._tokens * self._dtype.itemsize,
                 "sha256": self._sha256.hexdigest(),
             },
@@ -292,6 +315,11 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
                 "sha256": hashlib.sha256(documents.read_bytes()).hexdigest(),
             },
         }
+
+
+def _file_stem(source: str) -> str:
+    """A source's name for the names of its files, which may have 255 bytes each."""
+    return re.sub(r"[^\w.-]", "_", source).encode("utf-8")[:128].decode("utf-8", errors="ignore")
 
 
 def _tail(text: str, fraction: float) -> int:
@@ -392,11 +420,17 @@ def _open_split(folder: Path, files: dict[str, Any], dtype: np.dtype[Any], langu
         raise CorpusError(
             f"{path}: the borders of documents do not rise from 0 to the {files['tokens']} tokens of the split; {REMEDY}"
         )
-    tokens = folder / files["tokens_file"]["name"]
     return Split(
-        # An empty file cannot be mapped.
-        tokens=np.memmap(tokens, dtype=dtype, mode="r") if files["tokens"] else np.empty(0, dtype=dtype),
+        tokens=_open_tokens(folder / files["tokens_file"]["name"], dtype),
         document_starts=starts,
         text_bytes=files["text_bytes"],
         language=language,
     )
+
+
+def _open_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    if path.stat().st_size < _MAPPED_BYTES:
+        tokens = np.fromfile(path, dtype=dtype)
+        tokens.flags.writeable = False
+        return tokens
+    return np.memmap(path, dtype=dtype, mode="r")
