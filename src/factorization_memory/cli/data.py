@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from factorization_memory._text import visible
 from factorization_memory.cli.common import choose, console, emit, parse, say
 from factorization_memory.config import ConfigError
 
@@ -217,8 +219,8 @@ def _pack(arguments: list[str]) -> int:
             size += split.text_bytes
             numbers = {"documents": split.num_documents, "tokens": len(split.tokens), "bytes": split.text_bytes}
             result["sources"][name][part] = numbers
-            out.print(f"{name:>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
-                      f"{numbers['bytes']:>14,} bytes")  # fmt: skip
+            say(f"{visible(name):>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
+                f"{numbers['bytes']:>14,} bytes")  # fmt: skip
     result["megabytes_per_second"] = size / 1e6 / seconds
     result["left_out"] = left_out.paths
     left_out.say()
@@ -271,4 +273,5 @@ def _require_inputs(inputs: Sequence[object], verb: str) -> None:
 def _named(text: str) -> tuple[str | None, Path]:
     """A source's name and path from NAME=PATH, or from a path alone (which may itself hold "=")."""
     name, equals, path = text.partition("=")
-    return (name, Path(path)) if equals and name.isidentifier() and not Path(text).exists() else (None, Path(text))
+    named = equals and re.fullmatch(r"[\w.-]+", name) and not Path(text).exists()
+    return (name, Path(path)) if named else (None, Path(text))

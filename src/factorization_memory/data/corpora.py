@@ -145,6 +145,10 @@ def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iter
             )
             raise CorpusError(f"{place}: {what}; every document needs its text as a string in the field 'text'")
         language, author = (optional_text(row, field) for field in ("language", "author"))
+        if isinstance(row.get("language"), (dict, list)):
+            raise CorpusError(
+                f"{place}: 'language' = {str(row['language'])[:40]!r}; write it as a string, such as \"en\", or leave it out"
+            )
         yield Document(
             text=_clean(text, place),
             id=optional_text(row, "id") or f"{name}:{number}",
