@@ -6,8 +6,10 @@ import dataclasses
 import errno
 import gzip
 import json
+import os
 import re
 import sys
+import tracemalloc
 import types
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
@@ -77,6 +79,23 @@ class TestKinds:
         path = write(tmp_path / "a.jsonl", jsonl(ROWS).rstrip(b"\n"))
         assert [document.text for document in read_documents(path)] == [row["text"] for row in ROWS]
 
+    def test_a_long_line_is_held_few_times(self, tmp_path: Path) -> None:
+        line = jsonl([{"text": "some words " * 1_000_000}])
+        path = write(tmp_path / "a.jsonl", line + line)
+        tracemalloc.start()
+        try:
+            lengths = [len(document.text) for document in read_documents(path)]
+            assert tracemalloc.get_traced_memory()[1] < 4.5 * len(line)
+        finally:
+            tracemalloc.stop()
+        assert lengths == [11_000_000, 11_000_000]
+
+    def test_zstandard_of_a_long_window(self, tmp_path: Path) -> None:
+        parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+        stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        path = write(tmp_path / "a.jsonl.zst", stream.compress(jsonl(ROWS)) + stream.flush())
+        assert [document.text for document in read_documents(path)] == [row["text"] for row in ROWS]
+
     def test_text_file_is_one_document(self, tmp_path: Path) -> None:
         path = write(tmp_path / "story.TXT", "\ufeffCafe\u0301\r\nか\u3099\rx\r\r\n".encode())
         assert list(read_documents(path)) == [Document("Café\nが\nx\n\n", "story.TXT", "story", None, None)]
@@ -92,6 +111,81 @@ class TestKinds:
         assert [document.text for document in documents] == ["first", "second", "third"]
         assert documents[2].id == str(Path("b") / "x.txt")
         assert [document.source for document in documents] == [tmp_path.name, tmp_path.name, "b"]
+
+    def test_links_are_followed_once(self, tmp_path: Path) -> None:
+        folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+        (folder / "own").mkdir(parents=True)
+        (elsewhere / "deep").mkdir(parents=True)
+        write(folder / "own" / "a.txt", b"own")
+        write(elsewhere / "b.txt", b"linked folder")
+        write(elsewhere / "deep" / "c.txt", b"below a linked folder")
+        write(tmp_path / "blob", b"linked file")
+        for name, target in (
+            ("shard", elsewhere),
+            ("shard2", elsewhere),
+            ("deep", elsewhere / "deep"),
+            ("file.txt", tmp_path / "blob"),
+            ("again.txt", folder / "own" / "a.txt"),
+            ("nowhere.txt", tmp_path / "nowhere.txt"),
+            ("self.txt", folder / "self.txt"),
+            ("up", tmp_path),
+            ("here", folder),
+        ):
+            (folder / name).symlink_to(target)
+        (elsewhere / "back").symlink_to(folder)
+        (elsewhere / "deep" / "up").symlink_to(elsewhere)
+        told: dict[str, str] = {}
+        documents = list(read_documents(folder, skipped=lambda path, why: told.update({str(path.relative_to(folder)): why})))
+        assert [(document.text, document.source, document.id) for document in documents] == [
+            ("below a linked folder", "deep", "deep/c.txt"),
+            ("linked file", "corpus", "file.txt"),
+            ("own", "own", "own/a.txt"),
+            ("linked folder", "shard", "shard/b.txt"),
+        ]
+        circle, already = "a link to a folder that it is in itself", "read already, by another way"
+        assert told == {
+            "shard2": already,
+            "shard/deep": already,
+            "shard/back": already,
+            "again.txt": already,
+            "nowhere.txt": "a link that leads nowhere",
+            "self.txt": "a link that leads nowhere (Too many levels of symbolic links)",
+            "up": circle,
+            "here": circle,
+            "deep/up": circle,
+        }
+
+    def test_what_is_left_out_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write(tmp_path / "a.txt", b"text")
+        write(tmp_path / "notes.md", b"text")
+        (tmp_path / ".git").mkdir()
+        os.mkfifo(tmp_path / "pipe.txt")
+        (tmp_path / "lost.txt").symlink_to(tmp_path / "nowhere")
+        told: list = []
+        assert len(list(read_documents(tmp_path, skipped=lambda path, why: told.append((path.name, why))))) == 1
+        assert told == [
+            (".git", "hidden"),
+            ("lost.txt", "a link that leads nowhere"),
+            ("notes.md", "of another kind"),
+            ("pipe.txt", "neither a file nor a folder"),
+        ]
+        read_documents(tmp_path)
+        assert "lost.txt: left out, it is a link that leads nowhere" in caplog.text
+        assert "notes.md" not in caplog.text
+
+    def test_folder_without_texts_says_what_it_holds(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.md", b"text")
+        (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
+        assert "a.md is of another kind; b.txt is a link that leads nowhere" in error_of(tmp_path)
+
+    def test_folder_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(tmp_path / "a.txt", b"text")
+
+        def refused(self: Path) -> Iterator[Path]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "iterdir", refused)
+        assert f"{tmp_path}: the folder cannot be read (Permission denied); give access" in error_of(tmp_path)
 
     def test_books_of_the_package(self) -> None:
         english, japanese = read_documents(builtin_corpus())
@@ -252,6 +346,23 @@ class TestFetch:
             with pytest.raises(CorpusError, match=message):
                 fetch_dataset("some/name", output)
             assert not list(tmp_path.iterdir())
+
+    def test_second_fetch_into_one_file_is_refused_and_harms_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = tmp_path / "a.jsonl.zst"
+
+        def rows() -> Iterator[dict]:
+            yield ROWS[0]
+            fake_datasets(monkeypatch, ROWS)
+            with pytest.raises(CorpusError, match=r"a\.jsonl\.zst: another process is fetching into it; wait"):
+                fetch_dataset("some/name", output)
+            yield ROWS[1]
+
+        fake_datasets(monkeypatch, rows())
+        assert fetch_dataset("some/name", output).documents == 2
+        assert [document.text for document in read_documents(output)] == [row["text"] for row in ROWS[:2]]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.zst", "a.source.json"]
 
     def test_output_must_be_new_and_named_rightly(self, tmp_path: Path) -> None:
         with pytest.raises(CorpusError, match="exists"):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
+import os
+import re
+import resource
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from factorization_memory.data import shards
+from factorization_memory.data import shards, verification
 from factorization_memory.data.corpora import CorpusError, builtin_corpus
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
@@ -61,7 +65,7 @@ class TestPack:
         assert seen[-1] == (160, total)
         assert len(seen) == 160
         corpus.verify()
-        assert not (tmp_path / "out.partial").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
 
     def test_is_repeatable_and_order_of_files_does_not_move_documents(self, jsonl: Path, tmp_path: Path) -> None:
         first = pack([(None, jsonl)], BYTES, tmp_path / "one", holdout_fraction=0.2)
@@ -113,6 +117,27 @@ class TestPack:
         assert list(corpus.sources) == ["a/b", "a_b", "日本"]
         assert all(source.language is None for source in corpus.sources.values())
         assert len({len(source.splits["train"].tokens) for source in corpus.sources.values()}) == 1
+
+    def test_sources_with_long_names(self, jsonl: Path, tmp_path: Path) -> None:
+        names = ["日本" * 60 + end for end in "ab"]
+        corpus = pack([(name, jsonl) for name in names], BYTES, tmp_path / "out", holdout_fraction=0.2)
+        assert list(corpus.sources) == names
+
+    def test_more_sources_than_open_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = [{"text": f"text {i} of some words\n" * 4, "language": f"l{i % 60}"} for i in range(120)]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, most[1]))
+            corpus = pack([(None, tmp_path / "in.jsonl")], BYTES, tmp_path / "out", holdout="tail", holdout_fraction=0.3)
+            assert len(corpus.sources) == 60
+            read = [text for name in corpus.sources for split in ("train", "validation") for text in texts(corpus, name, split)]
+            assert sum(map(len, read)) == sum(len(row["text"]) for row in rows)
+            monkeypatch.setattr(shards, "_MAPPED_BYTES", 0)
+            with pytest.raises(CorpusError, match=r"more sources than files may be open; raise the limit"):
+                PackedCorpus.open(tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, most)
 
 
 class TestRefusals:
@@ -200,7 +225,7 @@ class TestInterrupted:
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
     def test_what_a_killed_pack_left_is_no_corpus_and_does_no_harm(self, jsonl: Path, tmp_path: Path) -> None:
-        partial = tmp_path / "out.partial"
+        partial = tmp_path / "out.01234567.partial"
         whole = pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
         shutil.move(tmp_path / "out", partial)
         (partial / "manifest.json").unlink()
@@ -233,14 +258,14 @@ class TestInterrupted:
 
     def test_corpus_being_replaced_survives_a_failing_rename(self, jsonl: Path, tmp_path: Path, monkeypatch) -> None:
         old = pack([("old", jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
-        rename = shards.os.rename
+        rename = os.rename
 
         def failing(source, target):
             if str(source).endswith(".partial"):
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
 
-        monkeypatch.setattr(shards.os, "rename", failing)
+        monkeypatch.setattr(os, "rename", failing)
         with pytest.raises(OSError, match="Input/output"):
             pack([("new", jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2, overwrite=True)
         assert PackedCorpus.open(tmp_path / "out").fingerprint == old.fingerprint
@@ -287,13 +312,89 @@ class TestOpen:
         assert file.name in self.error_of(packed)
         assert "missing" in self.error_of(packed)
 
-    def test_changed_bytes_are_seen_by_verify(self, packed: Path) -> None:
-        file = next(packed.glob("*.tokens"))
+    @pytest.mark.parametrize("suffix", [".tokens", ".documents.npy"])
+    def test_changed_bytes_are_seen(self, packed: Path, suffix: str) -> None:
+        corpus = PackedCorpus.open(packed)
+        file = next(path for path in sorted(packed.iterdir()) if path.name.endswith(suffix))
         data = bytearray(file.read_bytes())
+        data[-10] ^= 1
+        file.write_bytes(data)
+        message = self.error_of(packed)
+        assert message.startswith(str(file))
+        assert "checksum" in message
+        assert "pack the corpus again" in message
+        with pytest.raises(CorpusError, match=rf"{file.name}.*checksum"):
+            corpus.verify()
+
+    def rewritten(self, packed: Path, change) -> str:
+        """What is said of the corpus with its first training files changed by `change(tokens, starts, manifest)` and every
+        checksum made right."""
+        manifest = json.loads((packed / "manifest.json").read_text())
+        files = manifest["sources"]["en"]["splits"]["train"]
+        places = [packed / files[kind]["name"] for kind in ("tokens_file", "documents_file")]
+        tokens, starts = change(np.fromfile(places[0], dtype="<u2"), np.load(places[1]), manifest)
+        places[0].write_bytes(tokens.tobytes())
+        np.save(places[1], starts)
+        for kind, place in zip(("tokens_file", "documents_file"), places, strict=True):
+            files[kind] |= {"size": place.stat().st_size, "sha256": hashlib.sha256(place.read_bytes()).hexdigest()}
+        manifest["fingerprint"] = shards._fingerprint(manifest)
+        (packed / "manifest.json").write_text(json.dumps(manifest))
+        return self.error_of(packed)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda t, s, _: (np.where(np.arange(len(t)) == 5, 258, t).astype("<u2"), s),
+                "train.tokens: holds the token id 258",
+            ),
+            (lambda t, s, _: (t, s + 1), "train.documents.npy: the borders"),
+            (lambda t, s, _: (t, np.append(s[:-1], s[-1] - 1)), "the borders"),
+            (lambda t, s, _: (t, np.append([0, s[2], s[1]], s[3:])), "the borders"),
+            (lambda t, s, _: (t, s[:-1]), r"train.documents.npy: int64 \[\d+\] instead"),
+            (lambda t, s, _: (t, s.astype(np.float64)), "train.documents.npy: float64"),
+            (lambda t, s, _: (t.astype("<u4"), s), "manifest.json: size="),
+            (lambda t, s, m: m.update(dtype="<f2") or (t, s), "manifest.json: dtype='<f2'"),
+            (lambda t, s, m: m.pop("sources", None) and (t, s), "manifest.json: sources='None'"),
+            (lambda t, s, m: m["sources"]["ja"].update(splits=[1]) or (t, s), r"manifest.json: splits='\[1\]'"),
+            (
+                lambda t, s, m: m["sources"]["ja"]["splits"]["train"]["tokens_file"].update(name="../a") or (t, s),
+                r"name='\.\./a'",
+            ),
+        ],
+    )
+    def test_what_no_packing_writes(self, packed: Path, change, message: str) -> None:
+        said = self.rewritten(packed, change)
+        assert re.search(message, said)
+        assert "pack" in said
+
+    def test_large_corpora_are_read_once_until_a_file_changes(self, packed: Path, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(verification, "REMEMBERED_BYTES", 1)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        read: list[int] = []
+        contents = verification._check_contents
+        monkeypatch.setattr(verification, "_check_contents", lambda *a: (read.append(1), contents(*a)))
+        corpus = PackedCorpus.open(packed)
+        PackedCorpus.open(packed)
+        assert len(read) == 1
+        corpus.verify()
+        assert len(read) == 2
+        file = next(packed.glob("*.tokens"))
+        before, data = file.stat(), bytearray(file.read_bytes())
         data[10] ^= 1
         file.write_bytes(data)
-        with pytest.raises(CorpusError, match=rf"{file.name}.*checksum"):
-            PackedCorpus.open(packed).verify()
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert "checksum" in self.error_of(packed)
+        assert "checksum" in self.error_of(packed)  # what was found damaged is not remembered
+        # A note that cannot be read or written is no reason to stop.
+        data[10] ^= 1
+        file.write_bytes(data)
+        note = next((tmp_path / "cache").rglob("*.json"))
+        note.write_text("{")
+        PackedCorpus.open(packed)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+        PackedCorpus.open(packed)
+        assert len(read) == 6
 
     def test_another_tokenizer(self, packed: Path) -> None:
         Tokenizer.train(["other text"], 300).save(packed / "tokenizer.json")

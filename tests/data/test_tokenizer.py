@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import re
+import time
+import tracemalloc
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +79,39 @@ class TestChunks:
         assert "".join(blocks) == text
         assert len(blocks) > 50
         assert [i for block in blocks for i in trained.encode(block)] == whole(trained, text)
+
+    @settings(max_examples=300, deadline=None)
+    @given(text=AWKWARD, size=st.integers(1, 12))
+    def test_blocks_of_awkward_text(self, trained: Tokenizer, text: str, size: int) -> None:
+        # A cut within a word is the one thing that may change its tokens.
+        normal = unicodedata.normalize("NFC", text * 4)
+        blocks = list(tokenizer_module._blocks(normal, size))
+        assert "".join(blocks) == normal
+        assert all(len(block) <= 2 * size for block in blocks)
+        pieces = [end for _, (_, end) in trained._backend.pre_tokenizer.pre_tokenize_str(normal)]
+        ends = list(itertools.accumulate(map(len, blocks)))
+        if set(ends) <= set(pieces):
+            assert [i for block in blocks for i in trained.encode(block)] == whole(trained, normal)
+        for start, end in itertools.pairwise([0, *ends]):
+            assert end in pieces or not re.search("[al1][ \n]", normal[start + size - 1 : start + 2 * size])
+
+    def test_one_long_line_is_encoded_in_blocks(self, trained: Tokenizer, books: dict[str, str], monkeypatch) -> None:
+        monkeypatch.setattr(tokenizer_module, "_ENCODING_BLOCK", 500)
+        for text in (books["en"][:20_000].replace("\n", " "), "".join(books["ja"][:5000].split()), "A1b2," * 2000):
+            blocks = list(trained.encode_blocks(text))
+            assert len(blocks) > 5
+            assert np.concatenate(blocks).tolist() == whole(trained, text)
+
+    def test_memory_of_one_long_line(self) -> None:
+        text = "some words and more " * 500_000
+        tokenizer = Tokenizer.bytes_level()
+        tracemalloc.start()
+        try:
+            assert sum(map(len, tokenizer.encode_blocks(text))) == len(text)
+            # Some 34 bytes a character where the whole line is one block.
+            assert tracemalloc.get_traced_memory()[1] < 8 * len(text)
+        finally:
+            tracemalloc.stop()
 
     def test_a_full_cache_changes_nothing(
         self, trained: Tokenizer, books: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -200,6 +239,14 @@ class TestTraining:
 
     def test_small_text_gives_a_small_vocabulary(self) -> None:
         assert 258 < Tokenizer.train(["again and again"] * 3, vocab_size=5000).vocab_size < 300
+
+    def test_time_of_one_long_word_is_linear(self) -> None:
+        word = "".join(random.Random(0).choices("ACGT", k=200_000))
+        start = time.process_time()
+        tokenizer = Tokenizer.train([word], 600)
+        # Some 30 s where the library gets the word whole.
+        assert time.process_time() - start < 8
+        assert len(tokenizer.encode(word)) < len(word) / 3
 
     def test_is_repeatable(self, trained: Tokenizer, books: dict[str, str]) -> None:
         again = Tokenizer.train([books["en"][:60_000], books["ja"][:20_000]], vocab_size=2000)

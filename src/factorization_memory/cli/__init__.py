@@ -70,7 +70,9 @@ def dispatch(arguments: list[str]) -> int:
 
 def complain(message: str, status: int) -> int:
     """Say what went wrong on stderr; returns `status`."""
-    print(f"fmem: {message}", file=sys.stderr)
+    from factorization_memory._text import visible
+
+    print(f"fmem: {visible(message, keep=chr(10))}", file=sys.stderr)
     return status
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, suggestion
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from factorization_memory.config import RunConfig
     from factorization_memory.data.tokenizer import Tokenizer
@@ -44,10 +46,22 @@ def at_least(options: Any, **bounds: int) -> None:
 
 
 def console() -> Console:
-    """Where people read: stderr."""
+    """Where people read: stderr. What would steer the terminal is written out; names from data go through `plain`, as markup is
+    read in what is printed."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    class VisibleConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(visible(text, keep="\n\t"), **options)
+
+    return VisibleConsole(stderr=True, highlight=False, emoji=False)
+
+
+def plain(text: str) -> Text:
+    """A name from data, for a line or a cell: it is shown as it is, nothing in it is markup."""
+    from rich.text import Text
+
+    return Text(visible(text))
 
 
 def resolve(run: Path | None) -> tuple[Path | None, Path | None]:

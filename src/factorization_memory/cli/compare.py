@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import emit, parse, write_aside
+from factorization_memory.cli.common import emit, parse, plain, write_aside
 from factorization_memory.cli.compare_display import Display
 from factorization_memory.cli.compare_plan import CompareOptions, check, make_plan
 from factorization_memory.cli.tables import table, wide_console
@@ -264,7 +264,7 @@ def _show_record(record: dict[str, Any], people: Console) -> None:
         shown = table("", *part.columns)
         shown.columns[0].overflow = "fold"
         for row in part.rows:
-            shown.add_row(*row)
+            shown.add_row(*map(plain, row))
         people.print(shown)
     for note in notes(record):
         people.print(note, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import console
+from factorization_memory.cli.common import console, plain
 from factorization_memory.cli.tables import table
 from factorization_memory.experiments.processes import Watcher
 
@@ -77,7 +77,7 @@ class Display(Watcher):
     def _table(self) -> Table:
         shown = table("", "run", "step", "loss", "tokens/s")
         for job, line in self._running.values():
-            shown.add_row(job.title, *_standing(job, line))
+            shown.add_row(plain(job.title), *_standing(job, line))
         return shown
 
     def _say(self, line: str) -> None:

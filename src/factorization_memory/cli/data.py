@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from factorization_memory._text import visible
 from factorization_memory.cli.common import choose, console, emit, parse, say
 from factorization_memory.config import ConfigError
 
@@ -75,15 +77,26 @@ class PackOptions:
     """Write the result to stdout as JSON."""
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Read a packed corpus whole: every checksum, token id and document border is compared with what was packed."""
+
+    corpus: tyro.conf.Positional[Path]
+    """Folder of the packed corpus."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
 def run(arguments: list[str]) -> int:
     """`fmem data VERB`."""
-    verbs: dict[str, Callable[[list[str]], int]] = {"fetch": _fetch, "tokenizer": _tokenizer, "pack": _pack}
+    verbs: dict[str, Callable[[list[str]], int]] = {"fetch": _fetch, "tokenizer": _tokenizer, "pack": _pack, "verify": _verify}
     if not arguments or arguments[0] in ("-h", "--help"):
         console().print(
             "usage: fmem data VERB [options]; fmem data VERB --help tells more\n\n"
             "  fetch      stream a data set of the hub once, to disk; alone, it lists those with a short name\n"
             "  tokenizer  train a byte-level BPE tokenizer\n"
-            "  pack       tokenize texts into a packed corpus"
+            "  pack       tokenize texts into a packed corpus\n"
+            "  verify     read a packed corpus whole and compare it with what was packed"
         )
         return 0 if arguments else 2
     return choose(arguments[0], verbs, "fmem data")(arguments[1:])
@@ -148,13 +161,17 @@ def _tokenizer(arguments: list[str]) -> int:
     def texts(keep: int) -> Iterator[str]:
         nonlocal read
         for path in options.inputs:
-            for number, document in enumerate(read_documents(path)):
+            for number, document in enumerate(read_documents(path, skipped=lambda *_: None)):  # told of before
                 if number % keep == 0:
                     read += len(document.text.encode())
                     yield document.text
 
+    left_out = LeftOut()
     with console().status("reading the texts"):
-        total = sum(len(document.text.encode()) for path in options.inputs for document in read_documents(path))
+        total = sum(
+            len(document.text.encode()) for path in options.inputs for document in read_documents(path, skipped=left_out.add)
+        )
+    left_out.say()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with console().status("training the tokenizer"):
@@ -179,6 +196,7 @@ def _pack(arguments: list[str]) -> int:
     tokenizer = Tokenizer.bytes_level() if options.tokenizer == "bytes" else Tokenizer.load(Path(options.tokenizer))
     start = time.perf_counter()
     out = console()
+    left_out = LeftOut()
     with out.status("packing") as status:
         corpus = pack(
             [_named(text) for text in options.inputs],
@@ -190,6 +208,7 @@ def _pack(arguments: list[str]) -> int:
             progress=lambda documents, size: status.update(
                 f"packing: {documents:,} documents, {size / 1e6:.1f} MB, {size / 1e6 / (time.perf_counter() - start):.1f} MB/s"
             ),
+            skipped=left_out.add,
         )
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {"output": str(options.output), "seconds": seconds, "sources": {}}
@@ -200,12 +219,50 @@ def _pack(arguments: list[str]) -> int:
             size += split.text_bytes
             numbers = {"documents": split.num_documents, "tokens": len(split.tokens), "bytes": split.text_bytes}
             result["sources"][name][part] = numbers
-            out.print(f"{name:>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
-                      f"{numbers['bytes']:>14,} bytes")  # fmt: skip
+            say(f"{visible(name):>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
+                f"{numbers['bytes']:>14,} bytes")  # fmt: skip
     result["megabytes_per_second"] = size / 1e6 / seconds
+    result["left_out"] = left_out.paths
+    left_out.say()
     say(f"packed into {options.output} at {result['megabytes_per_second']:.1f} MB/s")
     emit(result, options.json)
     return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    options = parse(VerifyOptions, arguments, "data verify")
+    from factorization_memory.data.shards import PackedCorpus
+
+    out = console()
+    with out.status("reading the corpus") as status:
+        corpus = PackedCorpus.open(options.corpus)
+        corpus.verify(lambda read, total: status.update(f"reading: {read / 1e6:,.0f} of {total / 1e6:,.0f} MB"))
+    splits = [split for source in corpus.sources.values() for split in source.splits.values()]
+    result = {
+        "corpus": str(options.corpus),
+        "fingerprint": corpus.fingerprint,
+        "sources": len(corpus.sources),
+        "documents": sum(split.num_documents for split in splits),
+        "tokens": sum(len(split.tokens) for split in splits),
+    }
+    say(f"{options.corpus}: as it was packed, {result['documents']:,} documents and {result['tokens']:,} tokens")
+    emit(result, options.json)
+    return 0
+
+
+class LeftOut:
+    """What folders hold and is not read, to be told by reasons."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, list[str]] = {}
+
+    def add(self, path: Path, reason: str) -> None:
+        self.paths.setdefault(reason, []).append(str(path))
+
+    def say(self) -> None:
+        for reason, paths in self.paths.items():
+            more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
+            say(f"left out ({reason}): {', '.join(paths[:5])}{more}")
 
 
 def _require_inputs(inputs: Sequence[object], verb: str) -> None:
@@ -216,4 +273,5 @@ def _require_inputs(inputs: Sequence[object], verb: str) -> None:
 def _named(text: str) -> tuple[str | None, Path]:
     """A source's name and path from NAME=PATH, or from a path alone (which may itself hold "=")."""
     name, equals, path = text.partition("=")
-    return (name, Path(path)) if equals and name.isidentifier() and not Path(text).exists() else (None, Path(text))
+    named = equals and re.fullmatch(r"[\w.-]+", name) and not Path(text).exists()
+    return (name, Path(path)) if named else (None, Path(text))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from factorization_memory.cli.common import at_least, console, emit, load, parse, resolve, say, write_aside
+from factorization_memory._text import visible
+from factorization_memory.cli.common import at_least, console, emit, load, parse, plain, resolve, say, write_aside
 from factorization_memory.config import ConfigError
 
 if TYPE_CHECKING:
@@ -153,13 +154,13 @@ def evaluate(
     from factorization_memory.training.device import autocast
 
     device = next(model.parameters()).device
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(), transient=True) as bar, autocast(config.training, device):
         tasks: dict[str, Any] = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what)
+                tasks[what] = bar.add_task(visible(what))
             bar.update(tasks[what], completed=done, total=total)
 
         options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches, **recall}
@@ -217,13 +218,13 @@ def show(result: dict[str, Any]) -> None:
     for name, row in [*result["sources"].items(), ("all", result["total"])]:
         yardstick = (result["ngram"]["sources"].get(name) or result["ngram"]["total"]) if orders else {}
         table.add_row(
-            name, f"{row['loss']:.3f}", f"{row['perplexity']:.1f}", f"{row['bits_per_byte']:.3f}",
+            plain(name), f"{row['loss']:.3f}", f"{row['perplexity']:.1f}", f"{row['bits_per_byte']:.3f}",
             *(f"{yardstick[n]:.3f}" for n in orders),
         )  # fmt: skip
     out.print(table)
     table = Table("held-out text", *KINDS)
     for name, parts in result["recall"].items():
-        table.add_row(name, *as_text(parts))
+        table.add_row(plain(name), *as_text(parts))
     out.print(
         "nats per token (and share of tokens) by what stood before in the same window: the token and its predecessor, the "
         "predecessor followed by others alone, or neither"
@@ -233,7 +234,7 @@ def show(result: dict[str, Any]) -> None:
     if headings:
         table = Table("repeated", *headings)
         for name, row in cells.items():
-            table.add_row(name, *row)
+            table.add_row(plain(name), *row)
         out.print("the repeated ones by how many tokens ago that pair last occurred")
         out.print(table)
     rows = [
@@ -248,7 +249,7 @@ def show(result: dict[str, Any]) -> None:
         )
         for name, multiple, row in rows:
             table.add_row(
-                name, f"{multiple}x", f"{row['start']:,} to {row['end'] - 1:,}", f"{row['bits_per_byte']:.3f}",
+                plain(name), f"{multiple}x", f"{row['start']:,} to {row['end'] - 1:,}", f"{row['bits_per_byte']:.3f}",
                 f"{row['restarted_bits_per_byte']:.3f}", f"{row['bits_per_byte'] - row['restarted_bits_per_byte']:+.3f}",
             )  # fmt: skip
         out.print("bits per byte of the same tokens, memory carried from the beginning against emptied each training context")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from factorization_memory.cli.common import plain
 from factorization_memory.config import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _grid(out: Console, title: str, cells: dict[str, dict[str, Any]], text: Call
     headings = sorted({heading for row in cells.values() for heading in row}, key=lambda text: int(re.findall(r"\d+", text)[0]))
     table = Table(title, *headings)
     for name, row in cells.items():
-        table.add_row(name, *(text(row[heading]) if heading in row else "" for heading in headings))
+        table.add_row(plain(name), *(text(row[heading]) if heading in row else "" for heading in headings))
     out.print(table)
 
 

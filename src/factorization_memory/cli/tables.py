@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import console
+from factorization_memory.cli.common import console, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ def table(title: str, *columns: str) -> Table:
 
     made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        made.add_column(column, justify="left" if i == 0 or column == "pass" else "right")
+        made.add_column(plain(column), justify="left" if i == 0 or column == "pass" else "right")
     return made
 
 

@@ -7,22 +7,26 @@ them `id`, `author` and `language`.
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib.resources
-import io
 import json
+import logging
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from factorization_memory._files import FULL_DISK
+from factorization_memory.data.folders import HIDDEN, OTHER_KIND, find_files
+
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 
 _READ_SIZE = 1 << 18
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the errors that say so."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST_WINDOW = 1 << 31
+"""Bytes that a file of `zstd --long=31` looks back over, the most there is; memory is taken for what a file uses."""
 
 
 class CorpusError(ValueError):
@@ -42,29 +46,43 @@ class Document:
     author: str | None
 
 
-def read_documents(path: Path, *, source: str | None = None) -> Iterator[Document]:
-    """The documents of a file, or of all files in a folder (sorted, subfolders too; other kinds of file are left out).
+def read_documents(
+    path: Path, *, source: str | None = None, skipped: Callable[[Path, str], None] | None = None
+) -> Iterator[Document]:
+    """The documents of a file, or of all files in a folder (sorted, subfolders too, links followed once).
 
     A document's source is `source` if given, else its language, else the subfolder that its file stands in, else the folder's
     name, or that of a file named by itself.
+
+    `skipped(path, reason)` is called, before the first document, with what a folder holds and is not read: files of other
+    kinds, hidden ones, links that lead nowhere or in a circle. If not given, links are logged as warnings, the rest as
+    information.
 
     Raises `CorpusError`, before the first document, for a path that cannot hold any, and later for one that turns out bad:
     not UTF-8, damaged, a line or row without text, a file without documents.
     """
     path = Path(path)
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if _suffix(file) and file.is_file() and not _hidden(file, path)]
+        try:
+            files, others = find_files(path, lambda name: _suffix(name) is not None)
+        except OSError as error:
+            raise CorpusError(
+                f"{error.filename}: the folder cannot be read ({error.strerror}); give access to it, or name the files to read"
+            ) from None
         if not files:
-            raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+            why = "".join(f"; {other.name} is {reason}" for other, reason in others[:3])
+            raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file{why}")
+        for other, reason in others:
+            (skipped or _log_skipped)(other, reason)
         return (
             document
             for file in files
             for document in _read_file(file, str(file.relative_to(path)), source, _folder_source(file, path))
         )
     require_file(path)
-    if not _suffix(path):
+    if not _suffix(path.name):
         raise CorpusError(f"{path}: unsupported kind of file; use one of {', '.join(SUFFIXES)}, or a folder of these")
-    return _read_file(path, path.name, source, path.name[: -len(_suffix(path) or "")])
+    return _read_file(path, path.name, source, path.name[: -len(_suffix(path.name) or "")])
 
 
 def builtin_corpus() -> Path:
@@ -95,12 +113,13 @@ def require_file(path: Path) -> None:
     raise CorpusError(f"{path}: no such file or folder" + (f" ({missing} is not a folder)" if missing != path else ""))
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in reversed(SUFFIXES) if path.name.lower().endswith(suffix)), None)
+def _suffix(name: str) -> str | None:
+    return next((suffix for suffix in reversed(SUFFIXES) if name.lower().endswith(suffix)), None)
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _log_skipped(path: Path, reason: str) -> None:
+    level = logging.INFO if reason in (OTHER_KIND, HIDDEN) else logging.WARNING
+    logging.getLogger(__name__).log(level, "%s: left out, it is %s", path, reason)
 
 
 def _folder_source(file: Path, folder: Path) -> str:
@@ -109,7 +128,7 @@ def _folder_source(file: Path, folder: Path) -> str:
 
 
 def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iterator[Document]:
-    suffix = _suffix(path)
+    suffix = _suffix(path.name)
     if suffix == ".txt":
         whole = _clean(_decode(path.read_bytes(), path), str(path))
         if not whole.strip():
@@ -126,6 +145,10 @@ def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iter
             )
             raise CorpusError(f"{place}: {what}; every document needs its text as a string in the field 'text'")
         language, author = (optional_text(row, field) for field in ("language", "author"))
+        if isinstance(row.get("language"), (dict, list)):
+            raise CorpusError(
+                f"{place}: 'language' = {str(row['language'])[:40]!r}; write it as a string, such as \"en\", or leave it out"
+            )
         yield Document(
             text=_clean(text, place),
             id=optional_text(row, "id") or f"{name}:{number}",
@@ -143,14 +166,17 @@ def optional_text(row: Mapping[str, Any], field: str) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
+def utf8_length(text: str) -> int:
+    """Bytes of `text` as UTF-8, counted without a copy of it all."""
+    return sum(len(text[start : start + _READ_SIZE].encode("utf-8")) for start in range(0, len(text), _READ_SIZE))
+
+
 def _clean(text: str, place: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
+    lone = _SURROGATE.search(text)
+    if lone is not None:
         raise CorpusError(
-            f"{place}: character {error.start} is the lone surrogate U+{code:04X}, which is no character; remove it"
-        ) from error
+            f"{place}: character {lone.start()} is the lone surrogate U+{ord(lone[0]):04X}, which is no character; remove it"
+        )
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
@@ -173,7 +199,8 @@ def _json_rows(path: Path, *, compressed: bool) -> Iterator[tuple[int, str, dict
         place = f"{path}, line {number}"
         text = _decode(line, path, f"{place} (offset in the text it unpacks to)" if compressed else place, offset)
         offset += len(line)
-        if not text.strip():
+        del line  # a line may be a whole library: it is held once
+        if text.isspace():
             continue
         try:
             row = json.loads(text)
@@ -181,23 +208,30 @@ def _json_rows(path: Path, *, compressed: bool) -> Iterator[tuple[int, str, dict
             raise CorpusError(
                 f"{place}: not JSON ({error.msg} at character {error.pos}); each line is one JSON object"
             ) from error
+        del text
         if not isinstance(row, dict):
             raise CorpusError(f'{place}: a {type(row).__name__}, not a JSON object; write {{"text": ...}}')
         yield number, place, row
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    pending = io.BytesIO()
+    pending: list[bytes] = []
     for block in blocks:
         start = 0
         while (end := block.find(b"\n", start) + 1) > 0:
-            pending.write(block[start:end])
-            yield pending.getvalue()
-            pending = io.BytesIO()
+            pending.append(block[start:end])
+            yield _joined(pending)
             start = end
-        pending.write(block[start:])
-    if pending.tell():
-        yield pending.getvalue()
+        pending.append(block[start:])
+    if any(pending):
+        yield _joined(pending)
+
+
+def _joined(pieces: list[bytes]) -> bytes:
+    """The pieces in one, which are held no longer."""
+    line = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    pieces.clear()
+    return line
 
 
 def _file_blocks(path: Path) -> Iterator[bytes]:
@@ -209,11 +243,12 @@ def _file_blocks(path: Path) -> Iterator[bytes]:
 def _zstd_blocks(path: Path) -> Iterator[bytes]:
     import zstandard
 
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW)
     frame = None
     try:
         for block in _file_blocks(path):
             while block:  # a file may be several frames, one after the other
-                frame = frame if frame is not None and not frame.eof else zstandard.ZstdDecompressor().decompressobj()
+                frame = frame if frame is not None and not frame.eof else decompressor.decompressobj()
                 yield frame.decompress(block)
                 block = frame.unused_data if frame.eof else b""
     except zstandard.ZstdError as error:

@@ -2,20 +2,15 @@
 
 A packed corpus is a folder: `manifest.json`, `tokenizer.json`, and for each source and split a `.tokens` file (little-endian
 uint16 or uint32, documents whole, each ended by the tokenizer's `document_end`) and a `.documents.npy` (int64, where each
-document starts, and the total). It is written as `<folder>.partial` and renamed when whole; sizes and checksums stand in the
-manifest, so that a file cut short is seen.
+document starts, and the total). It is written aside and renamed when whole; sizes and checksums stand in the manifest.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +18,30 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from factorization_memory.data.corpora import CorpusError, Document, explain_full_disk, read_documents, require_file
+from factorization_memory._files import JSONError, atomic_folder, lock, read_json
+from factorization_memory.data.corpora import (
+    CorpusError,
+    Document,
+    explain_full_disk,
+    read_documents,
+    require_file,
+    utf8_length,
+)
 from factorization_memory.data.tokenizer import Tokenizer, TokenizerError
+from factorization_memory.data.verification import REMEDY, check_sizes, verify_once
 
 Holdout = Literal["hash", "author", "tail"]
 
 TRAIN, VALIDATION = "train", "validation"
 
 _FORMAT, _VERSION = "factorization_memory.corpus", 1
+_DTYPES = ("<u2", "<u4")
+
+_PENDING_BYTES = 1 << 16
+"""Tokens of a split that are held while packing."""
+
+_MAPPED_BYTES = 1 << 20
+"""Splits from this size on are mapped; smaller ones are read, as each mapping holds a file open."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Split:
     """The text of one source for training, or for validation."""
 
     tokens: np.ndarray
-    """Token ids [num_tokens], uint16 or uint32, memory-mapped read-only."""
+    """Token ids [num_tokens], uint16 or uint32, read-only, memory-mapped if there are many."""
     document_starts: np.ndarray
     """int64 [num_documents + 1]: where each document starts, and num_tokens."""
     text_bytes: int
@@ -63,7 +74,7 @@ class Source:
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A packed corpus, opened: nothing is in memory but the index."""
+    """A packed corpus, opened: in memory are the index and what is small."""
 
     folder: Path
     sources: dict[str, Source]
@@ -76,45 +87,46 @@ class PackedCorpus:
     def open(cls, folder: Path) -> PackedCorpus:
         """Open what `pack` wrote.
 
-        Raises `CorpusError` for a folder that is none, of a newer version, with a file missing or cut short, or with another
-        tokenizer than it was packed with. Checksums are left to `verify`.
+        Its files are read whole, and their checksums and token ids checked, once on a machine and again when one has changed
+        (see `verification`); `verify` reads them anew.
+
+        Raises `CorpusError`, naming the file and the remedy, for a folder that is no packed corpus, of a newer version, with a
+        file missing or changed, with borders or ids that cannot be, or with another tokenizer than it was packed with.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
-        tokenizer_file = _present(folder, "tokenizer.json")
+        tokenizer = _open_tokenizer(folder, manifest)
+        check_sizes(folder, manifest)
+        verify_once(folder, manifest, tokenizer.vocab_size)
         try:
-            tokenizer = Tokenizer.load(tokenizer_file)
-        except TokenizerError as error:
-            raise CorpusError(f"{error}; put back the tokenizer of this corpus, or pack it again") from error
-        if tokenizer.fingerprint != manifest["tokenizer"]:
+            sources = {
+                name: Source(
+                    name=name,
+                    language=entry["language"],
+                    splits={
+                        split: _open_split(folder, files, np.dtype(manifest["dtype"]), entry["language"])
+                        for split, files in entry["splits"].items()
+                    },
+                )
+                for name, entry in manifest["sources"].items()
+            }
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
             raise CorpusError(
-                f"{tokenizer_file}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the corpus was packed "
-                f"with ({manifest['tokenizer'][:12]}); put the right one back, or pack again"
-            )
-        sources = {
-            name: Source(
-                name=name,
-                language=entry["language"],
-                splits={
-                    split: _open_split(folder, files, np.dtype(manifest["dtype"]), entry["language"])
-                    for split, files in entry["splits"].items()
-                },
-            )
-            for name, entry in manifest["sources"].items()
-        }
+                f"{folder}: the corpus has more sources than files may be open; raise the limit (`ulimit -n 65536`), or pack "
+                "several under one name (NAME=PATH)"
+            ) from None
         return cls(folder=folder, sources=sources, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
 
-    def verify(self) -> None:
-        """Read every file and compare its checksum. Raises `CorpusError` naming the first that changed since packing."""
-        for entry in _read_manifest(self.folder)["sources"].values():
-            for files in entry["splits"].values():
-                for file in (files["tokens_file"], files["documents_file"]):
-                    with _present(self.folder, file["name"]).open("rb") as stream:
-                        found = hashlib.file_digest(stream, "sha256").hexdigest()
-                    if found != file["sha256"]:
-                        raise CorpusError(
-                            f"{self.folder / file['name']}: changed since it was packed (checksum); pack the corpus again"
-                        )
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every file again and compare its checksum. Raises `CorpusError` naming the first that changed since packing.
+
+        `progress(read, total)` is called with bytes.
+        """
+        manifest = _read_manifest(self.folder)
+        check_sizes(self.folder, manifest)
+        verify_once(self.folder, manifest, self.tokenizer.vocab_size, again=True, progress=progress)
 
 
 def pack(
@@ -126,12 +138,14 @@ def pack(
     holdout_fraction: float = 0.05,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    skipped: Callable[[Path, str], None] | None = None,
 ) -> PackedCorpus:
     """Tokenize the documents of `inputs`, (source name or None, file or folder) each, into the packed corpus `output`.
 
     `holdout` says what is kept for validation, about `holdout_fraction` of it: "hash", whole documents, by a hash of their text
     (equal documents stay together); "author", all documents of an author, by a hash of the name; "tail", the end of every
-    document, cut at a line. `progress(documents, bytes)` is called with the totals so far.
+    document, cut at a line. `progress(documents, bytes)` is called with the totals so far, `skipped(path, reason)` with
+    what the folders hold and is not read (see `read_documents`).
 
     The result does not depend on anything but the arguments and the text. Raises `CorpusError` for bad text, a source whose
     training or validation text would be empty, a full disk, an `output` that another process is packing into, or one that
@@ -146,73 +160,36 @@ def pack(
     if not inputs:
         raise CorpusError("no input to pack; name at least one file or folder")
     _require_free(output, overwrite)
-    documents = [read_documents(path, source=source) for source, path in inputs]
-    aside = output.with_name(output.name + ".partial")
-    with explain_full_disk(output), _only_packer(output):
+    documents = [read_documents(path, source=source, skipped=skipped) for source, path in inputs]
+
+    def held(holder: str) -> CorpusError:
+        return CorpusError(f"{output}: another process is packing into it; wait for that one, or choose another folder")
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
         # Again, now that no other process can write there.
         _require_free(output, overwrite)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            with contextlib.ExitStack() as files:
-                aside.mkdir()
-                packer = _Packer(aside, files, tokenizer, holdout, holdout_fraction)
-                for document in (document for some in documents for document in some):
-                    packer.add(document)
-                    if progress is not None:
-                        progress(packer.documents, packer.text_bytes)
-                packer.finish()
-            _move_into_place(aside, output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with atomic_folder(output, overwrite=overwrite) as aside:
+            packer = _Packer(aside, tokenizer, holdout, holdout_fraction)
+            for document in (document for some in documents for document in some):
+                packer.add(document)
+                if progress is not None:
+                    progress(packer.documents, packer.text_bytes)
+            packer.finish()
     return PackedCorpus.open(output)
-
-
-@contextlib.contextmanager
-def _only_packer(output: Path) -> Iterator[None]:
-    """The exclusive right to pack into `output`: a lock of the operating system, which goes with the process that holds it."""
-    path = output.with_name(output.name + ".lock")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file meanwhile: a lock on a removed file protects nothing.
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(descriptor)
-                raise CorpusError(
-                    f"{output}: another process is packing into it; wait for that one, or choose another folder"
-                ) from None
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                break  # a file system without locks
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 class _Packer:
     """Writes documents into the files of their source and split."""
 
-    def __init__(
-        self, folder: Path, files: contextlib.ExitStack, tokenizer: Tokenizer, holdout: Holdout, fraction: float
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, holdout: Holdout, fraction: float) -> None:
         self.documents = 0
         self.text_bytes = 0
         self._folder = folder
-        self._files = files
         self._tokenizer = tokenizer
         self._holdout: Holdout = holdout
         self._fraction = fraction
-        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._dtype = np.dtype(_DTYPES[tokenizer.vocab_size > 1 << 16])
         self._writers: dict[str, dict[str, _SplitWriter]] = {}
         self._languages: dict[str, set[str | None]] = {}
 
@@ -220,19 +197,18 @@ class _Packer:
         source = document.source
         if source not in self._writers:
             self._languages[source] = set()
-            stem = f"{len(self._writers):02d}-" + re.sub(r"[^\w.-]", "_", source)
+            stem = f"{len(self._writers):02d}-" + _file_stem(source)
             self._writers[source] = {
-                split: self._files.enter_context(_SplitWriter(self._folder, f"{stem}.{split}", self._dtype))
-                for split in (TRAIN, VALIDATION)
+                split: _SplitWriter(self._folder, f"{stem}.{split}", self._dtype) for split in (TRAIN, VALIDATION)
             }
         self._languages[source].add(document.language)
         for split, text in self._parts(document):
             writer = self._writers[source][split]
             for ids in self._tokenizer.encode_blocks(text):
                 writer.write(ids)
-            writer.end_document(self._tokenizer.document_end, len(text.encode("utf-8")))
+            writer.end_document(self._tokenizer.document_end, utf8_length(text))
         self.documents += 1
-        self.text_bytes += len(document.text.encode("utf-8"))
+        self.text_bytes += utf8_length(document.text)
 
     def _parts(self, document: Document) -> Iterator[tuple[str, str]]:
         if self._holdout == "tail":
@@ -251,7 +227,7 @@ class _Packer:
         yield VALIDATION if draw < self._fraction else TRAIN, document.text
 
     def finish(self) -> None:
-        """Close the files and write tokenizer and manifest, which comes last."""
+        """Finish the files and write tokenizer and manifest, which comes last."""
         entries: dict[str, Any] = {}
         for source in sorted(self._writers):
             languages = self._languages[source]
@@ -289,25 +265,31 @@ class _Packer:
         )
 
 
-class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
-    """The two files of one split."""
+class _SplitWriter:
+    """The two files of one split. None is open between two calls: a corpus may have more sources than files may be open."""
 
     def __init__(self, folder: Path, stem: str, dtype: np.dtype[Any]) -> None:
         self._folder, self._stem, self._dtype = folder, stem, dtype
-        self._file = (folder / f"{stem}.tokens").open("wb")
+        self._tokens_file = folder / f"{stem}.tokens"
+        self._tokens_file.touch()
+        self._pending = bytearray()
         self._sha256 = hashlib.sha256()
         self._tokens = 0
         self._starts = [0]
         self._text_bytes = 0
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
     def write(self, ids: np.ndarray) -> None:
         data = ids.astype(self._dtype).tobytes()
-        self._file.write(data)
+        self._pending += data
         self._sha256.update(data)
         self._tokens += len(ids)
+        if len(self._pending) >= _PENDING_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._tokens_file.open("ab") as file:
+            file.write(self._pending)
+        self._pending.clear()
 
     def end_document(self, document_end: int, text_bytes: int) -> None:
         self.write(np.array([document_end]))
@@ -315,7 +297,7 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
         self._text_bytes += text_bytes
 
     def finish(self) -> dict[str, Any]:
-        self._file.close()
+        self._flush()
         documents = self._folder / f"{self._stem}.documents.npy"
         np.save(documents, np.array(self._starts, dtype=np.int64))
         return {
@@ -323,7 +305,7 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
             "documents": len(self._starts) - 1,
             "text_bytes": self._text_bytes,
             "tokens_file": {
-                "name": f"{self._stem}.tokens",
+                "name": self._tokens_file.name,
                 "size": self._tokens * self._dtype.itemsize,
                 "sha256": self._sha256.hexdigest(),
             },
@@ -333,6 +315,11 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
                 "sha256": hashlib.sha256(documents.read_bytes()).hexdigest(),
             },
         }
+
+
+def _file_stem(source: str) -> str:
+    """A source's name for the names of its files, which may have 255 bytes each."""
+    return re.sub(r"[^\w.-]", "_", source).encode("utf-8")[:128].decode("utf-8", errors="ignore")
 
 
 def _tail(text: str, fraction: float) -> int:
@@ -351,20 +338,6 @@ def _require_free(output: Path, overwrite: bool) -> None:
         raise CorpusError(f"{output}: holds a packed corpus already; choose another folder, or ask to overwrite it")
 
 
-def _move_into_place(aside: Path, output: Path) -> None:
-    replaced = output.with_name(output.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        os.rename(output, replaced)
-    try:
-        os.rename(aside, output)
-    except BaseException:
-        if replaced.exists():
-            os.rename(replaced, output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _fingerprint(manifest: dict[str, Any]) -> str:
     content = {name: value for name, value in manifest.items() if name != "fingerprint"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -373,12 +346,12 @@ def _fingerprint(manifest: dict[str, Any]) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     require_file(folder)
     path = folder / "manifest.json"
-    if not path.is_file():
-        raise CorpusError(f"{folder}: not a packed corpus (no manifest.json); make one with `fmem data pack`")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorpusError(f"{path}: damaged ({error}); pack the corpus again") from error
+        manifest = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorpusError(f"{folder}: not a packed corpus (no manifest.json); make one with `fmem data pack`") from None
+    except JSONError as error:
+        raise CorpusError(f"{error}: damaged; {REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CorpusError(f"{path}: not the manifest of a packed corpus; make one with `fmem data pack`")
     if manifest.get("version") != _VERSION:
@@ -388,25 +361,76 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     if _fingerprint(manifest) != manifest.get("fingerprint"):
         raise CorpusError(f"{path}: changed since it was written (its fingerprint does not match); pack the corpus again")
+    _check_fields(path, manifest)
     return manifest
 
 
-def _present(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise CorpusError(f"{folder / name}: the file is missing; put it back, or pack the corpus again")
-    return folder / name
+def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise `CorpusError` for the first field of the manifest that is not as `pack` writes it."""
+
+    def field(entry: Any, name: str, *kinds: type, fits: Callable[[Any], bool] = lambda _: True) -> Any:
+        value = entry.get(name) if isinstance(entry, dict) else None
+        if not isinstance(value, kinds) or not fits(value):
+            raise CorpusError(f"{path}: {name}={str(value)[:80]!r}, which no packing writes; pack the corpus again")
+        return value
+
+    bytes_per_token = np.dtype(field(manifest, "dtype", str, fits=_DTYPES.__contains__)).itemsize
+    field(manifest, "tokenizer", str)
+    for entry in field(manifest, "sources", dict).values():
+        field(entry, "language", str, type(None))
+        for split in (TRAIN, VALIDATION):
+            files = field(field(entry, "splits", dict), split, dict)
+            size = field(files, "tokens", int) * bytes_per_token
+            field(files, "documents", int)
+            field(files, "text_bytes", int)
+            for kind in ("tokens_file", "documents_file"):
+                file = field(files, kind, dict)
+                field(file, "name", str, fits=lambda name: Path(name).name == name != "")
+                field(file, "sha256", str)
+                field(file, "size", int)
+            field(files["tokens_file"], "size", int, fits=size.__eq__)
+
+
+def _open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise CorpusError(f"{path}: the file is missing; {REMEDY}")
+    try:
+        tokenizer = Tokenizer.load(path)
+    except TokenizerError as error:
+        raise CorpusError(f"{error}; put back the tokenizer of this corpus, or pack it again") from error
+    if tokenizer.fingerprint != manifest["tokenizer"]:
+        raise CorpusError(
+            f"{path}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the corpus was packed "
+            f"with ({manifest['tokenizer'][:12]}); put the right one back, or pack again"
+        )
+    return tokenizer
 
 
 def _open_split(folder: Path, files: dict[str, Any], dtype: np.dtype[Any], language: str | None) -> Split:
-    for file in (files["tokens_file"], files["documents_file"]):
-        size = _present(folder, file["name"]).stat().st_size
-        if size != file["size"]:
-            raise CorpusError(
-                f"{folder / file['name']}: {size} bytes instead of {file['size']}: cut short or changed; pack the corpus again"
-            )
+    path = folder / files["documents_file"]["name"]
+    try:
+        starts = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise CorpusError(f"{path}: not a file of document borders ({error}); {REMEDY}") from None
+    shape = (files["documents"] + 1,)
+    if starts.dtype != np.int64 or starts.shape != shape:
+        raise CorpusError(f"{path}: {starts.dtype} {list(starts.shape)} instead of int64 {list(shape)}; {REMEDY}")
+    if starts[0] != 0 or starts[-1] != files["tokens"] or np.any(starts[1:] <= starts[:-1]):
+        raise CorpusError(
+            f"{path}: the borders of documents do not rise from 0 to the {files['tokens']} tokens of the split; {REMEDY}"
+        )
     return Split(
-        tokens=np.memmap(folder / files["tokens_file"]["name"], dtype=dtype, mode="r"),
-        document_starts=np.load(folder / files["documents_file"]["name"]),
+        tokens=_open_tokens(folder / files["tokens_file"]["name"], dtype),
+        document_starts=starts,
         text_bytes=files["text_bytes"],
         language=language,
     )
+
+
+def _open_tokens(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    if path.stat().st_size < _MAPPED_BYTES:
+        tokens = np.fromfile(path, dtype=dtype)
+        tokens.flags.writeable = False
+        return tokens
+    return np.memmap(path, dtype=dtype, mode="r")

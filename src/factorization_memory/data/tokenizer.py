@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from factorization_memory._files import write_atomic
 
 DOCUMENT_END = "</s>"
 PADDING = "<pad>"
@@ -64,8 +65,13 @@ _CHUNK = re.compile(
         )
     )
 )
+# Where a chunk ends whatever stands around it: before spaces, and after a mark that a Japanese character follows. Where a long
+# text has none of these, it is cut where the pre-split at least cuts: between letters, digits and signs of ASCII.
+_CHUNK_END = re.compile(rf"(?<=[^{_SPACE}])(?=[{_SPACE}])|(?<=[{_MARK}])(?=[{_HAN}{_HIRAGANA}{_KATAKANA}])")
+_PIECE_END = re.compile(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])")
 _CACHED_CHARACTERS = 1 << 22  # some 700,000 chunks and 100 MB of memory
 _JOINED_CHUNKS = 1000
+_TRAINING_BLOCK, _ENCODING_BLOCK = 1 << 10, 1 << 20  # characters
 
 
 class TokenizerError(ValueError):
@@ -137,8 +143,9 @@ class Tokenizer:
             max_token_length=_MAX_TOKEN_BYTES,
             show_progress=False,
         )
-        # The library trains on its inputs in parallel, one per thread: long documents go in as blocks.
-        blocks = chain.from_iterable(_blocks(text, 1 << 14) for text in documents)
+        # The library trains on its inputs in parallel, one per thread: long documents go in as blocks. Short ones, as it takes
+        # time with the square of the longest word.
+        blocks = chain.from_iterable(_blocks(text, _TRAINING_BLOCK) for text in documents)
         first = next(blocks, None)
         if first is None:
             raise TokenizerError("no text to train a tokenizer on")
@@ -159,10 +166,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, aside and renamed; the Hugging Face `tokenizers` library reads it too."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(self._definition, encoding="utf-8")
-        os.replace(aside, path)
+        write_atomic(Path(path), self._definition)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` (after NFC), without `document_end`. Raises `TokenizerError` for lone surrogates."""
@@ -174,7 +178,7 @@ class Tokenizer:
 
     def encode_blocks(self, text: str) -> Iterator[np.ndarray]:
         """Token ids of `text` as uint32 arrays, to be joined: bounded memory for a text of any length."""
-        for block in _blocks(unicodedata.normalize("NFC", text), 1 << 20):
+        for block in _blocks(unicodedata.normalize("NFC", text), _ENCODING_BLOCK):
             chunks = _CHUNK.findall(block)
             new = set(filterfalse(self._cache.__contains__, chunks))
             if new:
@@ -280,12 +284,17 @@ def _byte_characters() -> list[str]:
 
 
 def _blocks(text: str, size: int) -> Iterator[str]:
-    """`text` in stretches of about `size` characters, cut before newlines (where chunks end too); a long line stays whole."""
+    """`text` in stretches of `size` to 2 * `size` characters, cut where the pre-split cuts it too.
+
+    A word (of one script, without spaces) that is longer than that is cut anywhere: training takes time with the square of a
+    word's length, encoding takes memory with the length.
+    """
     start = 0
-    while start < len(text):
-        cut = text.find("\n", start + size)
-        while cut > 0 and text[cut - 1] == "\n":  # a run of newlines stays together
-            cut = text.find("\n", cut + 1)
-        end = cut if cut > 0 else len(text)
+    while len(text) - start > 2 * size:
+        window = start + size, start + 2 * size
+        found = _CHUNK_END.search(text, *window) or _PIECE_END.search(text, *window)
+        end = found.start() if found else start + 2 * size
         yield text[start:end]
         start = end
+    if start < len(text):
+        yield text[start:]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from factorization_memory._text import markdown_cell
 from factorization_memory.evaluation.recall import KINDS, distance_name, distance_ranges
 
 TASKS = {"associative": "values", "needle": "needles", "copy": "copies"}
@@ -113,7 +114,7 @@ def markdown(record: dict[str, Any], figure: bool) -> str:
 
 
 def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
 
 def _sources(record: dict[str, Any]) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from factorization_memory._files import atomic_file
+from factorization_memory._text import visible
 from factorization_memory.models.routing import DEAD_SHARE
 
 INK, SOFT, LINE = "#1d2127", "#59616c", "#e3e4e0"
@@ -56,6 +59,7 @@ _STYLE: Any = {
     "ytick.major.size": 0,
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # "$" in a name is a dollar
 }
 
 
@@ -86,7 +90,7 @@ def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure | None:
             points = [(at, value) for at, value in points if value is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=2.2, marker="o", markersize=4.5)
-                ends.append((f"{name}, held-out", points[-1][1], colour))
+                ends.append((f"{_named(name)}, held-out", points[-1][1], colour))
                 shown += [value for _, value in points]
         # The first steps fall from eight bits per byte; the axis shows what comes after.
         low, high = min(shown), max(shown)
@@ -149,7 +153,7 @@ def _loss_axes(axes: Axes, name: str, bins: Sequence[dict[str, Any]], x: Sequenc
     low, high = min(carried), max(carried)
     room = max(high - low, 0.1)
     axes.set_ylim(low - 0.35 * room, high + 0.35 * room)
-    axes.set_title(f"{name}: loss, memory carried on")
+    axes.set_title(f"{_named(name)}: loss, memory carried on")
 
 
 def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[float], context: int, colour: str) -> None:
@@ -295,7 +299,7 @@ def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int
                 colour, dash = SERIES[turn % len(SERIES)], ("-", (0, (4, 2)), (0, (1, 1.5)))[turn // len(SERIES) % 3]
                 low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread, strict=True)), strict=True)
                 axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
-                axes.plot(x, mean, color=colour, linestyle=dash, linewidth=2, marker="o", markersize=3.2, label=name)
+                axes.plot(x, mean, color=colour, linestyle=dash, linewidth=2, marker="o", markersize=3.2, label=_named(name))
                 farthest = max(farthest, x[-1])
             axes.axvspan(context_length, max(farthest, context_length) * 1.25, color=SERIES[0], alpha=0.045, linewidth=0)
             axes.axvline(context_length, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
@@ -313,7 +317,7 @@ def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int
             axes.xaxis.set_major_locator(LogLocator(base=4, numticks=9))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-            axes.set_title(source)
+            axes.set_title(_named(source))
             axes.set_xlabel("position (tokens read before)")
             if index % columns == 0:
                 axes.set_ylabel("nats per token")
@@ -421,17 +425,30 @@ def short(value: float) -> str:
     return f"{value:.0f}"
 
 
+def _named(name: str) -> str:
+    """The name of a source or model as figures have room for it."""
+    shown = visible(name)
+    return shown if len(shown) <= 40 else f"{shown[:39]}…"
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Drawing names in scripts that matplotlib's font lacks: an SVG leaves the font to the reader, a PNG shows boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
+        yield
+
+
 def png(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG on white, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=160, facecolor="white")
-    os.replace(partial, path)
+    with atomic_file(path) as partial, _any_script():
+        figure.savefig(partial, format="png", dpi=160, facecolor="white")
 
 
 def svg(figure: Figure, name: str) -> str:
     """A figure as an SVG element to stand in a page with `pages.STYLE`; `name` (unique in the page) keeps its ids apart."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}), _any_script():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

@@ -9,12 +9,13 @@ out. The plots are also written to `plots/*.png`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from factorization_memory._files import write_atomic
+from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.evaluation.inspection_page import INSPECTION_STYLE, explanation, inspection_fragment
 from factorization_memory.evaluation.pages import page
@@ -109,9 +110,7 @@ def write_report(run_dir: Path) -> Path:
     ]
     body = "\n".join(part for part in parts if part)
     path = run_dir / REPORT_NAME
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(f"{config['name']} – Factorization Memory", body, _STYLE + INSPECTION_STYLE), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, page(f"{config['name']} – Factorization Memory", body, _STYLE + INSPECTION_STYLE))
     return path
 
 
@@ -187,9 +186,14 @@ def _routing(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> list[
     return evaluation.get("routing") or next((m["layers"] for m in reversed(metrics) if m["kind"] == "routing"), [])
 
 
+def _shown(text: str) -> str:
+    """Text as it stands in a page: nothing in it is HTML, or steers how what stands around it looks."""
+    return escape(visible(text, keep="\n"))
+
+
 def _section(title: str, note: str, *content: str | None) -> str:
     shown = "\n".join(part for part in content if part)
-    return f"<section>\n<h2>{escape(title)}</h2>\n<p class='note'>{note}</p>\n{shown}\n</section>" if shown else ""
+    return f"<section>\n<h2>{_shown(title)}</h2>\n<p class='note'>{note}</p>\n{shown}\n</section>" if shown else ""
 
 
 def _header(
@@ -219,8 +223,8 @@ def _header(
         + (f" ({sources})" if sources else "")
         + (f" on {where}, {environment['date'][:10]}." if where and environment.get("date") else ".")
     )
-    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    title = f"<h1>{escape(config['name'])}</h1>\n<p class='note'>{escape(note)}</p>"
+    listed = "".join(f"<div><dt>{_shown(name)}</dt><dd>{_shown(value)}</dd></div>" for name, value in facts)
+    title = f"<h1>{_shown(config['name'])}</h1>\n<p class='note'>{_shown(note)}</p>"
     return f"<header>\n{title}\n<dl class='facts'>{listed}</dl>\n</header>"
 
 
@@ -256,7 +260,7 @@ def _headline(evaluation: dict[str, Any]) -> str:
     for name, value in listed + ([("all", evaluation["total"])] if len(listed) > 1 else []):
         yardsticks = ngram.get("total" if name == "all" else "sources", {})
         yardsticks = yardsticks if name == "all" else yardsticks.get(name, {})
-        cells = [f"<td>{escape(name)}</td>", f"<td class='strong'>{value['bits_per_byte']:.3f}</td>"]
+        cells = [f"<td>{_shown(name)}</td>", f"<td class='strong'>{value['bits_per_byte']:.3f}</td>"]
         for order in orders:
             mark = yardsticks[order]
             kind = "better" if value["bits_per_byte"] < mark else "worse"
@@ -297,7 +301,7 @@ def _position_table(evaluation: dict[str, Any]) -> str | None:
             kind = "better" if difference < 0 else "worse"
             error = part["gain_error"] * part["bits_per_byte"] / part["loss"]
             rows.append(
-                f"<tr><td>{escape(name)}</td><td>{multiple}×</td><td>{part['start']:,} – {part['end'] - 1:,}</td>"
+                f"<tr><td>{_shown(name)}</td><td>{multiple}×</td><td>{part['start']:,} – {part['end'] - 1:,}</td>"
                 f"<td class='strong'>{part['bits_per_byte']:.3f}</td><td>{part['restarted_bits_per_byte']:.3f}</td>"
                 f"<td><span class='{kind}'>{difference:+.3f}</span> ± {2 * error:.3f}</td><td>{part['tokens']:,}</td></tr>"
             )
@@ -334,7 +338,7 @@ def _recall_demo_note(record: dict[str, Any]) -> str:
 def _rows(headings: Sequence[str], cells: dict[str, list[str]]) -> str:
     """A table with a row for each name."""
     header = "".join(f"<th>{heading}</th>" for heading in ("", *headings))
-    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in (escape(name), *row))}</tr>" for name, row in cells.items())
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in (_shown(name), *row))}</tr>" for name, row in cells.items())
     return f"<div class='table'><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
@@ -347,7 +351,7 @@ def _samples(samples: list[dict[str, Any]]) -> str:
         if sample.get("tokens_per_second"):
             told.append(f"{sample['tokens_per_second']:,.0f} tokens per second")
         small = f"<small>{', '.join(told)}</small>" if told else ""
-        text = f"<b>{escape(sample.get('prompt', ''))}</b>{escape(sample.get('text', ''))}"
+        text = f"<b>{_shown(sample.get('prompt', ''))}</b>{_shown(sample.get('text', ''))}"
         cards.append(f"<div class='sample'><p>{text}</p>{small}</div>")
     note = "Text that the model wrote, one token at a time with a memory of constant size; the prompt is in colour."
     return _section("Samples", note, *cards)
@@ -359,11 +363,11 @@ def _configuration(config: dict[str, Any], environment: dict[str, Any]) -> str:
     tables = []
     for name, values in parts.items():
         rows = "".join(
-            f"<tr><td>{escape(key)}</td><td>{escape(_plain(value))}</td></tr>"
+            f"<tr><td>{_shown(key)}</td><td>{_shown(_plain(value))}</td></tr>"
             for key, value in values.items()
             if value not in (None, "", {}, []) and key != "earlier"
         )
-        tables.append(f"<div><h3>{escape(name.capitalize())}</h3><table>{rows}</table></div>")
+        tables.append(f"<div><h3>{_shown(name.capitalize())}</h3><table>{rows}</table></div>")
     return _section("Configuration", "What it takes to run this again.", f"<div class='columns'>{''.join(tables)}</div>")
 
 

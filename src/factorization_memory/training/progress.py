@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from factorization_memory._text import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -120,7 +122,7 @@ class RichProgress(TrainingObserver):
 
     def _say(self, line: str) -> None:
         # No markup and no highlighting: prompts and paths may hold brackets.
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from factorization_memory._text import markdown_cell
 from factorization_memory.config import ModelConfig
 from factorization_memory.models.pretrained.conversion import NATIVE, native_type
+
+_LANGUAGE = re.compile(r"([A-Za-z]{2,3})([-_][A-Za-z0-9]{1,8})*")
 
 NOT_SAID = "not said by those who exported it"
 
@@ -27,7 +31,7 @@ class CardFacts:
     data: str = ""
     """A sentence on the training data, in Markdown."""
     languages: tuple[str, ...] = ()
-    """ISO 639-1 codes."""
+    """As the texts say: ISO 639 codes, with what they say of region or script."""
     sources: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Of each source of the training text: `documents`, `tokens` and `bytes`."""
     context_length: int = 0
@@ -61,8 +65,10 @@ def _front_matter(facts: CardFacts, native: str | None) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if facts.license:
         lines.append(f"license: {json.dumps(facts.license, ensure_ascii=False)}")
-    if facts.languages:
-        lines += ["language:", *(f"- {json.dumps(language, ensure_ascii=False)}" for language in facts.languages)]
+    # The hub takes codes alone: "en" of "en-us", nothing of a name.
+    codes = dict.fromkeys(found[1].lower() for language in facts.languages if (found := _LANGUAGE.fullmatch(language)))
+    if codes:
+        lines += ["language:", *(f"- {json.dumps(code)}" for code in codes)]
     return "\n".join([*lines, "tags:", "- factorization-memory" if native is None else f"- {native}", "---\n"])
 
 
@@ -113,7 +119,7 @@ def _training(facts: CardFacts) -> str:
     lines = [f"## Training\n\nData: {facts.data or NOT_SAID}."]
     if facts.sources:
         rows = [
-            f"| {name} | {source['documents']:,} | {source['tokens']:,} | {source['bytes']:,} |"
+            f"| {markdown_cell(name)} | {source['documents']:,} | {source['tokens']:,} | {source['bytes']:,} |"
             for name, source in facts.sources.items()
         ]
         lines.append("\n".join(["| source | documents | tokens | bytes |", "| --- | --- | --- | --- |", *rows]))
@@ -136,7 +142,7 @@ def _training(facts: CardFacts) -> str:
 
 def _held_out(facts: CardFacts) -> str:
     rows = [
-        f"| {name} | {row['loss']:.3f} | {row['bits_per_byte']:.3f} | {int(row['tokens']):,} |"
+        f"| {markdown_cell(name)} | {row['loss']:.3f} | {row['bits_per_byte']:.3f} | {int(row['tokens']):,} |"
         for name, row in facts.held_out.items()
     ]
     table = "\n".join(["| | nats per token | bits per byte | tokens |", "| --- | --- | --- | --- |", *rows])

@@ -1,0 +1,116 @@
+"""Whether the files of a packed corpus are what was packed: sizes, checksums, token ids and document borders.
+
+Reading all of a large corpus takes a while, and it is damaged rarely: it is read whole once on a machine, and then only after a
+file has changed, as its times and number on the file system tell. What was read is remembered in the user's cache folder
+(`$XDG_CACHE_HOME`, else `~/.cache`), beside no corpus, so that one on a read-only disk is remembered too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from factorization_memory._files import JSONError, read_json, write_atomic
+from factorization_memory.data.corpora import CorpusError
+
+REMEMBERED_BYTES = 1 << 26
+"""Smaller corpora are read anew whenever they are opened, which takes a tenth of a second."""
+
+_BLOCK_BYTES = 1 << 22
+
+REMEDY = "put back the file as it was packed, or pack the corpus again"
+
+
+def listed_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the manifest says of each file: `name`, `size` (bytes), `sha256`."""
+    for entry in manifest["sources"].values():
+        for files in entry["splits"].values():
+            yield files["tokens_file"]
+            yield files["documents_file"]
+
+
+def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise `CorpusError` for the first file that is missing or not as long as it was packed."""
+    for file in listed_files(manifest):
+        path = folder / file["name"]
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CorpusError(f"{path}: the file is missing; {REMEDY}") from None
+        if size != file["size"]:
+            raise CorpusError(f"{path}: {size} bytes instead of {file['size']}: cut short or changed; {REMEDY}")
+
+
+def verify_once(
+    folder: Path,
+    manifest: dict[str, Any],
+    vocab_size: int,
+    *,
+    again: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Read every file, unless this machine has read these very files before and not `again`.
+
+    `progress(read, total)` is called with bytes. Raises `CorpusError` for the first file that has another checksum or holds a
+    token id of `vocab_size` or above.
+    """
+    remembered = sum(file["size"] for file in listed_files(manifest)) >= REMEMBERED_BYTES
+    stamp = _stamp(folder, manifest)
+    try:
+        if remembered and not again and read_json(_note(folder)) == stamp:
+            return
+    except (OSError, RuntimeError, JSONError):
+        pass  # no note, or one that cannot be read
+    _check_contents(folder, manifest, vocab_size, progress)
+    if remembered:
+        # Where there is no place for notes, the corpus is read again next time.
+        with contextlib.suppress(OSError, RuntimeError):
+            write_atomic(_note(folder), json.dumps(stamp))
+
+
+def _check_contents(
+    folder: Path, manifest: dict[str, Any], vocab_size: int, progress: Callable[[int, int], None] | None
+) -> None:
+    files = list(listed_files(manifest))
+    of_tokens = {part["tokens_file"]["name"] for entry in manifest["sources"].values() for part in entry["splits"].values()}
+    read, total = 0, sum(file["size"] for file in files)
+    for file in files:
+        path = folder / file["name"]
+        found, largest = hashlib.sha256(), -1
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                found.update(block)
+                if file["name"] in of_tokens:
+                    largest = max(largest, int(np.frombuffer(block, dtype=manifest["dtype"]).max()))
+                read += len(block)
+                if progress is not None:
+                    progress(read, total)
+        if found.hexdigest() != file["sha256"]:
+            raise CorpusError(f"{path}: changed since it was packed (its checksum is another); {REMEDY}")
+        if largest >= vocab_size:
+            raise CorpusError(
+                f"{path}: holds the token id {largest}, but the ids of its tokenizer are below {vocab_size}; pack it again"
+            )
+
+
+def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What changes with any file, short of a disk that fails."""
+    stats = {file["name"]: (folder / file["name"]).stat() for file in listed_files(manifest)}
+    return {
+        "fingerprint": manifest["fingerprint"],
+        "files": {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats.items()},
+    }
+
+
+def _note(folder: Path) -> Path:
+    """Where it is noted what was read in `folder`. Raises RuntimeError for a user without a home."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    return cache / "factorization_memory" / "verified" / f"{name}.json"

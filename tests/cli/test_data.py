@@ -1,0 +1,56 @@
+"""What `fmem data` says and returns, on small folders of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from factorization_memory.cli import dispatch
+
+
+@pytest.fixture
+def packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    (tmp_path / "a.txt").write_text("some words\n" * 100)
+    output = tmp_path / "packed"
+    assert dispatch(["data", "pack", str(tmp_path / "a.txt"), "--output", str(output), "--holdout", "tail"]) == 0
+    capsys.readouterr()
+    return output
+
+
+def test_verify(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["data", "verify", str(packed), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "as it was packed, 2 documents and 1,102 tokens" in said.err
+    assert json.loads(said.out)["tokens"] == 1102
+    file = next(packed.glob("*.train.tokens"))
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    assert dispatch(["data", "verify", str(packed)]) == 1
+    said = capsys.readouterr()
+    assert f"{file}: changed since it was packed" in said.err
+    assert "pack the corpus again" in said.err
+
+
+def test_pack_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    texts.mkdir()
+    elsewhere.mkdir()
+    (texts / "a.txt").write_text("some words\n" * 100)
+    (elsewhere / "b.txt").write_text("other words\n" * 100)
+    (texts / "linked").symlink_to(elsewhere)
+    (texts / "lost.txt").symlink_to(tmp_path / "nowhere")
+    for number in range(7):
+        (texts / f"{number}.md").touch()
+    command = ["data", "pack", str(texts), "--output", str(tmp_path / "packed"), "--holdout", "tail", "--json"]
+    assert dispatch(command) == 0
+    said = capsys.readouterr()
+    assert f"left out (a link that leads nowhere): {texts / 'lost.txt'}\n" in said.err
+    assert f"{texts / '4.md'} and 2 more\n" in said.err
+    result = json.loads(said.out)
+    assert list(result["sources"]) == ["linked", "texts"]
+    assert len(result["left_out"]["of another kind"]) == 7
+    assert dispatch(["data", "tokenizer", str(texts), "--vocab-size", "270", "--output", str(tmp_path / "t.json")]) == 0
+    assert capsys.readouterr().err.count("lost.txt") == 1
