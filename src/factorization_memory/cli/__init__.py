@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from factorization_memory._streams import best_effort, prepare_standard_streams
+
 VERBS = {
     "demo": "train, evaluate and sample a small model on two books, about two minutes; leaves a report",
     "doctor": "what is installed, and which backends run here",
@@ -32,13 +34,21 @@ MODULES = {"import": "import_model"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `fmem` with `arguments` (those of the process by default) and exit."""
-    sys.exit(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+    if arguments is None:
+        prepare_standard_streams()
+    status = dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        lost = _lost_stdout(error)
+        status = status or lost
+    sys.exit(status)
 
 
 def dispatch(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help(), file=sys.stderr if not arguments else sys.stdout)
+        print(_help(), file=best_effort(sys.stderr) if not arguments else sys.stdout)
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from factorization_memory import __version__
@@ -58,10 +68,8 @@ def dispatch(arguments: list[str]) -> int:
         return complain(str(error), 2)
     except KeyboardInterrupt:
         return complain("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of stdout left, as `| head` does; keep the interpreter from flushing into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError as error:
+        return _lost_stdout(error)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FMEM_TRACEBACK"):
             raise
@@ -70,8 +78,14 @@ def dispatch(arguments: list[str]) -> int:
 
 def complain(message: str, status: int) -> int:
     """Say what went wrong on stderr; returns `status`."""
-    print(f"fmem: {message}", file=sys.stderr)
+    print(f"fmem: {message}", file=best_effort(sys.stderr))
     return status
+
+
+def _lost_stdout(error: OSError) -> int:
+    """Keep the interpreter from flushing into what is lost; of a reader that left, as `| head` does, nothing is said."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1 if isinstance(error, BrokenPipeError) else complain(f"stdout: {error.strerror or error}", 1)
 
 
 def _help() -> str:

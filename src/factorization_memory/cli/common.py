@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from factorization_memory._streams import best_effort, lacks
 from factorization_memory.config import ConfigError, suggestion
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def at_least(options: Any, **bounds: int) -> None:
 
 
 def console() -> Console:
-    """Where people read: stderr."""
+    """Where people read: stderr, whose loss ends nothing."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(file=best_effort(sys.stderr), highlight=False)
 
 
 def resolve(run: Path | None) -> tuple[Path | None, Path | None]:
@@ -75,9 +76,21 @@ def say(message: str) -> None:
 
 
 def emit(result: Any, as_json: bool) -> None:
-    """With `--json`, the result as one line on stdout."""
+    """With `--json`, the result as one line on stdout, in ASCII where stdout's encoding lacks any of its characters."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)
+        line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        write_out((json.dumps(result, allow_nan=False) if lacks(sys.stdout, line) else line) + "\n")
+
+
+def write_out(text: str) -> None:
+    """Write to stdout at once. Raises OSError that names it, BrokenPipeError where its reader has left."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"stdout: {error.strerror or error}; the result goes there, send it to a file or a pipe") from None
 
 
 def interrupted_status(result: dict[str, Any]) -> int:

@@ -94,21 +94,25 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 class GracefulStop:
-    """Turns the first SIGINT or SIGTERM into a wish to stop, as a context manager.
+    """Turns the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a wish to stop, as a context manager.
 
-    `requested` then names the signal, and the training loop ends after the step it is in. A second signal raises
-    KeyboardInterrupt at once. The handlers that were there come back on leaving. Python lets only the main thread handle
-    signals; in any other thread this does nothing.
+    `requested` then names the signal, and the training loop ends after the step it is in. A second SIGINT or SIGTERM raises
+    KeyboardInterrupt at once; SIGHUP does not count, since it comes twice where a terminal is closed (from the system and from
+    the shell), and before or after the SIGTERM with which a session ends. Where it is ignored, as under `nohup`, it stays so.
+    The handlers that were there come back on leaving. Python lets only the main thread handle signals; in any other thread this
+    does nothing.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._insisting = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,9 +122,11 @@ class GracefulStop:
         self._previous.clear()
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.requested is not None:
-            raise KeyboardInterrupt(f"a second {signal.Signals(number).name}: stopped without finishing the step")
-        self.requested = signal.Signals(number).name
+        if number != signal.SIGHUP:
+            if self._insisting:
+                raise KeyboardInterrupt(f"a second {signal.Signals(number).name}: stopped without finishing the step")
+            self._insisting = True
+        self.requested = self.requested or signal.Signals(number).name
 
 
 def check_finite(

@@ -34,7 +34,7 @@ from factorization_memory.training.checkpoint_folder import (
 from factorization_memory.training.device import autocast, resolve_device
 from factorization_memory.training.guard import GracefulStop, RunLock, check_finite
 from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
-from factorization_memory.training.progress import TrainingObserver
+from factorization_memory.training.progress import ShieldedObserver, TrainingObserver
 from factorization_memory.training.record import RunFolderError, RunRecord
 from factorization_memory.training.schedule import learning_rate
 from factorization_memory.training.step import accumulate_gradient, clip_gradient
@@ -79,12 +79,12 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.evaluate = evaluate
         self.sample = sample
-        self.observer = observer if observer is not None else TrainingObserver()
+        self.observer = ShieldedObserver(observer if observer is not None else TrainingObserver())
         self.device = resolve_device(config.training.device)
         self.record = RunRecord(self.run_dir)
 
     def run(self, resume: bool = False) -> dict[str, Any]:
-        """Train to the last step, or until SIGINT or SIGTERM; returns what `result.json` holds.
+        """Train to the last step, or until SIGINT, SIGTERM or SIGHUP; returns what `result.json` holds.
 
         `resume` goes on from the folder's last checkpoint. Raises RunFolderError for a folder that holds a run when `resume` is
         false, none when it is true, or a run of another configuration; RunLockedError when another process writes there;
