@@ -1,0 +1,270 @@
+"""Files and folders that are whole or not there, the right to write one, and JSON read back.
+
+What is written stands beside its place under a name of its own, `NAME.<8 hex digits>.partial`, reaches the disk, and is renamed
+when it is whole: readers never see half a file, a power cut leaves the old one or the new one, and two writers never share a
+file. What a killed writer left is removed by the next one: a living writer holds a lock on its own. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the `OSError`s of a full disk and of a used-up quota."""
+
+# NFS locks only what is open for writing, which a folder never is (EBADF).
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
+
+
+class JSONError(ValueError):
+    """Text that is not JSON or that no writer of ours can take: the message says where and why, in one line."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """An empty file to write to, which takes the place of `path` when the block ends well, and else is removed.
+
+    The folders above `path` are made. Raises FileExistsError where `path` is something else than a file (a folder, a device),
+    and OSError as writing does; what stood at `path` is then untouched.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path}: not a file; choose another name")
+    with _aside(path, folder=False) as partial:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text as UTF-8, through `atomic_file`."""
+    with atomic_file(path) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """An empty folder to write into, which becomes `path` when the block ends well, and else is removed.
+
+    The folders above `path` are made. A folder that is there by then is replaced if `overwrite`; otherwise, unless it is empty,
+    FileExistsError is raised. A failure leaves the old folder at `path`; where the process is killed just between the two
+    renames, it waits beside it as `NAME.<8 hex digits>.replaced`, and the next writer puts it back.
+    """
+    path = Path(path)
+    with _aside(path, folder=True) as partial:
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        if overwrite and path.exists():
+            _exchange(partial, path)
+        else:
+            try:
+                os.rename(partial, path)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise FileExistsError(f"{path}: exists; choose another name") from None
+                raise
+        _sync(path.parent)
+
+
+@contextmanager
+def lock(path: Path, held: Callable[[str], Exception]) -> Iterator[None]:
+    """The exclusive right that the file `path` stands for, among processes and threads.
+
+    A lock of the operating system, which goes with the process however that ends: no stale one needs to be cleared by hand. The
+    file is made (its folder must be there) and removed. Where another holds the lock, `held(holder)` is raised, with the holder
+    in words: "process 123 on HOST". A file system without locks gets a warning.
+    """
+    path = Path(path)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        locked = _try_lock(descriptor)
+        if locked is False:
+            holder = _holder(os.read(descriptor, 4096))
+            os.close(descriptor)
+            raise held(holder)
+        if locked is None:
+            warnings.warn(f"{path}: this file system has no locks; let no second process write here", stacklevel=3)
+            break
+        # A holder that just finished removes the file, and a lock on a removed file protects nothing: try again.
+        if _is_open_at(descriptor, path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises `JSONError`, whose message begins with the path, for a damaged file, and OSError for one that is missing or may not
+    be read.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return parse_json(data)
+    except JSONError as error:
+        raise JSONError(f"{path}: {error}") from None
+
+
+def parse_json(data: str | bytes) -> Any:
+    """The value that JSON text (bytes: UTF-8) stands for.
+
+    Raises `JSONError` for what is not JSON, for nesting and numbers beyond what Python reads, and for lone surrogates, which no
+    UTF-8 file can hold.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text)
+        # An escape such as \ud800 is the only way in for a surrogate without its other half.
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise JSONError(f"not JSON ({error.msg} at character {error.pos})") from None
+    except UnicodeDecodeError as error:
+        raise JSONError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise JSONError(f"holds the lone surrogate U+{ord(error.object[error.start]):04X}, which is no character") from None
+    except RecursionError:
+        raise JSONError("JSON nested too deeply to be read") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise JSONError(f"JSON that cannot be read ({error})") from None
+    return value
+
+
+@contextmanager
+def _aside(path: Path, folder: bool) -> Iterator[Path]:
+    """A new file or folder beside `path`, locked while the block runs and removed after it if it is still there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear(path)
+    while True:
+        partial = _beside(path, ".partial")
+        try:
+            if folder:
+                partial.mkdir()
+            else:
+                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileExistsError, FileNotFoundError):
+            continue
+        # Until it is locked, another writer may take it for a leftover and remove it.
+        if _try_lock(descriptor) is not False and _is_open_at(descriptor, partial):
+            break
+        os.close(descriptor)
+    try:
+        yield partial
+    finally:
+        if _is_open_at(descriptor, partial):
+            _remove(partial)
+        os.close(descriptor)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    old = _beside(path, ".replaced")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _try_lock(descriptor)  # so that no other writer takes it for a leftover meanwhile
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        _remove(old)
+    finally:
+        os.close(descriptor)
+
+
+def _clear(path: Path) -> None:
+    """Remove what killed writers of `path` left, or put back what they were about to replace."""
+    pattern = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{8}\.(partial|replaced)")
+    for leftover in sorted(each for each in path.parent.iterdir() if pattern.fullmatch(each.name)):
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # removed meanwhile, or somebody else's
+        try:
+            if _try_lock(descriptor) and _is_open_at(descriptor, leftover):
+                if leftover.suffix == ".replaced" and not path.exists():
+                    os.rename(leftover, path)
+                else:
+                    _remove(leftover)
+        finally:
+            os.close(descriptor)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}{suffix}")
+
+
+def _stem(path: Path) -> str:
+    # A name has at most 255 bytes, of which the digits and the suffix take 18.
+    return os.fsdecode(os.fsencode(path.name)[:237])
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk. Some file systems cannot do it for folders."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether the lock is ours now; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that `path` names now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    return False
+
+
+def _holder(record: bytes) -> str:
+    try:
+        values = json.loads(record)
+        return f"process {values['pid']} on {values['host']}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
