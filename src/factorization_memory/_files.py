@@ -78,7 +78,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.rename(partial, path)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise FileExistsError(f"{path}: exists; choose another name") from None
+                    raise FileExistsError(f"{path}: it exists and is not empty; choose another folder") from None
                 raise
         _sync(path.parent)
 

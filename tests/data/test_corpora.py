@@ -253,6 +253,23 @@ class TestFetch:
                 fetch_dataset("some/name", output)
             assert not list(tmp_path.iterdir())
 
+    def test_second_fetch_into_one_file_is_refused_and_harms_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = tmp_path / "a.jsonl.zst"
+
+        def rows() -> Iterator[dict]:
+            yield ROWS[0]
+            fake_datasets(monkeypatch, ROWS)
+            with pytest.raises(CorpusError, match=r"a\.jsonl\.zst: another process is fetching into it; wait"):
+                fetch_dataset("some/name", output)
+            yield ROWS[1]
+
+        fake_datasets(monkeypatch, rows())
+        assert fetch_dataset("some/name", output).documents == 2
+        assert [document.text for document in read_documents(output)] == [row["text"] for row in ROWS[:2]]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl.zst", "a.source.json"]
+
     def test_output_must_be_new_and_named_rightly(self, tmp_path: Path) -> None:
         with pytest.raises(CorpusError, match="exists"):
             fetch_dataset("x", write(tmp_path / "a.jsonl.zst", b""))

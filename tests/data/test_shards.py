@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class TestPack:
         assert seen[-1] == (160, total)
         assert len(seen) == 160
         corpus.verify()
-        assert not (tmp_path / "out.partial").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out"]
 
     def test_is_repeatable_and_order_of_files_does_not_move_documents(self, jsonl: Path, tmp_path: Path) -> None:
         first = pack([(None, jsonl)], BYTES, tmp_path / "one", holdout_fraction=0.2)
@@ -200,7 +201,7 @@ class TestInterrupted:
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
     def test_what_a_killed_pack_left_is_no_corpus_and_does_no_harm(self, jsonl: Path, tmp_path: Path) -> None:
-        partial = tmp_path / "out.partial"
+        partial = tmp_path / "out.01234567.partial"
         whole = pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
         shutil.move(tmp_path / "out", partial)
         (partial / "manifest.json").unlink()
@@ -233,14 +234,14 @@ class TestInterrupted:
 
     def test_corpus_being_replaced_survives_a_failing_rename(self, jsonl: Path, tmp_path: Path, monkeypatch) -> None:
         old = pack([("old", jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
-        rename = shards.os.rename
+        rename = os.rename
 
         def failing(source, target):
             if str(source).endswith(".partial"):
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
 
-        monkeypatch.setattr(shards.os, "rename", failing)
+        monkeypatch.setattr(os, "rename", failing)
         with pytest.raises(OSError, match="Input/output"):
             pack([("new", jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2, overwrite=True)
         assert PackedCorpus.open(tmp_path / "out").fingerprint == old.fingerprint

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from factorization_memory._files import write_atomic
 from factorization_memory.benchmarks.floor import PASSES
 from factorization_memory.config import ConfigError
 
@@ -66,13 +67,7 @@ def save(result: dict[str, Any], path: Path, drawing: Callable[[dict[str, Any]],
     drawn = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         (drawing or draw)(result).savefig(drawn, format=path.suffix.lower().removeprefix("."), dpi=150)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_bytes(drawn.getvalue())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomic(path, drawn.getvalue())
 
 
 def draw(result: dict[str, Any]) -> Figure:

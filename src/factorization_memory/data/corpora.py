@@ -7,7 +7,6 @@ them `id`, `author` and `language`.
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib.resources
 import io
 import json
@@ -18,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from factorization_memory._files import FULL_DISK
+
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 
 _READ_SIZE = 1 << 18
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the errors that say so."""
 
 
 class CorpusError(ValueError):

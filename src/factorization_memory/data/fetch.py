@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from factorization_memory._files import FULL_DISK, atomic_file, lock, write_atomic
 from factorization_memory.config import ConfigError
-from factorization_memory.data.corpora import FULL_DISK, CorpusError, explain_full_disk, optional_text, require_file
+from factorization_memory.data.corpora import CorpusError, explain_full_disk, optional_text, require_file
 from factorization_memory.data.named_corpora import (
     CORPORA,
     READERS,
@@ -70,22 +70,25 @@ def fetch_dataset(
     record beside it (`source_record`), which is also returned, are written aside and renamed when whole.
 
     Raises `ConfigError` for an unknown short name or a `max_documents` below 1, and `CorpusError` when `datasets` is not
-    installed, the hub cannot be reached, the data set has no such column or no text, or `output` exists.
+    installed, the hub cannot be reached, the data set has no such column or no text, or `output` exists or is being fetched.
     """
     output = Path(output)
     if not output.name.endswith(".jsonl.zst"):
         raise CorpusError(f"{output}: the name of the fetched file must end in .jsonl.zst")
-    if output.exists():
-        raise CorpusError(f"{output}: the file exists; remove it or choose another name")
+    _require_free(output)
     if max_documents is not None and max_documents < 1:
         raise ConfigError(f"max_documents={max_documents}: use 1 or more, or leave it out to take all")
     asked = find_corpus(name).choose(config=config, split=split, text_column=text_column, revision=revision)
     rows, read_revision, files = _open_data_set(name, asked, data_dir)
+
+    def held(holder: str) -> CorpusError:
+        return CorpusError(f"{output}: another process is fetching into it; wait for that one, or choose another name")
+
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside, record_path = output.with_name(output.name + ".partial"), source_record(output)
-    record_aside = record_path.with_name(record_path.name + ".partial")
-    try:
-        with explain_full_disk(output):
+    with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
+        # Again, now that no other process can write there.
+        _require_free(output)
+        with atomic_file(output) as aside:
             documents = _write_rows(_explain_reading(rows, name), aside, name, asked, max_documents, progress)
             record = FetchRecord(
                 data_set=asked.data_set,
@@ -100,14 +103,14 @@ def fetch_dataset(
                 max_documents=max_documents,
                 fetched=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            text = json.dumps(dataclasses.asdict(record), ensure_ascii=False, indent=2) + "\n"
-            record_aside.write_text(text, encoding="utf-8")
-        os.replace(record_aside, record_path)
-        os.replace(aside, output)
-    finally:
-        aside.unlink(missing_ok=True)
-        record_aside.unlink(missing_ok=True)
+            # First, so that no fetched file ever stands there without its record.
+            write_atomic(source_record(output), json.dumps(dataclasses.asdict(record), ensure_ascii=False, indent=2) + "\n")
     return record
+
+
+def _require_free(output: Path) -> None:
+    if output.exists():
+        raise CorpusError(f"{output}: the file exists; remove it or choose another name")
 
 
 def source_record(output: Path) -> Path:

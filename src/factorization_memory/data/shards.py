@@ -2,20 +2,15 @@
 
 A packed corpus is a folder: `manifest.json`, `tokenizer.json`, and for each source and split a `.tokens` file (little-endian
 uint16 or uint32, documents whole, each ended by the tokenizer's `document_end`) and a `.documents.npy` (int64, where each
-document starts, and the total). It is written as `<folder>.partial` and renamed when whole; sizes and checksums stand in the
-manifest, so that a file cut short is seen.
+document starts, and the total). It is written aside and renamed when whole; sizes and checksums stand in the manifest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from factorization_memory._files import atomic_folder, lock
 from factorization_memory.data.corpora import CorpusError, Document, explain_full_disk, read_documents, require_file
 from factorization_memory.data.tokenizer import Tokenizer, TokenizerError
 
@@ -147,56 +143,22 @@ def pack(
         raise CorpusError("no input to pack; name at least one file or folder")
     _require_free(output, overwrite)
     documents = [read_documents(path, source=source) for source, path in inputs]
-    aside = output.with_name(output.name + ".partial")
-    with explain_full_disk(output), _only_packer(output):
+
+    def held(holder: str) -> CorpusError:
+        return CorpusError(f"{output}: another process is packing into it; wait for that one, or choose another folder")
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
         # Again, now that no other process can write there.
         _require_free(output, overwrite)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            with contextlib.ExitStack() as files:
-                aside.mkdir()
-                packer = _Packer(aside, files, tokenizer, holdout, holdout_fraction)
-                for document in (document for some in documents for document in some):
-                    packer.add(document)
-                    if progress is not None:
-                        progress(packer.documents, packer.text_bytes)
-                packer.finish()
-            _move_into_place(aside, output)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with atomic_folder(output, overwrite=overwrite) as aside, contextlib.ExitStack() as files:
+            packer = _Packer(aside, files, tokenizer, holdout, holdout_fraction)
+            for document in (document for some in documents for document in some):
+                packer.add(document)
+                if progress is not None:
+                    progress(packer.documents, packer.text_bytes)
+            packer.finish()
     return PackedCorpus.open(output)
-
-
-@contextlib.contextmanager
-def _only_packer(output: Path) -> Iterator[None]:
-    """The exclusive right to pack into `output`: a lock of the operating system, which goes with the process that holds it."""
-    path = output.with_name(output.name + ".lock")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file meanwhile: a lock on a removed file protects nothing.
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(descriptor)
-                raise CorpusError(
-                    f"{output}: another process is packing into it; wait for that one, or choose another folder"
-                ) from None
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                break  # a file system without locks
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 class _Packer:
@@ -349,20 +311,6 @@ def _require_free(output: Path, overwrite: bool) -> None:
         raise CorpusError(f"{output}: exists and is not a packed corpus; choose another folder")
     if not overwrite:
         raise CorpusError(f"{output}: holds a packed corpus already; choose another folder, or ask to overwrite it")
-
-
-def _move_into_place(aside: Path, output: Path) -> None:
-    replaced = output.with_name(output.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        os.rename(output, replaced)
-    try:
-        os.rename(aside, output)
-    except BaseException:
-        if replaced.exists():
-            os.rename(replaced, output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from factorization_memory._files import write_atomic
 
 DOCUMENT_END = "</s>"
 PADDING = "<pad>"
@@ -159,10 +160,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, aside and renamed; the Hugging Face `tokenizers` library reads it too."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(self._definition, encoding="utf-8")
-        os.replace(aside, path)
+        write_atomic(Path(path), self._definition)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` (after NFC), without `document_end`. Raises `TokenizerError` for lone surrogates."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from factorization_memory._files import atomic_file
 from factorization_memory.models.routing import DEAD_SHARE
 
 INK, SOFT, LINE = "#1d2127", "#59616c", "#e3e4e0"
@@ -423,9 +423,8 @@ def short(value: float) -> str:
 
 def png(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG on white, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=160, facecolor="white")
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=160, facecolor="white")
 
 
 def svg(figure: Figure, name: str) -> str:

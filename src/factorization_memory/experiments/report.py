@@ -9,12 +9,12 @@ out. The plots are also written to `plots/*.png`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from factorization_memory._files import write_atomic
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.evaluation.inspection_page import INSPECTION_STYLE, explanation, inspection_fragment
 from factorization_memory.evaluation.pages import page
@@ -109,9 +109,7 @@ def write_report(run_dir: Path) -> Path:
     ]
     body = "\n".join(part for part in parts if part)
     path = run_dir / REPORT_NAME
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(f"{config['name']} – Factorization Memory", body, _STYLE + INSPECTION_STYLE), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, page(f"{config['name']} – Factorization Memory", body, _STYLE + INSPECTION_STYLE))
     return path
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from factorization_memory._files import atomic_folder
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.models.pretrained import CardFacts, is_pretrained, load_pretrained, model_card, save_pretrained
 from factorization_memory.models.pretrained.export import (
@@ -18,7 +19,6 @@ from factorization_memory.models.pretrained.export import (
     digest,
     exported_weights,
     require_free,
-    whole_folder,
 )
 from factorization_memory.models.pretrained.format import read_config, read_weights
 from factorization_memory.training.checkpoint import load_tensors, save_checkpoint
@@ -174,7 +174,7 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
         raise FileExistsError(f"{run_dir}: it exists and is not empty; choose another run folder")
     model, tokenizer, config = _read_pretrained(folder)
     record = _known_training(folder)
-    with whole_folder(run_dir) as aside:
+    with atomic_folder(run_dir) as aside:
         checkpoint = save_checkpoint(
             aside, model=model, optimizer=None, config=config, state=TrainingState(**record.get("state", {})),
             tokenizer_fingerprint=tokenizer.fingerprint, corpus_fingerprint=record.get("corpus_fingerprint", ""),

@@ -15,10 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from factorization_memory._files import atomic_folder
 from factorization_memory.config import ModelConfig
 from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.models.pretrained.conversion import NATIVE, native_fields, native_type, to_native
@@ -114,7 +112,7 @@ def save_pretrained(
     for key, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"weight {key!r} is not finite in {fields['dtype']}; export in float32, or an earlier checkpoint")
-    with whole_folder(folder, overwrite) as aside:
+    with atomic_folder(folder, overwrite=overwrite) as aside:
         save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
         _write_json(aside / CONFIG_NAME, fields)
         for path in aside.glob("*.safetensors"):
@@ -141,28 +139,6 @@ def require_free(folder: Path, overwrite: bool) -> None:
     others = sorted(path.name for path in folder.iterdir() if path.is_dir() or not _WRITTEN.fullmatch(path.name))
     if others:
         raise FileExistsError(f"{folder}: it holds {others[0]!r}, which no export wrote; choose another folder")
-
-
-@contextmanager
-def whole_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when the block ends well, and else is removed. One that is there by then
-    is replaced if `replace`; otherwise, unless it is empty, OSError is raised."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(".partial", f"{folder.name}.", folder.parent))
-    new, old = workplace / "new", workplace / "old"
-    new.mkdir()
-    try:
-        yield new
-        if replace and folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:

@@ -6,8 +6,9 @@ It holds one line, which imports them from the installed package; where that is 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from factorization_memory._files import write_atomic
 
 MODULE = "modeling_factorization_memory"
 CLASSES = {
@@ -22,7 +23,5 @@ AUTO_MAP = {automatic: f"{MODULE}.{name}" for automatic, name in CLASSES.items()
 
 def save_shim(folder: Path | str) -> None:
     """Write the file, aside and renamed."""
-    path = Path(folder) / f"{MODULE}.py"
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(f"from factorization_memory.models.huggingface import {', '.join(CLASSES.values())}\n", encoding="utf-8")
-    os.replace(aside, path)
+    line = f"from factorization_memory.models.huggingface import {', '.join(CLASSES.values())}\n"
+    write_atomic(Path(folder) / f"{MODULE}.py", line)
