@@ -89,7 +89,7 @@ def test_a_stream_closed_here_or_before_the_start_takes_everything() -> None:
         assert stream.write("text") == 4
         stream.flush()
         assert not stream.isatty()
-    with pytest.raises(OSError, match="closed before.*stdout"):
+    with pytest.raises(OSError, match=r"closed before.*stdout"):
         ClosedStream("stdout").write("a result")
 
 

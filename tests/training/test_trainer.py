@@ -283,6 +283,34 @@ def test_a_non_finite_step_is_named_and_not_applied(
     assert Trainer(config(), corpus, run_dir).run(resume=True)["stopped"] == "finished"
 
 
+@pytest.mark.parametrize("when", ["evaluation", "checkpoint", "stop"])
+def test_weights_that_are_not_finite_are_not_kept(corpus: PackedCorpus, run_dir: Path, when: str) -> None:
+    """Their step had a finite loss and gradient: it is the step itself that went too far."""
+    due = {"evaluation": {"evaluate_every": 3}, "checkpoint": {"checkpoint_every": 1}, "stop": {}}[when]
+    quiet = config(**{"evaluate_every": 0, "checkpoint_every": 2, **due})
+    rate = {"learning_rate": 1e-2}
+
+    def poison() -> None:
+        rate["learning_rate"] = 1e38
+        if when == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def learning_rate(*_: Any) -> float:
+        if len(watcher.curve) == 2:
+            poison()
+        return rate["learning_rate"]
+
+    watcher = Watcher()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "learning_rate", learning_rate)
+        with pytest.raises(TrainingDivergedError, match=r"step 3: after it, .*weight '.*' is NaN or infinite.*step-00000002"):
+            Trainer(quiet, corpus, run_dir, evaluate=evaluate, observer=watcher).run()
+    kept = find_checkpoint(run_dir, "last")
+    assert kept.name == "step-00000002"
+    assert all(tensor.isfinite().all() for tensor in load_model(kept)[0].parameters())
+    assert not any(line["kind"] == "evaluation" for line in lines(run_dir))
+
+
 def test_a_folder_with_a_run_is_not_overwritten_and_one_without_not_resumed(corpus: PackedCorpus, run_dir: Path) -> None:
     with pytest.raises(RunFolderError, match="no run here to resume"):
         Trainer(config(), corpus, run_dir).run(resume=True)

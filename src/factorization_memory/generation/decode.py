@@ -166,11 +166,20 @@ def _decode(
     rows = list(range(len(samples)))  # where in the batch of `steps` they stand
     finished: dict[int, Generation] = {}
     while True:
-        drawn = sample(logits.masked_fill(barred, -torch.inf), sampling, uniforms.take()[chosen], history)
+        allowed = logits.masked_fill(barred, -torch.inf)
+        drawn = sample(allowed, sampling, uniforms.take()[chosen], history)
+        # NaN goes through the maximum. Read together: each reading waits for the device.
+        tokens, finite = torch.stack([drawn, allowed.amax(dim=-1).isfinite().to(drawn.dtype)]).tolist()
+        if not all(finite):
+            one = samples[live[finite.index(0)]]
+            raise ValueError(
+                f"model: its logits are NaN or infinite after {one.prompt_tokens + len(one.tokens)} tokens; its weights are "
+                f"damaged, or too large for {next(model.parameters()).dtype}: use float32, or an earlier checkpoint"
+            )
         if history is not None:
             history.scatter_(1, drawn[:, None], True)
         going = []
-        for position, (index, token) in enumerate(zip(live, drawn.tolist(), strict=True)):
+        for position, (index, token) in enumerate(zip(live, tokens, strict=True)):
             one = samples[index]
             reason = one.push(token, last=len(one.tokens) + 1 == max_tokens)
             if reason is None:

@@ -24,11 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from factorization_memory.config import RunConfig, to_dict
+from factorization_memory.models.finite import not_finite
 from factorization_memory.training.checkpoint_folder import (
     FORMAT_VERSION,
     STATE_NAME,
     CheckpointError,
     DamagedError,
+    NotFiniteError,
     TrainingState,
     checkpoint_path,
     present,
@@ -73,9 +75,23 @@ def save_checkpoint(
     """Write a checkpoint of `state.step` and return its folder. Without `optimizer` it is one to use, not to go on from.
 
     `carried` holds the memory of each micro-batch (None: one that has not begun), or is None when nothing is carried.
-    Raises `CheckpointError` when it cannot be written whole (a full disk); earlier checkpoints are then as they were.
+    Raises `CheckpointError` when it cannot be written whole (a full disk), `NotFiniteError` when a weight, a moment or carried
+    memory is NaN or infinite; earlier checkpoints are then as they were.
     """
     path = checkpoint_path(run_dir, state.step)
+    weights = model_tensors(model)
+    moments = {} if optimizer is None else _optimizer_tensors(model, optimizer)
+    # Cloned: parts of one state may share storage, which the format refuses.
+    memories = {
+        f"{index}/{number}": tensor.contiguous().clone()
+        for index, memory in enumerate(carried or ())
+        if memory is not None
+        for number, tensor in enumerate(memory.tensors())
+    }
+    for what, tensors in (("weight", weights), ("optimizer's", moments), ("carried memory", memories)):
+        wrong = not_finite(tensors)
+        if wrong is not None:
+            raise NotFiniteError(f"{path}: not written, since {what} {wrong!r} is NaN or infinite")
     partial = path.with_name(path.name + ".partial")
     record = {
         "format_version": FORMAT_VERSION,
@@ -89,18 +105,11 @@ def save_checkpoint(
     try:
         remove(partial)
         partial.mkdir(parents=True)
-        save_file(_contiguous(model_tensors(model)), partial / _MODEL)
+        save_file(_contiguous(weights), partial / _MODEL)
         if optimizer is not None:
-            save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
+            save_file(_contiguous(moments), partial / _OPTIMIZER)
         if carried is not None:
-            # Cloned: parts of one state may share storage, which the format refuses.
-            tensors = {
-                f"{index}/{number}": tensor.contiguous().clone()
-                for index, memory in enumerate(carried)
-                if memory is not None
-                for number, tensor in enumerate(memory.tensors())
-            }
-            save_file(tensors, partial / _CARRIED)
+            save_file(memories, partial / _CARRIED)
         (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
         if path.exists():
             replaced = path.with_name(path.name + ".replaced.partial")
@@ -172,7 +181,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Copy the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` where a name or shape differs."""
+    """Copy the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` where a name or shape differs, and
+    where a weight is NaN or infinite."""
     saved, own = _read_tensors(path / _MODEL), model_tensors(model)
     for name in sorted(own.keys() | saved.keys()):
         if name not in saved or name not in own:
@@ -190,11 +200,15 @@ def load_tensors(model: nn.Module, path: Path) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {present(path.parent)}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short ({error}); {present(path.parent)}") from None
+    wrong = not_finite(tensors)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: tensor {wrong!r} is NaN or infinite; {present(path.parent)}")
+    return tensors
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -30,6 +30,10 @@ class DamagedError(CheckpointError):
     """One that cannot be read, where another of the same run may serve."""
 
 
+class NotFiniteError(CheckpointError):
+    """One that would hold NaN or infinite weights, and is not written."""
+
+
 @dataclass
 class TrainingState:
     """Where a run stands after a step: plain numbers, kept in `state.json`."""

@@ -26,7 +26,8 @@ class RunLockedError(ValueError):
 
 
 class TrainingDivergedError(RuntimeError):
-    """A loss or gradient became infinite or not a number. The step was not applied; earlier checkpoints are intact."""
+    """A loss, a gradient or a weight became infinite or not a number. A step of such a loss or gradient was not applied;
+    earlier checkpoints are intact."""
 
 
 class RunLock:
@@ -147,8 +148,16 @@ def check_finite(
     what = f"the loss is {losses[bad[0]]}" if bad else f"the gradient norm is {gradient_norm}"
     rows = [row for index in bad or range(len(windows)) for row in windows[index]]
     named = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
     raise TrainingDivergedError(
-        f"step {step}: {what}, in the batch rows {named}. The step was not applied; {kept}. "
-        "Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller optimizer.clip_norm."
+        f"step {step}: {what}, in the batch rows {named}. The step was not applied; {_what_to_do(last_checkpoint)}"
     )
+
+
+def diverged(step: int, what: str, last_checkpoint: Path | None) -> TrainingDivergedError:
+    """The error for weights, or what else would go into a checkpoint, that are not finite after a step; `what` says which."""
+    return TrainingDivergedError(f"step {step}: after it, {what}. Nothing of it was kept; {_what_to_do(last_checkpoint)}")
+
+
+def _what_to_do(last_checkpoint: Path | None) -> str:
+    kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+    return f"{kept}. Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller optimizer.clip_norm."

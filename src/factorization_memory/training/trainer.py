@@ -20,10 +20,12 @@ from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.compilation import compiled_loss
+from factorization_memory.models.finite import not_finite
 from factorization_memory.models.routing import RoutingHealth, memory_layers
-from factorization_memory.training.checkpoint import first_difference, load_checkpoint, save_checkpoint
+from factorization_memory.training.checkpoint import first_difference, load_checkpoint, model_tensors, save_checkpoint
 from factorization_memory.training.checkpoint_folder import (
     CheckpointError,
+    NotFiniteError,
     TrainingState,
     checkpoint_path,
     find_checkpoint,
@@ -32,7 +34,7 @@ from factorization_memory.training.checkpoint_folder import (
     read_state,
 )
 from factorization_memory.training.device import autocast, resolve_device
-from factorization_memory.training.guard import GracefulStop, RunLock, check_finite
+from factorization_memory.training.guard import GracefulStop, RunLock, TrainingDivergedError, check_finite, diverged
 from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
 from factorization_memory.training.progress import ShieldedObserver, TrainingObserver
 from factorization_memory.training.record import RunFolderError, RunRecord
@@ -88,7 +90,8 @@ class Trainer:
 
         `resume` goes on from the folder's last checkpoint. Raises RunFolderError for a folder that holds a run when `resume` is
         false, none when it is true, or a run of another configuration; RunLockedError when another process writes there;
-        CheckpointError for a damaged checkpoint or a full disk; TrainingDivergedError for a non-finite loss or gradient.
+        CheckpointError for a damaged checkpoint or a full disk; TrainingDivergedError for a loss, gradient or weight that is
+        not finite.
         """
         if resume and not self.record.exists:
             raise RunFolderError(f"{self.run_dir}: there is no run here to resume; start one without --resume")
@@ -253,6 +256,8 @@ class _Run:
         """`_observe`; if it raises, the steps since the last checkpoint are saved before the error goes on."""
         try:
             return self._observe(batch)
+        except TrainingDivergedError:
+            raise  # nothing to save
         except Exception as error:
             if self.checkpoint != checkpoint_path(self.run_dir, self.state.step):
                 try:
@@ -269,14 +274,22 @@ class _Run:
         """Evaluate and sample, where due, in the arithmetic of training; whether this evaluation is the best yet."""
         training, step = self.config.training, self.state.step
         last, best = step == training.steps, False
+        evaluating = last or bool(training.evaluate_every and step % training.evaluate_every == 0)
+        sampling = self.trainer.sample is not None and bool(
+            training.sample_every and (last or step % training.sample_every == 0)
+        )
+        wrong = not_finite(model_tensors(self.model)) if evaluating or sampling else None
+        if wrong is not None:
+            raise diverged(step, f"weight {wrong!r} is NaN or infinite", self.checkpoint)
         devices = [self.device] if self.device.type == "cuda" else []
         # Generators as they were afterwards, so that how often one looks does not change what is trained.
         with torch.random.fork_rng(devices), torch.no_grad(), self.autocast:
             self.model.eval()
-            if last or (training.evaluate_every and step % training.evaluate_every == 0):
+            if evaluating:
                 best = self._evaluate()
                 self._measure_routing(batch)
-            if self.trainer.sample is not None and training.sample_every and (last or step % training.sample_every == 0):
+            if sampling:
+                assert self.trainer.sample is not None
                 sample = {"step": step, "samples": self.trainer.sample(self.model)}
                 self.record.append("sample", sample)
                 self.observer.on_sample(sample)
@@ -323,16 +336,19 @@ class _Run:
 
     def _save(self) -> None:
         self.state.seconds = time.perf_counter() - self.clock
-        self.checkpoint = save_checkpoint(
-            self.run_dir,
-            model=self.model,
-            optimizer=self.optimizer,
-            config=self.config,
-            state=self.state,
-            tokenizer_fingerprint=self.trainer.corpus.tokenizer.fingerprint,
-            corpus_fingerprint=self.trainer.corpus.fingerprint,
-            carried=self.carried,
-        )
+        try:
+            self.checkpoint = save_checkpoint(
+                self.run_dir,
+                model=self.model,
+                optimizer=self.optimizer,
+                config=self.config,
+                state=self.state,
+                tokenizer_fingerprint=self.trainer.corpus.tokenizer.fingerprint,
+                corpus_fingerprint=self.trainer.corpus.fingerprint,
+                carried=self.carried,
+            )
+        except NotFiniteError as error:
+            raise diverged(self.state.step, f"the checkpoint {error}", self.checkpoint) from None
         prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.observer.on_checkpoint(self.checkpoint)
 
