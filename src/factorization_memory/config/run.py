@@ -75,7 +75,8 @@ class TrainingConfig:
     """The training loop on one device."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. A run that is resumed may have more than before; the schedule is then that of the new
+    number from there on."""
     tokens_per_step: int = 8192
     """Tokens of one optimizer step, over all gradient accumulation."""
     micro_batch_size: int = 0
@@ -84,6 +85,9 @@ class TrainingConfig:
     """Truncated backpropagation: each row of the batch reads on where it stopped, from the detached memory of the last step."""
     seed: int = 0
     """Seeds weights and batch order."""
+    init_from: str = ""
+    """Model to start from instead of random weights (fine-tuning): a run folder, a checkpoint's, one in Hugging Face's layout,
+    or "builtin", the one that comes with the package. `fmem train` takes the fields of `model` from it; or --init-from."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -58,7 +58,8 @@ MAY_CHANGE = frozenset(
         "training.keep_checkpoints",
     }
 )
-"""Fields that a resumed run may set anew: none of them moves the loss curve (another corpus is told by its fingerprint)."""
+"""Fields that a resumed run may set anew: none of them moves the loss curve (another corpus is told by its fingerprint).
+Besides, training.steps may be raised."""
 
 
 def save_checkpoint(
@@ -138,7 +139,7 @@ def load_checkpoint(
     """
     record = read_state(path)
     saved = read_run_config(record, path)
-    difference = first_difference(saved, config)
+    difference = difference_from(saved, config)
     if difference is not None:
         name, old, new = difference
         raise CheckpointError(
@@ -150,6 +151,13 @@ def load_checkpoint(
     carried = None if record["carried"] is None else _load_carried(model, config.micro_batch_size, record["carried"], path)
     _set_random_states(model, record["random"])
     return state, carried
+
+
+def difference_from(saved: RunConfig, current: RunConfig) -> tuple[str, object, object] | None:
+    """What keeps a run of the configuration `saved` from being resumed with `current`, as `first_difference` has it: any field
+    but those of `MAY_CHANGE`, and fewer steps in all."""
+    longer = current.training.steps > saved.training.steps
+    return first_difference(saved, current, MAY_CHANGE | {"training.steps"} if longer else MAY_CHANGE)
 
 
 def first_difference(
@@ -222,8 +230,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     if not (path / _OPTIMIZER).exists():
         raise CheckpointError(
-            f"{path / _OPTIMIZER}: missing, as of an imported model, which is there to be used and not to go on from; "
-            f"{present(path)}"
+            f"{path / _OPTIMIZER}: missing, as of an imported model, from which no training can go on (--init-from starts "
+            f"a new one from its weights); {present(path)}"
         )
     tensors = _read_tensors(path / _OPTIMIZER)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from factorization_memory.models import LanguageModel
 from factorization_memory.models.compilation import compiled_loss
 from factorization_memory.models.finite import not_finite
 from factorization_memory.models.routing import RoutingHealth, memory_layers
-from factorization_memory.training.checkpoint import first_difference, load_checkpoint, model_tensors, save_checkpoint
+from factorization_memory.training.checkpoint import difference_from, load_checkpoint, model_tensors, save_checkpoint
 from factorization_memory.training.checkpoint_folder import (
     CheckpointError,
     NotFiniteError,
@@ -36,6 +37,7 @@ from factorization_memory.training.checkpoint_folder import (
 from factorization_memory.training.device import autocast, resolve_device
 from factorization_memory.training.guard import GracefulStop, RunLock, TrainingDivergedError, check_finite, diverged
 from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
+from factorization_memory.training.pretrained import load_initial
 from factorization_memory.training.progress import ShieldedObserver, TrainingObserver
 from factorization_memory.training.record import RunFolderError, RunRecord
 from factorization_memory.training.schedule import learning_rate
@@ -90,7 +92,8 @@ class Trainer:
 
         `resume` goes on from the folder's last checkpoint. Raises RunFolderError for a folder that holds a run when `resume` is
         false, none when it is true, or a run of another configuration; RunLockedError when another process writes there;
-        CheckpointError for a damaged checkpoint or a full disk; TrainingDivergedError for a loss, gradient or weight that is
+        CheckpointError for a damaged checkpoint or a full disk; ConfigError for a `training.init_from` that is of another shape
+        or tokenizer; TrainingDivergedError for a loss, gradient or weight that is
         not finite.
         """
         if resume and not self.record.exists:
@@ -110,11 +113,12 @@ class Trainer:
                 self.observer.on_end()
 
     def _check_same_run(self) -> None:
-        difference = first_difference(self.record.read_config(), self.config)
+        difference = difference_from(self.record.read_config(), self.config)
         if difference is not None:
             name, old, new = difference
+            same = "the same value, or a larger one" if name == "training.steps" else "the same value"
             raise RunFolderError(
-                f"{self.run_dir}: this run was started with {name}={old!r}, not {new!r}; resume with the same value, "
+                f"{self.run_dir}: this run was started with {name}={old!r}, not {new!r}; resume with {same}, "
                 "or start a new run in another folder"
             )
         if list_checkpoints(self.run_dir):
@@ -155,10 +159,15 @@ class _Run:
             self.state, self.carried = load_checkpoint(
                 self.checkpoint, model=self.model, optimizer=self.optimizer, config=self.config
             )
+        elif training.init_from:
+            load_initial(self.model, trainer.corpus.tokenizer, training.init_from)
         # Before anything is written: what does not fit the corpus must leave no run behind.
         self.loader = self._loader(self.state.step)
         self.record.cut_after(self.state.step, self.state.observed_step)
         self.record.remove_result()
+        if resume:
+            # Also where no step is left: keep_checkpoints may be another, and a killed writing has left its part.
+            prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.record.begin(self.config, trainer.corpus.tokenizer, self.device, self.state.step if resume else None)
         self.clock = time.perf_counter() - self.state.seconds
 
@@ -381,7 +390,7 @@ class _Run:
             )
             self.observer.on_message(
                 f"{stop.requested}: stopped at step {state.step} of {steps} {kept}. "
-                f"Resume with the same command and --resume (run folder {self.run_dir})"
+                f"Resume with `fmem train --resume {shlex.quote(str(self.run_dir))}`, or the same command and --resume"
             )
         return result
 
@@ -393,9 +402,11 @@ def bits_per_byte(nats: float, text_bytes: float) -> float | None:
 
 def complete_config(config: RunConfig, vocab_size: int) -> RunConfig:
     """`config` with the tokenizer's vocabulary filled in. Raises ConfigError where it names another size."""
-    if config.model.vocab_size not in (0, vocab_size):
+    size = config.model.vocab_size
+    if config.training.init_from and size > vocab_size:
+        return config  # a model may have more ids than its tokenizer
+    if size not in (0, vocab_size):
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}: the corpus's tokenizer has {vocab_size} tokens; "
-            "leave it 0 to take the tokenizer's"
+            f"model.vocab_size={size}: the corpus's tokenizer has {vocab_size} tokens; leave it 0 to take the tokenizer's"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
