@@ -301,3 +301,8 @@ def test_logits_that_are_not_finite_are_an_error(model: LanguageModel) -> None:
     for sampling in (GREEDY, SamplingConfig(top_p=0.9, seed=1)):
         with pytest.raises(ValueError, match=r"model: its logits are NaN or infinite after 6 tokens.*earlier checkpoint"):
             generate(damaged, TOKENIZER, "It was", sampling=sampling)
+
+
+def test_more_samples_than_the_machine_can_hold(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"num_samples=1000000000: .*would take .*ask for fewer"):
+        generate(model, TOKENIZER, "It was", num_samples=10**9)

@@ -459,3 +459,18 @@ def test_a_damaged_last_checkpoint_is_got_past_as_the_message_says(corpus: Packe
     shutil.rmtree(last)
     again = Trainer(config(), corpus, run_dir, evaluate=evaluate).run(resume=True)
     assert again["evaluation"] == whole["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tokens_per_step": 1 << 40, "micro_batch_size": 1}, "training.tokens_per_step=1099511627776: 3 batches"),
+        ({"tokens_per_step": 1 << 31, "micro_batch_size": (1 << 27) - 0}, "training.micro_batch_size"),
+    ],
+)
+def test_steps_beyond_this_machine_are_refused_before_anything_is_written(
+    corpus: PackedCorpus, run_dir: Path, settings: dict[str, int], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Trainer(config(**settings), corpus, run_dir)
+    assert not run_dir.exists()

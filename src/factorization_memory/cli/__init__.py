@@ -7,6 +7,7 @@ run, 2 bad usage, 128 + the signal's number when stopped by one.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -70,10 +71,22 @@ def dispatch(arguments: list[str]) -> int:
         return complain("interrupted", 130)
     except BrokenPipeError as error:
         return _lost_stdout(error)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (MemoryError, OverflowError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FMEM_TRACEBACK"):
             raise
-        return complain(str(error), 1)
+        return complain(_in_words(error), 1)
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says; of a machine that has no more memory, what people can do about it."""
+    message = str(error)
+    asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d+ bytes|[\d.]+ \w+)", message)
+    if isinstance(error, MemoryError) or asked or "out of memory" in message or "Storage size calculation" in message:
+        what = f", {asked[1]} of it for one array" if asked else ""
+        return f"this needs more memory than there is{what}; use smaller sizes, or fewer at once"
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({message}); use a smaller one"
+    return message
 
 
 def complain(message: str, status: int) -> int:

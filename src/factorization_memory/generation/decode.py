@@ -14,6 +14,7 @@ from torch import Tensor
 
 from factorization_memory.generation.graph import Steps, steps_for
 from factorization_memory.generation.sampling import SamplingConfig, Uniforms, sample, sample_generators
+from factorization_memory.models.capacity import require_room
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -98,7 +99,7 @@ def generate_batch(
     The prompts are read packed one behind the other, without padding. Returns the samples of the first prompt, then those of
     the second, and so on; `on_text(i, piece)` counts them in this order. All else is as in `generate`.
 
-    Raises ValueError for no prompts, an empty one, or an argument out of range.
+    Raises ValueError for no prompts, an empty one, an argument out of range, or more samples than the machine can hold.
     """
     sampling = sampling or SamplingConfig()
     limits = {"max_tokens": max_tokens, "num_samples": num_samples}
@@ -115,6 +116,13 @@ def generate_batch(
             raise ValueError(
                 f"prompts[{number}]={prompts[number]!r}: it holds no token to start from; give a character or more"
             )
+
+    rows = num_samples * len(prompts)
+    # Of each row its state, and as logits, scores and history a number for every id.
+    needed = rows * (model.initial_state(1).num_bytes + 8 * model.config.vocab_size)
+    require_room(
+        f"num_samples={num_samples}: {rows:,} continuations at once", needed, "ask for fewer", next(model.parameters()).device
+    )
 
     was_training = model.training
     model.eval()

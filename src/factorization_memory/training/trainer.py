@@ -20,8 +20,10 @@ import torch
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
+from factorization_memory.models.capacity import require_room
 from factorization_memory.models.compilation import compiled_loss
 from factorization_memory.models.finite import not_finite
+from factorization_memory.models.language_model import parameter_count
 from factorization_memory.models.routing import RoutingHealth, memory_layers
 from factorization_memory.training.checkpoint import difference_from, load_checkpoint, model_tensors, save_checkpoint
 from factorization_memory.training.checkpoint_folder import (
@@ -85,6 +87,7 @@ class Trainer:
         self.sample = sample
         self.observer = ShieldedObserver(observer if observer is not None else TrainingObserver())
         self.device = resolve_device(config.training.device)
+        _require_room(self.config, self.device)
         self.record = RunRecord(self.run_dir)
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -393,6 +396,26 @@ class _Run:
                 f"Resume with `fmem train --resume {shlex.quote(str(self.run_dir))}`, or the same command and --resume"
             )
         return result
+
+
+def _require_room(config: RunConfig, device: torch.device) -> None:
+    """ConfigError for sizes that certainly pass what the machine has: the least that a step needs is counted, no more."""
+    parameters = parameter_count(config.model)
+    require_room(
+        f"model: {parameters:,} parameters with gradients and AdamW's moments", 16 * parameters,
+        "use fewer layers or a smaller width", device,
+    )  # fmt: skip
+    # Of each token its id, and in bfloat16 what enters the first block.
+    forward = config.micro_batch_size * config.data.context_length * (8 + 2 * config.model.hidden_size)
+    require_room(
+        f"training.micro_batch_size={config.training.micro_batch_size}: {config.micro_batch_size:,} sequences of "
+        f"{config.data.context_length:,} tokens at once", forward, "set it to fewer", device,
+    )  # fmt: skip
+    batches = 1 + min(config.data.read_ahead, config.training.steps)
+    require_room(
+        f"training.tokens_per_step={config.training.tokens_per_step}: {batches:,} batches of ids and targets",
+        batches * 16 * config.training.tokens_per_step, "use fewer tokens, or a smaller data.read_ahead",
+    )  # fmt: skip
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
