@@ -326,7 +326,7 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["data", "tokenizer"], 2, "name at least one file"),
         (["data", "tokenizer", "x", "--vocab-size", "3"], 2, "--vocab-size=3: use 258"),
         (["plan", "demo", "--model.expand", "inf"], 2, "model.expand=inf: use a finite number"),
-        (["plan", "demo", "--model.num-layers", "1000000000"], 2, "model.num_layers=1000000000: use 10,000 or fewer"),
+        (["plan", "demo", "--model.num-layers", "1000000000"], 2, "model.num_layers=1000000000: use 1,000,000 or fewer"),
         (["generate", "--prompt", "x", "--seed", str(2**70)], 2, "--seed=1180591620717411303424: use a number from 0 to"),
         (["generate", "--prompt", "x", "--num-samples", str(10**9)], 2, "ask for fewer"),
         (["bench", "op", "--batch", str(10**9)], 1, "this needs more memory than there is"),

@@ -474,3 +474,44 @@ def test_steps_beyond_this_machine_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=named):
         Trainer(config(**settings), corpus, run_dir)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", ".lock"])
+def test_a_run_does_not_write_through_a_link(corpus: PackedCorpus, run_dir: Path, tmp_path: Path, name: str) -> None:
+    """A folder that somebody else has made may point anywhere."""
+    Trainer(config(), corpus, run_dir, observer=Watcher(6, kill())).run()
+    elsewhere = tmp_path / "elsewhere"
+    if (run_dir / name).exists():
+        (run_dir / name).rename(elsewhere)
+    (run_dir / name).symlink_to(elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} if elsewhere.is_dir() else None
+    with pytest.raises(RunFolderError, match=rf"{name}: a symbolic link, and a run writes into its own folder alone"):
+        Trainer(config(), corpus, run_dir).run(resume=True)
+    if before is not None:
+        assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+    else:
+        assert name != ".lock" or not elsewhere.exists()
+
+
+def test_other_links_are_replaced_and_what_they_point_to_stays(corpus: PackedCorpus, run_dir: Path, tmp_path: Path) -> None:
+    Trainer(config(), corpus, run_dir, observer=Watcher(6, kill())).run()
+    (tmp_path / "precious").write_text("precious")
+    for name in ("config.json.partial", "result.json", "environment.json.partial"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(tmp_path / "precious")
+    step = find_checkpoint(run_dir, "last")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept").touch()
+    (run_dir / "checkpoints" / "step-00000001").symlink_to(tmp_path / "old")
+    assert Trainer(config(keep_checkpoints=1), corpus, run_dir).run(resume=True)["stopped"] == "finished"
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "old" / "kept").exists()
+    assert not step.exists()
+
+
+def test_resuming_a_finished_run_prunes(corpus: PackedCorpus, run_dir: Path) -> None:
+    Trainer(config(), corpus, run_dir).run()
+    assert len(list_checkpoints(run_dir)) == 2
+    (run_dir / "checkpoints" / "step-00000007.0123abcd.partial").mkdir()
+    Trainer(config(keep_checkpoints=1), corpus, run_dir).run(resume=True)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000012"]

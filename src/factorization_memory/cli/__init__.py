@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
 
 from factorization_memory._streams import best_effort, prepare_standard_streams
 
@@ -37,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `fmem` with `arguments` (those of the process by default) and exit."""
     if arguments is None:
         prepare_standard_streams()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _leave)
     status = dispatch(list(sys.argv[1:] if arguments is None else arguments))
     try:
         sys.stdout.flush()
@@ -87,6 +92,11 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OverflowError):
         return f"a number is too large ({message}); use a smaller one"
     return message
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ended from outside: by an exception, so that what was being written aside is removed on the way out."""
+    raise SystemExit(128 + number)
 
 
 def complain(message: str, status: int) -> int:

@@ -17,12 +17,12 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{name}={value!r}: {remedy}")
 
 
-LARGEST = 1 << 20
-"""Of the sizes of a model that are multiplied with one another: far beyond what any machine holds, and small enough for no
-product of three to overflow 64 bits."""
-LARGEST_WIDTH = 1 << 24
-"""Of the products of two of them that are the width of a weight."""
-MOST_LAYERS = 10_000
+LARGEST = 1 << 27
+"""Of one size of a model: beyond what any machine holds, and small enough for the bytes of no weight or state to overflow 64
+bits."""
+LARGEST_WIDTH = 1 << 30
+"""Of the products of two sizes that are the width of a weight."""
+MOST_LAYERS = 1_000_000
 MOST_TOKENS = (1 << 31) - 1
 """Of one sequence, or of the sequences of one forward pass: their borders are 32-bit integers. And of a vocabulary."""
 

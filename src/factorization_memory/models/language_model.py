@@ -30,6 +30,9 @@ from factorization_memory.models.capacity import require_room
 from factorization_memory.models.cross_entropy import linear_cross_entropy
 from factorization_memory.ops import read_borders
 
+BLOCK_BYTES = 40_000
+"""Of a block's Python objects, however small its weights."""
+
 
 def make_mixer(mixer: Mixer, config: ModelConfig) -> SequenceMixer:
     """The layer that mixes tokens, of a model's configuration."""
@@ -108,7 +111,7 @@ def _require_room(config: ModelConfig) -> None:
     sizes = ", ".join(f"{name}={getattr(config, name)}" for name in ("num_layers", "hidden_size", "vocab_size"))
     require_room(
         f"model: {number:,} parameters of float32 ({sizes})",
-        4 * number,
+        4 * number + BLOCK_BYTES * config.num_layers,
         "make them fewer, by these or the mixers' sizes",
         device,
     )

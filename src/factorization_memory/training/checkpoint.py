@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from factorization_memory._files import atomic_folder
 from factorization_memory.config import RunConfig, to_dict
 from factorization_memory.models.finite import not_finite
 from factorization_memory.training.checkpoint_folder import (
@@ -36,7 +36,6 @@ from factorization_memory.training.checkpoint_folder import (
     present,
     read_run_config,
     read_state,
-    remove,
 )
 from factorization_memory.training.record import strict_json
 
@@ -93,7 +92,6 @@ def save_checkpoint(
         wrong = not_finite(tensors)
         if wrong is not None:
             raise NotFiniteError(f"{path}: not written, since {what} {wrong!r} is NaN or infinite")
-    partial = path.with_name(path.name + ".partial")
     record = {
         "format_version": FORMAT_VERSION,
         "state": dataclasses.asdict(state),
@@ -104,24 +102,14 @@ def save_checkpoint(
         "carried": None if carried is None else [memory is not None for memory in carried],
     }
     try:
-        remove(partial)
-        partial.mkdir(parents=True)
-        save_file(_contiguous(weights), partial / _MODEL)
-        if optimizer is not None:
-            save_file(_contiguous(moments), partial / _OPTIMIZER)
-        if carried is not None:
-            save_file(memories, partial / _CARRIED)
-        (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
-        if path.exists():
-            replaced = path.with_name(path.name + ".replaced.partial")
-            remove(replaced)
-            path.rename(replaced)
-            partial.rename(path)
-            remove(replaced)
-        else:
-            partial.rename(path)
+        with atomic_folder(path, overwrite=True) as partial:
+            save_file(_contiguous(weights), partial / _MODEL)
+            if optimizer is not None:
+                save_file(_contiguous(moments), partial / _OPTIMIZER)
+            if carried is not None:
+                save_file(memories, partial / _CARRIED)
+            (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({error}); earlier checkpoints are intact. "
             "Make room on that disk, then resume the run"
