@@ -29,7 +29,7 @@ ROOMS = {
         "benchmarks",
     },
 }  # fmt: skip
-ROOT = {"_files", "_text"}
+ROOT = {"_files", "_streams", "_text"}
 """Modules beside the rooms, of the standard library alone, that every room may import."""
 OUTSIDE = {
     "datasets": {"data/fetch.py"},

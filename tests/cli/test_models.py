@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +193,31 @@ def test_refused(
     assert (run_dir / "checkpoints").exists()
     assert message in " ".join(err.split())
     assert not (tmp_path / "new").exists()
+
+
+HANGING = """
+import sys, time
+from factorization_memory.models.pretrained import export
+
+def hang(*_):
+    print("writing", flush=True)
+    time.sleep(100)
+
+export.save_shim = hang
+from factorization_memory.cli import main
+sys.argv = ["fmem", "export", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing(run_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", HANGING, str(run_dir), str(tmp_path / "model")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "writing\n"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    running.send_signal(number)
+    assert running.wait(timeout=60) == 128 + number
+    assert list(tmp_path.iterdir()) == []
+    running.stdout.close()

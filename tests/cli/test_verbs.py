@@ -326,6 +326,10 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["data", "tokenizer"], 2, "name at least one file"),
         (["data", "tokenizer", "x", "--vocab-size", "3"], 2, "--vocab-size=3: use 258"),
         (["plan", "demo", "--model.expand", "inf"], 2, "model.expand=inf: use a finite number"),
+        (["plan", "demo", "--model.num-layers", "1000000000"], 2, "model.num_layers=1000000000: use 1,000,000 or fewer"),
+        (["generate", "--prompt", "x", "--seed", str(2**70)], 2, "--seed=1180591620717411303424: use a number from 0 to"),
+        (["generate", "--prompt", "x", "--num-samples", str(10**9)], 2, "ask for fewer"),
+        (["bench", "op", "--batch", str(10**9)], 1, "this needs more memory than there is"),
         (["data"], 2, "usage: fmem data VERB"),
         (["data", "pakc"], 2, "did you mean 'pack'?"),
         (["data", "pack", "missing.txt", "--output", "p"], 1, "missing.txt"),
@@ -470,3 +474,76 @@ def test_sigterm_checkpoints_and_resume_continues_the_same_curve(workplace: Path
 
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert len(losses(tmp_path / "b")) == 60
+
+
+def test_a_run_is_resumed_by_its_folder_alone_and_lengthened(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "demo", *TINY, "--data.corpus", workplace / "packed", "--optimizer.schedule", "constant"]
+    assert call(capsys, *command, "--run-dir", tmp_path / "whole", "--training.steps", 12)[0] == 0
+    folder = tmp_path / "parts"
+    assert call(capsys, *command, "--run-dir", folder)[0] == 0
+    status, _, err = call(capsys, "train", "--resume", folder, "--training.steps", 7)
+    assert (status, "training.steps=8, not 7; resume with the same value, or a larger one" in err) == (1, True)
+    # By its folder in every spelling; without more steps there is nothing to do but to keep fewer checkpoints.
+    assert call(capsys, "train", f"--resume={folder}", "--training.keep-checkpoints", 1)[0] == 0
+    assert len(list((folder / "checkpoints").iterdir())) <= 2
+    assert call(capsys, "train", "--run-dir", folder, "--resume")[0] == 0
+    status, out, _ = call(capsys, "train", "--training.steps", 12, "--resume", folder, "--json")
+    assert (status, json.loads(out)["steps"]) == (0, 12)
+
+    def losses(run: Path) -> list[float]:
+        read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["gradient_norm"] for line in read if line["kind"] == "train" and line["step"] in (10, 12)]
+
+    # The line of step 10 is a mean over the steps since the last line, which the shorter run wrote at its end.
+    assert losses(folder)[-1] == losses(tmp_path / "whole")[-1]
+    status, _, err = call(capsys, "train", "--resume", tmp_path / "nothing")
+    assert (status, "there is no run here" in err) == (1, True)
+    status, _, err = call(capsys, "train", "--resume", folder, "--run-dir", tmp_path)
+    assert (status, "give one of the two" in err) == (2, True)
+
+
+def test_a_run_starts_from_a_trained_model(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights before the first step are that model's, whichever way it is named; the first step is a small one."""
+    from factorization_memory.training import load_model
+
+    run = workplace / "run"
+    assert call(capsys, "export", run, tmp_path / "exported")[0] == 0
+    settings = ["--data.corpus", workplace / "packed", "--training.steps", 1, "--training.evaluate-every", 0]
+    settings += ["--training.evaluation-tokens", 256, "--training.device", "cpu", "--optimizer.learning-rate", 1e-9]
+    settings += ["--data.context-length", 32, "--training.tokens-per-step", 128]
+    expected = dict(load_model(run)[0].named_parameters())
+    for number, (source, preset) in enumerate([(run, ["books"]), (tmp_path / "exported", ["demo"]), (run, [])]):
+        folder = tmp_path / f"tuned-{number}"
+        status, _, err = call(capsys, "train", *preset, "--init-from", source, *settings, "--run-dir", folder)
+        assert status == 0, err
+        tuned, _, config = load_model(folder)
+        assert config.training.init_from == str(source)
+        for name, weight in tuned.named_parameters():
+            assert (weight - expected[name]).abs().max() < 1e-7, name
+    status, _, err = call(capsys, "train", "demo", "--init-from", "builtin", *settings, "--run-dir", tmp_path / "other")
+    assert (status, "its tokenizer" in err, "--tokenizer" in err) == (2, True, True)
+    assert not (tmp_path / "other").exists()
+    status, _, err = call(
+        capsys, "train", "demo", f"--init-from={run}", *settings, "--model.num-states", 16, "--run-dir", tmp_path / "other"
+    )
+    assert (status, "model.num_states=16" in err) == (2, True)
+    status, _, err = call(capsys, "train", "demo", "--init-from", tmp_path / "nothing", *settings)
+    assert (status, "no such folder" in err) == (1, True)
+
+
+def test_the_shipped_model_is_trained_further(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from factorization_memory.models.pretrained import builtin_model
+
+    packed = tmp_path / "packed"
+    tokenizer = builtin_model() / "tokenizer.json"
+    arguments = ["data", "pack", workplace / "texts", "--tokenizer", tokenizer, "--output", packed, "--holdout", "tail"]
+    assert call(capsys, *arguments)[0] == 0
+    settings = ["--training.steps", 1, "--training.evaluation-tokens", 256, "--training.device", "cpu"]
+    settings += ["--data.context-length", 32, "--training.tokens-per-step", 64, "--data.corpus", packed]
+    status, out, err = call(
+        capsys, "train", "books", "--init-from", "builtin", *settings, "--run-dir", tmp_path / "run", "--json"
+    )
+    assert status == 0, err
+    assert json.loads(out)["train"]["loss"] < 6  # 8.3 from random weights

@@ -12,8 +12,10 @@ import pytest
 from factorization_memory import presets
 from factorization_memory.config import (
     RETIRED,
+    AttentionConfig,
     ConfigError,
     DataConfig,
+    Mamba2Config,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -120,3 +122,36 @@ def test_retired_fields_load_with_their_neutral_value_alone(name: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
         from_dict(RunConfig, {"model": {name: other}})
     assert name not in to_dict(RunConfig())["model"]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [
+        (ModelConfig, {"num_layers": 10**9}, "model.num_layers=1000000000: use 1,000,000 or fewer"),
+        (ModelConfig, {"hidden_size": 10**12}, "model.hidden_size=1000000000000"),
+        (ModelConfig, {"vocab_size": 2**31}, "model.vocab_size=2147483648"),
+        (
+            ModelConfig,
+            {"num_states": 2**29, "num_heads": 4},
+            "model.num_states=536870912: makes a weight of width 2,147,483,648",
+        ),
+        (ModelConfig, {"expand": 1e9}, "model.expand=1000000000.0"),
+        (ModelConfig, {"conv_size": 2**40}, "model.conv_size"),
+        (ModelConfig, {"update_lag": 2**62}, "model.update_lag"),
+        (AttentionConfig, {"sliding_window": 2**40}, "model.attention.sliding_window"),
+        (Mamba2Config, {"state_size": 2**20, "num_groups": 2**11}, "model.mamba2.state_size"),
+        (DataConfig, {"context_length": 2**31}, "data.context_length"),
+        (TrainingConfig, {"seed": 2**70}, "training.seed=1180591620717411303424"),
+        (TrainingConfig, {"seed": -(2**63) - 1}, "training.seed"),
+    ],
+)
+def test_sizes_that_nothing_can_hold_are_refused_at_once(section: Any, values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        section(**values)
+
+
+def test_a_forward_pass_is_of_as_many_tokens_as_its_borders_can_say() -> None:
+    data, training = DataConfig(context_length=1 << 20), TrainingConfig(tokens_per_step=1 << 31)
+    with pytest.raises(ConfigError, match=r"training\.micro_batch_size=0: one forward pass would read 2,147,483,648 tokens"):
+        RunConfig(data=data, training=training)
+    RunConfig(data=data, training=dataclasses.replace(training, micro_batch_size=1))

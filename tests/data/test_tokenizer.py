@@ -233,6 +233,10 @@ class TestTraining:
         with pytest.raises(TokenizerError, match=r"vocab_size=257.*258"):
             Tokenizer.train(["text"], vocab_size=257)
 
+    def test_vocabulary_that_the_trainer_would_abort_at(self) -> None:
+        with pytest.raises(TokenizerError, match=r"vocab_size=1000000000000: use 4,194,304 or fewer"):
+            Tokenizer.train(["text"], vocab_size=10**12)
+
     def test_no_text(self) -> None:
         with pytest.raises(TokenizerError, match="no text"):
             Tokenizer.train([], vocab_size=300)

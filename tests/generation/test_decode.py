@@ -326,3 +326,18 @@ def test_bad_arguments_name_themselves(model: LanguageModel, arguments: dict[str
 def test_bad_lists_of_prompts_name_themselves(model: LanguageModel, prompts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_batch(model, TOKENIZER, prompts)
+
+
+def test_logits_that_are_not_finite_are_an_error(model: LanguageModel) -> None:
+    """Else nothing is written, as if that were the model's choice."""
+    damaged = LanguageModel(model.config)
+    damaged.load_state_dict(model.state_dict())
+    damaged.blocks[1].mixer_norm.weight.data[2] = torch.nan
+    for sampling in (GREEDY, SamplingConfig(top_p=0.9, seed=1)):
+        with pytest.raises(ValueError, match=r"model: its logits are NaN or infinite after 6 tokens.*earlier checkpoint"):
+            generate(damaged, TOKENIZER, "It was", sampling=sampling)
+
+
+def test_more_samples_than_the_machine_can_hold(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"num_samples=1000000000: .*would take .*ask for fewer"):
+        generate(model, TOKENIZER, "It was", num_samples=10**9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from factorization_memory.config import ModelConfig
+from factorization_memory.config import AttentionConfig, ConfigError, ModelConfig
 from factorization_memory.models import LanguageModel, counting
 from factorization_memory.ops import factorization_memory
 
@@ -92,3 +93,35 @@ def test_activations_are_what_autograd_keeps(form: dict[str, Any]) -> None:
     assert memory["weights"] + memory["gradients"] + memory["optimizer"] == 16 * parameters
     assert memory["total"] == memory["activations"] + 16 * parameters
     assert counting.training_memory(model.config, 3, 200, bfloat16=True)["activations"] < memory["activations"]
+
+
+@pytest.mark.parametrize("mixers", [("memory",), ("memory", "memory", "attention")])
+def test_deep_models_are_counted_from_a_few_blocks(mixers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last number what all of them give; the deepest at once."""
+    deep = dataclasses.replace(config(mixers=mixers, attention=AttentionConfig(num_heads=2)), num_layers=10)
+    model = LanguageModel(deep)
+    counts = counting.count(deep)
+    assert counts.parameters == sum(p.numel() for p in model.parameters())
+    assert counts.state_bytes == model.initial_state(1).num_bytes
+    assert counts.state_bytes + counts.state_bytes_per_token == model.initial_state(1, 1).num_bytes
+    whole = counting.training_memory(deep, 2, 50, bfloat16=False)
+    monkeypatch.setattr(counting, "TRACED_LAYERS", 2)
+    assert counting.training_memory(deep, 2, 50, bfloat16=False) == whole
+    deepest = counting.training_memory(dataclasses.replace(deep, num_layers=10_000), 1, 1 << 30, bfloat16=False)
+    assert deepest["activations"] > 10_000 * (1 << 30) * 32 * 4
+
+
+def test_long_sequences_are_told_from_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = counting.training_memory(config(), 2, 1024, bfloat16=False)
+    monkeypatch.setattr(counting, "TRACED_LENGTH", 512)
+    assert counting.training_memory(config(), 2, 1024, bfloat16=False)["total"] == pytest.approx(whole["total"], rel=0.1)
+
+
+def test_a_model_beyond_this_machine_is_refused_before_it_is_made() -> None:
+    huge = dataclasses.replace(config(), hidden_size=1 << 18, num_layers=1000)
+    with pytest.raises(
+        ConfigError, match=r"model: .* parameters of float32 \(num_layers=1000, hidden_size=262144.*this machine"
+    ):
+        LanguageModel(huge)
+    with torch.device("meta"):
+        assert counting.parameter_count(dataclasses.replace(huge, num_layers=1)) > 1 << 36

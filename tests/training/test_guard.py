@@ -71,6 +71,30 @@ def test_first_signal_asks_second_interrupts_and_handlers_come_back(number: sign
     assert {each: signal.getsignal(each) for each in before} == before
 
 
+def test_a_closed_terminal_asks_however_often_it_says_so() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with GracefulStop() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested == "SIGHUP"
+        os.kill(os.getpid(), signal.SIGTERM)  # the end of a session sends both
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with GracefulStop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested is None
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_in_another_thread_signals_are_left_alone() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen = []

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import factorization_memory.models.huggingface  # noqa: F401 - makes transformers know our models
+from factorization_memory.cli import dispatch
 from factorization_memory.config import AttentionConfig, DataConfig, Mamba2Config, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.data.tokenizer import Tokenizer
@@ -391,3 +392,42 @@ def test_mamba2s_that_ours_are_not(
     damage_config(tmp_path / "model", **fields)
     with pytest.raises(FormatError, match=message):
         load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_in_every_format(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    """Else a model of them writes nothing at all, and everything says that it went well."""
+    export_run(run, tmp_path / "model")
+    checkpoint = find_checkpoint(run, "last")
+    for file in (checkpoint / "model.safetensors", tmp_path / "model" / "model.safetensors"):
+        weights = load_file(file)
+        name = next(name for name in sorted(weights) if "mixer" in name and weights[name].dim() == 2)
+        weights[name][1, 1] = value
+        save_file(weights, file, metadata={"format": "pt"})
+    named = r"'(model\.)?blocks\.0\.mixer.*' is NaN or infinite"
+    with pytest.raises(CheckpointError, match=named + ".*delete the folder .*--resume goes on from"):
+        load_model(checkpoint)
+    with pytest.raises(CheckpointError, match=named):
+        export_run(checkpoint, tmp_path / "again")
+    for read in (lambda: load_model(tmp_path / "model"), lambda: import_model(tmp_path / "model", tmp_path / "imported")):
+        with pytest.raises(FormatError, match=named):
+            read()
+    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "imported").exists()
+    for model in (checkpoint, tmp_path / "model"):
+        assert dispatch(["generate", str(model), "--prompt", "It was"]) == 1
+        said = capsys.readouterr()
+        assert (said.out, "is NaN or infinite" in said.err) == ("", True)
+    with pytest.raises(ValueError, match=named):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_weights_that_are_not_finite_are_not_saved(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    theirs.model.final_norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"not written, since weight 'model\.final_norm\.weight' is NaN or infinite"):
+        theirs.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

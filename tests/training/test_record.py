@@ -80,11 +80,11 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
     record = RunRecord(tmp_path)
     record.write_result({"steps": 1})
 
-    def full(self: Path, text: str, encoding: str) -> None:
+    def full(self: Path, content: bytes) -> None:
         self.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RunFolderError, match=r"result\.json: could not be written \(No space left on device\); make room"):
         record.write_result({"steps": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

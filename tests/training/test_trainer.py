@@ -283,6 +283,34 @@ def test_a_non_finite_step_is_named_and_not_applied(
     assert Trainer(config(), corpus, run_dir).run(resume=True)["stopped"] == "finished"
 
 
+@pytest.mark.parametrize("when", ["evaluation", "checkpoint", "stop"])
+def test_weights_that_are_not_finite_are_not_kept(corpus: PackedCorpus, run_dir: Path, when: str) -> None:
+    """Their step had a finite loss and gradient: it is the step itself that went too far."""
+    due = {"evaluation": {"evaluate_every": 3}, "checkpoint": {"checkpoint_every": 1}, "stop": {}}[when]
+    quiet = config(**{"evaluate_every": 0, "checkpoint_every": 2, **due})
+    rate = {"learning_rate": 1e-2}
+
+    def poison() -> None:
+        rate["learning_rate"] = 1e38
+        if when == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def learning_rate(*_: Any) -> float:
+        if len(watcher.curve) == 2:
+            poison()
+        return rate["learning_rate"]
+
+    watcher = Watcher()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "learning_rate", learning_rate)
+        with pytest.raises(TrainingDivergedError, match=r"step 3: after it, .*weight '.*' is NaN or infinite.*step-00000002"):
+            Trainer(quiet, corpus, run_dir, evaluate=evaluate, observer=watcher).run()
+    kept = find_checkpoint(run_dir, "last")
+    assert kept.name == "step-00000002"
+    assert all(tensor.isfinite().all() for tensor in load_model(kept)[0].parameters())
+    assert not any(line["kind"] == "evaluation" for line in lines(run_dir))
+
+
 def test_a_folder_with_a_run_is_not_overwritten_and_one_without_not_resumed(corpus: PackedCorpus, run_dir: Path) -> None:
     with pytest.raises(RunFolderError, match="no run here to resume"):
         Trainer(config(), corpus, run_dir).run(resume=True)
@@ -431,3 +459,59 @@ def test_a_damaged_last_checkpoint_is_got_past_as_the_message_says(corpus: Packe
     shutil.rmtree(last)
     again = Trainer(config(), corpus, run_dir, evaluate=evaluate).run(resume=True)
     assert again["evaluation"] == whole["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tokens_per_step": 1 << 40, "micro_batch_size": 1}, "training.tokens_per_step=1099511627776: 3 batches"),
+        ({"tokens_per_step": 1 << 31, "micro_batch_size": (1 << 27) - 0}, "training.micro_batch_size"),
+    ],
+)
+def test_steps_beyond_this_machine_are_refused_before_anything_is_written(
+    corpus: PackedCorpus, run_dir: Path, settings: dict[str, int], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Trainer(config(**settings), corpus, run_dir)
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", ".lock"])
+def test_a_run_does_not_write_through_a_link(corpus: PackedCorpus, run_dir: Path, tmp_path: Path, name: str) -> None:
+    """A folder that somebody else has made may point anywhere."""
+    Trainer(config(), corpus, run_dir, observer=Watcher(6, kill())).run()
+    elsewhere = tmp_path / "elsewhere"
+    if (run_dir / name).exists():
+        (run_dir / name).rename(elsewhere)
+    (run_dir / name).symlink_to(elsewhere)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} if elsewhere.is_dir() else None
+    with pytest.raises(RunFolderError, match=rf"{name}: a symbolic link, and a run writes into its own folder alone"):
+        Trainer(config(), corpus, run_dir).run(resume=True)
+    if before is not None:
+        assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+    else:
+        assert name != ".lock" or not elsewhere.exists()
+
+
+def test_other_links_are_replaced_and_what_they_point_to_stays(corpus: PackedCorpus, run_dir: Path, tmp_path: Path) -> None:
+    Trainer(config(), corpus, run_dir, observer=Watcher(6, kill())).run()
+    (tmp_path / "precious").write_text("precious")
+    for name in ("config.json.partial", "result.json", "environment.json.partial"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(tmp_path / "precious")
+    step = find_checkpoint(run_dir, "last")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept").touch()
+    (run_dir / "checkpoints" / "step-00000001").symlink_to(tmp_path / "old")
+    assert Trainer(config(keep_checkpoints=1), corpus, run_dir).run(resume=True)["stopped"] == "finished"
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "old" / "kept").exists()
+    assert not step.exists()
+
+
+def test_resuming_a_finished_run_prunes(corpus: PackedCorpus, run_dir: Path) -> None:
+    Trainer(config(), corpus, run_dir).run()
+    assert len(list_checkpoints(run_dir)) == 2
+    (run_dir / "checkpoints" / "step-00000007.0123abcd.partial").mkdir()
+    Trainer(config(keep_checkpoints=1), corpus, run_dir).run(resume=True)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000012"]

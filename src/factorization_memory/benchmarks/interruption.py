@@ -9,7 +9,8 @@ from typing import Any, Self
 
 
 class Interruption:
-    """Context manager: SIGINT (Ctrl-C) or SIGTERM (a time limit) leaves the block early, and the program continues after it.
+    """Context manager: SIGINT (Ctrl-C), SIGTERM (a time limit) or SIGHUP (a closed terminal) leaves the block early, and the
+    program continues after it.
 
     `signal` then names the one that came. The handlers that were there come back on leaving, so that a second signal, while the
     results are written, does what it always did; a signal that was ignored stays so. Python lets only the main thread handle
@@ -24,7 +25,7 @@ class Interruption:
     def __enter__(self) -> Self:
         self._inside = True
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self

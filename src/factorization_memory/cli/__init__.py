@@ -7,9 +7,14 @@ run, 2 bad usage, 128 + the signal's number when stopped by one.
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
+
+from factorization_memory._streams import best_effort, prepare_standard_streams
 
 VERBS = {
     "demo": "train, evaluate and sample a small model on two books, about two minutes; leaves a report",
@@ -32,13 +37,24 @@ MODULES = {"import": "import_model"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `fmem` with `arguments` (those of the process by default) and exit."""
-    sys.exit(dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+    if arguments is None:
+        prepare_standard_streams()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _leave)
+    status = dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        lost = _lost_stdout(error)
+        status = status or lost
+    sys.exit(status)
 
 
 def dispatch(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help(), file=sys.stderr if not arguments else sys.stdout)
+        print(_help(), file=best_effort(sys.stderr) if not arguments else sys.stdout)
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from factorization_memory import __version__
@@ -58,22 +74,43 @@ def dispatch(arguments: list[str]) -> int:
         return complain(str(error), 2)
     except KeyboardInterrupt:
         return complain("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of stdout left, as `| head` does; keep the interpreter from flushing into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except BrokenPipeError as error:
+        return _lost_stdout(error)
+    except (MemoryError, OverflowError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("FMEM_TRACEBACK"):
             raise
-        return complain(str(error), 1)
+        return complain(_in_words(error), 1)
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says; of a machine that has no more memory, what people can do about it."""
+    message = str(error)
+    asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d+ bytes|[\d.]+ \w+)", message)
+    if isinstance(error, MemoryError) or asked or "out of memory" in message or "Storage size calculation" in message:
+        what = f", {asked[1]} of it for one array" if asked else ""
+        return f"this needs more memory than there is{what}; use smaller sizes, or fewer at once"
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({message}); use a smaller one"
+    return message
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ended from outside: by an exception, so that what was being written aside is removed on the way out."""
+    raise SystemExit(128 + number)
 
 
 def complain(message: str, status: int) -> int:
     """Say what went wrong on stderr; returns `status`."""
     from factorization_memory._text import visible
 
-    print(f"fmem: {visible(message, keep=chr(10))}", file=sys.stderr)
+    print(f"fmem: {visible(message, keep=chr(10))}", file=best_effort(sys.stderr))
     return status
+
+
+def _lost_stdout(error: OSError) -> int:
+    """Keep the interpreter from flushing into what is lost; of a reader that left, as `| head` does, nothing is said."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1 if isinstance(error, BrokenPipeError) else complain(f"stdout: {error.strerror or error}", 1)
 
 
 def _help() -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from factorization_memory._files import write_atomic
+from factorization_memory._streams import best_effort, lacks
 from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, suggestion
 
@@ -46,15 +48,15 @@ def at_least(options: Any, **bounds: int) -> None:
 
 
 def console() -> Console:
-    """Where people read: stderr. What would steer the terminal is written out; names from data go through `plain`, as markup is
-    read in what is printed."""
+    """Where people read: stderr, whose loss ends nothing. What would steer the terminal is written out; names from data go
+    through `plain`, as markup is read in what is printed."""
     from rich.console import Console
 
     class VisibleConsole(Console):
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(visible(text, keep="\n\t"), **options)
 
-    return VisibleConsole(stderr=True, highlight=False, emoji=False)
+    return VisibleConsole(file=best_effort(sys.stderr), highlight=False, emoji=False)
 
 
 def plain(text: str) -> Text:
@@ -89,9 +91,21 @@ def say(message: str) -> None:
 
 
 def emit(result: Any, as_json: bool) -> None:
-    """With `--json`, the result as one line on stdout."""
+    """With `--json`, the result as one line on stdout, in ASCII where stdout's encoding lacks any of its characters."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False), flush=True)
+        line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        write_out((json.dumps(result, allow_nan=False) if lacks(sys.stdout, line) else line) + "\n")
+
+
+def write_out(text: str) -> None:
+    """Write to stdout at once. Raises OSError that names it, BrokenPipeError where its reader has left."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"stdout: {error.strerror or error}; the result goes there, send it to a file or a pipe") from None
 
 
 def interrupted_status(result: dict[str, Any]) -> int:
@@ -109,14 +123,8 @@ def bench_status(result: dict[str, Any], failed: bool) -> int:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write a text file under another name and rename it, so that it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a text file so that it is whole or not there."""
+    write_atomic(path, text)
 
 
 def read_text(path: str) -> str:

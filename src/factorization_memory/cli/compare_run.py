@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from factorization_memory._streams import prepare_standard_streams
+
 if TYPE_CHECKING:
     import torch
 
@@ -124,6 +126,7 @@ def _evaluate(folder: Path, config: RunConfig, options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    prepare_standard_streams()
     with contextlib.suppress(KeyboardInterrupt):
         sys.exit(main(Path(sys.argv[1])))
     sys.exit(130)

@@ -11,6 +11,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from factorization_memory._streams import best_effort
 from factorization_memory.cli import evaluate, generate, train
 from factorization_memory.cli.common import console, emit, interrupted_status, parse, say, write_aside
 from factorization_memory.config import ConfigError
@@ -69,8 +70,7 @@ def run(arguments: list[str]) -> int:
     result = train.train(config, run_dir, options.resume)
     if result["stopped"] == "interrupted":
         emit({"run_dir": str(run_dir), "training": result}, options.json)
-        # Not wrapped by the console: the command is there to be copied.
-        print(f"stopped by {result['signal']}; to go on: {_resume_command(run_dir, options)}", file=sys.stderr)
+        say(f"stopped by {result['signal']}; to go on: {_resume_command(run_dir, options)}")
         return interrupted_status(result)
 
     from factorization_memory.evaluation import inspect_text
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
     samples = []
     for prompt in PROMPTS:
         sampling = generate.SamplingConfig(temperature=0.7, min_p=0.05)
-        samples += generate.stream(model, tokenizer, prompt, to=sys.stderr, max_tokens=100, sampling=sampling)
+        samples += generate.stream(model, tokenizer, prompt, to=best_effort(sys.stderr), max_tokens=100, sampling=sampling)
     write_aside(run_dir / "samples.json", json.dumps(samples, ensure_ascii=False, indent=1))
     text = "\n\n".join(_held_out_text(corpus, name)[:length] for name, length in INSPECTED_CHARACTERS.items())
     write_aside(run_dir / "inspection.json", json.dumps(inspect_text(model, tokenizer, text), ensure_ascii=False))

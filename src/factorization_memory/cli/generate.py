@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from factorization_memory.cli.common import at_least, console, emit, load, parse, read_text
+from factorization_memory._streams import best_effort, lacks
+from factorization_memory.cli.common import at_least, console, emit, load, parse, read_text, say, write_out
 from factorization_memory.config import ConfigError
 from factorization_memory.generation.sampling import SamplingConfig
 
@@ -69,9 +70,11 @@ def run(arguments: list[str]) -> int:
     model = with_dtype(model, weights_dtype(options.precision, next(model.parameters()).device))
     results = stream(
         model, tokenizer, *prompts,
-        to=sys.stderr if options.json else sys.stdout, max_tokens=options.max_tokens, sampling=options.sampling,
+        to=best_effort(sys.stderr) if options.json else sys.stdout, max_tokens=options.max_tokens, sampling=options.sampling,
         num_samples=options.num_samples, stop=options.stop, prefill_chunk=options.prefill_chunk or None,
     )  # fmt: skip
+    if not options.json and any(lacks(sys.stdout, result["text"]) for result in results):
+        say(f"stdout is in {sys.stdout.encoding}, which lacks some characters (written as \\u...); set PYTHONIOENCODING=utf-8")
     emit(results, options.json)
     return 0
 
@@ -81,8 +84,10 @@ def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -
     from factorization_memory.generation import generate_batch
 
     def write(text: str) -> None:
+        if to is sys.stdout:
+            return write_out(text)
         to.write(text)
-        to.flush()
+        return to.flush()
 
     write(prompts[0])
     results = generate_batch(

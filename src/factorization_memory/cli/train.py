@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from factorization_memory.cli.common import choose, console, emit, interrupted_status, parse
+from factorization_memory.cli.common import choose, console, emit, interrupted_status, parse, say
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.presets import PRESETS
 
@@ -18,10 +20,13 @@ if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.models import LanguageModel
 
+INIT_FROM = "--training.init-from"
+
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a model. Any field of the preset can be overridden by its flag."""
+    """Train a model. Any field of the preset can be overridden by its flag. `fmem train --resume RUN` goes on with a run of any
+    preset, as it was started; a larger --training.steps lengthens it."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path = Path("runs/run")
@@ -33,30 +38,94 @@ class TrainOptions:
 
 
 def preset_and_options(arguments: list[str], verb: str, options: type[Any]) -> Any:
-    """Options of `fmem VERB PRESET [flags]`, the preset's configuration their default."""
+    """Options of `fmem VERB PRESET [flags]`, the preset's configuration their default.
+
+    With --init-from MODEL the fields of `model` are those of that model, and without a preset all others are those that it was
+    trained with.
+    """
+    arguments = [re.sub(r"^--init[-_]from(?==|$)", INIT_FROM, argument) for argument in arguments]
+    source = value_of(arguments, INIT_FROM)
+    if source is not None and arguments[0].startswith("-") and not {"-h", "--help"} & {*arguments}:
+        return parse(options, arguments, verb, default=options(config=_started_from(source, None)))
     if not arguments or arguments[0].startswith("-"):
         listing = "\n".join(f"  {name:<14}{make.__doc__}" for name, make in PRESETS.items())
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
         message = f"usage: fmem {verb} PRESET [options]; fmem {verb} PRESET --help lists every option\n\n{listing}"
+        if verb == "train":
+            message += (
+                "\n\nfmem train --resume RUN goes on with a run; --init-from MODEL (a run, an exported model, or builtin) "
+                "starts from a trained model"
+            )
         if not asked:
             raise ConfigError(message)
         print(message)
         raise SystemExit(0)
     preset = choose(arguments[0], PRESETS, "preset")()
+    if source is not None:
+        preset = _started_from(source, preset)
     return parse(options, arguments[1:], f"{verb} {arguments[0]}", default=options(config=preset))
+
+
+def value_of(arguments: list[str], flag: str) -> str | None:
+    """The value that is given for a flag, if there is one."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument == flag and following and not following.startswith("--"):
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
+
+
+def _started_from(source: str, preset: RunConfig | None) -> RunConfig:
+    """The preset with the model that `training.init_from` names, or without one what that model was trained with."""
+    from factorization_memory.training import initial_config
+
+    config = initial_config(source)
+    own = config if preset is None else dataclasses.replace(preset, model=config.model)
+    return dataclasses.replace(
+        own,
+        data=own.data if preset is not None else dataclasses.replace(own.data, corpus=""),
+        training=dataclasses.replace(own.training, init_from=source),
+    )
+
+
+def _resumed(arguments: list[str]) -> tuple[Path, list[str]] | None:
+    """The run that `fmem train --resume RUN [flags]`, without a preset, goes on with, and the flags."""
+    if not arguments or not arguments[0].startswith("-"):
+        return None
+    given = value_of(arguments, "--resume")
+    if given is not None:
+        at = next(i for i, each in enumerate(arguments) if each.partition("=")[0] == "--resume")
+        return Path(given), arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
+    place = value_of(arguments, "--run-dir")
+    return (Path(place), arguments) if "--resume" in arguments and place is not None else None
+
+
+def _options(arguments: list[str]) -> TrainOptions:
+    resumed = _resumed(arguments)
+    if resumed is None:
+        options: TrainOptions = preset_and_options(arguments, "train", TrainOptions)
+        return options
+    from factorization_memory.training.record import RunRecord
+
+    folder, rest = resumed
+    config = RunRecord(folder).read_config()
+    options = parse(TrainOptions, rest, f"train --resume {folder}", default=TrainOptions(config, folder, resume=True))
+    if options.run_dir != folder:
+        raise ConfigError(f"--run-dir={options.run_dir}: --resume names the run folder {folder}; give one of the two")
+    return options
 
 
 def run(arguments: list[str]) -> int:
     """`fmem train`."""
-    options: TrainOptions = preset_and_options(arguments, "train", TrainOptions)
+    options = _options(arguments)
     if not options.config.data.corpus:
         raise ConfigError("data.corpus='': name a packed corpus with --data.corpus DIR; `fmem data pack` makes one")
     result = train(options.config, options.run_dir, options.resume)
     emit(result, options.json)
     if result["stopped"] == "interrupted":
-        console().print(
-            f"stopped by {result['signal']} after step {result['steps']:,}; the same command with --resume goes on from there"
-        )
+        command = shlex.join(["fmem", "train", "--resume", str(options.run_dir)])
+        say(f"stopped by {result['signal']} after step {result['steps']:,}; {command} goes on from there")
         return interrupted_status(result)
     from factorization_memory.experiments.report import write_report
 
@@ -68,10 +137,15 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, A
     """Train with a progress bar, evaluating and sampling as the configuration says; returns the result."""
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.training import RichProgress, Trainer
+    from factorization_memory.training.pretrained import BUILTIN
 
     # The run remembers its corpus wherever it is called from later.
     folder = Path(config.data.corpus).resolve()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(folder)))
+    source = config.training.init_from
+    if source and source != BUILTIN:
+        training = dataclasses.replace(config.training, init_from=str(Path(source).resolve()))
+        config = dataclasses.replace(config, training=training)
     corpus = PackedCorpus.open(folder)
     trainer = Trainer(
         config, corpus, run_dir, evaluate=evaluator(config, corpus), sample=sampler(config, corpus),

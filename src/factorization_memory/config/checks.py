@@ -17,6 +17,23 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{name}={value!r}: {remedy}")
 
 
+LARGEST = 1 << 27
+"""Of one size of a model: beyond what any machine holds, and small enough for the bytes of no weight or state to overflow 64
+bits."""
+LARGEST_WIDTH = 1 << 30
+"""Of the products of two sizes that are the width of a weight."""
+MOST_LAYERS = 1_000_000
+MOST_TOKENS = (1 << 31) - 1
+"""Of one sequence, or of the sequences of one forward pass: their borders are 32-bit integers. And of a vocabulary."""
+
+
+def require_at_most(config: Any, section: str, largest: int, *names: str) -> None:
+    """Raise `ConfigError` for the first of the fields `names` that is larger than anything can hold."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value <= largest, f"{section}.{name}", value, f"use {largest:,} or fewer")
+
+
 def require_finite(config: Any, section: str) -> None:
     """Infinities pass the comparisons that bound a field on one side, and NaN those that are written the other way."""
     for f in dataclasses.fields(config):

@@ -6,7 +6,15 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from factorization_memory.config.checks import require, require_finite
+from factorization_memory.config.checks import (
+    LARGEST,
+    LARGEST_WIDTH,
+    MOST_LAYERS,
+    MOST_TOKENS,
+    require,
+    require_at_most,
+    require_finite,
+)
 
 Mixer = Literal["memory", "attention", "mamba2", "gated_deltanet"]
 Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
@@ -27,6 +35,8 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "model.attention")
+        require_at_most(self, "model.attention", LARGEST, "num_heads", "num_key_value_heads")
+        require_at_most(self, "model.attention", MOST_TOKENS, "sliding_window")
         for name in ("num_heads", "num_key_value_heads"):
             require(getattr(self, name) >= 0, f"model.attention.{name}", getattr(self, name), "use 0 (automatic) or more")
         require(self.rope_theta > 0, "model.attention.rope_theta", self.rope_theta, "use a positive number")
@@ -53,6 +63,11 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         require_finite(self, "model.mamba2")
+        require_at_most(self, "model.mamba2", LARGEST, "state_size", "head_size", "num_groups", "conv_size", "chunk_size")
+        width = self.num_groups * self.state_size
+        require(
+            width <= LARGEST_WIDTH, "model.mamba2.state_size", self.state_size, f"times num_groups it is {width:,}; use less"
+        )
         for name in ("state_size", "head_size", "num_groups", "conv_size", "chunk_size"):
             require(getattr(self, name) >= 1, f"model.mamba2.{name}", getattr(self, name), "use 1 or more")
         require(self.expand > 0, "model.mamba2.expand", self.expand, "use a positive ratio")
@@ -75,6 +90,9 @@ class GatedDeltaNetConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "model.gated_deltanet")
+        require_at_most(
+            self, "model.gated_deltanet", LARGEST, "num_heads", "num_value_heads", "head_size", "conv_size", "expand_v"
+        )
         for name in ("num_heads", "num_value_heads"):
             require(getattr(self, name) >= 0, f"model.gated_deltanet.{name}", getattr(self, name), "use 0 (automatic) or more")
         for name in ("head_size", "conv_size"):
@@ -156,6 +174,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "model")
+        require_at_most(self, "model", LARGEST, "hidden_size", "intermediate_size", "num_heads", "conv_size", "update_lag")
+        require_at_most(self, "model", LARGEST_WIDTH, "num_states")
+        require_at_most(self, "model", MOST_LAYERS, "num_layers")
+        require_at_most(self, "model", MOST_TOKENS, "vocab_size")
         backends = typing.get_args(Backend)
         require(self.backend in backends, "model.backend", self.backend, f"use one of {', '.join(map(repr, backends))}")
         require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "use 0 (the tokenizer's size) or more")
@@ -170,6 +192,13 @@ class ModelConfig:
             self.num_heads,
             f"must divide the value width expand * hidden_size = {width:g}",
         )
+        for name, value, width in (
+            ("num_states", self.num_states, self.num_heads * self.num_states),
+            ("expand", self.expand, self.expand * self.hidden_size),
+            ("mamba2.expand", self.mamba2.expand, self.mamba2.expand * self.hidden_size),
+        ):
+            remedy = f"makes a weight of width {width:,.0f}; use one of {LARGEST_WIDTH:,} or less"
+            require(width <= LARGEST_WIDTH, f"model.{name}", value, remedy)
         if self.top_k is not None:
             require(
                 1 <= self.top_k <= self.num_states,
@@ -222,6 +251,13 @@ class ModelConfig:
             )
         if "gated_deltanet" in self.layer_mixers:
             heads, value_heads = self.gated_deltanet_heads
+            width = max(heads * self.gated_deltanet.head_size, value_heads * self.gated_deltanet.value_head_size)
+            require(
+                width <= LARGEST_WIDTH,
+                "model.gated_deltanet.head_size",
+                self.gated_deltanet.head_size,
+                f"all heads together have a width of {width:,}; use {LARGEST_WIDTH:,} or less",
+            )
             require(
                 value_heads % heads == 0,
                 "model.gated_deltanet.num_value_heads",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from factorization_memory.config.checks import require, require_finite
+from factorization_memory.config.checks import MOST_TOKENS, require, require_at_most, require_finite
 from factorization_memory.config.model import ModelConfig
 
 
@@ -27,6 +27,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_finite(self, "data")
         require(self.context_length >= 1, "data.context_length", self.context_length, "use 1 or more tokens")
+        require_at_most(self, "data", MOST_TOKENS, "context_length")
         require(self.read_ahead >= 0, "data.read_ahead", self.read_ahead, "use 0 or more batches")
         for name, weight in self.weights.items():
             require(weight >= 0, f"data.weights.{name}", weight, "use 0 or more")
@@ -75,7 +76,8 @@ class TrainingConfig:
     """The training loop on one device."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. A run that is resumed may have more than before; the schedule is then that of the new
+    number from there on."""
     tokens_per_step: int = 8192
     """Tokens of one optimizer step, over all gradient accumulation."""
     micro_batch_size: int = 0
@@ -84,6 +86,9 @@ class TrainingConfig:
     """Truncated backpropagation: each row of the batch reads on where it stopped, from the detached memory of the last step."""
     seed: int = 0
     """Seeds weights and batch order."""
+    init_from: str = ""
+    """Model to start from instead of random weights (fine-tuning): a run folder, a checkpoint's, one in Hugging Face's layout,
+    or "builtin", the one that comes with the package. `fmem train` takes the fields of `model` from it; or --init-from."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -113,6 +118,7 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use 1 or more")
         for name in ("micro_batch_size", "evaluate_every", "sample_every", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "use 0 or more")
+        require(-(1 << 63) <= self.seed < 1 << 64, "training.seed", self.seed, "use a number of 64 bits, -2**63 to 2**64 - 1")
         require(
             not (self.compile and self.carry_state),
             "training.compile",
@@ -160,6 +166,13 @@ class RunConfig:
             "training.micro_batch_size",
             micro,
             f"must divide the {sequences} sequences of a step (tokens_per_step / context_length)",
+        )
+        tokens = self.micro_batch_size * self.data.context_length
+        require(
+            tokens <= MOST_TOKENS,
+            "training.micro_batch_size",
+            micro,
+            f"one forward pass would read {tokens:,} tokens; set it so that it reads {MOST_TOKENS:,} or fewer",
         )
 
     @property

@@ -78,6 +78,9 @@ class TokenizerError(ValueError):
     """A tokenizer file that cannot be used, text that cannot be encoded, or a vocabulary that cannot be trained."""
 
 
+LARGEST_VOCABULARY = 1 << 22
+
+
 class Tokenizer:
     """A byte-level tokenizer, given by the text of its `tokenizer.json` (a `tokenizers` definition).
 
@@ -134,6 +137,8 @@ class Tokenizer:
         """
         if vocab_size < 258:
             raise TokenizerError(f"vocab_size={vocab_size}: use 258 (256 bytes and 2 special tokens) or more")
+        if vocab_size > LARGEST_VOCABULARY:  # the trainer asks for room for all of them at once, and aborts where there is none
+            raise TokenizerError(f"vocab_size={vocab_size}: use {LARGEST_VOCABULARY:,} or fewer")
         backend = _new_backend(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

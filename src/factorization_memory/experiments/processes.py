@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from factorization_memory._files import write_atomic
 from factorization_memory.config import RunConfig, to_dict
 
 JOB_NAME, LOG_NAME, FAILURE_NAME, MEMORY_NAME = "job.json", "log.txt", "failure.json", "memory.json"
@@ -184,12 +185,13 @@ class _Process:
         # All there have been: a job that goes on may have other company than when it began.
         order["parallel"] = sorted({*job.parallel(), parallel})
         order["parent"] = os.getpid()
-        (job.folder / JOB_NAME).write_text(json.dumps(order, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_atomic(job.folder / JOB_NAME, json.dumps(order, ensure_ascii=False, indent=1))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "NO_COLOR": "1"}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         self._looked = 0.0
-        self._log = open(job.folder / LOG_NAME, "ab")  # noqa: SIM115 - open as long as the process
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._log = open(os.open(job.folder / LOG_NAME, flags, 0o666), "ab")  # noqa: SIM115 - open as long as the process
         try:
             # In a session of its own: Ctrl-C reaches it through us alone, once, and it has time for its checkpoint.
             self._process = subprocess.Popen(
@@ -228,7 +230,7 @@ class _Process:
             failure = {"message": f"{how}; {said[-1] if said else 'it said nothing'}", "diverged": False}
             failure["stopped"] = stopping
             if not stopping:
-                (self.job.folder / FAILURE_NAME).write_text(json.dumps(failure, ensure_ascii=False), encoding="utf-8")
+                write_atomic(self.job.folder / FAILURE_NAME, json.dumps(failure, ensure_ascii=False))
         return failure
 
     def kill(self) -> None:

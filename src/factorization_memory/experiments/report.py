@@ -82,6 +82,8 @@ def write_report(run_dir: Path) -> Path:
         "recall-reads": figures.recall_reads(recall_demo),
     }
     plots: dict[str, str] = {}
+    if (run_dir / "plots").is_symlink():
+        raise ReportError(f"{run_dir / 'plots'}: a symbolic link, and a report writes into its run's folder alone; remove it")
     (run_dir / "plots").mkdir(exist_ok=True)
     for name, figure in drawn.items():
         if figure is not None:

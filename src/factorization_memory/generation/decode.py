@@ -15,6 +15,7 @@ from torch import Tensor
 from factorization_memory.generation.graph import Steps, steps_for
 from factorization_memory.generation.sampling import SamplingConfig, Uniforms, sample, sample_generators
 from factorization_memory.layers.calling import device_of
+from factorization_memory.models.capacity import require_room
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ def generate_batch(
     The prompts are read packed one behind the other, without padding. Returns the samples of the first prompt, then those of
     the second, and so on; `on_text(i, piece)` counts them in this order. All else is as in `generate`.
 
-    Raises ValueError for no prompts, an empty one, or an argument out of range.
+    Raises ValueError for no prompts, an empty one, an argument out of range, or more samples than the machine can hold.
     """
     sampling = sampling or SamplingConfig()
     limits = {"max_tokens": max_tokens, "num_samples": num_samples}
@@ -117,6 +118,13 @@ def generate_batch(
             raise ValueError(
                 f"prompts[{number}]={prompts[number]!r}: it holds no token to start from; give a character or more"
             )
+
+    rows = num_samples * len(prompts)
+    # Of each row its state, and as logits, scores and history a number for every id.
+    needed = rows * (model.initial_state(1).num_bytes + 8 * model.config.vocab_size)
+    require_room(
+        f"num_samples={num_samples}: {rows:,} continuations at once", needed, "ask for fewer", next(model.parameters()).device
+    )
 
     was_training = model.training
     model.eval()
@@ -168,11 +176,20 @@ def _decode(
     rows = list(range(len(samples)))  # where in the batch of `steps` they stand
     finished: dict[int, Generation] = {}
     while True:
-        drawn = sample(logits.masked_fill(barred, -torch.inf), sampling, uniforms.take()[chosen], history)
+        allowed = logits.masked_fill(barred, -torch.inf)
+        drawn = sample(allowed, sampling, uniforms.take()[chosen], history)
+        # NaN goes through the maximum. Read together: each reading waits for the device.
+        tokens, finite = torch.stack([drawn, allowed.amax(dim=-1).isfinite().to(drawn.dtype)]).tolist()
+        if not all(finite):
+            one = samples[live[finite.index(0)]]
+            raise ValueError(
+                f"model: its logits are NaN or infinite after {one.prompt_tokens + len(one.tokens)} tokens; its weights are "
+                f"damaged, or too large for {next(model.parameters()).dtype}: use float32, or an earlier checkpoint"
+            )
         if history is not None:
             history.scatter_(1, drawn[:, None], True)
         going = []
-        for position, (index, token) in enumerate(zip(live, drawn.tolist(), strict=True)):
+        for position, (index, token) in enumerate(zip(live, tokens, strict=True)):
             one = samples[index]
             reason = one.push(token, last=len(one.tokens) + 1 == max_tokens)
             if reason is None:

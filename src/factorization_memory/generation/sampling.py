@@ -44,7 +44,7 @@ class SamplingConfig:
             "repetition_penalty",
             "use a positive number; 1 is off, above 1 repeats less",
         )
-        require(self.seed >= 0, "seed", "use 0 or more")
+        require(0 <= self.seed < 1 << 64, "seed", "use a number from 0 to 2**64 - 1")
 
 
 def sample_generators(seed: int, num_samples: int) -> list[torch.Generator]:

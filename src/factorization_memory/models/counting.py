@@ -7,12 +7,14 @@ each head, K of them selected, V vocabulary size, T tokens of a training sequenc
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from factorization_memory.config import DataConfig, ModelConfig
-from factorization_memory.models.language_model import LanguageModel
+from factorization_memory.layers import ModelState
+from factorization_memory.models.language_model import LanguageModel, parameter_count
 
 UPDATE_FLOPS = 3
 """Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
@@ -22,6 +24,9 @@ ERASE_FLOPS = 2
 """Of one number of Gated DeltaNet's memory, besides these: its share of what the memory returns for the key."""
 PAIR_FLOPS = 4
 """Of two tokens in attention and one number of a token's width: in the product of query and key, and in the sum of values."""
+
+TRACED_LAYERS, TRACED_LENGTH = 64, 32768
+"""Of a model whose activations are seen by running all of it."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,22 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
     window.
     """
     window = config.attention.sliding_window
+    # One block of each place in the pattern of mixers stands for all in that place: the time does not depend on the depth.
+    places = min(config.num_layers, len(config.mixers))
+    times = [len(range(place, config.num_layers, len(config.mixers))) for place in range(places)]
     with torch.device("meta"):
-        model = LanguageModel(config)
+        model = LanguageModel(dataclasses.replace(config, num_layers=places))
         state = model.initial_state(1, window or 0)
         longer = state if window else model.initial_state(1, 1)
+
+    def state_bytes(of: ModelState) -> int:
+        return sum(count * _bytes(layer.tensors()) for count, layer in zip(times, of.layers, strict=True))
+
     weights = sum(
-        module.weight.numel() for block in model.blocks for module in block.modules() if isinstance(module, torch.nn.Linear)
+        count * module.weight.numel()
+        for count, block in zip(times, model.blocks, strict=True)
+        for module in block.modules()
+        if isinstance(module, torch.nn.Linear)
     )
     recurrence = {
         "memory": (UPDATE_FLOPS + MERGE_FLOPS) * (config.top_k or config.num_states) * config.value_size,
@@ -97,20 +112,51 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
     attended = reach * (reach + 1) // 2 + (context_length - reach) * reach  # by all tokens of a sequence
     pairs = config.layer_mixers.count("attention") * attended * config.hidden_size
     return Counts(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameter_count(config),
         embedding_parameters=model.embedding.weight.numel() * (1 if config.tie_word_embeddings else 2),
         projection_flops=2 * weights,
         head_flops=2 * config.hidden_size * config.vocab_size,
         recurrence_flops=sum(recurrence[mixer] for mixer in config.layer_mixers),
         attention_flops=PAIR_FLOPS * pairs // context_length,
-        state_bytes=state.num_bytes,
-        state_bytes_per_token=longer.num_bytes - state.num_bytes,
+        state_bytes=state_bytes(state),
+        state_bytes_per_token=state_bytes(longer) - state_bytes(state),
     )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def training_memory(config: ModelConfig, micro_batch_size: int, context_length: int, bfloat16: bool) -> dict[str, int]:
     """Bytes that a training step holds: `weights`, `gradients`, `optimizer` (AdamW's two moments), `activations` (what
-    backward needs of one micro-batch, seen by running the forward pass on tensors without storage) and their `total`."""
+    backward needs of one micro-batch, seen by running the forward pass on tensors without storage) and their `total`.
+
+    Activations grow linearly with the repeats of the pattern of mixers and, at great lengths, with the length: beyond
+    `TRACED_LAYERS` and `TRACED_LENGTH` they are reckoned from two smaller passes, so that any size is told at once.
+    """
+    parameters = parameter_count(config)
+
+    def of_layers(length: int) -> int:
+        pattern = len(config.mixers)
+        if config.num_layers <= max(TRACED_LAYERS, 3 * pattern):
+            return _activations(config, micro_batch_size, length, bfloat16)
+        few = pattern + config.num_layers % pattern
+        small, more = (
+            _activations(dataclasses.replace(config, num_layers=layers), micro_batch_size, length, bfloat16)
+            for layers in (few, few + pattern)
+        )
+        return small + (config.num_layers - few) // pattern * (more - small)
+
+    if context_length <= TRACED_LENGTH:
+        activations = of_layers(context_length)
+    else:
+        half, whole = of_layers(TRACED_LENGTH // 2), of_layers(TRACED_LENGTH)
+        activations = whole + (context_length - TRACED_LENGTH) * (whole - half) // (TRACED_LENGTH // 2)
+    parts = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters, "activations": activations}
+    return parts | {"total": sum(parts.values())}
+
+
+def _activations(config: ModelConfig, micro_batch_size: int, context_length: int, bfloat16: bool) -> int:
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     held: dict[int, int] = {}
     kept_alive = []
@@ -128,7 +174,4 @@ def training_memory(config: ModelConfig, micro_batch_size: int, context_length: 
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             model.loss(tokens, tokens)
-    parameters = sum(p.numel() for p in model.parameters())
-    activations = sum(size for storage, size in held.items() if storage not in own)
-    parts = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters, "activations": activations}
-    return parts | {"total": sum(parts.values())}
+    return sum(size for storage, size in held.items() if storage not in own)

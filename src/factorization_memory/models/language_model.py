@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import cast
@@ -27,8 +28,12 @@ from factorization_memory.layers import (
 )
 from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
+from factorization_memory.models.capacity import require_room
 from factorization_memory.models.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from factorization_memory.ops import read_borders
+
+BLOCK_BYTES = 40_000
+"""Of a block's Python objects, however small its weights."""
 
 
 def make_mixer(mixer: Mixer, config: ModelConfig) -> SequenceMixer:
@@ -110,6 +115,31 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+@functools.lru_cache(maxsize=256)
+def parameter_count(config: ModelConfig) -> int:
+    """Numbers that a model of `config` has; no weight of it is made, and the time does not depend on its depth."""
+    with torch.device("meta"):
+        kinds = [(mixer, config.layer_mixers.count(mixer)) for mixer in dict.fromkeys(config.layer_mixers)]
+        blocks = sum(times * sum(p.numel() for p in Block(config, mixer).parameters()) for mixer, times in kinds)
+        norm = sum(p.numel() for p in RMSNorm(config.hidden_size, config.norm_eps).parameters())
+    tables = 1 if config.tie_word_embeddings else 2
+    return blocks + norm + tables * config.vocab_size * config.hidden_size
+
+
+def _require_room(config: ModelConfig) -> None:
+    device = torch.get_default_device()
+    if device.type == "meta":
+        return
+    number = parameter_count(config)
+    sizes = ", ".join(f"{name}={getattr(config, name)}" for name in ("num_layers", "hidden_size", "vocab_size"))
+    require_room(
+        f"model: {number:,} parameters of float32 ({sizes})",
+        4 * number + BLOCK_BYTES * config.num_layers,
+        "make them fewer, by these or the mixers' sizes",
+        device,
+    )
+
+
 class LanguageModel(nn.Module):
     """A causal language model. What it carries is constant in the length read, unless it has attention without a window.
 
@@ -117,13 +147,14 @@ class LanguageModel(nn.Module):
         config: its `vocab_size` must be set.
 
     Raises:
-        ConfigError: `vocab_size` is 0.
+        ConfigError: `vocab_size` is 0, or the weights are more than this machine can hold.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
             raise ConfigError(f"model.vocab_size={config.vocab_size!r}: a model needs the number of its tokenizer's ids")
+        _require_room(config)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks: Sequence[Block] = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers)  # type: ignore[assignment]

@@ -4,7 +4,7 @@ from factorization_memory.training.checkpoint import load_checkpoint, save_check
 from factorization_memory.training.checkpoint_folder import CheckpointError, find_checkpoint, list_checkpoints
 from factorization_memory.training.device import resolve_device
 from factorization_memory.training.guard import RunLockedError, TrainingDivergedError
-from factorization_memory.training.pretrained import export_run, import_model, load_model
+from factorization_memory.training.pretrained import export_run, import_model, initial_config, load_model
 from factorization_memory.training.progress import RichProgress, TrainingObserver
 from factorization_memory.training.record import RunFolderError
 from factorization_memory.training.schedule import learning_rate
@@ -21,6 +21,7 @@ __all__ = [
     "export_run",
     "find_checkpoint",
     "import_model",
+    "initial_config",
     "learning_rate",
     "list_checkpoints",
     "load_checkpoint",

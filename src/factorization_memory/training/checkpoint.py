@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from factorization_memory._files import atomic_folder
 from factorization_memory.config import RunConfig, to_dict
+from factorization_memory.models.finite import not_finite
 from factorization_memory.training.checkpoint_folder import (
     FORMAT_VERSION,
     STATE_NAME,
     CheckpointError,
     DamagedError,
+    NotFiniteError,
     TrainingState,
     checkpoint_path,
     present,
     read_run_config,
     read_state,
-    remove,
 )
 from factorization_memory.training.record import strict_json
 
@@ -56,7 +57,8 @@ MAY_CHANGE = frozenset(
         "training.keep_checkpoints",
     }
 )
-"""Fields that a resumed run may set anew: none of them moves the loss curve (another corpus is told by its fingerprint)."""
+"""Fields that a resumed run may set anew: none of them moves the loss curve (another corpus is told by its fingerprint).
+Besides, training.steps may be raised."""
 
 
 def save_checkpoint(
@@ -73,10 +75,23 @@ def save_checkpoint(
     """Write a checkpoint of `state.step` and return its folder. Without `optimizer` it is one to use, not to go on from.
 
     `carried` holds the memory of each micro-batch (None: one that has not begun), or is None when nothing is carried.
-    Raises `CheckpointError` when it cannot be written whole (a full disk); earlier checkpoints are then as they were.
+    Raises `CheckpointError` when it cannot be written whole (a full disk), `NotFiniteError` when a weight, a moment or carried
+    memory is NaN or infinite; earlier checkpoints are then as they were.
     """
     path = checkpoint_path(run_dir, state.step)
-    partial = path.with_name(path.name + ".partial")
+    weights = model_tensors(model)
+    moments = {} if optimizer is None else _optimizer_tensors(model, optimizer)
+    # Cloned: parts of one state may share storage, which the format refuses.
+    memories = {
+        f"{index}/{number}": tensor.contiguous().clone()
+        for index, memory in enumerate(carried or ())
+        if memory is not None
+        for number, tensor in enumerate(memory.tensors())
+    }
+    for what, tensors in (("weight", weights), ("optimizer's", moments), ("carried memory", memories)):
+        wrong = not_finite(tensors)
+        if wrong is not None:
+            raise NotFiniteError(f"{path}: not written, since {what} {wrong!r} is NaN or infinite")
     record = {
         "format_version": FORMAT_VERSION,
         "state": dataclasses.asdict(state),
@@ -87,31 +102,14 @@ def save_checkpoint(
         "carried": None if carried is None else [memory is not None for memory in carried],
     }
     try:
-        remove(partial)
-        partial.mkdir(parents=True)
-        save_file(_contiguous(model_tensors(model)), partial / _MODEL)
-        if optimizer is not None:
-            save_file(_contiguous(_optimizer_tensors(model, optimizer)), partial / _OPTIMIZER)
-        if carried is not None:
-            # Cloned: parts of one state may share storage, which the format refuses.
-            tensors = {
-                f"{index}/{number}": tensor.contiguous().clone()
-                for index, memory in enumerate(carried)
-                if memory is not None
-                for number, tensor in enumerate(memory.tensors())
-            }
-            save_file(tensors, partial / _CARRIED)
-        (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
-        if path.exists():
-            replaced = path.with_name(path.name + ".replaced.partial")
-            remove(replaced)
-            path.rename(replaced)
-            partial.rename(path)
-            remove(replaced)
-        else:
-            partial.rename(path)
+        with atomic_folder(path, overwrite=True) as partial:
+            save_file(_contiguous(weights), partial / _MODEL)
+            if optimizer is not None:
+                save_file(_contiguous(moments), partial / _OPTIMIZER)
+            if carried is not None:
+                save_file(memories, partial / _CARRIED)
+            (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({error}); earlier checkpoints are intact. "
             "Make room on that disk, then resume the run"
@@ -129,7 +127,7 @@ def load_checkpoint(
     """
     record = read_state(path)
     saved = read_run_config(record, path)
-    difference = first_difference(saved, config)
+    difference = difference_from(saved, config)
     if difference is not None:
         name, old, new = difference
         raise CheckpointError(
@@ -141,6 +139,13 @@ def load_checkpoint(
     carried = None if record["carried"] is None else _load_carried(model, config.micro_batch_size, record["carried"], path)
     _set_random_states(model, record["random"])
     return state, carried
+
+
+def difference_from(saved: RunConfig, current: RunConfig) -> tuple[str, object, object] | None:
+    """What keeps a run of the configuration `saved` from being resumed with `current`, as `first_difference` has it: any field
+    but those of `MAY_CHANGE`, and fewer steps in all."""
+    longer = current.training.steps > saved.training.steps
+    return first_difference(saved, current, MAY_CHANGE | {"training.steps"} if longer else MAY_CHANGE)
 
 
 def first_difference(
@@ -172,7 +177,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Copy the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` where a name or shape differs."""
+    """Copy the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` where a name or shape differs, and
+    where a weight is NaN or infinite."""
     saved, own = _read_tensors(path / _MODEL), model_tensors(model)
     for name in sorted(own.keys() | saved.keys()):
         if name not in saved or name not in own:
@@ -190,11 +196,15 @@ def load_tensors(model: nn.Module, path: Path) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {present(path.parent)}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short ({error}); {present(path.parent)}") from None
+    wrong = not_finite(tensors)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: tensor {wrong!r} is NaN or infinite; {present(path.parent)}")
+    return tensors
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -208,8 +218,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     if not (path / _OPTIMIZER).exists():
         raise CheckpointError(
-            f"{path / _OPTIMIZER}: missing, as of an imported model, which is there to be used and not to go on from; "
-            f"{present(path)}"
+            f"{path / _OPTIMIZER}: missing, as of an imported model, from which no training can go on (--init-from starts "
+            f"a new one from its weights); {present(path)}"
         )
     tensors = _read_tensors(path / _OPTIMIZER)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

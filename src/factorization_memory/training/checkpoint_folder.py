@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ class CheckpointError(ValueError):
 
 class DamagedError(CheckpointError):
     """One that cannot be read, where another of the same run may serve."""
+
+
+class NotFiniteError(CheckpointError):
+    """One that would hold NaN or infinite weights, and is not written."""
 
 
 @dataclass
@@ -81,7 +86,7 @@ def prune_checkpoints(run_dir: Path, keep: int, best_step: int | None) -> None:
             doomed = path.with_name(path.name + ".partial")
             path.rename(doomed)
             remove(doomed)
-    for leftover in (run_dir / CHECKPOINTS_NAME).glob("*.partial"):
+    for leftover in chain(*((run_dir / CHECKPOINTS_NAME).glob(f"*.{what}") for what in ("partial", "replaced"))):
         remove(leftover)
 
 
@@ -208,6 +213,8 @@ def present(path: Path) -> str:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, if it is there."""
-    if folder.exists():
+    """Remove a folder, if it is there; of a link, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
 import math
-import os
 import signal
-import socket
 import threading
 import types
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from factorization_memory._files import lock
+from factorization_memory.training.checkpoint_folder import CHECKPOINTS_NAME
+from factorization_memory.training.record import METRICS_NAME, refuse_link
+
 LOCK_NAME = ".lock"
-_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class RunLockedError(ValueError):
@@ -26,89 +23,65 @@ class RunLockedError(ValueError):
 
 
 class TrainingDivergedError(RuntimeError):
-    """A loss or gradient became infinite or not a number. The step was not applied; earlier checkpoints are intact."""
+    """A loss, a gradient or a weight became infinite or not a number. A step of such a loss or gradient was not applied;
+    earlier checkpoints are intact."""
 
 
 class RunLock:
     """The exclusive right to write a run folder, as a context manager.
 
     An advisory lock of the operating system on `.lock` in the folder: it goes with the process, however that ends, so no stale
-    lock needs to be cleared by hand. Raises `RunLockedError` when another process holds it.
+    lock needs to be cleared by hand. Raises `RunLockedError` when another process holds it, and `RunFolderError` where
+    something that a run writes into is a symbolic link: what is written would land outside the folder.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / LOCK_NAME
-        self._descriptor: int | None = None
+        self._held = contextlib.ExitStack()
         self._created: list[Path] = []
 
     def __enter__(self) -> Self:
         folder = self.path.parent
         self._created = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.read(descriptor, 4096)
-                os.close(descriptor)
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise RunLockedError(self._locked_message(holder)) from None
-                if error.errno in _NO_FLOCK:
-                    warnings.warn(f"{self.path}: this file system has no locks; let no second process write here", stacklevel=2)
-                    return self
-                raise
-            # A holder that just finished removes the file: a lock on a removed file protects nothing, so try again.
-            if _same_file(descriptor, self.path):
-                break
-            os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        self._descriptor = descriptor
+        for name in (LOCK_NAME, CHECKPOINTS_NAME, METRICS_NAME):
+            refuse_link(folder / name)
+        self._held.enter_context(lock(self.path, self._locked))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._held.close()
         # A run that was refused before it wrote anything leaves no folder either; one with something in it stays.
         with contextlib.suppress(OSError):
             for folder in self._created:
                 folder.rmdir()
 
-    def _locked_message(self, holder: bytes) -> str:
-        try:
-            record = json.loads(holder)
-            who = f"process {record['pid']} on {record['host']}"
-        except (ValueError, KeyError, TypeError):
-            who = "another process"
-        return f"{self.path.parent}: {who} is writing this run folder; wait for it or stop it, or choose another folder"
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+    def _locked(self, holder: str) -> RunLockedError:
+        return RunLockedError(
+            f"{self.path.parent}: {holder} is writing this run folder; wait for it or stop it, or choose another folder"
+        )
 
 
 class GracefulStop:
-    """Turns the first SIGINT or SIGTERM into a wish to stop, as a context manager.
+    """Turns the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a wish to stop, as a context manager.
 
-    `requested` then names the signal, and the training loop ends after the step it is in. A second signal raises
-    KeyboardInterrupt at once. The handlers that were there come back on leaving. Python lets only the main thread handle
-    signals; in any other thread this does nothing.
+    `requested` then names the signal, and the training loop ends after the step it is in. A second SIGINT or SIGTERM raises
+    KeyboardInterrupt at once; SIGHUP does not count, since it comes twice where a terminal is closed (from the system and from
+    the shell), and before or after the SIGTERM with which a session ends. Where it is ignored, as under `nohup`, it stays so.
+    The handlers that were there come back on leaving. Python lets only the main thread handle signals; in any other thread this
+    does nothing.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._insisting = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,9 +91,11 @@ class GracefulStop:
         self._previous.clear()
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.requested is not None:
-            raise KeyboardInterrupt(f"a second {signal.Signals(number).name}: stopped without finishing the step")
-        self.requested = signal.Signals(number).name
+        if number != signal.SIGHUP:
+            if self._insisting:
+                raise KeyboardInterrupt(f"a second {signal.Signals(number).name}: stopped without finishing the step")
+            self._insisting = True
+        self.requested = self.requested or signal.Signals(number).name
 
 
 def check_finite(
@@ -141,8 +116,16 @@ def check_finite(
     what = f"the loss is {losses[bad[0]]}" if bad else f"the gradient norm is {gradient_norm}"
     rows = [row for index in bad or range(len(windows)) for row in windows[index]]
     named = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
     raise TrainingDivergedError(
-        f"step {step}: {what}, in the batch rows {named}. The step was not applied; {kept}. "
-        "Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller optimizer.clip_norm."
+        f"step {step}: {what}, in the batch rows {named}. The step was not applied; {_what_to_do(last_checkpoint)}"
     )
+
+
+def diverged(step: int, what: str, last_checkpoint: Path | None) -> TrainingDivergedError:
+    """The error for weights, or what else would go into a checkpoint, that are not finite after a step; `what` says which."""
+    return TrainingDivergedError(f"step {step}: after it, {what}. Nothing of it was kept; {_what_to_do(last_checkpoint)}")
+
+
+def _what_to_do(last_checkpoint: Path | None) -> str:
+    kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+    return f"{kept}. Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller optimizer.clip_norm."

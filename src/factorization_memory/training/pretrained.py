@@ -13,14 +13,21 @@ import torch
 
 from factorization_memory._files import atomic_folder
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
-from factorization_memory.models.pretrained import CardFacts, is_pretrained, load_pretrained, model_card, save_pretrained
+from factorization_memory.models.pretrained import (
+    CardFacts,
+    builtin_model,
+    is_pretrained,
+    load_pretrained,
+    model_card,
+    save_pretrained,
+)
 from factorization_memory.models.pretrained.export import (
     TRAINING_NAME,
     digest,
     exported_weights,
     require_free,
 )
-from factorization_memory.models.pretrained.format import read_config, read_weights
+from factorization_memory.models.pretrained.format import read_config, read_model_config, read_weights
 from factorization_memory.training.checkpoint import load_tensors, save_checkpoint
 from factorization_memory.training.checkpoint_folder import (
     FOLDER_NAME,
@@ -42,6 +49,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 EVALUATION_NAME, SOURCES_NAME = "evaluation.json", "sources.json"
+BUILTIN = "builtin"
+"""What `training.init_from` calls the model that comes with the package."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +74,53 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[La
     config = read_run_config(record, path)
     tokenizer = _tokenizer(path, record)
     return _model(path, config).to(device), tokenizer, config
+
+
+def initial_config(source: str) -> RunConfig:
+    """The configuration of the model that `training.init_from` names, as `load_model` gives it, its weights unread.
+
+    Raises:
+        CheckpointError, FormatError: there is no such model, or it is damaged.
+    """
+    path = initial_path(source)
+    if not _is_own(path) and is_pretrained(path):
+        return dataclasses.replace(_pretrained_config(path), model=read_model_config(path))
+    path = _checkpoint(path)
+    return read_run_config(read_state(path), path)
+
+
+def initial_path(source: str) -> Path:
+    """The folder that `training.init_from` names."""
+    return builtin_model() if source == BUILTIN else Path(source)
+
+
+def load_initial(model: LanguageModel, tokenizer: Tokenizer, source: str) -> None:
+    """Copy the weights of the model that `training.init_from` names into `model`, to be trained on text of `tokenizer`.
+
+    Raises:
+        CheckpointError, FormatError: there is no such model, or it is damaged.
+        ConfigError: it is of other sizes or choices, or reads the ids of another tokenizer.
+    """
+    weights, own, config = load_model(initial_path(source))
+    if own.fingerprint != tokenizer.fingerprint:
+        path = initial_path(source)
+        file = path / TOKENIZER_NAME if is_pretrained(path) and not _is_own(path) else _tokenizer_file(_checkpoint(path))
+        raise ConfigError(
+            f"training.init_from={source!r}: its tokenizer (fingerprint {own.fingerprint}) is not that of the corpus "
+            f"({tokenizer.fingerprint}); pack the texts with `fmem data pack ... --tokenizer {file}`"
+        )
+    ours, theirs = to_dict(model.config), to_dict(config.model)
+    for name, value in theirs.items():
+        if name != "backend" and ours[name] != value and not (name == "intermediate_size" and _same_width(model, config)):
+            raise ConfigError(
+                f"model.{name}={ours[name]!r}: the model of training.init_from={source!r} has {value!r}; leave it out, or "
+                "train from random weights"
+            )
+    model.load_state_dict(weights.state_dict())
+
+
+def _same_width(model: LanguageModel, config: RunConfig) -> bool:
+    return model.config.feed_forward_size == config.model.feed_forward_size
 
 
 def export_run(
@@ -118,7 +174,11 @@ def export_run(
     environment = _published(_read_json(run_dir / ENVIRONMENT_NAME))
     sources, languages = _sources(config, record, _read_json(run_dir / SOURCES_NAME))
     # A path on this machine is nobody else's business, and of no use to them.
-    published = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=""))
+    published = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, corpus=""),
+        training=dataclasses.replace(config.training, init_from=Path(config.training.init_from).name),
+    )
     training = {
         "format_version": FORMAT_VERSION,
         "config": to_dict(published),
@@ -240,10 +300,7 @@ def _read_pretrained(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]
         raise CheckpointError(f"{file}: missing; copy the model's tokenizer there")
     tokenizer = Tokenizer.load(file)
     record = _training(folder)
-    try:
-        config = from_dict(RunConfig, record.get("config", {"name": "imported"}))
-    except ConfigError as error:
-        raise _unreadable(folder / TRAINING_NAME, str(error)) from None
+    config = _pretrained_config(folder)
     fields = read_config(folder)
     ends = {"eos_token_id": tokenizer.document_end, "pad_token_id": tokenizer.padding}
     wrong = [name for name, own in ends.items() if fields.get(name) not in (None, own, [own])]
@@ -254,6 +311,14 @@ def _read_pretrained(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]
             f"eos_token_id={fields.get('eos_token_id')}; put its own there"
         )
     return model, tokenizer, dataclasses.replace(config, model=model.config)
+
+
+def _pretrained_config(folder: Path) -> RunConfig:
+    """What training.json says of how a model was trained; its `model` may be another than the one that is there."""
+    try:
+        return from_dict(RunConfig, _training(folder).get("config", {"name": "imported"}))
+    except ConfigError as error:
+        raise _unreadable(folder / TRAINING_NAME, str(error)) from None
 
 
 def _training(folder: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from factorization_memory._streams import best_effort
 from factorization_memory._text import visible
 
 if TYPE_CHECKING:
@@ -44,10 +46,52 @@ class TrainingObserver:
         """The run is over, for whatever reason."""
 
 
+class ShieldedObserver(TrainingObserver):
+    """Tells another observer, and lets no loss of its output (an OSError, such as BrokenPipeError) end the run."""
+
+    def __init__(self, observer: TrainingObserver) -> None:
+        self._observer = observer
+        self._warned = False
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        try:
+            getattr(self._observer, event)(*arguments)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                # Not a warning: those may be turned into errors.
+                logging.getLogger(__name__).warning("%s cannot show the run: %s", type(self._observer).__name__, error)
+
+    def on_start(self, total_steps: int, parameters: int, step: int) -> None:
+        self._tell("on_start", total_steps, parameters, step)
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        self._tell("on_step", metrics)
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+        self._tell("on_evaluation", metrics)
+
+    def on_routing(self, metrics: dict[str, Any]) -> None:
+        self._tell("on_routing", metrics)
+
+    def on_sample(self, metrics: dict[str, Any]) -> None:
+        self._tell("on_sample", metrics)
+
+    def on_checkpoint(self, path: Path) -> None:
+        self._tell("on_checkpoint", path)
+
+    def on_message(self, message: str) -> None:
+        self._tell("on_message", message)
+
+    def on_end(self) -> None:
+        self._tell("on_end")
+
+
 class RichProgress(TrainingObserver):
     """A live bar (loss in bits per byte, tokens/s, time left) on stderr; plain lines where that is no terminal.
 
-    Without a terminal a line comes every tenth of the run or every 15 seconds, whichever is sooner.
+    Without a terminal a line comes every tenth of the run or every 15 seconds, whichever is sooner. What the console's file no
+    longer takes, because its reader has left or its terminal is closed, is dropped.
     """
 
     PLAIN_SECONDS = 15.0
@@ -56,6 +100,7 @@ class RichProgress(TrainingObserver):
         from rich.console import Console
 
         self.console = console if console is not None else Console(stderr=True)
+        self.console.file = best_effort(self.console.file)
         self._bar: Progress | None = None
         self._task: Any = None
         self._total = self._first = 0

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from factorization_memory import __version__
+from factorization_memory._files import write_atomic
 from factorization_memory.config import RunConfig, from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ class RunRecord:
         """Add one line to `metrics.jsonl`, on disk when this returns as far as a crash of this process goes."""
         line = strict_json({"kind": kind, **values})
         path = self.run_dir / METRICS_NAME
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -130,13 +132,19 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
+
+
+def refuse_link(path: Path) -> None:
+    """RunFolderError where `path`, which a run writes to or into, is a symbolic link."""
+    if path.is_symlink():
+        raise RunFolderError(
+            f"{path}: a symbolic link, and a run writes into its own folder alone; move here what it points to, or make the "
+            "whole run folder a link"
+        )
 
 
 def _unwritable(path: Path, error: OSError) -> RunFolderError:

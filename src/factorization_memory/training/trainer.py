@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,11 +20,15 @@ import torch
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
+from factorization_memory.models.capacity import require_room
 from factorization_memory.models.compilation import compiled_loss
+from factorization_memory.models.finite import not_finite
+from factorization_memory.models.language_model import parameter_count
 from factorization_memory.models.routing import RoutingHealth, memory_layers
-from factorization_memory.training.checkpoint import first_difference, load_checkpoint, save_checkpoint
+from factorization_memory.training.checkpoint import difference_from, load_checkpoint, model_tensors, save_checkpoint
 from factorization_memory.training.checkpoint_folder import (
     CheckpointError,
+    NotFiniteError,
     TrainingState,
     checkpoint_path,
     find_checkpoint,
@@ -32,9 +37,10 @@ from factorization_memory.training.checkpoint_folder import (
     read_state,
 )
 from factorization_memory.training.device import autocast, resolve_device
-from factorization_memory.training.guard import GracefulStop, RunLock, check_finite
+from factorization_memory.training.guard import GracefulStop, RunLock, TrainingDivergedError, check_finite, diverged
 from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
-from factorization_memory.training.progress import TrainingObserver
+from factorization_memory.training.pretrained import load_initial
+from factorization_memory.training.progress import ShieldedObserver, TrainingObserver
 from factorization_memory.training.record import RunFolderError, RunRecord
 from factorization_memory.training.schedule import learning_rate
 from factorization_memory.training.step import accumulate_gradient, clip_gradient
@@ -79,16 +85,19 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.evaluate = evaluate
         self.sample = sample
-        self.observer = observer if observer is not None else TrainingObserver()
+        self.observer = ShieldedObserver(observer if observer is not None else TrainingObserver())
         self.device = resolve_device(config.training.device)
+        _require_room(self.config, self.device)
         self.record = RunRecord(self.run_dir)
 
     def run(self, resume: bool = False) -> dict[str, Any]:
-        """Train to the last step, or until SIGINT or SIGTERM; returns what `result.json` holds.
+        """Train to the last step, or until SIGINT, SIGTERM or SIGHUP; returns what `result.json` holds.
 
         `resume` goes on from the folder's last checkpoint. Raises RunFolderError for a folder that holds a run when `resume` is
         false, none when it is true, or a run of another configuration; RunLockedError when another process writes there;
-        CheckpointError for a damaged checkpoint or a full disk; TrainingDivergedError for a non-finite loss or gradient.
+        CheckpointError for a damaged checkpoint or a full disk; ConfigError for a `training.init_from` that is of another shape
+        or tokenizer; TrainingDivergedError for a loss, gradient or weight that is
+        not finite.
         """
         if resume and not self.record.exists:
             raise RunFolderError(f"{self.run_dir}: there is no run here to resume; start one without --resume")
@@ -107,11 +116,12 @@ class Trainer:
                 self.observer.on_end()
 
     def _check_same_run(self) -> None:
-        difference = first_difference(self.record.read_config(), self.config)
+        difference = difference_from(self.record.read_config(), self.config)
         if difference is not None:
             name, old, new = difference
+            same = "the same value, or a larger one" if name == "training.steps" else "the same value"
             raise RunFolderError(
-                f"{self.run_dir}: this run was started with {name}={old!r}, not {new!r}; resume with the same value, "
+                f"{self.run_dir}: this run was started with {name}={old!r}, not {new!r}; resume with {same}, "
                 "or start a new run in another folder"
             )
         if list_checkpoints(self.run_dir):
@@ -152,10 +162,15 @@ class _Run:
             self.state, self.carried = load_checkpoint(
                 self.checkpoint, model=self.model, optimizer=self.optimizer, config=self.config
             )
+        elif training.init_from:
+            load_initial(self.model, trainer.corpus.tokenizer, training.init_from)
         # Before anything is written: what does not fit the corpus must leave no run behind.
         self.loader = self._loader(self.state.step)
         self.record.cut_after(self.state.step, self.state.observed_step)
         self.record.remove_result()
+        if resume:
+            # Also where no step is left: keep_checkpoints may be another, and a killed writing has left its part.
+            prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.record.begin(self.config, trainer.corpus.tokenizer, self.device, self.state.step if resume else None)
         self.clock = time.perf_counter() - self.state.seconds
 
@@ -253,6 +268,8 @@ class _Run:
         """`_observe`; if it raises, the steps since the last checkpoint are saved before the error goes on."""
         try:
             return self._observe(batch)
+        except TrainingDivergedError:
+            raise  # nothing to save
         except Exception as error:
             if self.checkpoint != checkpoint_path(self.run_dir, self.state.step):
                 try:
@@ -269,14 +286,22 @@ class _Run:
         """Evaluate and sample, where due, in the arithmetic of training; whether this evaluation is the best yet."""
         training, step = self.config.training, self.state.step
         last, best = step == training.steps, False
+        evaluating = last or bool(training.evaluate_every and step % training.evaluate_every == 0)
+        sampling = self.trainer.sample is not None and bool(
+            training.sample_every and (last or step % training.sample_every == 0)
+        )
+        wrong = not_finite(model_tensors(self.model)) if evaluating or sampling else None
+        if wrong is not None:
+            raise diverged(step, f"weight {wrong!r} is NaN or infinite", self.checkpoint)
         devices = [self.device] if self.device.type == "cuda" else []
         # Generators as they were afterwards, so that how often one looks does not change what is trained.
         with torch.random.fork_rng(devices), torch.no_grad(), self.autocast:
             self.model.eval()
-            if last or (training.evaluate_every and step % training.evaluate_every == 0):
+            if evaluating:
                 best = self._evaluate()
                 self._measure_routing(batch)
-            if self.trainer.sample is not None and training.sample_every and (last or step % training.sample_every == 0):
+            if sampling:
+                assert self.trainer.sample is not None
                 sample = {"step": step, "samples": self.trainer.sample(self.model)}
                 self.record.append("sample", sample)
                 self.observer.on_sample(sample)
@@ -323,16 +348,19 @@ class _Run:
 
     def _save(self) -> None:
         self.state.seconds = time.perf_counter() - self.clock
-        self.checkpoint = save_checkpoint(
-            self.run_dir,
-            model=self.model,
-            optimizer=self.optimizer,
-            config=self.config,
-            state=self.state,
-            tokenizer_fingerprint=self.trainer.corpus.tokenizer.fingerprint,
-            corpus_fingerprint=self.trainer.corpus.fingerprint,
-            carried=self.carried,
-        )
+        try:
+            self.checkpoint = save_checkpoint(
+                self.run_dir,
+                model=self.model,
+                optimizer=self.optimizer,
+                config=self.config,
+                state=self.state,
+                tokenizer_fingerprint=self.trainer.corpus.tokenizer.fingerprint,
+                corpus_fingerprint=self.trainer.corpus.fingerprint,
+                carried=self.carried,
+            )
+        except NotFiniteError as error:
+            raise diverged(self.state.step, f"the checkpoint {error}", self.checkpoint) from None
         prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.observer.on_checkpoint(self.checkpoint)
 
@@ -365,9 +393,29 @@ class _Run:
             )
             self.observer.on_message(
                 f"{stop.requested}: stopped at step {state.step} of {steps} {kept}. "
-                f"Resume with the same command and --resume (run folder {self.run_dir})"
+                f"Resume with `fmem train --resume {shlex.quote(str(self.run_dir))}`, or the same command and --resume"
             )
         return result
+
+
+def _require_room(config: RunConfig, device: torch.device) -> None:
+    """ConfigError for sizes that certainly pass what the machine has: the least that a step needs is counted, no more."""
+    parameters = parameter_count(config.model)
+    require_room(
+        f"model: {parameters:,} parameters with gradients and AdamW's moments", 16 * parameters,
+        "use fewer layers or a smaller width", device,
+    )  # fmt: skip
+    # Of each token its id, and in bfloat16 what enters the first block.
+    forward = config.micro_batch_size * config.data.context_length * (8 + 2 * config.model.hidden_size)
+    require_room(
+        f"training.micro_batch_size={config.training.micro_batch_size}: {config.micro_batch_size:,} sequences of "
+        f"{config.data.context_length:,} tokens at once", forward, "set it to fewer", device,
+    )  # fmt: skip
+    batches = 1 + min(config.data.read_ahead, config.training.steps)
+    require_room(
+        f"training.tokens_per_step={config.training.tokens_per_step}: {batches:,} batches of ids and targets",
+        batches * 16 * config.training.tokens_per_step, "use fewer tokens, or a smaller data.read_ahead",
+    )  # fmt: skip
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
@@ -377,9 +425,11 @@ def bits_per_byte(nats: float, text_bytes: float) -> float | None:
 
 def complete_config(config: RunConfig, vocab_size: int) -> RunConfig:
     """`config` with the tokenizer's vocabulary filled in. Raises ConfigError where it names another size."""
-    if config.model.vocab_size not in (0, vocab_size):
+    size = config.model.vocab_size
+    if config.training.init_from and size > vocab_size:
+        return config  # a model may have more ids than its tokenizer
+    if size not in (0, vocab_size):
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}: the corpus's tokenizer has {vocab_size} tokens; "
-            "leave it 0 to take the tokenizer's"
+            f"model.vocab_size={size}: the corpus's tokenizer has {vocab_size} tokens; leave it 0 to take the tokenizer's"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))

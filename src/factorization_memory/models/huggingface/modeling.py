@@ -22,6 +22,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from factorization_memory.layers.norm import RMSNorm
+from factorization_memory.models.finite import not_finite
 from factorization_memory.models.huggingface.cache import CACHE_NAME, CacheLayer, FactorizationMemoryCache
 from factorization_memory.models.huggingface.configuration import FactorizationMemoryConfig
 from factorization_memory.models.language_model import Block, LanguageModel
@@ -46,13 +47,21 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> Any:
-        """As in `transformers`, but of safetensors alone: other files of weights can hold programs."""
+        """As in `transformers`, but of safetensors alone (other files of weights can hold programs), and finite.
+
+        Raises ValueError for weights that are NaN or infinite, and for another format.
+        """
         if kwargs.get("use_safetensors") not in (None, True):
             raise ValueError(f"use_safetensors={kwargs['use_safetensors']!r}: only safetensors is read; leave it out")
         kwargs["use_safetensors"] = True
         if os.path.isfile(os.path.join(str(pretrained_model_name_or_path), INDEX_NAME)):
             indexed_files(Path(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, *arguments, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *arguments, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wrong = not_finite(dict(model.named_parameters()))
+        if wrong is not None:
+            raise ValueError(f"{pretrained_model_name_or_path}: weight {wrong!r} is NaN or infinite; use an earlier checkpoint")
+        return loaded
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -62,6 +71,10 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
         """As in `transformers`, and the file through which `trust_remote_code=True` finds these classes."""
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True: call the model's push_to_hub() instead, which uploads all files")
+        given = kwargs.get("state_dict")
+        wrong = not_finite(dict(self.named_parameters()) if given is None else given)
+        if wrong is not None:
+            raise ValueError(f"{save_directory}: not written, since weight {wrong!r} is NaN or infinite; save an earlier state")
         super().save_pretrained(save_directory, *arguments, **kwargs)
         if kwargs.get("is_main_process", True):
             save_shim(save_directory)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from factorization_memory._files import atomic_folder
 from factorization_memory.config import ModelConfig
+from factorization_memory.models.finite import not_finite
 from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.models.pretrained.conversion import NATIVE, native_fields, native_type, to_native
 from factorization_memory.models.pretrained.format import (
@@ -109,9 +110,9 @@ def save_pretrained(
         key: value.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
         for key, value in exported_weights(model).items()
     }
-    for key, value in weights.items():
-        if not value.isfinite().all():
-            raise ValueError(f"weight {key!r} is not finite in {fields['dtype']}; export in float32, or an earlier checkpoint")
+    wrong = not_finite(weights)
+    if wrong is not None:
+        raise ValueError(f"weight {wrong!r} is not finite in {fields['dtype']}; export in float32, or an earlier checkpoint")
     with atomic_folder(folder, overwrite=overwrite) as aside:
         save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
         _write_json(aside / CONFIG_NAME, fields)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from factorization_memory.config import RETIRED, ConfigError, ModelConfig, from_dict, to_dict
+from factorization_memory.models.finite import not_finite
 from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.models.pretrained.conversion import NATIVE, from_native, native_config
 
@@ -198,8 +199,8 @@ def builtin_model() -> Path:
 
 
 def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: Path, named: Callable[[str], str]) -> None:
-    """Raise `FormatError` for the first weight, by our names, that is missing, too many, of another shape or no real number;
-    it is called what `named` makes of its name."""
+    """Raise `FormatError` for the first weight, by our names, that is missing, too many, of another shape, of integers, NaN
+    or infinite; it is called what `named` makes of its name."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own:
@@ -212,6 +213,9 @@ def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: P
             )
         if not weights[name].is_floating_point():
             raise FormatError(f"{folder}: weight {named(name)!r} is of {weights[name].dtype}; save it in float32 or bfloat16")
+    wrong = not_finite({named(name): tensor for name, tensor in weights.items()})
+    if wrong is not None:
+        raise FormatError(f"{folder}: weight {wrong!r} is NaN or infinite; use an earlier checkpoint, or download it again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

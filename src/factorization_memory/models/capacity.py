@@ -1,0 +1,45 @@
+"""What this machine can hold, asked before anything of that size is made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from factorization_memory.config import ConfigError
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that `device` has in all, whether free or not: a GPU's, or the main memory and swap that this process may use."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("SwapTotal:"):
+                total += 1024 * int(line.split()[1])
+    except OSError:
+        pass  # not Linux
+    for path in map(Path, _CGROUP_LIMITS):
+        if path.exists() and (limit := path.read_text(encoding="ascii").strip()).isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def require_room(what: str, size: int, remedy: str, device: torch.device | str = "cpu") -> None:
+    """ConfigError that says that `what` would take `size` bytes, and the `remedy`, where that is more than `device` has."""
+    there = machine_memory(device)
+    if size > there:
+        raise ConfigError(f"{what} would take {readable(size)}, and this machine's {device} has {readable(there)}; {remedy}")
+
+
+def readable(size: int) -> str:
+    """A number of bytes as people read it."""
+    for unit, factor in (("EB", 10**18), ("PB", 10**15), ("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size:,} bytes"
