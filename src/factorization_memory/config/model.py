@@ -174,7 +174,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "model")
-        require_at_most(self, "model", LARGEST, "hidden_size", "intermediate_size", "num_heads", "conv_size", "update_lag")
+        require_at_most(self, "model", LARGEST, "hidden_size", "intermediate_size", "num_heads", "conv_size")
         require_at_most(self, "model", LARGEST_WIDTH, "num_states")
         require_at_most(self, "model", MOST_LAYERS, "num_layers")
         require_at_most(self, "model", MOST_TOKENS, "vocab_size")
@@ -211,6 +211,7 @@ class ModelConfig:
         require(
             whole and lag >= 0, "model.update_lag", lag, "use 0 (the paper's form), 1 (the associative form), or more tokens"
         )
+        require_at_most(self, "model", LARGEST, "update_lag")
         require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
         require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")
         low, high = self.update_rate_init
