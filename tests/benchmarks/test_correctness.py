@@ -11,7 +11,7 @@ import torch
 from factorization_memory.benchmarks import correctness
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape, check, check_backend
 from factorization_memory.config import ConfigError
-from factorization_memory.ops import chunked
+from factorization_memory.ops.memory import chunked
 
 SMALL = Shape(batch=2, length=70, heads=2, num_states=5, value_size=4)
 forward = chunked.forward

@@ -15,7 +15,7 @@ from factorization_memory.benchmarks import op, peers, timing
 from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.floor import Rates
 from factorization_memory.config import ConfigError
-from factorization_memory.ops import chunked
+from factorization_memory.ops.memory import chunked
 
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 130, 1, 8, 16)

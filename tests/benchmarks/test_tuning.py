@@ -8,8 +8,8 @@ import torch
 from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.tuning import tune
 from factorization_memory.config import ConfigError
-from factorization_memory.ops.triton import tuning
-from factorization_memory.ops.triton.tuning import KERNELS, Tile, candidates, tile
+from factorization_memory.ops.memory.kernels import tuning
+from factorization_memory.ops.memory.kernels.tuning import KERNELS, Tile, candidates, tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -15,7 +15,7 @@ import pytest
 from factorization_memory.benchmarks import inference, op, step, step_contenders, timing, training
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.cli import bench, dispatch
-from factorization_memory.ops import chunked
+from factorization_memory.ops.memory import chunked
 
 OP = (
     "bench op --device cpu --batch 1 --length 70 --num-states 4 --value-size 8 --lengths 64 --memory-length 64 --repeats 1 "

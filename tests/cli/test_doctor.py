@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from factorization_memory.cli import dispatch
-from factorization_memory.ops import chunked
+from factorization_memory.ops.memory import chunked
 
 
 @pytest.fixture(autouse=True)

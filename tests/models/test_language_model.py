@@ -12,8 +12,8 @@ from torch.nn import functional
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models import LanguageModel, cross_entropy
-from factorization_memory.models.cross_entropy import linear_cross_entropy
 from factorization_memory.models.routing import RoutingHealth, observe_routing
+from factorization_memory.ops.cross_entropy import linear_cross_entropy
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from factorization_memory import FactorizationMemory, LanguageModel
 from factorization_memory.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.layers import Attention, FeedForward, GatedDeltaNet, Mamba2
 from factorization_memory.layers.norm import rms_norm
-from factorization_memory.models.cross_entropy import linear_cross_entropy
-from factorization_memory.ops import factorization_memory, gated_delta_rule, ssd, ssd_kernels
+from factorization_memory.ops import factorization_memory, gated_delta_rule, ssd
 from factorization_memory.ops.attention import rotate
 from factorization_memory.ops.convolution import causal_convolution
+from factorization_memory.ops.cross_entropy import linear_cross_entropy
 from factorization_memory.ops.routing import route
+from factorization_memory.ops.ssd import kernels as ssd_kernels
 
 REFUSED = "once_differentiable; take the difference of two gradients"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

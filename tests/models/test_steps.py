@@ -130,8 +130,9 @@ def test_operators(batch: int, states: int) -> None:
 @kernels
 @pytest.mark.parametrize(("batch", "states"), [(3, 1), (1, 3)])
 def test_kernels(batch: int, states: int) -> None:
-    from factorization_memory.ops.triton import decoding, step
-    from factorization_memory.ops.triton import routing as routing_kernels
+    from factorization_memory.ops.decoding import rows as decoding
+    from factorization_memory.ops.memory.kernels import step
+    from factorization_memory.ops.routing import kernels as routing_kernels
 
     weights, value = torch.rand(batch, 2, 6), torch.rand(batch, 2, 4)
     with pytest.raises(ValueError, match=rf"got shape \({batch}, 2, 6\), takes \({states}, 2, 6\)"):

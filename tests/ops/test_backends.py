@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factorization_memory.ops import chunked, factorization_memory, factorization_memory_step
+from factorization_memory.ops import factorization_memory, factorization_memory_step
+from factorization_memory.ops.memory import chunked
 
 
 @dataclass

@@ -216,7 +216,7 @@ def test_borders_that_are_not_looked_at() -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="needs a GPU, or TRITON_INTERPRET=1")
 def test_operator() -> None:
-    from factorization_memory.ops.triton.convolution import convolve
+    from factorization_memory.ops.convolution.kernels import convolve
 
     x, weight, bias = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((2, 6, 10), (3, 10), (10,)))
     torch.library.opcheck(convolve, (x, weight, bias, None, None, None))

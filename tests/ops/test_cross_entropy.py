@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from factorization_memory.models import cross_entropy as loss_module
-from factorization_memory.models.cross_entropy import IGNORE, linear_cross_entropy
-from factorization_memory.ops.triton.cross_entropy import cross_entropy, row_size
+from factorization_memory.ops import cross_entropy as loss_module
+from factorization_memory.ops.cross_entropy import IGNORE, linear_cross_entropy
+from factorization_memory.ops.cross_entropy.kernels import cross_entropy, row_size
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

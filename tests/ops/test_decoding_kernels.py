@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.ops import reference
+from factorization_memory.ops.decoding.rows import convolve, glu, normalise
+from factorization_memory.ops.memory import reference
+from factorization_memory.ops.memory.kernels import step
+from factorization_memory.ops.memory.kernels.step import dense_step
 from factorization_memory.ops.routing import route
-from factorization_memory.ops.triton import step
-from factorization_memory.ops.triton.decoding import convolve, glu, normalise
-from factorization_memory.ops.triton.step import dense_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW, FULL = torch.bfloat16, torch.float32

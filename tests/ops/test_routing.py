@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from factorization_memory.layers import FactorizationMemory
-from factorization_memory.ops import triton
+from factorization_memory.ops import runtime
 from factorization_memory.ops.routing import route, route_step, weigh
 
 CUDA = torch.cuda.is_available()
@@ -234,7 +234,7 @@ def test_parts_of_one_projection_and_missing_gradients() -> None:
 @needs_triton
 @pytest.mark.parametrize("rates", [1, 10])
 def test_operator(rates: int) -> None:
-    from factorization_memory.ops.triton.routing import select
+    from factorization_memory.ops.routing.kernels import select
 
     torch.library.opcheck(select, (*logits((3, 2), 10, rates), 4, 0.7))
 
@@ -275,7 +275,7 @@ def test_layer_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return [y[mask].detach(), state.memory.detach(), *(p.grad.clone() for p in layer.parameters())]
 
     expected = run()
-    monkeypatch.setattr(triton, "by_kernels", lambda *_: True)
+    monkeypatch.setattr(runtime, "by_kernels", lambda *_: True)
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from factorization_memory.ops.triton.small_linear import most_tokens, small_linear
+from factorization_memory.ops.decoding.small_linear import most_tokens, small_linear
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape
 from factorization_memory.ops import factorization_memory
-from factorization_memory.ops.triton import lists, sparse
+from factorization_memory.ops.memory.kernels import sparse
+from factorization_memory.ops.memory.kernels.sparse import lists
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -206,13 +207,13 @@ def test_compiles_as_one_graph(alone: bool) -> None:
 def test_chosen_where_it_was_measured_to_pay(
     sizes: dict[str, int], initial: bool, packed: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from factorization_memory.ops import triton
+    from factorization_memory.ops.memory import kernels
 
-    monkeypatch.setattr(triton, "SPARSE_LENGTH", 32)
-    monkeypatch.setattr(triton, "SPARSE_WIDTH", 8)
+    monkeypatch.setattr(kernels, "SPARSE_LENGTH", 32)
+    monkeypatch.setattr(kernels, "SPARSE_WIDTH", 8)
     calls: list[str] = []
     for name in ("forward_sparse", "forward"):
-        monkeypatch.setattr(triton, name, lambda *arguments, name=name: calls.append(name) or (None, None))
+        monkeypatch.setattr(kernels, name, lambda *arguments, name=name: calls.append(name) or (None, None))
     T, H, M, K, D = ({"T": 32, "H": 1, "M": 1024, "K": 16, "D": 8} | sizes).values()  # noqa: N806
     update = torch.rand(1, T, H, K, device=DEVICE)
     indices = torch.arange(K, device=DEVICE).expand(1, T, H, K)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factorization_memory.ops import ssd_chunked, ssd_kernels
+from factorization_memory.ops.ssd import chunked as ssd_chunked
+from factorization_memory.ops.ssd import kernels as ssd_kernels
 from factorization_memory.ops.ssd import ssd, ssd_step
 
 NAMES = ("output", "final state", "d_x", "d_dt", "d_decay_rate", "d_input_map", "d_output_map", "d_initial")

@@ -62,7 +62,7 @@ def test_other_states_are_merged_than_updated(
 ) -> None:
     """They are read as the update leaves them, and not changed; a step is undone from the updated ones alone."""
     if backend == "triton":
-        from factorization_memory.ops.triton import step
+        from factorization_memory.ops.memory.kernels import step
 
         monkeypatch.setattr(step, "_tiles", lambda *sizes: (16, 2, 3))
     update, _, value, indices = tokens_of(2, 4, 2, 7, 20, chosen)
@@ -90,7 +90,7 @@ def test_other_states_are_merged_than_updated(
 def test_more_states_than_a_program_takes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in blocks, columns in tiles, and rows split over programs whose sums are added up."""
     if backend == "triton":
-        from factorization_memory.ops.triton import step
+        from factorization_memory.ops.memory.kernels import step
 
         monkeypatch.setattr(step, "_tiles", lambda *sizes: (16, 4, 3))
     update, merge, value, _ = tokens_of(1, 1, 1, 37, 50, None)
@@ -110,7 +110,7 @@ def test_more_states_than_a_program_takes(backend: str, monkeypatch: pytest.Monk
 def test_a_state_at_another_place_among_the_next_tokens(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are split over programs by their place among the selected, which changes from token to token."""
     if backend == "triton":
-        from factorization_memory.ops.triton import step
+        from factorization_memory.ops.memory.kernels import step
 
         monkeypatch.setattr(step, "_tiles", lambda *sizes: (16, 2, 3))
     update, merge, value, indices = tokens_of(1, 4, 1, 7, 20, 6)
@@ -214,7 +214,7 @@ def test_rounding_at_random_is_right_on_average() -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 def test_operators_keep_their_promises() -> None:
-    from factorization_memory.ops.triton import step
+    from factorization_memory.ops.memory.kernels import step
 
     update, merge, value, indices = tokens_of(2, 1, 1, 4, 8, 2)
     state, undo = torch.randn(2, 1, 4, 8, device=DEVICE), torch.zeros(1, 2, 1, 1, 2, 8, device=DEVICE)

@@ -15,8 +15,8 @@ from torch import Tensor
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape
 from factorization_memory.layers import FactorizationMemory
 from factorization_memory.ops import factorization_memory
-from factorization_memory.ops.triton import dense, plan, tuning
-from factorization_memory.ops.triton.layout import chunk_table, packed_chunks
+from factorization_memory.ops.memory.kernels import dense, plan, tuning
+from factorization_memory.ops.memory.kernels.layout import chunk_table, packed_chunks
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from factorization_memory.ops.triton.gate_gradients import gates_backward
-from factorization_memory.ops.triton.gates import gates_forward
-from factorization_memory.ops.triton.layout import Layout, chunk_table, packed_chunks
+from factorization_memory.ops.memory.kernels.gate_gradients import gates_backward
+from factorization_memory.ops.memory.kernels.gates import gates_forward
+from factorization_memory.ops.memory.kernels.layout import Layout, chunk_table, packed_chunks
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

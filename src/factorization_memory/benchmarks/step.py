@@ -35,7 +35,8 @@ from factorization_memory.benchmarks.timing import (
     summary,
 )
 from factorization_memory.config import ConfigError
-from factorization_memory.ops import reference, undo_unchecked
+from factorization_memory.ops import undo_unchecked
+from factorization_memory.ops.memory import reference
 
 DTYPES = ("float32", "bfloat16", "float16")
 GATE_STEPS = 3

@@ -34,7 +34,7 @@ def tune(
     if reason is not None:
         raise ConfigError(f"tune=True: {reason}; tune on the GPU that is to run the kernels")
     # Not before the check above: Triton may be missing.
-    from factorization_memory.ops.triton import plan, tuning
+    from factorization_memory.ops.memory.kernels import plan, tuning
 
     records: list[dict[str, Any]] = []
     for shape in dict.fromkeys(replace(shape, top_k=None) for shape in shapes):
@@ -70,7 +70,7 @@ def _seconds(
     key: tuple[str, int, int, torch.dtype], tile: Any, problem: Problem, small: Problem, repeats: int, device: torch.device
 ) -> float | None:
     """Median seconds of forward and backward with a tile; None if it does not run, or not right."""
-    from factorization_memory.ops.triton import tuning
+    from factorization_memory.ops.memory.kernels import tuning
 
     tuning.CHOSEN[key] = tile
     leaves = problem.leaves()

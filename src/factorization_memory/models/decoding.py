@@ -3,12 +3,12 @@
 The projections of a layer's input become one, and what stands around a linear layer (normalisation, gate, residual, casts) is
 in few kernels. The residual stream is float32 whatever the weights' dtype. A block takes, in the dense form:
 
-- up to four sequences, five kernels: a linear layer takes all around it into its own kernel (`ops/triton/small_linear.py`),
+- up to four sequences, five kernels: a linear layer takes all around it into its own kernel (`ops/decoding/small_linear.py`),
   so that a step takes little more than the time of reading the weights and the states that it touches. They are the input
   projections with the norm before them; the step with its routing; output projection with norm, gate and residual; gate and up
   projections with norm and SwiGLU; down projection with residual.
 - more sequences, nine: PyTorch's products (input projections; output; gate and up; down), the step with its routing, and before
-  the products one kernel for all that stands there (`ops/triton/decoding.py`: residual sum, norm and cast; norm, gate and cast;
+  the products one kernel for all that stands there (`ops/decoding/rows.py`: residual sum, norm and cast; norm, gate and cast;
   residual sum, norm and cast; SwiGLU and cast).
 
 The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more; the dense form
@@ -49,7 +49,7 @@ class DecodingModel:
     def __init__(self, model: LanguageModel) -> None:
         if (reason := obstacle(model)) is not None:
             raise ValueError(f"model: {reason}; use LanguageModel.step")
-        from factorization_memory.ops.triton.small_linear import most_tokens
+        from factorization_memory.ops.decoding.small_linear import most_tokens
 
         self.model = model
         self.blocks = [_DecodingBlock(block) for block in model.blocks]
@@ -59,8 +59,8 @@ class DecodingModel:
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence, `[B]`, to float32 logits `[B, V]`; `state` is updated in place and returned. ValueError
         if it is not one of this model for B sequences."""
-        from factorization_memory.ops.triton.decoding import normalise
-        from factorization_memory.ops.triton.small_linear import small_linear
+        from factorization_memory.ops.decoding.rows import normalise
+        from factorization_memory.ops.decoding.small_linear import small_linear
 
         model = self.model
         model.check_step(tokens, state)
@@ -102,7 +102,7 @@ class _DecodingBlock:
     """A block's step."""
 
     def __init__(self, block: Block) -> None:
-        from factorization_memory.ops.triton.small_linear import most_tokens
+        from factorization_memory.ops.decoding.small_linear import most_tokens
 
         mixer, feed_forward, feed_forward_norm = block.mixer, block.feed_forward, block.feed_forward_norm
         assert isinstance(mixer, FactorizationMemory), "see obstacle"
@@ -124,7 +124,7 @@ class _DecodingBlock:
 
     def step_few(self, x: Tensor, state: MixerState) -> None:
         """The residual stream `[B, d]`, float32, and the state, both in place: B up to `few`."""
-        from factorization_memory.ops.triton.small_linear import small_linear
+        from factorization_memory.ops.decoding.small_linear import small_linear
 
         norm, mixer = self.mixer_norm, self.mixer
         projected = x.new_empty(len(x), len(self.weight))
@@ -150,7 +150,7 @@ class _DecodingBlock:
         Returns:
             What this block's feed-forward layer adds, likewise.
         """
-        from factorization_memory.ops.triton.decoding import glu, normalise
+        from factorization_memory.ops.decoding.rows import glu, normalise
 
         norm, mixer, dtype = self.mixer_norm, self.mixer, self.weight.dtype
         projected = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, dtype), self.weight.T)
@@ -166,8 +166,8 @@ class _DecodingBlock:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """From the projections of the layer's input to the merged vectors `[B, H * D]`; the gate's logits if there is a gate;
         the values `[B, H * D]` if they skip the memory. `rate_bias` is to be added to the rates' logits, None if it was."""
-        from factorization_memory.ops.triton.decoding import convolve
-        from factorization_memory.ops.triton.step import dense_step
+        from factorization_memory.ops.decoding.rows import convolve
+        from factorization_memory.ops.memory.kernels.step import dense_step
 
         assert isinstance(state, LayerState), "the state is of another model"
         mixer, undo = self.mixer, state.undo

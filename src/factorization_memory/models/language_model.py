@@ -29,8 +29,8 @@ from factorization_memory.layers import (
 from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.capacity import require_room
-from factorization_memory.models.cross_entropy import linear_cross_entropy, logits_cross_entropy
 from factorization_memory.ops import read_borders
+from factorization_memory.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 BLOCK_BYTES = 40_000
 """Of a block's Python objects, however small its weights."""

@@ -1,0 +1,182 @@
+"""A causal depthwise convolution over time with SiLU: `y_t = silu(sum_i w_i x_{t-i} + b)` for each channel by itself.
+
+Shapes: B sequences, T tokens, C channels; N sequences packed along T (B = 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from factorization_memory.ops import runtime
+from factorization_memory.ops.arguments import check_borders
+from factorization_memory.ops.autograd import once_differentiable
+
+MOST_TAPS = 4
+"""Taps that the kernels are written for, or fewer."""
+
+
+def causal_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The convolution of whole sequences. Gradients flow to x, weight, bias and tail.
+
+    Args:
+        x: `[B, T, C]`.
+        weight: `[taps, C]`, the last for the token itself, the one before for the token before.
+        bias: `[C]`.
+        tail: the inputs before the first, oldest first, `[B, taps - 1, C]` (`[N, taps - 1, C]` with `cu_seqlens`); None for
+            zeros.
+        cu_seqlens: `[N + 1]` int32 or int64, borders of sequences packed along T (B = 1).
+        backend: "plain" (PyTorch), "triton" (kernels for GPUs; up to four taps, not for float64, nor if `tail` requires a
+            gradient), or "auto": triton on a GPU where it can run, plain elsewhere.
+
+    Returns:
+        y `[B, T, C]` in x's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong shape or dtype, borders that do not fit, an unknown backend or one that cannot run
+            here; names the argument, what it got and what it takes.
+    """
+    _check(x, weight, bias, tail, cu_seqlens)
+    return convolution_unchecked(x, weight, bias, tail, cu_seqlens, backend)
+
+
+def convolution_unchecked(
+    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, backend: str
+) -> Tensor:
+    """`causal_convolution` of arguments that are known to fit: of borders in particular, which a GPU would be waited for."""
+    if tail is not None:
+        tail = tail.to(x.dtype)
+    if runtime.by_kernels(backend, x, lambda: _obstacle(x, weight, tail)):
+        from factorization_memory.ops.convolution.kernels import convolve
+
+        positions, sequences = (None, None) if cu_seqlens is None else _places(x, cu_seqlens, tail is not None)
+        return convolve(x, weight, bias, tail, positions, sequences)
+    return _whole(x, weight, bias, tail) if cu_seqlens is None else _packed(x, weight, bias, tail, cu_seqlens)
+
+
+def window_convolution(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`causal_convolution` in PyTorch of x `[B, taps - 1 + T, C]`, its tail first, as `[B, T, C]`."""
+    weight, bias = weight.to(window.dtype), bias.to(window.dtype)
+    if torch.compiler.is_compiling():  # the compiler fuses better than we do
+        shifted = _shifted(window, len(weight))
+        return torch.nn.functional.silu(bias + sum(x * tap for x, tap in zip(shifted, weight, strict=True)))
+    return _Convolution.apply(window, weight, bias)
+
+
+def last_inputs(x: Tensor, taps: int, tail: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The tail that the next stretch needs, shaped as `tail` of `causal_convolution`, of the same arguments; a copy."""
+    room = taps - 1
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    tail = x.new_zeros(sequences, room, x.shape[2]) if tail is None else tail.to(x.dtype)
+    if cu_seqlens is None:
+        # Never a view, which would keep all tokens alive for as long as the tail is carried.
+        last = x[:, max(x.shape[1] - room, 0) :]
+        return torch.cat((tail[:, last.shape[1] :], last), dim=1)
+    borders = cu_seqlens.to(x.device, torch.long)
+    back = torch.arange(-room, 0, device=x.device)
+    length = borders.diff()[:, None]
+    # From the tail what is before the sequence, of which a sequence shorter than the tail leaves some.
+    old = tail.gather(1, (length + back + room).clamp(max=max(room - 1, 0))[..., None].expand_as(tail))
+    if x.shape[1] == 0:
+        return old
+    new = x[0, (borders[1:, None] + back).clamp(min=0)]
+    return torch.where((length + back >= 0)[..., None], new, old)
+
+
+def _places(x: Tensor, cu_seqlens: Tensor, tails: bool) -> tuple[Tensor, Tensor | None]:
+    """For each token of packed sequences how many of its own are before it and, for tails, which it is of; int32 `[T]`. Tokens
+    and sequences that are there, whatever the borders, which a compiled model does not check."""
+    borders = cu_seqlens.to(x.device, torch.long)
+    token = torch.arange(x.shape[1], device=x.device)
+    sequence = torch.bucketize(token, borders[1:], right=True).clamp(max=len(borders) - 2)
+    return (token - borders[sequence]).clamp(min=0).minimum(token).int(), sequence.int() if tails else None
+
+
+def _whole(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None) -> Tensor:
+    room = len(weight) - 1
+    tail = x.new_zeros(x.shape[0], room, x.shape[2]) if tail is None else tail
+    return window_convolution(torch.cat((tail, x), dim=1), weight, bias)
+
+
+def _packed(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """Each sequence is moved right to make room for its tail, so that one convolution serves all."""
+    borders = cu_seqlens.to(x.device, torch.long)
+    room, sequences = len(weight) - 1, borders.numel() - 1
+    token = torch.arange(x.shape[1], device=x.device)
+    token = token + room * torch.bucketize(token, borders[1:], right=True) + room
+    extended = x.new_zeros(1, x.shape[1] + room * sequences, x.shape[2]).index_copy(1, token, x)
+    if tail is not None:
+        gap = (
+            borders[:-1, None] + room * torch.arange(sequences, device=x.device)[:, None] + torch.arange(room, device=x.device)
+        )
+        extended = extended.index_copy(1, gap.flatten(), tail.reshape(1, -1, x.shape[2]))
+    return window_convolution(extended, weight, bias)[:, token - room]
+
+
+class _Convolution(torch.autograd.Function):
+    """`silu(sum_i w_i x_{t+i} + b)` of x `[B, T + taps - 1, C]`, w `[taps, C]` and b, as `[B, T, C]`.
+
+    Shifted products summed in place, both ways: autograd would give each tap's gradient a zero-filled tensor of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        first, *rest = _shifted(x, len(weight))
+        y = torch.addcmul(bias, first, weight[0])
+        for shifted, tap in zip(rest, weight[1:], strict=True):
+            y.addcmul_(shifted, tap)
+        ctx.save_for_backward(x, weight, bias, y)  # all inputs, for what `once_differentiable` refuses
+        return torch.nn.functional.silu(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, _, y = ctx.saved_tensors
+        d_y = torch.ops.aten.silu_backward(d_output, y)
+        d_x, d_weight, product = torch.zeros_like(x), torch.empty_like(weight), torch.empty_like(y)
+        for d_shifted, shifted, tap, d_tap in zip(
+            _shifted(d_x, len(weight)), _shifted(x, len(weight)), weight, d_weight, strict=True
+        ):
+            d_shifted.addcmul_(d_y, tap)
+            torch.sum(torch.mul(d_y, shifted, out=product), (0, 1), out=d_tap)
+        return d_x, d_weight, d_y.sum((0, 1))
+
+
+def _shifted(x: Tensor, taps: int) -> list[Tensor]:
+    """What each tap sees of x `[B, T + taps - 1, C]`: views `[B, T, C]`."""
+    return [x[:, i : x.shape[1] - taps + 1 + i] for i in range(taps)]
+
+
+def _obstacle(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
+    """Why the kernels cannot compute; None if they can."""
+    if len(weight) > MOST_TAPS:
+        return f"weight has {len(weight)} taps, the kernels take up to {MOST_TAPS}"
+    if tail is not None and tail.requires_grad and torch.is_grad_enabled():
+        return "tail requires a gradient, which the kernels do not compute"
+    return runtime.obstacle(x, "x")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes [B, T, C]")
+    if not x.is_floating_point():
+        raise ValueError(f"x: got dtype {x.dtype}, takes floating-point numbers")
+    channels = x.shape[2]
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != channels:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, takes [taps, {channels}], of one tap or more")
+    if bias.shape != (channels,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, takes ({channels},)")
+    if cu_seqlens is not None:
+        check_borders(cu_seqlens, x.shape[0], x.shape[1])
+    shape = (x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, len(weight) - 1, channels)
+    if tail is not None and tail.shape != shape:
+        raise ValueError(f"tail: got shape {tuple(tail.shape)}, takes {shape}")

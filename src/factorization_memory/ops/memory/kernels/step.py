@@ -1,0 +1,443 @@
+"""One token, or a few, of the recurrence in place: what decoding runs. The operators `factorization_memory::step` and
+`factorization_memory::undo`.
+
+A step moves the states it touches to the chip and back, and little else: all M in the dense form, K in the sparse one. Before
+it overwrites them it can put them aside, so that it can be undone to the bit.
+
+Shapes: B sequences, T tokens of each, H heads, M memory states, K states that a token updates (M in the dense form), R that
+it merges where those are others, D value width of a head; S places for sequences in the state.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from factorization_memory.ops.memory.kernels.plan import power_of_two
+from factorization_memory.ops.runtime import on_device_of
+from factorization_memory.ops.runtime.launcher import dependent, launch
+
+TILE = 4096
+"""Numbers of a tile of states."""
+WIDEST = 512
+"""Columns of a tile at most."""
+NARROWEST = 32
+"""Columns of a tile at least, where there are more: 128 bytes of a state."""
+PROGRAMS = 2
+"""Programs for each processor of the GPU that tiles aim at."""
+
+
+def check_shapes(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], first: str, of: Tensor) -> None:
+    """ValueError for a tensor of another shape than beside its name, which a kernel would read or write beyond; `first` is the
+    name of the tensor that the others go by."""
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {shape} with {first} {tuple(of.shape)}")
+
+
+@triton.jit
+def step_kernel(
+    update,  # [B, T, H, K]
+    merge,  # [B, T, H, K], or [B, T, H, R] with `merge_indices`
+    value,  # [B, T, H, D], `value_row` numbers from token to token
+    state,  # in and out: [S, H, M, D]
+    indices,  # [B, T, H, K]
+    merge_indices,  # [B, T, H, R]
+    places,  # [B]
+    undo,  # out: [depth, B, T, H, K, D]
+    position,  # [1]: which of the depth
+    seed,  # int64 [1]
+    output,  # out: [splits, B, T, H, D]
+    batch,
+    tokens,
+    heads,
+    num_states,
+    chosen,
+    merged_states,
+    width,
+    split_rows,
+    value_row,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    SPARSE: tl.constexpr,
+    APART: tl.constexpr,  # whether other states are merged than updated; a program then has all rows
+    HAS_PLACES: tl.constexpr,
+    HAS_UNDO: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    blocks = tl.cdiv(width, BD)
+    column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    unit = tl.program_id(0) // blocks
+    sequence, head = (unit // heads).to(tl.int64), unit % heads
+    there = column < width
+    split = tl.program_id(1)
+    kept_in = sequence
+    if HAS_PLACES:
+        kept_in = tl.load(places + sequence).to(tl.int64)
+    memory = state + (kept_in * heads + head) * num_states * width
+    first, end = split * split_rows, tl.minimum((split + 1) * split_rows, chosen)
+    for t in range(tokens):
+        token = (sequence * tokens + t) * heads + head
+        merged = tl.zeros([BD], tl.float32)
+        if kept_in >= 0:
+            v = tl.load(
+                value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0, cache_modifier=".cg"
+            ).to(tl.float32)
+            for start in range(first, end, ROWS):
+                row = start + tl.arange(0, ROWS)
+                real = row < end
+                theta = tl.load(update + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                chosen_state = row.to(tl.int64)
+                if SPARSE:
+                    chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(
+                        tl.int64
+                    )
+                at = chosen_state[:, None] * width + column[None, :]
+                both = real[:, None] & there[None, :]
+                held = tl.load(memory + at, mask=both, other=0, cache_modifier=".cg")
+                if HAS_UNDO:
+                    layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * tokens * heads
+                    aside = ((layer + token) * chosen + row[:, None]) * width + column[None, :]
+                    tl.store(undo + aside, held, mask=both)
+                new = held.to(tl.float32) * (1 - theta[:, None]) + theta[:, None] * v[None, :]
+                if ROUNDS:
+                    # To one of the two nearest bfloat16 numbers, to the nearer one more often: right on average.
+                    number = ((token * chosen + row[:, None]) * width + column[None, :]).to(tl.int32)
+                    noise = tl.randint(tl.load(seed), number).to(tl.uint32, bitcast=True) >> 16
+                    bits = (new.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
+                    rounded = bits.to(tl.float32, bitcast=True)
+                    new = tl.where(tl.abs(new) < float("inf"), rounded, new)
+                tl.store(memory + at, new.to(state.dtype.element_ty), mask=both)
+                if not APART:
+                    phi = tl.load(merge + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                    merged += tl.sum(tl.where(real[:, None], phi[:, None] * new, 0.0), 0)
+            if APART:
+                tl.debug_barrier()  # what is merged may have been written just now
+                for start in range(0, merged_states, ROWS):
+                    row = start + tl.arange(0, ROWS)
+                    real = row < merged_states
+                    at = token * merged_states + row
+                    phi = tl.load(merge + at, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
+                    read = tl.load(merge_indices + at, mask=real, other=0, cache_modifier=".cg").to(tl.int64)
+                    both = real[:, None] & there[None, :]
+                    held = tl.load(
+                        memory + read[:, None] * width + column[None, :], mask=both, other=0, cache_modifier=".cg"
+                    ).to(tl.float32)
+                    merged += tl.sum(tl.where(real[:, None], phi[:, None] * held, 0.0), 0)
+        target = (split.to(tl.int64) * batch * tokens * heads + token) * width + column
+        tl.store(output + target, merged.to(output.dtype.element_ty), mask=there)
+        tl.debug_barrier()  # the next token may read what this one wrote
+
+
+@triton.jit
+def undo_kernel(
+    state,  # in and out: [S, H, M, D]
+    undo,  # [depth, B, T, H, K, D]
+    indices,  # [depth, B, T, H, K]
+    places,  # [B]
+    position,  # [1]: one after the last that was put aside
+    count,
+    depth,
+    batch,
+    tokens,
+    heads,
+    num_states,
+    chosen,
+    width,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    SPARSE: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
+):
+    blocks = tl.cdiv(width, BD)
+    column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    unit = tl.program_id(0) // blocks
+    sequence, head = (unit // heads).to(tl.int64), unit % heads
+    there = column < width
+    kept_in = sequence
+    if HAS_PLACES:
+        kept_in = tl.load(places + sequence).to(tl.int64)
+    if kept_in >= 0:
+        memory = state + (kept_in * heads + head) * num_states * width
+        last = tl.load(position).to(tl.int64) + depth - 1
+        for back in range(count):
+            layer = (last - back) % depth
+            for reverse in range(tokens):
+                token = ((layer * batch + sequence) * tokens + tokens - 1 - reverse) * heads + head
+                for start in range(0, chosen, ROWS):
+                    row = start + tl.arange(0, ROWS)
+                    real = row < chosen
+                    chosen_state = row.to(tl.int64)
+                    if SPARSE:
+                        chosen_state = tl.load(indices + token * chosen + row, mask=real, other=0).to(tl.int64)
+                    both = real[:, None] & there[None, :]
+                    aside = (token * chosen + row[:, None]) * width + column[None, :]
+                    held = tl.load(undo + aside, mask=both, other=0)
+                    tl.store(memory + chosen_state[:, None] * width + column[None, :], held, mask=both)
+                tl.debug_barrier()
+
+
+@triton.jit
+def _rate(logits, bias, at, mask, HAS_BIAS: tl.constexpr):
+    """The sigmoid of logits at `at`, plus their bias there."""
+    x = tl.load(logits + at, mask=mask, other=0, cache_modifier=".cg").to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + at, mask=mask, other=0).to(tl.float32)
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def dense_step_kernel(
+    affinity,  # logits [B, H, M], `logits_row` numbers from sequence to sequence
+    update,  # logits [B, H, R], likewise
+    merge,  # logits [B, H, R], likewise
+    rate_bias,  # [2, H, R]: of update and merge rates
+    value,  # [B, H, D], `value_row` numbers from sequence to sequence
+    state,  # in and out: [B, H, M, D]
+    undo,  # out: [depth, B, H, M, D]
+    position,  # [1]: which of the depth
+    output,  # out: [splits, B, H, D]
+    batch,
+    temperature,
+    width,
+    split_rows,
+    logits_row,
+    value_row,
+    HEADS: tl.constexpr,
+    STATES: tl.constexpr,
+    PADDED: tl.constexpr,
+    RATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_UNDO: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`step_kernel` of one token in the dense form, from the logits of its weights: each program does the softmax itself."""
+    blocks = tl.cdiv(width, BD)
+    column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    unit = tl.program_id(0).to(tl.int64) // blocks
+    sequence, head = unit // HEADS, unit % HEADS
+    there = column < width
+    split = tl.program_id(1)
+    memory = state + unit * STATES * width
+    first, end = split * split_rows, tl.minimum((split + 1) * split_rows, STATES)
+    # States are under way while the softmax is computed, and each tile of them while the one before is.
+    row = first + tl.arange(0, ROWS)
+    both = (row < end)[:, None] & there[None, :]
+    held = tl.load(memory + row[:, None] * width + column[None, :], mask=both, other=0, cache_modifier=".cg")
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    affinity += sequence * logits_row + head * STATES
+    update += sequence * logits_row
+    merge += sequence * logits_row
+    v = tl.load(value + sequence * value_row + head * width + column, mask=there, other=0, cache_modifier=".cg").to(tl.float32)
+    every = tl.arange(0, PADDED)
+    all_logits = tl.load(affinity + every, mask=every < STATES, other=-float("inf"), cache_modifier=".cg").to(tl.float32)
+    all_logits /= temperature
+    top = tl.max(all_logits, 0)
+    total = tl.sum(tl.exp(all_logits - top), 0)
+    merged = tl.zeros([ROWS, BD], tl.float32)
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        real = row < end
+        logits = tl.load(affinity + row, mask=real, other=-float("inf"), cache_modifier=".cg").to(tl.float32) / temperature
+        share = tl.exp(logits - top) / total
+        rate = head * RATES + tl.minimum(row, RATES - 1)
+        theta = share * _rate(update, rate_bias, rate, real, HAS_BIAS)
+        phi = share * _rate(merge, rate_bias + HEADS * RATES if HAS_BIAS else rate_bias, rate, real, HAS_BIAS)
+        at = row[:, None] * width + column[None, :]
+        both = (row + ROWS < end)[:, None] & there[None, :]
+        after = tl.load(memory + ROWS * width + at, mask=both, other=0, cache_modifier=".cg")
+        both = real[:, None] & there[None, :]
+        if HAS_UNDO:
+            layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * HEADS
+            tl.store(undo + (layer + unit) * STATES * width + at, held, mask=both)
+        new = held * (1 - theta[:, None]) + theta[:, None] * v[None, :]
+        tl.store(memory + at, new, mask=both)
+        merged += phi[:, None] * new
+        held = after
+    target = (split.to(tl.int64) * batch * HEADS + unit) * width + column
+    tl.store(output + target, tl.sum(merged, 0), mask=there)
+
+
+@on_device_of
+def dense_step(
+    affinity: Tensor, update: Tensor, merge: Tensor, rate_bias: Tensor | None, temperature: float, value: Tensor,
+    state: Tensor, undo: Tensor | None, position: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One token of each sequence in the dense form, with its routing; `state` is updated in place. Not differentiable.
+
+    What was launched before must not write `state`: it may be read while that still runs.
+
+    Args:
+        affinity: logits `[B, H, M]`, rows `[H, M]` may stand apart, those of the three logits equally.
+        update: logits of the update rates, `[B, H, R]`; R is M or 1.
+        merge: logits of the merge rates, likewise.
+        rate_bias: added to the logits of the update rates and of the merge rates, contiguous `[2 * H * R]`; None for none.
+        temperature: divides the affinity logits.
+        value: v, `[B, H, D]`, whose rows `[H, D]` may stand apart.
+        state: h, contiguous float32 `[B, H, M, D]`.
+        undo: takes the states as they were, contiguous `[depth, B, H, M, D]`.
+        position: int `[1]`, which of `undo`'s depth to take.
+
+    Returns:
+        y, float32 `[B, H, D]`.
+    """
+    batch, heads, states, width = state.shape
+    rates, depth = update.shape[-1], 0 if undo is None else len(undo)
+    shapes = {
+        "affinity": (affinity, (batch, heads, states)), "update": (update, (batch, heads, rates)),
+        "merge": (merge, (batch, heads, rates)), "value": (value, (batch, heads, width)),
+        "rate_bias": (rate_bias, (2 * heads * rates,)), "undo": (undo, (depth, *state.shape)),
+    }  # fmt: skip
+    check_shapes(shapes, "state", state)
+    assert affinity.stride(0) == update.stride(0) == merge.stride(0), "they are parts of one tensor"
+    if batch == 0:
+        return state.new_empty(batch, heads, width)
+    columns, rows, splits = _tiles(batch * heads, states, width, value.device)
+    rows = max(1, rows // 2)  # two tiles are held
+    parts = state.new_empty(splits, batch, heads, width)
+    launch(
+        dense_step_kernel, (batch * heads * -(-width // columns), splits), affinity, update, merge, rate_bias, value, state,
+        undo, position, parts, batch, float(temperature), width, -(-states // (splits * rows)) * rows, affinity.stride(0),
+        value.stride(0),
+        HEADS=heads, STATES=states, PADDED=power_of_two(states, 16), RATES=update.shape[2], ROWS=rows, BD=columns,
+        HAS_BIAS=rate_bias is not None, HAS_UNDO=undo is not None, num_warps=4, **dependent(early=True),
+    )  # fmt: skip
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+@lru_cache(maxsize=256)
+def _tiles(units: int, rows: int, width: int, device: torch.device) -> tuple[int, int, int]:
+    """Columns and rows of a tile, and parts into which rows are split, so that programs fill the GPU."""
+    wanted = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    columns = min(WIDEST, power_of_two(width, 16))
+    while columns > NARROWEST and units * -(-width // columns) < wanted:
+        columns //= 2
+    high = min(power_of_two(max(rows, 1), 1), TILE // columns)
+    programs = units * -(-width // columns)
+    splits = max(1, min(-(-rows // high), wanted // programs))
+    return columns, high, splits
+
+
+@on_device_of
+def _step(
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
+    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """A few tokens of each sequence; `state` is updated in place.
+
+    Args:
+        update: theta, `[B, T, H, K]`.
+        merge: phi, likewise, or `[B, T, H, R]` with `merge_indices`.
+        value: v, `[B, T, H, D]`.
+        state: h, contiguous `[S, H, M, D]`, float32 or bfloat16.
+        indices: the distinct states that each token updates, int `[B, T, H, K]`; None is the dense form.
+        merge_indices: the distinct states that it merges, int `[B, T, H, R]`; None for those that it updates.
+        places: which place of `state` each sequence has, int `[B]`, -1 for none (its output is 0); None is one after the other.
+        undo: takes the states as they were, contiguous `[depth, B, T, H, K, D]` of state's dtype.
+        position: int `[1]`, which of `undo`'s depth to take.
+        seed: int64 `[1]`: round to a bfloat16 state at random, with these random numbers.
+
+    Returns:
+        y `[B, T, H, D]` in value's dtype.
+    """
+    update, merge = update.contiguous(), merge.contiguous()
+    indices, merge_indices, places = (None if x is None else x.contiguous() for x in (indices, merge_indices, places))
+    batch, tokens, heads, chosen = update.shape
+    num_states, width = state.shape[2:]
+    lead, depth = (batch, tokens, heads), 0 if undo is None else len(undo)
+    shapes = {
+        "state": (state, (batch if places is None else len(state), heads, num_states, width)), "value": (value, (*lead, width)),
+        "merge": (merge, (*lead, merge.shape[-1])), "indices": (indices, (*lead, chosen)),
+        "merge_indices": (merge_indices, merge.shape), "places": (places, (batch,)),
+        "undo": (undo, (depth, *lead, chosen, width)),
+    }  # fmt: skip
+    check_shapes(shapes, "update", update)
+    if tokens > 1 or value.stride(3) != 1 or (heads > 1 and value.stride(2) != width):
+        value = value.contiguous()
+    output = torch.empty_like(value, memory_format=torch.contiguous_format)
+    if value.numel() == 0:
+        return output
+    columns, rows, splits = _tiles(batch * heads, chosen, width, value.device)
+    if merge_indices is not None or (tokens > 1 and indices is not None):
+        splits = 1  # what a program writes, another might read: for the merge, or at another place among the next token's
+    parts = output if splits == 1 else value.new_empty(splits, *value.shape, dtype=torch.float32)
+    split_rows = -(-chosen // (splits * rows)) * rows
+    value_row = value.stride(1) if tokens > 1 else value.stride(0)
+    launch(
+        step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices,
+        merge_indices, places, undo, position, seed, parts, batch, tokens, heads, num_states, chosen, merge.shape[3], width,
+        split_rows, value_row,
+        ROWS=rows, BD=columns, SPARSE=indices is not None, APART=merge_indices is not None, HAS_PLACES=places is not None,
+        HAS_UNDO=undo is not None, ROUNDS=seed is not None, num_warps=4, **dependent(early=True),
+    )  # fmt: skip
+    return output if splits == 1 else parts.sum(0).to(value.dtype)
+
+
+def _fake_step(
+    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
+    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+@on_device_of
+def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int) -> None:
+    """Take back the last `count` steps, the latest first.
+
+    Args:
+        state: h, contiguous `[S, H, M, D]`, in place.
+        undo: what steps put aside, contiguous `[depth, B, T, H, K, D]`.
+        indices: their selected states, contiguous int `[depth, B, T, H, K]`; None of dense steps.
+        places: as the steps had them.
+        position: int `[1]`: where the next step would put aside.
+        count: at most depth.
+    """
+    depth, batch, tokens, heads, chosen, width = undo.shape
+    shapes = {
+        "state": (state, (batch if places is None else len(state), heads, state.shape[2], width)),
+        "indices": (indices, (depth, batch, tokens, heads, chosen)), "places": (places, (batch,)),
+    }  # fmt: skip
+    check_shapes(shapes, "undo", undo)
+    indices = None if indices is None else indices.contiguous()
+    places = None if places is None else places.contiguous()
+    if undo.numel() == 0 or count == 0:
+        return
+    columns, rows, _ = _tiles(batch * heads, chosen, width, state.device)
+    launch(
+        undo_kernel, (batch * heads * -(-width // columns),), state, undo, indices, places, position, count, depth, batch,
+        tokens, heads, state.shape[2], chosen, width,
+        ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, num_warps=4,
+    )  # fmt: skip
+
+
+torch.library.define(
+    "factorization_memory::step",
+    "(Tensor update, Tensor merge, Tensor value, Tensor(a!) state, Tensor? indices, Tensor? merge_indices, Tensor? places,"
+    " Tensor(b!)? undo, Tensor? position, Tensor? seed) -> Tensor",
+)
+torch.library.define(
+    "factorization_memory::undo",
+    "(Tensor(a!) state, Tensor undo, Tensor? indices, Tensor? places, Tensor position, int count) -> ()",
+)
+torch.library.impl("factorization_memory::step", ("cpu", "cuda"), _step)
+torch.library.impl("factorization_memory::undo", ("cpu", "cuda"), _undo)
+torch.library.register_fake("factorization_memory::step", _fake_step)
+torch.library.register_fake("factorization_memory::undo", lambda *arguments: None)
+
+step = torch.ops.factorization_memory.step.default
+"""The operator; `_step` says what it takes and returns."""
+undo = torch.ops.factorization_memory.undo.default
+"""The operator; `_undo` says what it takes."""

@@ -1,0 +1,112 @@
+"""Triton on this machine: whether it is here and can take a tensor, and on which device kernels are launched. Nothing else
+asks.
+
+Nothing here imports Triton before a kernel is launched.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = (3, 6)
+"""The oldest Triton that compiles the kernels."""
+CAPABILITIES = (9, 10)
+"""Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
+that ship may take; others give 163 KiB or 99."""
+
+BACKENDS = ("auto", "plain", "triton")
+"""Backends of what stands beside the recurrence."""
+
+
+def by_kernels(backend: str, x: Tensor, obstacle: Callable[[], str | None]) -> bool:
+    """Whether `backend` computes by kernels, of an argument x, what has a plain form in PyTorch too: "triton" does, "plain"
+    does not, "auto" does on a GPU if nothing stands against it.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" where `obstacle` says why it cannot.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend == "plain" or (backend == "auto" and not x.is_cuda):
+        return False
+    reason = obstacle()
+    if reason is not None and backend == "triton":
+        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
+    return reason is None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in Python, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def obstacle(value: Tensor, argument: str = "value") -> str | None:
+    """Why the kernels cannot run for `value`, an argument of that name; None if they can."""
+    if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{argument} has dtype {value.dtype}, the kernels take bfloat16, float16 or float32"
+    return _device_obstacle(argument, str(value.device))
+
+
+@torch.compiler.assume_constant_result
+def _device_obstacle(argument: str, name: str) -> str | None:
+    return _obstacle(argument, name, interpreted())
+
+
+@lru_cache(maxsize=64)
+def _obstacle(argument: str, name: str, in_python: bool) -> str | None:
+    device = torch.device(name)
+    version = _version()
+    if version is None:
+        return "Triton is not installed (pip install triton)"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < VERSION:
+        return f"Triton is {version}, the kernels need {'.'.join(map(str, VERSION))} or newer"
+    if device.type == "cpu":
+        if in_python:
+            return None
+        return f"{argument} is on the CPU, the kernels need a GPU (for tests, TRITON_INTERPRET=1 interprets them)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{argument} is on {device}, the kernels need an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] not in CAPABILITIES:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 9.x or 10.x (H100, H200, B200)"
+    return None
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if find_spec("triton") is None:
+        return None
+    import triton  # a build of another name
+
+    return getattr(triton, "__version__", None)
+
+
+def on_device_of(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator on the device of its arguments, the first of which is a tensor: Triton launches on the current one; and
+    outside autocast, which would cast the operands of PyTorch's products."""
+
+    @wraps(operator)
+    def launched(*arguments: Any) -> Any:
+        device = arguments[0].device
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return launched(*arguments)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return operator(*arguments)
+        with torch.cuda.device(device):
+            return operator(*arguments)
+
+    return launched

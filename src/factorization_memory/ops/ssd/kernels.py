@@ -1,0 +1,229 @@
+"""Mamba-2's recurrence by the GPU kernels of other packages: mamba-ssm's own, or those that flash-linear-attention (fla) has
+for the same recurrence. Nothing here imports them before the first call.
+
+Under `torch.compile` they are an operator, as neither can be traced; its backward runs the kernels' forward once more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from factorization_memory.ops.autograd import call_once_differentiable, once_differentiable
+from factorization_memory.ops.precision import no_autocast
+from factorization_memory.ops.ssd.chunked import log_decays
+
+PACKAGES = {
+    "mamba-ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", "mamba-ssm"),
+    "fla": ("fla.ops.simple_gla", "chunk_simple_gla", "fla-core"),
+}
+"""Backend -> module, function, and the name to install it by; the first is preferred."""
+FLA_HOPPER_TRITON = (3, 7, 1)
+"""Triton from which on fla's gated kernels run on GPUs of capability 9; from 3.4 up to it they refuse."""
+MAMBA_CHUNK = 256
+"""Tokens of a chunk in mamba-ssm's kernels: its own choice. fla's take 64."""
+
+
+def obstacle(backend: str, x: Tensor, packed_states: bool) -> str | None:
+    """Why these kernels cannot compute with x; None if they can. `packed_states` if states go into packed sequences or come out
+    of them."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"x has dtype {x.dtype}, the kernels take bfloat16, float16 or float32"
+    if not x.is_cuda:
+        return f"x is on {x.device}, the kernels need a GPU"
+    if x.numel() == 0:
+        return f"x is empty, {tuple(x.shape)}"
+    if backend == "mamba-ssm" and packed_states:
+        return "it has no gradients of states of packed sequences"
+    if backend == "fla" and (reason := fla_refusal(str(x.device))) is not None:
+        return reason
+    return _missing(backend)
+
+
+@torch.compiler.assume_constant_result
+def fla_refusal(device: str) -> str | None:
+    """Why fla would refuse to run, which it says only when it computes gradients; None if it does not."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if (3, 4, 0) <= numbers < FLA_HOPPER_TRITON:
+        return f"its gradients are wrong on this GPU with Triton {version}; pip install 'triton>=3.7.1'"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _missing(backend: str) -> str | None:
+    """Why the package cannot be imported; None if it can."""
+    found = _find(backend)
+    return found if isinstance(found, str) else None
+
+
+@lru_cache(maxsize=len(PACKAGES))
+def _find(backend: str) -> Callable[..., Any] | str:
+    """The kernels' function, or why there is none."""
+    module, function, name = PACKAGES[backend]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks of another package's imports
+            return getattr(importlib.import_module(module), function)
+    except Exception as error:  # compiled parts fail in many ways where they do not fit this PyTorch
+        return f"{module} cannot be imported ({type(error).__name__}: {error}); pip install {name}"
+
+
+def forward(
+    backend: str, x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, initial: Tensor | None,
+    keep_final: bool, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The recurrence over whole sequences; arguments and results as of `ssd.ssd`."""
+    run = _operator if torch.compiler.is_compiling() else _run_once
+    with no_autocast(x.device):
+        # The same tensor for every layer: fla remembers what it has read of it.
+        borders = None if cu_seqlens is None else cu_seqlens.to(x.device)
+        input_map, output_map = input_map.to(x.dtype), output_map.to(x.dtype)
+        if backend == "mamba-ssm":
+            dt, decay_rate = dt.float(), decay_rate.float()
+            if borders is not None:  # it takes the sequence of each token
+                tokens = torch.arange(x.shape[1], device=x.device)
+                borders = torch.bucketize(tokens, borders[1:].long(), right=True).int()[None]
+            y, final = run(x, dt, input_map, output_map, decay_rate, initial, borders, keep_final, backend)
+        else:
+            value = (x * dt.float()[..., None]).to(x.dtype)
+            share = x.shape[2] // input_map.shape[2]
+            input_map, output_map = (tensor.repeat_interleave(share, dim=2) for tensor in (input_map, output_map))
+            initial = None if initial is None else initial.mT.contiguous()
+            logs = log_decays(dt, decay_rate, torch.float32)
+            y, final = run(value, logs, input_map, output_map, None, initial, borders, keep_final, backend)
+            final = final.mT.contiguous() if keep_final else final
+    return y, final if keep_final else None
+
+
+def _run_once(
+    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
+    borders: Tensor | None, keep_final: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`_run`, whose gradients of gradients are an error: the kernels' own would be wrong."""
+
+    def run(
+        value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _run(value, decay, input_map, output_map, rate, initial, borders, keep_final, backend)
+
+    y, final = call_once_differentiable(run, value, decay, input_map, output_map, rate, initial)
+    assert y is not None
+    assert final is not None
+    return y, final
+
+
+def _run(
+    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
+    borders: Tensor | None, keep_final: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The kernels, on what each takes. Returns y and the final state, empty unless asked for.
+
+    Args:
+        value: x for mamba-ssm, dt x for fla, `[B, T, H, P]`.
+        decay: dt for mamba-ssm, dt A for fla, float32 `[B, T, H]`.
+        input_map, output_map: `[B, T, G, N]` for mamba-ssm, `[B, T, H, N]` for fla.
+        rate: A `[H]` for mamba-ssm.
+        initial: `[B, H, P, N]` for mamba-ssm, `[B, H, N, P]` for fla, float32.
+        borders: the sequence of each token, int32 `[1, T]`, for mamba-ssm; `[N + 1]` for fla.
+    """
+    kernels: Any = _find(backend)
+    final = None
+    if backend == "mamba-ssm":
+        result = kernels(
+            value, decay, rate, input_map, output_map, MAMBA_CHUNK, initial_states=initial, seq_idx=borders,
+            return_final_states=keep_final,
+        )  # fmt: skip
+        y, final = result if keep_final else (result, None)
+    else:
+        y, final = kernels(
+            q=output_map, k=input_map, v=value, g=decay, scale=1.0, initial_state=initial, output_final_state=keep_final,
+            cu_seqlens=borders,
+        )  # fmt: skip
+    return y, value.new_empty(0, dtype=torch.float32) if final is None else final.float()
+
+
+def _forward(
+    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
+    borders: Tensor | None, keep_final: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with torch.no_grad():
+        y, final = _run(value, decay, input_map, output_map, rate, initial, borders, keep_final, backend)
+    return y.contiguous(), final.contiguous()
+
+
+def _fake_forward(
+    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
+    borders: Tensor | None, keep_final: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, _, heads, width = value.shape
+    sequences = borders.shape[0] - 1 if borders is not None and backend == "fla" else batch
+    size = input_map.shape[3]
+    inner = (width, size) if backend == "mamba-ssm" else (size, width)
+    final = value.new_empty((sequences, heads, *inner) if keep_final else 0, dtype=torch.float32)
+    return value.new_empty(value.shape), final
+
+
+def _backward(
+    d_output: Tensor, d_final: Tensor | None, value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor,
+    rate: Tensor | None, initial: Tensor | None, borders: Tensor | None, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of value, decay, both maps, and of rate and the initial state where they are given."""
+    given = (value, decay, input_map, output_map, rate, initial)
+    leaves = [None if x is None else x.detach().requires_grad_() for x in given]
+    with torch.enable_grad(), no_autocast(value.device):
+        # Inside an operator, autograd knows of the kernels' own functions alone, and they are all there is.
+        run: Any = _run
+        y, final = run(*leaves, borders, d_final is not None, backend)
+    outputs, gradients = ([y], [d_output]) if d_final is None else ([y, final], [d_output, d_final])
+    return [g.contiguous() for g in torch.autograd.grad(outputs, [x for x in leaves if x is not None], gradients)]
+
+
+def _fake_backward(
+    d_output: Tensor, d_final: Tensor | None, value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor,
+    rate: Tensor | None, initial: Tensor | None, borders: Tensor | None, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    given = (value, decay, input_map, output_map, rate, initial)
+    return [x.new_empty(x.shape) for x in given if x is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.keep_final, ctx.backend = inputs[7:]
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    *given, borders = ctx.saved_tensors
+    d_output = torch.zeros_like(given[0]) if d_output is None else d_output
+    d_final = d_final if ctx.keep_final else None
+    found = iter(torch.ops.factorization_memory.ssd_backward.default(d_output, d_final, *given, borders, ctx.backend))
+    return *(None if x is None else next(found) for x in given), None, None, None
+
+
+_SHARED = "Tensor value, Tensor decay, Tensor input_map, Tensor output_map, Tensor? rate, Tensor? initial, Tensor? borders"
+torch.library.define("factorization_memory::ssd", f"({_SHARED}, bool keep_final, str backend) -> (Tensor, Tensor)")
+torch.library.define(
+    "factorization_memory::ssd_backward", f"(Tensor d_output, Tensor? d_final, {_SHARED}, str backend) -> Tensor[]"
+)
+torch.library.impl("factorization_memory::ssd", ("cpu", "cuda"), _forward)
+torch.library.impl("factorization_memory::ssd_backward", ("cpu", "cuda"), _backward)
+torch.library.register_fake("factorization_memory::ssd", _fake_forward)
+torch.library.register_fake("factorization_memory::ssd_backward", _fake_backward)
+torch.library.register_autograd("factorization_memory::ssd", _gradients, setup_context=_setup_context)
+
+_operator = torch.ops.factorization_memory.ssd.default
