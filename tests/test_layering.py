@@ -67,17 +67,6 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def imports_at_the_top(path: Path) -> set[str]:
-    """Those that are made when the module is, but for annotations (`if TYPE_CHECKING`)."""
-    found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
 def module_of(path: Path) -> str:
     return ".".join(("factorization_memory", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
@@ -102,15 +91,13 @@ def test_imports(path: Path) -> None:
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    """Neither through what is imported at the top of modules, nor through a package of which one imports a module."""
+    """Neither at the top of modules, nor when a function is called, nor for annotations."""
     modules = {module_of(path): path for path in FILES}
 
     def named(name: str) -> str | None:
         return next((n for n in (name, name.rpartition(".")[0]) if n in modules), None)
 
-    graph = {
-        module: {named(name) for name in imports_at_the_top(path)} & set(modules) - {module} for module, path in modules.items()
-    }
+    graph = {module: {named(name) for name in imports(path)} & set(modules) - {module} for module, path in modules.items()}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:

@@ -6,21 +6,18 @@ Shapes: B sequences, T tokens, H attention heads, D their width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from factorization_memory.benchmarks import training
+from factorization_memory.benchmarks.inference_contender import InferenceBenchmark, Step
 from factorization_memory.benchmarks.timing import tensor_bytes
 from factorization_memory.generation import weights_dtype
 from factorization_memory.models.counting import count
 from factorization_memory.models.huggingface import CACHE_NAME
-
-if TYPE_CHECKING:
-    from factorization_memory.benchmarks.inference import InferenceBenchmark
-    from factorization_memory.benchmarks.inference_rounds import Step
 
 
 class _Layer(DynamicLayer):

@@ -5,24 +5,19 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from factorization_memory.benchmarks.inference_contender import Contender, InferenceBenchmark, Step
 from factorization_memory.benchmarks.timing import summary, synchronise
 from factorization_memory.generation import default_chunk
 
-if TYPE_CHECKING:
-    from factorization_memory.benchmarks.inference import Contender, InferenceBenchmark
-
 WARM_UP = 2
 """Steps before each series of steps that is timed."""
-
-Step = Callable[[Tensor], Tensor]
-"""Tokens `[B]` to logits `[B, V]`, going on from where the sequences stand."""
 
 
 class Reading:

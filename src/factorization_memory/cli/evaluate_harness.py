@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from factorization_memory.cli.common import at_least, console, emit, load, resolve, say, write_aside
 
 if TYPE_CHECKING:
-    from factorization_memory.cli.evaluate import EvaluateOptions
+    from factorization_memory.cli.evaluate_options import EvaluateOptions
 
 RECORD = "harness.json"
 """The file in a run folder."""
