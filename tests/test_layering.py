@@ -17,16 +17,18 @@ ROOMS = {
     "ops": {"config"},
     "layers": {"config", "ops"},
     "models": {"config", "ops", "layers"},
+    "runs": {"config"},
     "training": {"config", "data", "layers", "models"},
-    "evaluation": {"config", "data", "layers", "models"},
+    "evaluation": {"config", "data", "layers", "models", "runs"},
     "generation": {"config", "data", "layers", "models"},
-    # experiments read records on disk; the pages they make share a style with the inspection page of evaluation.
-    "experiments": {"config", "presets", "models", "evaluation"},
+    "experiments": {"config", "presets", "models", "runs", "evaluation"},
     # benchmarks read and write as generation does.
     "benchmarks": {"config", "presets", "ops", "layers", "models", "generation"},
+    # reports read records on disk; of models and benchmarks they take constants alone.
+    "reports": {"config", "models", "runs", "benchmarks"},
     "cli": {
-        "config", "presets", "data", "ops", "layers", "models", "training", "evaluation", "generation", "experiments",
-        "benchmarks",
+        "config", "presets", "data", "ops", "layers", "models", "runs", "training", "evaluation", "generation", "experiments",
+        "benchmarks", "reports",
     },
 }  # fmt: skip
 ROOT = {"_files", "_streams", "_text"}
@@ -37,7 +39,7 @@ OUTSIDE = {
     "huggingface_hub": {"models/pretrained/export.py"},
     "pyarrow": {"data/corpora.py"},
     "zstandard": {"data/corpora.py", "data/fetch.py"},
-    "matplotlib": {"experiments/figures.py", "benchmarks/plot.py"},
+    "matplotlib": {"reports/figures.py", "reports/benchmark_figures.py"},
     "transformers": {"models/huggingface/", "benchmarks/training.py", "benchmarks/inference_peers.py"},
     "lm_eval": {"evaluation/harness"},
     "triton": {

@@ -19,7 +19,7 @@ from factorization_memory.config import ConfigError, RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import recall_suite
-from factorization_memory.experiments.comparison_table import tables
+from factorization_memory.reports.comparison_table import tables
 from factorization_memory.training.guard import RunLock
 
 TINY = [

@@ -21,7 +21,7 @@ from factorization_memory.cli import evaluate as evaluate_verb
 from factorization_memory.cli import train as train_verb
 from factorization_memory.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
-from factorization_memory.experiments import ReportError, write_report
+from factorization_memory.reports import ReportError, write_report
 
 TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--data.context-length", "32",

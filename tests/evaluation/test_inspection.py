@@ -10,10 +10,11 @@ import torch
 
 from factorization_memory.config import ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.evaluation import inspect_text, inspection_html
+from factorization_memory.evaluation import inspect_text
 from factorization_memory.evaluation.inspection import MAX_TOKENS, memory_length, whole_pieces
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import RoutingHealth, observe_routing
+from factorization_memory.reports import inspection_html
 
 TOKENIZER = Tokenizer.bytes_level()
 TEXT = "The cat </script> sat.\n吾輩は猫である。"

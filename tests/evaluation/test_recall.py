@@ -11,16 +11,10 @@ from hypothesis import strategies as st
 from factorization_memory.config import ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import evaluate_loss
-from factorization_memory.evaluation.recall import (
-    KINDS,
-    as_text,
-    distance_name,
-    distance_ranges,
-    distances,
-    distances_as_text,
-    kinds,
-)
+from factorization_memory.evaluation.recall import distances, kinds
 from factorization_memory.models import LanguageModel
+from factorization_memory.reports.recall_text import as_text, distances_as_text
+from factorization_memory.runs.recall_names import KINDS, distance_name, distance_ranges
 
 
 def expected(inputs: list[int], targets: list[int]) -> list[str | None]:

@@ -157,7 +157,7 @@ def _op(options: Op, command: str) -> int:
     for backend in options.backends:
         choose(backend, dict.fromkeys(BACKENDS), "backend")
     if options.plot is not None:
-        from factorization_memory.benchmarks.plot import check_path
+        from factorization_memory.reports.benchmark_figures import check_path
 
         check_path(options.plot)
     device = resolve_device(options.device, "device")
@@ -202,7 +202,7 @@ def _op(options: Op, command: str) -> int:
     if options.plot is not None and result["interrupted"]:
         say(f"{options.plot}: not drawn, the measuring was stopped")
     elif options.plot is not None:
-        from factorization_memory.benchmarks.plot import save
+        from factorization_memory.reports.benchmark_figures import save
 
         save(result, options.plot)
     failed = [record for record in (*result["comparison"], *result["lengths"]) if record["error"] and not record["peer"]]

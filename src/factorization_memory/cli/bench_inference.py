@@ -59,7 +59,7 @@ def run(options: Inference, command: str) -> int:
     settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "plot", "json")}
     benchmark = inference.InferenceBenchmark(**settings)
     if options.plot is not None:
-        from factorization_memory.benchmarks.plot import check_path
+        from factorization_memory.reports.benchmark_figures import check_path
 
         check_path(options.plot)
     people = wide_console()
@@ -79,7 +79,7 @@ def run(options: Inference, command: str) -> int:
     if options.plot is not None and result["interrupted"]:
         say(f"{options.plot}: not drawn, the measuring was stopped")
     elif options.plot is not None:
-        from factorization_memory.benchmarks.plot import draw_inference, save
+        from factorization_memory.reports.benchmark_figures import draw_inference, save
 
         save(result, options.plot, draw_inference)
     return bench_status(result, any(record["error"] and not record["peer"] for record in result["records"]))

@@ -221,13 +221,13 @@ def _as_json(record: dict[str, Any]) -> str:
 
 def _write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
     """The record's figure, if it has one, and its table; without `again` only what is missing."""
-    from factorization_memory.experiments.comparison_table import markdown
+    from factorization_memory.reports.comparison_table import markdown
 
     page, picture = folder / TABLE_NAME, folder / FIGURE_NAME
     curves = {each["name"]: each["summary"]["by_position"] for each in record["contenders"]}
     drawable = any(curves.values())
     if drawable and (again or not picture.exists()):
-        from factorization_memory.experiments.figures import comparison_curves, png
+        from factorization_memory.reports.figures import comparison_curves, png
 
         figure = comparison_curves(curves, record["shared"]["context_length"])
         assert figure is not None
@@ -237,7 +237,7 @@ def _write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
 
 
 def _show_plan(plan: Plan, people: Console) -> None:
-    from factorization_memory.experiments.comparison_table import change, differing, seeds_text
+    from factorization_memory.reports.comparison_table import change, differing, seeds_text
 
     first = plan.entries[0].config
     tokens = first.training.steps * first.training.tokens_per_step
@@ -257,7 +257,7 @@ def _show_plan(plan: Plan, people: Console) -> None:
 
 
 def _show_record(record: dict[str, Any], people: Console) -> None:
-    from factorization_memory.experiments.comparison_table import notes, tables
+    from factorization_memory.reports.comparison_table import notes, tables
 
     for part in tables(record):
         people.print(f"\n{part.title}", soft_wrap=True)

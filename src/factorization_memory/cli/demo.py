@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
         return interrupted_status(result)
 
     from factorization_memory.evaluation import inspect_text
-    from factorization_memory.experiments.report import REPORT_NAME
+    from factorization_memory.reports.report import REPORT_NAME
     from factorization_memory.training import find_checkpoint, load_model, resolve_device
 
     checkpoint = find_checkpoint(run_dir, "best")

@@ -131,7 +131,7 @@ def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:
     import json
 
     from factorization_memory.experiments.processes import read_json
-    from factorization_memory.experiments.report import write_report
+    from factorization_memory.reports.report import write_report
 
     path = run_dir / "evaluation.json"
     kept = read_json(path)
@@ -167,7 +167,8 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     from factorization_memory.cli.evaluate_recall import show_recall
-    from factorization_memory.evaluation.recall import KINDS, as_text, distances_as_text
+    from factorization_memory.reports.recall_text import as_text, distances_as_text
+    from factorization_memory.runs.recall_names import KINDS
 
     out = console()
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []

@@ -38,7 +38,8 @@ def run(arguments: list[str]) -> int:
     text = options.text if options.text is not None else read_text(options.file or "")
     if not text:
         raise ConfigError("text: it is empty; give at least one character to read")
-    from factorization_memory.evaluation import inspect_text, inspection_html
+    from factorization_memory.evaluation import inspect_text
+    from factorization_memory.reports import inspection_html
 
     model, tokenizer, _ = load(options.run, options.device)
     record = inspect_text(model, tokenizer, text)

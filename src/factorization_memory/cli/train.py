@@ -127,7 +127,7 @@ def run(arguments: list[str]) -> int:
         command = shlex.join(["fmem", "train", "--resume", str(options.run_dir)])
         say(f"stopped by {result['signal']} after step {result['steps']:,}; {command} goes on from there")
         return interrupted_status(result)
-    from factorization_memory.experiments.report import write_report
+    from factorization_memory.reports.report import write_report
 
     console().print(f"report: {write_report(options.run_dir)}")
     return 0

@@ -5,7 +5,6 @@ inspection of a text.
 """
 
 from factorization_memory.evaluation.inspection import inspect_text
-from factorization_memory.evaluation.inspection_page import inspection_html
 from factorization_memory.evaluation.loss import evaluate_corpus, evaluate_loss
 from factorization_memory.evaluation.ngram import NgramModel
 from factorization_memory.evaluation.position import beyond_context, loss_by_position, reading_stretches
@@ -25,7 +24,6 @@ __all__ = [
     "evaluate_run",
     "held_out_texts",
     "inspect_text",
-    "inspection_html",
     "learn_recall",
     "loss_by_position",
     "reading_stretches",

@@ -1,6 +1,6 @@
 """The memory at work on one text: which memory states each token updates and reads, layer by layer.
 
-`inspect_text` gives the record, ready for JSON; `inspection_html` (in `inspection_page.py`) shows it as a picture.
+`inspect_text` gives the record, ready for JSON; `reports.inspection_html` shows it as a picture.
 
     tokens        token ids of the text
     pieces        whole characters as the tokens spell them: {text, start, end}, the text of tokens start <= t < end; one token

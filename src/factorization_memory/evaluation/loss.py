@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from factorization_memory.evaluation.recall import DISTANCES, KINDS, distance_ranges, distances, kinds
+from factorization_memory.evaluation.recall import distances, kinds
+from factorization_memory.runs.recall_names import DISTANCES, KINDS, distance_ranges
 
 if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus

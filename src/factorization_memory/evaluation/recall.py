@@ -6,17 +6,9 @@ A model that recalls names a token that has followed its predecessor before, in 
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
-
 import numpy as np
 
-KINDS = ("repeated", "contradicted", "new")
-"""Of a token in a window: repeated, if it has followed its predecessor before; contradicted, if its predecessor stood there
-before, always followed by other tokens; new, if its predecessor has not been followed by anything yet."""
-DISTANCES = (1, 16, 64, 256)
-"""Repeated tokens are told apart by how many tokens before them they last stood behind the same predecessor: from each of these
-up to the next."""
+from factorization_memory.runs.recall_names import KINDS
 
 
 def kinds(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -47,11 +39,6 @@ def distances(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return result
 
 
-def distance_ranges() -> list[tuple[int, int | None]]:
-    """First distance of each part of `DISTANCES`, and the first beyond it; None at the last."""
-    return list(pairwise((*DISTANCES, None)))  # type: ignore[arg-type]
-
-
 def _seen_before(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Whether each of `values` stands at an earlier place that is `real`, bool [T]."""
     places = np.arange(len(values))
@@ -59,30 +46,3 @@ def _seen_before(values: np.ndarray, real: np.ndarray) -> np.ndarray:
     first = np.full(len(values), len(values))
     np.minimum.at(first, inverse[real], places[real])
     return first[inverse] < places
-
-
-def distance_name(start: int, end: int | None) -> str:
-    """A part of `DISTANCES` as people read it: "16-63", "256+"."""
-    return f"{start}+" if end is None else f"{start}-{end - 1}"
-
-
-def as_text(parts: dict[str, dict[str, Any]]) -> list[str]:
-    """Loss and share of each kind, from the figures of those that there are: "1.500 (25%)", or nothing."""
-    tokens = sum(part["tokens"] for part in parts.values())
-    return [_text(parts.get(kind), tokens) for kind in KINDS]
-
-
-def distances_as_text(recall: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
-    """The same of repeated tokens by distance, of several texts: a heading for each distance that there is, and the cells."""
-    found = {
-        name: {part["start"]: part for part in parts.get("repeated", {}).get("by_distance", [])}
-        for name, parts in recall.items()
-    }
-    ranges = [each for each in distance_ranges() if any(each[0] in parts for parts in found.values())]
-    tokens = {name: sum(part["tokens"] for part in parts.values()) for name, parts in recall.items()}
-    cells = {name: [_text(parts.get(start), tokens[name]) for start, _ in ranges] for name, parts in found.items()}
-    return [f"{distance_name(*each)} ago" for each in ranges], cells
-
-
-def _text(part: dict[str, Any] | None, tokens: int) -> str:
-    return "" if part is None else f"{part['loss']:.3f} ({part['tokens'] / tokens:.0%})"

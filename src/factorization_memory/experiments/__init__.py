@@ -1,5 +1,1 @@
-"""Records of runs turned into figures and reports."""
-
-from factorization_memory.experiments.report import ReportError, write_report
-
-__all__ = ["ReportError", "write_report"]
+"""Trainings side by side: contenders of equal size, processes, the record of a comparison."""

@@ -25,10 +25,10 @@ from typing import Any
 
 from factorization_memory.config import to_dict
 from factorization_memory.evaluation.position import beyond_context
-from factorization_memory.evaluation.recall import KINDS, distance_name
 from factorization_memory.evaluation.recall_suite import headline
 from factorization_memory.experiments.compare import Entry, Plan
 from factorization_memory.experiments.processes import MEMORY_NAME, Job, read_json
+from factorization_memory.runs.recall_names import KINDS, distance_name
 
 SCHEMA_VERSION = 2
 UNITS = ("loss", "bits_per_byte")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from factorization_memory._text import markdown_cell
-from factorization_memory.evaluation.recall import KINDS, distance_name, distance_ranges
+from factorization_memory.runs.recall_names import KINDS, distance_name, distance_ranges
 
 TASKS = {"associative": "values", "needle": "needles", "copy": "copies"}
 """Of the recall suite, as the tables call them."""

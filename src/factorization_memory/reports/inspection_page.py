@@ -6,7 +6,7 @@ import json
 from html import escape
 from typing import Any
 
-from factorization_memory.evaluation.pages import page
+from factorization_memory.reports.pages import page
 
 INSPECTION_STYLE = """
 .inspect { margin-top: 1.5rem; }

@@ -17,10 +17,11 @@ from typing import Any
 from factorization_memory._files import write_atomic
 from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
-from factorization_memory.evaluation.inspection_page import INSPECTION_STYLE, explanation, inspection_fragment
-from factorization_memory.evaluation.pages import page
-from factorization_memory.evaluation.recall import KINDS, as_text, distances_as_text
-from factorization_memory.experiments import figures
+from factorization_memory.reports import figures
+from factorization_memory.reports.inspection_page import INSPECTION_STYLE, explanation, inspection_fragment
+from factorization_memory.reports.pages import page
+from factorization_memory.reports.recall_text import as_text, distances_as_text
+from factorization_memory.runs.recall_names import KINDS
 
 REPORT_NAME = "report.html"
 

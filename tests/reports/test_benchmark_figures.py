@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from factorization_memory.benchmarks import plot
 from factorization_memory.config import ConfigError
+from factorization_memory.reports import benchmark_figures as plot
 
 
 def record(contender: str, shape: str, forward: float | None, both: float | None, **more: Any) -> dict[str, Any]:

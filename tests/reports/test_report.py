@@ -14,9 +14,9 @@ from factorization_memory.config import ModelConfig, RunConfig, to_dict
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import inspect_text, loss_by_position, recall_demo
 from factorization_memory.evaluation.position import beyond_context
-from factorization_memory.experiments import ReportError, figures, write_report
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import RoutingHealth
+from factorization_memory.reports import ReportError, figures, write_report
 
 SECTIONS = [
     "Held-out text",
