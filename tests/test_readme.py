@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -110,6 +111,17 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_walk_is_true() -> None:
+    """Every file that docs/walk.md names is there, and has what the walk says is in it."""
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (.*?) \|", (ROOT / "docs" / "walk.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 20
+    for name, what in rows:
+        tree = ast.parse((ROOT / "src" / "factorization_memory" / name).read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        named = re.findall(r"`([A-Za-z_]+(?:\.\w+)?)`", what)
+        assert any(each.rpartition(".")[2] in defined for each in named), f"{name}: none of {named} is defined there"
 
 
 def test_the_map_is_true() -> None:
