@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol, Self
 
 import torch
@@ -143,15 +142,16 @@ def _alike(mine: MixerState, given: MixerState) -> bool:
     return type(mine) is type(given) and [x.shape[1:] for x in mine.tensors()] == [x.shape[1:] for x in given.tensors()]
 
 
-_POINTS = count()
-"""A number for each point that any state comes to by a step, or by being written to."""
+class _Point:
+    """A point that a state comes to by a step, or by being written to, itself alone. Not a number from a counter, on which a
+    compiled model would depend, so that no call would find it compiled."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Where a `ModelState` stood."""
 
-    point: int
+    point: _Point
     """The point."""
     copy: ModelState | None
     """A copy, if what steps overwrite is not kept."""
@@ -163,8 +163,8 @@ class ModelState:
 
     def __init__(self, layers: Iterable[MixerState]) -> None:
         self.layers = tuple(layers)
-        self._point = next(_POINTS)
-        self._before: list[int] = []  # the points that can be rolled back to, the latest last
+        self._point = _Point()
+        self._before: list[_Point] = []  # the points that can be rolled back to, the latest last
 
     @property
     def undo_steps(self) -> int:
@@ -176,7 +176,7 @@ class ModelState:
         """A step of the model has changed all layers. `replayed` by a CUDA graph, which holds the GPU's part of this."""
         self._before.append(self._point)
         del self._before[: max(0, len(self._before) - self.undo_steps)]
-        self._point = next(_POINTS)
+        self._point = _Point()
         undo = self.layers[0].undo
         if undo is not None and not replayed:
             undo.position.add_(1).remainder_(len(undo.rows))
@@ -214,7 +214,7 @@ class ModelState:
     def forget_steps(self) -> None:
         """Steps done so far cannot be rolled back: other numbers were written into the tensors."""
         self._before.clear()
-        self._point = next(_POINTS)
+        self._point = _Point()
 
     def rollback(self, steps: int) -> None:
         """Take back the last `steps` steps, to the bit, in place.
@@ -236,7 +236,7 @@ class ModelState:
             del self._before[-steps:]
 
     def snapshot(self) -> Snapshot:
-        """Where the state stands, for `restore`: a number if what steps overwrite is kept, otherwise a copy."""
+        """Where the state stands, for `restore`: the point alone if what steps overwrite is kept, otherwise a copy too."""
         return Snapshot(self._point, None if self.undo_steps else self.clone())
 
     def restore(self, snapshot: Snapshot) -> None:
