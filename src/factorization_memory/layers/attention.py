@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
-from factorization_memory.layers.mixer import check_inputs, check_token
+from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.state import GrowingState
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
@@ -170,11 +170,13 @@ class Attention(nn.Module):
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
+        x, broken = set_aside(x, cu_seqlens, self.sliding_window)
         stretch = _Stretch.of(x, state, cu_seqlens, padding_mask)
         q, k, v = self._heads(self.query_key_value(x), stretch.position)
-        y = self._attend(q, k, v, state, stretch)
-        final = self._final(k, v, state, stretch) if keep_state else None
-        return self.output(y.transpose(1, 2).flatten(2)), final
+        y = self.output(self._attend(q, k, v, state, stretch).transpose(1, 2).flatten(2))
+        if broken is not None:
+            y, v = broken.output(y), v.masked_fill(broken.token[:, None, :, None], torch.nan)
+        return y, self._final(k, v, state, stretch) if keep_state else None
 
     @torch.no_grad()
     def step(self, x: Tensor, state: AttentionState) -> Tensor:

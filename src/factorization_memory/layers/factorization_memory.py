@@ -17,7 +17,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token
+from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing, delayed
@@ -223,6 +223,7 @@ class FactorizationMemory(nn.Module):
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
+        x, broken = set_aside(x, cu_seqlens)
         value, tail = self.value(x), None
         if self.convolution is not None:
             before = None if state is None else state.convolution
@@ -237,7 +238,11 @@ class FactorizationMemory(nn.Module):
             routing.update, routing.merge, value, routing.update_indices, routing.merge_indices, self.num_states,
             None if state is None else state.memory, keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
-        return self._output(y, x, value), None if memory is None else LayerState(memory, tail, affinity, indices)
+        final = None if memory is None else LayerState(memory, tail, affinity, indices)
+        y = self._output(y, x, value)
+        if broken is None:
+            return y, final
+        return broken.output(y), None if final is None else final.apply(broken.state)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:

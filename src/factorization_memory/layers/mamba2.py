@@ -16,7 +16,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import Backend, Mamba2Config, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token
+from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.ssd import ssd, ssd_step
@@ -149,6 +149,7 @@ class Mamba2(nn.Module):
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
+        x, broken = set_aside(x, cu_seqlens)
         gate, mixed, dt = self._project(x)
         if padding_mask is not None:
             dt = dt.masked_fill(~padding_mask[..., None], 0)
@@ -165,7 +166,11 @@ class Mamba2(nn.Module):
             value, dt, self._decay_rate(), input_map, output_map, self.chunk_size, None if state is None else state.memory,
             keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
-        return self._output(y, value, gate), None if memory is None or tail is None else Mamba2State(memory, tail)
+        final = None if memory is None or tail is None else Mamba2State(memory, tail)
+        y = self._output(y, value, gate)
+        if broken is None:
+            return y, final
+        return broken.output(y), None if final is None else final.apply(broken.state)
 
     def _check(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
         """Checks the arguments of `forward`."""
