@@ -18,7 +18,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
 from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
-from factorization_memory.layers.state import GrowingState
+from factorization_memory.layers.state import GrowingState, make_writable, outside_inference_mode
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
 FIRST_ROOM = 16
@@ -167,6 +167,7 @@ class Attention(nn.Module):
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
         self._check(x, state, cu_seqlens, padding_mask)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
@@ -184,6 +185,7 @@ class Attention(nn.Module):
         unless x fits and `state` is one of this layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         used = slice(self._make_room(state))
         place, position = state.length[:, None], state.length[:, None] + 1
         if self.sliding_window is not None:

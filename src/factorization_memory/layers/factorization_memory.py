@@ -21,7 +21,7 @@ from factorization_memory.layers.mixer import check_inputs, check_token, set_asi
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing, delayed
-from factorization_memory.layers.state import LayerState, Undo
+from factorization_memory.layers.state import LayerState, Undo, make_writable, outside_inference_mode
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.routing import route, route_step, weigh
 
@@ -220,6 +220,7 @@ class FactorizationMemory(nn.Module):
         check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
         if state is not None:
             self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
@@ -250,6 +251,7 @@ class FactorizationMemory(nn.Module):
         layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         if state.undo is not None:
             state.undo.put_aside(state)
         value = self.value(x)
@@ -289,12 +291,13 @@ class FactorizationMemory(nn.Module):
         memory = state.memory
         batch, heads, _, width = memory.shape
         selected = (steps, batch, heads, self.top_k or self.num_states)
-        undo = Undo(
-            memory.new_empty(*selected, width),
-            None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),
-            [tensor.new_empty(steps, *tensor.shape) for tensor in state.rest()],
-            position,
-        )
+        with torch.inference_mode(False):  # steps outside of it write here too
+            undo = Undo(
+                memory.new_empty(*selected, width),
+                None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),
+                [tensor.new_empty(steps, *tensor.shape) for tensor in state.rest()],
+                position,
+            )
         return LayerState(memory, state.convolution, state.affinity, state.indices, undo)
 
     def check_state(self, state: LayerState, sequences: int) -> None:

@@ -19,6 +19,7 @@ from factorization_memory.config import Backend, GatedDeltaNetConfig, ModelConfi
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
+from factorization_memory.layers.state import make_writable, outside_inference_mode
 from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
@@ -156,6 +157,7 @@ class GatedDeltaNet(nn.Module):
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
         self._check(x, state, cu_seqlens, padding_mask)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
@@ -202,6 +204,7 @@ class GatedDeltaNet(nn.Module):
         layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         gate, mixed, strength, log_decay = self._project(x)
         query, key, value = self._parts(self.convolution.step(mixed, state.convolution))
         y = gated_delta_rule_step(query, key, value, log_decay, strength, state.memory)

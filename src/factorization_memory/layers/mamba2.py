@@ -18,6 +18,7 @@ from factorization_memory.config import Backend, Mamba2Config, ModelConfig
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
+from factorization_memory.layers.state import make_writable, outside_inference_mode
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.ssd import ssd, ssd_step
 
@@ -146,6 +147,7 @@ class Mamba2(nn.Module):
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
         self._check(x, state, cu_seqlens, padding_mask)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
@@ -190,6 +192,7 @@ class Mamba2(nn.Module):
         layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         gate, mixed, dt = self._project(x)
         value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
         y = ssd_step(value, dt, self._decay_rate(), input_map, output_map, state.memory)

@@ -132,6 +132,22 @@ class LayerState:
         return [tensor for tensor in (self.convolution, self.affinity, self.indices) if tensor is not None]
 
 
+def outside_inference_mode(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made under `torch.inference_mode()` and that has ended: it could neither be changed nor
+    saved for backward."""
+    made_there = not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
+    return tensor.clone() if made_there else tensor
+
+
+def make_writable(state: MixerState) -> None:
+    """Puts copies in the place of those tensors of `state` that were made under `torch.inference_mode()`, if that has ended."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            setattr(state, name, outside_inference_mode(value))
+
+
 def _alike(mine: MixerState, given: MixerState) -> bool:
     """Whether the states are of layers of one kind and size, whatever the number of sequences and the text read."""
     if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
@@ -200,6 +216,7 @@ class ModelState:
             raise ValueError("state: it is not of this model; take one from its initial_state or forward")
         pairs: list[tuple[Tensor, Tensor]] = []
         for mine, given in zip(self.layers, state.layers, strict=True):
+            make_writable(mine)
             if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
                 mine.reserve(given.capacity)
                 given = given.resized(mine.capacity)
@@ -230,6 +247,7 @@ class ModelState:
             for layer in self.layers:
                 assert isinstance(layer, LayerState)
                 assert layer.undo is not None
+                make_writable(layer)
                 layer.undo.roll_back(layer, steps)
             undo.position.sub_(steps).remainder_(len(undo.rows))
             self._point = self._before[-steps]

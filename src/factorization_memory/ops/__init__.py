@@ -23,6 +23,7 @@ from factorization_memory.ops.arguments import (
     check_places,
     check_state,
     check_weights,
+    check_writable,
     read_borders,
 )
 from factorization_memory.ops.precision import no_autocast, state_dtype
@@ -135,6 +136,7 @@ def factorization_memory_step(
         raise ValueError(f"state: got dtype {state.dtype}, takes {state_dtype(value)}, or a bfloat16 one together with seed")
     rounded = state_dtype(value) if seed is None else torch.bfloat16
     check_state(state, "state", (sequences, value.shape[-2], states, value.shape[-1]), value, rounded)
+    check_writable(state)
     if not state.is_contiguous():
         raise ValueError(f"state: got strides {state.stride()}, takes a contiguous tensor, as it is updated in place")
     if undo is not None:
