@@ -263,3 +263,16 @@ def test_an_empty_packed_sequence_has_no_last_position(tokens: torch.Tensor) -> 
     with pytest.raises(ValueError, match=r"cu_seqlens: got \[0, 3, 3, 5\], whose sequence 1 is empty"):
         model(tokens[:1, :5], cu_seqlens=torch.tensor([0, 3, 3, 5]), last_only=True)
     assert model(tokens[:1, :5], cu_seqlens=torch.tensor([0, 3, 3, 5]))[0].shape == (1, 5, 30)
+
+
+def test_losses_of_tokens_in_bfloat16_are_those_of_its_logits() -> None:
+    model = LanguageModel(ModelConfig(vocab_size=997, hidden_size=16, num_layers=1, num_states=8)).eval().bfloat16()
+    model.embedding.weight.data.mul_(20)
+    tokens = torch.randint(0, 997, (2, 50))
+    with torch.no_grad():
+        each, _ = model.loss(tokens[:, :-1], tokens[:, 1:], reduction="none")
+        mean, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+        logits, _ = model(tokens[:, :-1])
+    expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(each.flatten().double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(mean, each.mean(), rtol=1e-6, atol=1e-5)

@@ -159,3 +159,40 @@ def test_layer_alone() -> None:
         layer = FactorizationMemory(32, num_states=16, top_k=top_k)
         with pytest.raises(ValueError, match=r"state\.memory: got shape"):
             layer.step(torch.randn(tokens, 32), layer.initial_state(sequences))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_of_inference_mode(name: str) -> None:
+    """Goes on outside of it: in steps, in further reading, also with gradients, and where it is loaded or rolled back."""
+    model, tokens = LanguageModel(ModelConfig(**SIZES, **MODELS[name])).eval(), torch.arange(20).view(2, 10) % 11
+    with torch.no_grad():
+        whole, _ = model(tokens)
+    with torch.inference_mode():
+        _, state = model(tokens[:, :5])
+        empty = model.initial_state(2)
+    model.loss(tokens[:, 5:-1], tokens[:, 6:], state)[0].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    empty.load(state)
+    for one in (state, empty):
+        for t in range(5, 10):
+            logits, _ = model.step(tokens[:, t], one)
+            torch.testing.assert_close(logits, whole[:, t], rtol=1e-4, atol=1e-5)
+
+
+def test_steps_of_inference_mode_are_taken_back() -> None:
+    model, tokens = LanguageModel(ModelConfig(**SIZES, top_k=3, conv_size=3)).eval(), torch.tensor([3, 4])
+    with torch.inference_mode():
+        state = model.keep_undo(model.initial_state(2), 3)
+        model.step(tokens, state)
+        before = [x.clone() for x in state.tensors()]
+        model.step(tokens, state)
+    state.rollback(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors(), strict=True))
+    model.step(tokens, state)
+
+
+def test_operators_say_what_to_do_with_a_state_of_inference_mode() -> None:
+    with torch.inference_mode():
+        state = torch.zeros(2, 2, 6, 4)
+    with pytest.raises(ValueError, match=r"state: was made under torch\.inference_mode\(\).*take state\.clone\(\)"):
+        factorization_memory_step(torch.rand(2, 2, 6), torch.rand(2, 2, 6), torch.rand(2, 2, 4), state)

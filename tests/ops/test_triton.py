@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape
 from factorization_memory.layers import FactorizationMemory
@@ -373,3 +374,27 @@ def test_auto_takes_the_kernels() -> None:
     problem = Problem.random(Shape(2, 100, 1, 16, 64), torch.bfloat16, "cuda")
     arguments = (problem.update, problem.merge, problem.value)
     assert torch.equal(factorization_memory(*arguments)[0], factorization_memory(*arguments, backend="triton")[0])
+
+
+@pytest.mark.skipif(CUDA, reason="what is compiled for a GPU is tested by the models")
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_at_other_lengths(packed: bool) -> None:
+    """And of other numbers of packed sequences: one graph from the second on, both ways."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(update: Tensor, merge: Tensor, value: Tensor, borders: Tensor | None) -> Tensor:
+        return factorization_memory(update, merge, value, cu_seqlens=borders, backend="triton-dense")[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for length, inner in ((9, [4]), (13, [2, 2, 7]), (21, [1, 5, 8, 8]), (34, [])):
+        problem = Problem.random(Shape(1, length, 1, 3, 40), device=DEVICE)
+        borders = torch.tensor([0, *inner, length], dtype=torch.int32) if packed else None
+        found = []
+        for function in (compiled, call):
+            leaves = [x.detach().requires_grad_() for x in (problem.update, problem.merge, problem.value)]
+            y = function(*leaves, borders)
+            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        torch.testing.assert_close(*found)
+    assert counter.frame_count <= 3
+    torch._dynamo.reset()

@@ -72,8 +72,10 @@ class Steps:
             raise ValueError(f"batch_size={batch_size}: use 1 or more sequences")
         self.model = with_dtype(model, dtype)
         self.batch_size = batch_size
-        # A sliding window has its full size from the start, so that nothing grows.
-        self.state: ModelState = self.model.initial_state(batch_size, self.model.config.attention.sliding_window or 0)
+        # A sliding window has its full size from the start, so that nothing grows. Under inference mode it could not be changed
+        # after that has ended.
+        with torch.inference_mode(False):
+            self.state: ModelState = self.model.initial_state(batch_size, self.model.config.attention.sliding_window or 0)
         if undo_steps:
             self.state = self.model.keep_undo(self.state, undo_steps)
 
@@ -130,7 +132,8 @@ class StepGraph(Steps):
             raise ValueError(f"model: {reason}, which a CUDA graph would leave out; use Steps, which calls it")
         if device.type != "cuda":
             raise ValueError(f"model: is on {device}, a CUDA graph takes a GPU; use Steps, which runs anywhere")
-        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # Weights that autocast has cast are not to be kept from one block to the next: a graph would go on reading them.
         autocast = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False

@@ -18,8 +18,8 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
 from factorization_memory.layers.calling import device_of
-from factorization_memory.layers.mixer import check_inputs, check_token
-from factorization_memory.layers.state import GrowingState
+from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
+from factorization_memory.layers.state import GrowingState, make_writable, outside_inference_mode
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
 FIRST_ROOM = 16
@@ -169,14 +169,17 @@ class Attention(nn.Module):
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
         self._check(x, state, cu_seqlens, padding_mask)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
+        x, broken = set_aside(x, cu_seqlens, self.sliding_window)
         stretch = _Stretch.of(x, state, cu_seqlens, padding_mask)
         q, k, v = self._heads(self.query_key_value(x), stretch.position)
-        y = self._attend(q, k, v, state, stretch)
-        final = self._final(k, v, state, stretch) if keep_state else None
-        return self.output(y.transpose(1, 2).flatten(2)), final
+        y = self.output(self._attend(q, k, v, state, stretch).transpose(1, 2).flatten(2))
+        if broken is not None:
+            y, v = broken.output(y), v.masked_fill(broken.token[:, None, :, None], torch.nan)
+        return y, self._final(k, v, state, stretch) if keep_state else None
 
     @torch.no_grad()
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
@@ -184,6 +187,7 @@ class Attention(nn.Module):
         unless x fits and `state` is one of this layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         used = slice(self._make_room(state))
         place, position = state.length[:, None], state.length[:, None] + 1
         if self.sliding_window is not None:
@@ -230,6 +234,10 @@ class Attention(nn.Module):
         known of is used up, and a full window never."""
         if state.capacity == self.sliding_window:
             return state.capacity
+        if torch.compiler.is_compiling():
+            # How much is taken is not looked at, which would split the graph: one place more is always enough.
+            state.reserve(self._places(state.capacity + 1))
+            return state.capacity
         if state.room == 0:
             longest = int(state.length.max()) if len(state.length) else 0
             if longest == state.capacity:
@@ -254,7 +262,7 @@ class Attention(nn.Module):
         window = self.sliding_window
         if q.shape[2] == 0:
             return q
-        if stretch.whole and (state is None or stretch.shortest == stretch.longest):
+        if stretch.whole and (state is None or stretch.even):
             if state is not None:
                 keys, values = self._in_order(state, stretch.longest)
                 k, v = torch.cat((keys.to(k.dtype), k), dim=2), torch.cat((values.to(v.dtype), v), dim=2)
@@ -294,8 +302,10 @@ class Attention(nn.Module):
         window = self.sliding_window
         before = self.initial_state(len(stretch.count)) if state is None else state
         start, length = before.length, before.length + stretch.count
-        capacity = max(before.capacity, self._places(stretch.longest + stretch.most))
-        if stretch.whole and window is None and stretch.shortest == stretch.longest:
+        capacity = self._places(stretch.longest + stretch.most)
+        if not torch.compiler.is_compiling() or window is not None:  # compiled, it is not less, which no graph need ask
+            capacity = max(before.capacity, capacity)
+        if stretch.whole and window is None and stretch.even:
             end = stretch.longest + stretch.most
             keys, values = (
                 functional.pad(torch.cat((old[:, :, : stretch.longest].to(new.dtype), new), dim=2), (0, 0, 0, capacity - end))
@@ -337,7 +347,8 @@ class _Stretch:
     Attributes:
         position: of each token in its sequence, from 1, int64 `[B or 1, T]`.
         count: tokens of each sequence, int64 `[B]` or `[N]`.
-        shortest, longest: the fewest and the most tokens that a sequence has read before.
+        even: whether all sequences are known to have read equally many tokens before.
+        longest: the most tokens that one has read before, or a number not below that.
         most: the most tokens of one sequence, or a number not below that.
         borders: of packed sequences, int64 `[N + 1]`.
         cuts: the same as numbers, if they may be read.
@@ -347,7 +358,7 @@ class _Stretch:
 
     position: Tensor
     count: Tensor
-    shortest: int
+    even: bool
     longest: int
     most: int
     borders: Tensor | None = None
@@ -365,9 +376,12 @@ class _Stretch:
         """Of the input x `[B, T, d]` of sequences that stand at `state`."""
         batch, length = x.shape[:2]
         token = torch.arange(length, device=x.device)
-        shortest = longest = 0
-        if state is not None and state.batch_size:
+        even, longest = True, 0
+        if state is not None and torch.compiler.is_compiling():
+            even, longest = False, state.capacity  # not looked at, which would split the graph
+        elif state is not None and state.batch_size:
             shortest, longest = torch.stack(state.length.aminmax()).tolist()
+            even = shortest == longest
         if cu_seqlens is not None:
             borders = cu_seqlens.to(x.device, torch.long)
             sequence = torch.bucketize(token, borders[1:], right=True)
@@ -376,11 +390,11 @@ class _Stretch:
                 position = position + state.length[sequence]
             cuts = None if torch.compiler.is_compiling() else ops.read_borders(cu_seqlens)
             most = length if cuts is None else max(stop - start for start, stop in pairwise(cuts))
-            return cls(position[None], borders.diff(), shortest, longest, most, borders, cuts, sequence)
+            return cls(position[None], borders.diff(), even, longest, most, borders, cuts, sequence)
         if padding_mask is not None:
             position, count = padding_mask.cumsum(1), padding_mask.sum(1)
         else:
             position, count = token[None] + 1, token.new_full((batch,), length)
         if state is not None:
             position = position + state.length[:, None]
-        return cls(position, count, shortest, longest, length, padding_mask=padding_mask)
+        return cls(position, count, even, longest, length, padding_mask=padding_mask)

@@ -18,11 +18,11 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token
+from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing, delayed
-from factorization_memory.layers.state import LayerState, Undo
+from factorization_memory.layers.state import LayerState, Undo, make_writable, outside_inference_mode
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.routing import route, route_step, weigh
 
@@ -221,9 +221,11 @@ class FactorizationMemory(nn.Module):
         check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
         if state is not None:
             self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
+        x, broken = set_aside(x, cu_seqlens)
         value, tail = self.value(x), None
         if self.convolution is not None:
             before = None if state is None else state.convolution
@@ -238,7 +240,11 @@ class FactorizationMemory(nn.Module):
             routing.update, routing.merge, value, routing.update_indices, routing.merge_indices, self.num_states,
             None if state is None else state.memory, keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
-        return self._output(y, x, value), None if memory is None else LayerState(memory, tail, affinity, indices)
+        final = None if memory is None else LayerState(memory, tail, affinity, indices)
+        y = self._output(y, x, value)
+        if broken is None:
+            return y, final
+        return broken.output(y), None if final is None else final.apply(broken.state)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
@@ -246,6 +252,7 @@ class FactorizationMemory(nn.Module):
         layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         if state.undo is not None:
             state.undo.put_aside(state)
         value = self.value(x)
@@ -285,12 +292,13 @@ class FactorizationMemory(nn.Module):
         memory = state.memory
         batch, heads, _, width = memory.shape
         selected = (steps, batch, heads, self.top_k or self.num_states)
-        undo = Undo(
-            memory.new_empty(*selected, width),
-            None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),
-            [tensor.new_empty(steps, *tensor.shape) for tensor in state.rest()],
-            position,
-        )
+        with torch.inference_mode(False):  # steps outside of it write here too
+            undo = Undo(
+                memory.new_empty(*selected, width),
+                None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),
+                [tensor.new_empty(steps, *tensor.shape) for tensor in state.rest()],
+                position,
+            )
         return LayerState(memory, state.convolution, state.affinity, state.indices, undo)
 
     def check_state(self, state: LayerState, sequences: int) -> None:

@@ -18,8 +18,9 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, GatedDeltaNetConfig, ModelConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token
+from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
+from factorization_memory.layers.state import make_writable, outside_inference_mode
 from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
@@ -157,9 +158,11 @@ class GatedDeltaNet(nn.Module):
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
         self._check(x, state, cu_seqlens, padding_mask)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
+        x, broken = set_aside(x, cu_seqlens)
         gate, mixed, strength, log_decay = self._project(x)
         if padding_mask is not None:
             strength, log_decay = (rate.masked_fill(~padding_mask[..., None], 0) for rate in (strength, log_decay))
@@ -176,7 +179,11 @@ class GatedDeltaNet(nn.Module):
             query, key, value, log_decay, strength, None, None if state is None else state.memory, keep_state, cu_seqlens,
             self.backend,
         )  # fmt: skip
-        return self._output(y, gate), None if memory is None or tail is None else GatedDeltaNetState(memory, tail)
+        final = None if memory is None or tail is None else GatedDeltaNetState(memory, tail)
+        y = self._output(y, gate)
+        if broken is None:
+            return y, final
+        return broken.output(y), None if final is None else final.apply(broken.state)
 
     def _check(
         self, x: Tensor, state: GatedDeltaNetState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
@@ -198,6 +205,7 @@ class GatedDeltaNet(nn.Module):
         layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         gate, mixed, strength, log_decay = self._project(x)
         query, key, value = self._parts(self.convolution.step(mixed, state.convolution))
         y = gated_delta_rule_step(query, key, value, log_decay, strength, state.memory)

@@ -17,8 +17,9 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, Mamba2Config, ModelConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token
+from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
+from factorization_memory.layers.state import make_writable, outside_inference_mode
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.ssd import ssd, ssd_step
 
@@ -147,9 +148,11 @@ class Mamba2(nn.Module):
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
         self._check(x, state, cu_seqlens, padding_mask)
+        state = None if state is None else state.apply(outside_inference_mode)
         if padding_mask is not None:
             # Whatever stands in padding, also what is not finite, stays out.
             x = x.masked_fill(~padding_mask[..., None], 0)
+        x, broken = set_aside(x, cu_seqlens)
         gate, mixed, dt = self._project(x)
         if padding_mask is not None:
             dt = dt.masked_fill(~padding_mask[..., None], 0)
@@ -166,7 +169,11 @@ class Mamba2(nn.Module):
             value, dt, self._decay_rate(), input_map, output_map, self.chunk_size, None if state is None else state.memory,
             keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
-        return self._output(y, value, gate), None if memory is None or tail is None else Mamba2State(memory, tail)
+        final = None if memory is None or tail is None else Mamba2State(memory, tail)
+        y = self._output(y, value, gate)
+        if broken is None:
+            return y, final
+        return broken.output(y), None if final is None else final.apply(broken.state)
 
     def _check(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
         """Checks the arguments of `forward`."""
@@ -186,6 +193,7 @@ class Mamba2(nn.Module):
         layer for B sequences."""
         check_token(x, self.hidden_size)
         self.check_state(state, x.shape[0])
+        make_writable(state)
         gate, mixed, dt = self._project(x)
         value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
         y = ssd_step(value, dt, self._decay_rate(), input_map, output_map, state.memory)

@@ -5,10 +5,12 @@ Shapes: B sequences, T tokens, d hidden size, N packed sequences.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from factorization_memory import ops
 
@@ -79,3 +81,60 @@ def check_inputs(x: Tensor, hidden_size: int, cu_seqlens: Tensor | None, padding
             )
     if cu_seqlens is not None:
         ops.check_borders(cu_seqlens, x.shape[0], x.shape[1])
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Where the input of a mixer was not finite, and what that reaches.
+
+    Attributes:
+        token: whether a token's input was not finite, bool `[B, T]`.
+        reached: whether a token sees such a one, bool `[B, T]`.
+        sequence: whether a sequence has one, bool `[B]` (`[N]` of packed sequences).
+    """
+
+    token: Tensor
+    reached: Tensor
+    sequence: Tensor
+
+    def output(self, y: Tensor) -> Tensor:
+        """Results y `[B, T, d]`, NaN where they are reached."""
+        return y.masked_fill(self.reached[..., None], torch.nan)
+
+    def state(self, tensor: Tensor) -> Tensor:
+        """A tensor `[B, ...]` of the state after the last token, likewise."""
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.masked_fill(self.sequence.view(-1, *[1] * (tensor.dim() - 1)), torch.nan)
+
+
+def set_aside(x: Tensor, cu_seqlens: Tensor | None, window: int | None = None) -> tuple[Tensor, Broken | None]:
+    """x `[B, T, d]` of whole sequences without what is not finite, and where its results are to be NaN; None if all is finite.
+
+    What is not finite would reach the tokens before it: in a matrix product over time it is multiplied by their zeros.
+
+    Args:
+        x: the input of a mixer.
+        cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+        window: tokens that each token sees, itself included; None: all before it.
+    """
+    # A GPU is not waited for, nor a graph split, to find out whether there is any.
+    may_look = not x.is_cuda and not torch.compiler.is_compiling()
+    if may_look and bool(x.detach().sum().isfinite()):
+        return x, None
+    token = ~torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1).isfinite()
+    if may_look and not bool(token.any()):  # only their sum was too large
+        return x, None
+    x = x.masked_fill(token[..., None], 0)
+    before = functional.pad(token.cumsum(1), (1, 0))
+    place = torch.arange(x.shape[1], device=x.device)
+    first = torch.zeros_like(place)
+    sequence = before[:, -1] > 0
+    if cu_seqlens is not None:
+        borders = cu_seqlens.to(x.device, torch.long)
+        of = torch.bucketize(place, borders[1:], right=True).clamp(max=borders.shape[0] - 2)
+        first = borders[of]
+        sequence = (before[0, borders[1:]] - before[0, borders[:-1]]) > 0
+    if window is not None:
+        first = first.maximum(place + 1 - window)
+    return x, Broken(token, before[:, 1:] > before[:, first], sequence)

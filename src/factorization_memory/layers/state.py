@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol, Self
 
 import torch
@@ -133,6 +132,22 @@ class LayerState:
         return [tensor for tensor in (self.convolution, self.affinity, self.indices) if tensor is not None]
 
 
+def outside_inference_mode(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made under `torch.inference_mode()` and that has ended: it could neither be changed nor
+    saved for backward."""
+    made_there = not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
+    return tensor.clone() if made_there else tensor
+
+
+def make_writable(state: MixerState) -> None:
+    """Puts copies in the place of those tensors of `state` that were made under `torch.inference_mode()`, if that has ended."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor):
+            setattr(state, name, outside_inference_mode(value))
+
+
 def _alike(mine: MixerState, given: MixerState) -> bool:
     """Whether the states are of layers of one kind and size, whatever the number of sequences and the text read."""
     if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
@@ -143,15 +158,16 @@ def _alike(mine: MixerState, given: MixerState) -> bool:
     return type(mine) is type(given) and [x.shape[1:] for x in mine.tensors()] == [x.shape[1:] for x in given.tensors()]
 
 
-_POINTS = count()
-"""A number for each point that any state comes to by a step, or by being written to."""
+class _Point:
+    """A point that a state comes to by a step, or by being written to, itself alone. Not a number from a counter, on which a
+    compiled model would depend, so that no call would find it compiled."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Where a `ModelState` stood."""
 
-    point: int
+    point: _Point
     """The point."""
     copy: ModelState | None
     """A copy, if what steps overwrite is not kept."""
@@ -163,8 +179,8 @@ class ModelState:
 
     def __init__(self, layers: Iterable[MixerState]) -> None:
         self.layers = tuple(layers)
-        self._point = next(_POINTS)
-        self._before: list[int] = []  # the points that can be rolled back to, the latest last
+        self._point = _Point()
+        self._before: list[_Point] = []  # the points that can be rolled back to, the latest last
 
     @property
     def undo_steps(self) -> int:
@@ -176,7 +192,7 @@ class ModelState:
         """A step of the model has changed all layers. `replayed` by a CUDA graph, which holds the GPU's part of this."""
         self._before.append(self._point)
         del self._before[: max(0, len(self._before) - self.undo_steps)]
-        self._point = next(_POINTS)
+        self._point = _Point()
         undo = self.layers[0].undo
         if undo is not None and not replayed:
             undo.position.add_(1).remainder_(len(undo.rows))
@@ -200,6 +216,7 @@ class ModelState:
             raise ValueError("state: it is not of this model; take one from its initial_state or forward")
         pairs: list[tuple[Tensor, Tensor]] = []
         for mine, given in zip(self.layers, state.layers, strict=True):
+            make_writable(mine)
             if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
                 mine.reserve(given.capacity)
                 given = given.resized(mine.capacity)
@@ -214,7 +231,7 @@ class ModelState:
     def forget_steps(self) -> None:
         """Steps done so far cannot be rolled back: other numbers were written into the tensors."""
         self._before.clear()
-        self._point = next(_POINTS)
+        self._point = _Point()
 
     def rollback(self, steps: int) -> None:
         """Take back the last `steps` steps, to the bit, in place.
@@ -230,13 +247,14 @@ class ModelState:
             for layer in self.layers:
                 assert isinstance(layer, LayerState)
                 assert layer.undo is not None
+                make_writable(layer)
                 layer.undo.roll_back(layer, steps)
             undo.position.sub_(steps).remainder_(len(undo.rows))
             self._point = self._before[-steps]
             del self._before[-steps:]
 
     def snapshot(self) -> Snapshot:
-        """Where the state stands, for `restore`: a number if what steps overwrite is kept, otherwise a copy."""
+        """Where the state stands, for `restore`: the point alone if what steps overwrite is kept, otherwise a copy too."""
         return Snapshot(self._point, None if self.undo_steps else self.clone())
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -277,7 +277,8 @@ class LanguageModel(nn.Module):
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: use 1 or more steps to keep")
-        position = torch.zeros(1, dtype=torch.int64, device=state.device)
+        with torch.inference_mode(False):
+            position = torch.zeros(1, dtype=torch.int64, device=state.device)
         layers = []
         for number, (block, layer) in enumerate(zip(self.blocks, state, strict=True)):
             if not isinstance(block.mixer, FactorizationMemory) or not isinstance(layer, LayerState):

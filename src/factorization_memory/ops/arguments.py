@@ -134,6 +134,12 @@ def check_places(places: Tensor, sequences: int, state: Tensor) -> None:
         raise ValueError(f"places: got {known}, takes distinct numbers from 0 to {count - 1}, or -1")
 
 
+def check_writable(state: Tensor) -> None:
+    """ValueError for a state that cannot be updated in place here."""
+    if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("state: was made under torch.inference_mode() and cannot be updated outside of it; take state.clone()")
+
+
 def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:
     """ValueError if a memory is not of this shape, or not of the dtype (or the given one) and device that go with `value`."""
     if tuple(state.shape) != shape:

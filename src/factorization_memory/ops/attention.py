@@ -35,10 +35,11 @@ def attend_evenly(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor
     if has_packed(q):
         one = torch.arange(batch + 1, device=q.device, dtype=torch.int32)
         return attend_packed(q, k, v, one * queries, one * keys, queries, keys, window)
-    size = max(1, MASK_NUMBERS // keys) if window is None else max(window, WINDOW_QUERIES)
+    # A compiled graph serves any length in one piece, not in as many as this one takes.
+    whole = window is None or torch.compiler.is_compiling()
+    size = max(1, MASK_NUMBERS // keys) if whole else max(window or 0, WINDOW_QUERIES)
     parts = []
-    for start in range(0, queries, size):
-        stop = min(start + size, queries)
+    for start, stop in _pieces(queries, size):
         last = keys - queries + stop  # of the keys that these queries see, and the first
         first = 0 if window is None else max(0, keys - queries + start + 1 - window)
         query = torch.arange(keys - queries + start, last, device=q.device)[:, None]
@@ -75,8 +76,8 @@ def attend_masked(
     queries, keys = q.shape[2], k.shape[2]
     size = max(1, MASK_NUMBERS // (keys * len(key_position)))
     parts = []
-    for start in range(0, queries, size):
-        part = slice(start, start + size)
+    for start, stop in _pieces(queries, size):
+        part = slice(start, stop)
         here = position[:, part, None]
         seen = (key_position[:, None] > 0) & (key_position[:, None] <= here)
         if window is not None:
@@ -90,6 +91,11 @@ def attend_masked(
             seen = seen | alone
         parts.append(_product(q[:, :, part], k, v, seen[:, None]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _pieces(count: int, size: int) -> list[tuple[int, int]]:
+    """First and end of pieces of up to `size`; one piece without counting, of which a compiled graph depends on no length."""
+    return [(0, count)] if count <= size else [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _product(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -44,8 +44,9 @@ def linear_cross_entropy(
     """
     if reduction == "none":
         with torch.no_grad():
+            wide = torch.promote_types(hidden.dtype, torch.float32)
             pieces = [
-                functional.cross_entropy(h @ weight.T.to(h.dtype), t, ignore_index=IGNORE, reduction="none").float()
+                functional.cross_entropy((h @ weight.T.to(h.dtype)).to(wide), t, ignore_index=IGNORE, reduction="none").float()
                 for h, t in _pieces(hidden, targets, weight)
             ]
         return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)

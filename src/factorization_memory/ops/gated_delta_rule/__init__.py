@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorization_memory.ops.arguments import FLOATS, check_borders, check_state, read_borders
+from factorization_memory.ops.arguments import FLOATS, check_borders, check_state, check_writable, read_borders
 from factorization_memory.ops.autograd import call_once_differentiable
 from factorization_memory.ops.gated_delta_rule import chunked
 from factorization_memory.ops.precision import no_autocast, state_dtype
@@ -93,6 +93,7 @@ def gated_delta_rule_step(
         raise ValueError(f"v: got shape {tuple(v.shape)}, takes one token of each sequence, [B, H, V]")
     _check(*(x[:, None] for x in (q, k, v, g, beta)))
     check_state(state, "state", (*v.shape[:2], k.shape[2], v.shape[2]), v)
+    check_writable(state)
     with no_autocast(v.device):
         dtype, share = state.dtype, v.shape[1] // k.shape[1]
         query, key = (_shared(tensor, share, dim=1).to(dtype) for tensor in (q, k))

@@ -107,8 +107,7 @@ def recurrence_unchecked(
         update = over_states(update, indices, num_states)
     if backend == "triton-dense":
         return kernels.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
-    borders = None if cu_seqlens is None else read_borders(cu_seqlens)
-    return chunked.forward(update, merge, value, initial_state, output_final_state, borders)
+    return chunked.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
 
 
 def obstacle(backend: str, value: Tensor, argument: str = "value") -> str | None:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from factorization_memory.ops import runtime
-from factorization_memory.ops.arguments import INDEX_DTYPES, check_indices, check_places, check_state, check_weights
+from factorization_memory.ops.arguments import (
+    INDEX_DTYPES,
+    check_indices,
+    check_places,
+    check_state,
+    check_weights,
+    check_writable,
+)
 from factorization_memory.ops.memory import kernels, reference
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
@@ -68,6 +75,7 @@ def factorization_memory_step(
         raise ValueError(f"state: got dtype {state.dtype}, takes {state_dtype(value)}, or a bfloat16 one together with seed")
     rounded = state_dtype(value) if seed is None else torch.bfloat16
     check_state(state, "state", (sequences, value.shape[-2], states, value.shape[-1]), value, rounded)
+    check_writable(state)
     if not state.is_contiguous():
         raise ValueError(f"state: got strides {state.stride()}, takes a contiguous tensor, as it is updated in place")
     if undo is not None:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from factorization_memory.ops.arguments import FLOATS, check_borders, check_state, read_borders
+from factorization_memory.ops.arguments import FLOATS, check_borders, check_state, check_writable, read_borders
 from factorization_memory.ops.precision import no_autocast, state_dtype
 from factorization_memory.ops.ssd import chunked, kernels
 
@@ -92,6 +92,7 @@ def ssd_step(x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, outpu
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token of each sequence, [B, H, P]")
     _check(x[:, None], dt[:, None], decay_rate, input_map[:, None], output_map[:, None])
     check_state(state, "state", (*x.shape, input_map.shape[2]), x)
+    check_writable(state)
     with no_autocast(x.device):
         dtype, groups = state.dtype, input_map.shape[1]
         dt = dt.to(dtype)

@@ -40,7 +40,7 @@ def _operand_dtype(value: Tensor) -> torch.dtype:
 
 
 def _state_shape(value: Tensor, states: int, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
-    sequences = value.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return sequences, value.shape[2], states, value.shape[3]
 
 
@@ -92,9 +92,11 @@ def _dense(
                 call.states(rows, False, first, count, states, begins, initial, final)
                 call.outputs(rows, states, output, first * slots, count * slots, transposed=False)
         carry = None if made.layout.packed else begins
-    nothing = (value.new_empty(0, dtype=torch.float32) for _ in range(5))
-    final, carry, read, write, total = (next(nothing) if x is None else x for x in (final, carry, *weights))
-    return output.to(value.dtype), final, carry, read, write, total
+    wide, narrow = torch.float32, _operand_dtype(value)
+    results = zip((final, carry, *weights), (wide, wide, narrow, narrow, wide), strict=True)
+    final, *kept = (value.new_empty(0, dtype=dtype) if x is None else x for x, dtype in results)
+    # Without their shapes, which differ from plan to plan: `_dense_backward` makes the same one.
+    return output.to(value.dtype), final, *(x.flatten() for x in kept)  # type: ignore[return-value]
 
 
 def _fake_dense(
@@ -102,17 +104,23 @@ def _fake_dense(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float32
     final = value.new_empty(_state_shape(value, update.shape[3], cu_seqlens) if keep_final else 0, dtype=wide)
+    output = torch.empty_like(value, memory_format=torch.contiguous_format)
+    sizes = (*update.shape, *value.shape, 0 if cu_seqlens is None else cu_seqlens.shape[0])
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        # One graph for any length: how long what is kept is, the call itself finds out.
+        kept = operands(value.dtype, exact=True)[0]
+        some = (value.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=d) for d in (wide, kept, kept, wide))
+        return output, final, *some  # type: ignore[return-value]
     carry, read, write, total = (value.new_empty(0, dtype=wide) for _ in range(4))
     if value.numel() > 0:
         made = plan(update, value, cu_seqlens, backward=False)
         if made.carried and cu_seqlens is None:
-            carry = value.new_empty(len(value) * made.layout.segments, made.heads, made.padded, made.width, dtype=wide)
+            carry = value.new_empty(len(value) * made.layout.segments * made.heads * made.padded * made.width, dtype=wide)
         if made.keeps_weights:
-            lead = (made.layout.slots, made.heads)
-            side = (*lead, made.layout.chunk, made.layout.chunk + made.padded)
-            read, write = (value.new_empty(side, dtype=made.dtype) for _ in range(2))
-            total = value.new_empty(*lead, made.padded, dtype=wide)
-    return torch.empty_like(value, memory_format=torch.contiguous_format), final, carry, read, write, total
+            chunk, units = made.layout.chunk, made.layout.slots * made.heads
+            read, write = (value.new_empty(units * chunk * (chunk + made.padded), dtype=made.dtype) for _ in range(2))
+            total = value.new_empty(units * made.padded, dtype=wide)
+    return output, final, carry, read, write, total
 
 
 @on_device_of
@@ -133,12 +141,19 @@ def _dense_backward(
     if value.numel() > 0:
         made = _planned(update, value, cu_seqlens, backward=True)
         layout = made.layout
-        call = Call(made, update, merge, (read, write, total) if made.keeps_weights else None)
+        weights = None
+        if made.keeps_weights:
+            lead, chunk = (layout.slots, made.heads), layout.chunk
+            read, write = (x.view(*lead, chunk, chunk + made.padded) for x in (read, write))
+            weights = read, write, total.view(*lead, made.padded)
+        call = Call(made, update, merge, weights)
         begins = None
         if made.carried:
             # Chunks of packed sequences, and so segments, differ from those of the forward pass.
-            known = not layout.packed and len(carry) == call.segments
-            begins = carry if known else call.carry(rows, initial, reverse=False)
+            size = call.segments * made.heads * made.padded * made.width
+            known = not layout.packed and len(carry) == size
+            begins = None if not known else carry.view(call.segments, made.heads, made.padded, made.width)
+            begins = call.carry(rows, initial, reverse=False) if begins is None else begins
         ends = call.carry(d_rows, d_final, reverse=True) if made.carried else None
         slices = call.slices(rows, 2)
         states, d_states = call.state_workspace(slices[0][1]), call.state_workspace(slices[0][1])
