@@ -18,7 +18,7 @@ tokens = torch.randint(2, 250, (2, 12), generator=torch.Generator().manual_seed(
 expected = AutoModelForCausalLM.from_pretrained(f"{folder}/whole")
 loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/whole", distributed_config=sharding)
 assert {type(parameter).__name__ for parameter in loaded.parameters()} == {"DTensor"}
-assert all(type(block).__name__ == "FSDPBlock" for block in loaded.model.blocks)
+assert all(type(block).__name__ == "FSDPCheckpointingBlock" for block in loaded.model.blocks)
 torch.testing.assert_close(loaded(tokens).logits, expected(tokens).logits)
 generated = [model.generate(tokens, max_new_tokens=4, do_sample=False) for model in (loaded, expected)]
 assert torch.equal(*generated)

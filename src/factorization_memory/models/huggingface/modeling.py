@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from factorization_memory.layers.norm import RMSNorm
@@ -30,13 +30,17 @@ from factorization_memory.models.pretrained.format import INDEX_NAME, indexed_fi
 from factorization_memory.models.pretrained.shim import save_shim
 
 
+class CheckpointingBlock(GradientCheckpointingLayer, Block):
+    """A block that `transformers` makes checkpoint its activations: its forward, so that hooks run once."""
+
+
 class FactorizationMemoryPreTrainedModel(PreTrainedModel):
     """What the classes below share."""
 
     config_class = FactorizationMemoryConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Block", "CheckpointingBlock")
     _skip_keys_device_placement = ("past_key_values", "cache")
     # Assisted and prompt-lookup decoding, which would crop the cache, are refused with a clear error.
     _is_stateful = True
@@ -100,7 +104,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         super().__init__(config)
         model_config = config.model_config()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(model_config, mixer) for mixer in model_config.layer_mixers)
+        self.blocks = nn.ModuleList(CheckpointingBlock(model_config, mixer) for mixer in model_config.layer_mixers)
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -200,7 +204,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
             state = None if layer is None else layer.state
             if step and state is not None:
                 x = block.step(x[:, 0], state)[:, None]
-            elif checkpointed:
+            elif checkpointed and not isinstance(block, CheckpointingBlock):  # shared with a LanguageModel
                 checkpoint = cast(Any, self._gradient_checkpointing_func)
                 x, state = checkpoint(block.__call__, x, state, borders, mask, keep)
             else:
