@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from factorization_memory._files import write_atomic
 from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, suggestion
 
@@ -110,13 +111,7 @@ def bench_status(result: dict[str, Any], failed: bool) -> int:
 
 def write_aside(path: Path, text: str) -> None:
     """Write a text file under another name and rename it, so that it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomic(path, text)
 
 
 def read_text(path: str) -> str:

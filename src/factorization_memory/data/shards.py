@@ -351,7 +351,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise CorpusError(f"{folder}: not a packed corpus (no manifest.json); make one with `fmem data pack`") from None
     except JSONError as error:
-        raise CorpusError(f"{error}: damaged; {REMEDY}") from None
+        raise CorpusError(f"{path}: damaged ({error.reason}); {REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CorpusError(f"{path}: not the manifest of a packed corpus; make one with `fmem data pack`")
     if manifest.get("version") != _VERSION:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from factorization_memory._files import UnreadableError
 from factorization_memory.config import RunConfig, to_dict
 from factorization_memory.training.checkpoint_folder import (
     FORMAT_VERSION,
@@ -193,6 +194,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {present(path.parent)}") from None
+    except PermissionError as error:
+        raise UnreadableError(error.errno, error.strerror or str(error), str(path)) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short ({error}); {present(path.parent)}") from None
 
