@@ -54,3 +54,17 @@ def test_pack_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(result["left_out"]["of another kind"]) == 7
     assert dispatch(["data", "tokenizer", str(texts), "--vocab-size", "270", "--output", str(tmp_path / "t.json")]) == 0
     assert capsys.readouterr().err.count("lost.txt") == 1
+
+
+def test_recipe_of_the_readme_on_a_few_books(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts, tokenizer = tmp_path / "my-texts", tmp_path / "tokenizer.json"
+    for number in range(21):
+        (texts / ("ja" if number < 2 else "en")).mkdir(parents=True, exist_ok=True)
+        (texts / ("ja" if number < 2 else "en") / f"{number}.txt").write_text(f"book {number} and its words\n" * 50)
+    assert dispatch(["data", "tokenizer", str(texts), "--vocab-size", "300", "--output", str(tokenizer)]) == 0
+    packed = ["data", "pack", str(texts), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "packed"), "--json"]
+    assert dispatch(packed) == 0
+    said = capsys.readouterr()
+    assert "the end of every document is held out: source " in said.err
+    sources = json.loads(said.out)["sources"]
+    assert {name: parts["validation"]["documents"] for name, parts in sources.items()} == {"en": 19, "ja": 2}
