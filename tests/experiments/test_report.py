@@ -193,6 +193,16 @@ def test_no_run_and_broken_records(tmp_path: Path, records: dict[str, Any]) -> N
     assert not (tmp_path / "report.html").exists()
 
 
+def test_figures_show_the_largest_of_many_sources(records: dict[str, Any]) -> None:
+    (position,) = records["evaluation.json"]["position"].values()
+    many = {f"s{i}": {**position, "bins": [{**b, "tokens": b["tokens"] + i} for b in position["bins"]]} for i in range(40)}
+    figure = figures.position_curves(many)
+    assert figure is not None
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    shown = [title.partition(":")[0] for title in titles if "memory carried on" in title]
+    assert shown == [f"s{i}" for i in range(28, 40)]
+
+
 def test_svg_follows_the_page_and_keeps_ids_apart(records: dict[str, Any]) -> None:
     metrics = records["metrics.jsonl"]
     figure = figures.loss_curve(metrics)
