@@ -204,6 +204,10 @@ class TestBadFiles:
         assert "mean" not in error_of(tmp_path / "zzz.txt")
         assert f"({tmp_path / 'none'} is not a folder)" in error_of(tmp_path / "none" / "below" / "a.txt")
 
+    def test_link_that_leads_nowhere(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").symlink_to("nowhere.txt")
+        assert "a link that leads nowhere (to nowhere.txt); mend it" in error_of(tmp_path / "a.txt")
+
     def test_missing_is_seen_before_the_first_document_is_asked_for(self, tmp_path: Path) -> None:
         with pytest.raises(CorpusError):
             read_documents(tmp_path / "none.txt")

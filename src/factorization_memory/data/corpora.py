@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import logging
+import os
 import re
 import reprlib
 import unicodedata
@@ -103,6 +104,10 @@ def require_file(path: Path) -> None:
     with explain_unreadable(path):
         if path.exists():
             return
+    if path.is_symlink():
+        raise CorpusError(
+            f"{path}: a link that leads nowhere (to {os.readlink(path)}); mend it, or name another file or folder"
+        )
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
     if nearest:
