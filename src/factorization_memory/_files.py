@@ -150,6 +150,12 @@ def lock(path: Path, held: Callable[[str], Exception]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_readable(path: Path) -> None:
+    """Raise `UnreadableError` for a file that may not be read, of which some libraries say that it is missing."""
+    with explain_unreadable(path), open(path, "rb"):
+        pass
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 

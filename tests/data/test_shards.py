@@ -351,6 +351,19 @@ class TestOpen:
         with pytest.raises(CorpusError, match=rf"{file.name}.*checksum"):
             corpus.verify()
 
+    def test_file_that_may_not_be_read(self, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = next(packed.glob("*.tokens"))
+        opened = Path.open
+
+        def refused(self: Path, *arguments: object, **options: object) -> object:
+            if self == file:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return opened(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", refused)
+        with pytest.raises(OSError, match=rf"{file}: cannot be read \(Permission denied\); give read access"):
+            PackedCorpus.open(packed)
+
     def rewritten(self, packed: Path, change) -> str:
         """What is said of the corpus with its first training files changed by `change(tokens, starts, manifest)` and every
         checksum made right."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from factorization_memory._files import UnreadableError
+from factorization_memory._files import UnreadableError, require_readable
 from factorization_memory.config import RunConfig, to_dict
 from factorization_memory.training.checkpoint_folder import (
     FORMAT_VERSION,
@@ -191,11 +191,12 @@ def load_tensors(model: nn.Module, path: Path) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
+        require_readable(path)
         return load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {present(path.parent)}") from None
-    except PermissionError as error:
-        raise UnreadableError(error.errno, error.strerror or str(error), str(path)) from None
+    except UnreadableError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short ({error}); {present(path.parent)}") from None
 

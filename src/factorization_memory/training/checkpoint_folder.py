@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from factorization_memory._files import JSONError, read_json
+from factorization_memory._files import JSONError, explain_unreadable, read_json
 from factorization_memory.config import ConfigError, RunConfig, from_dict
 
 FORMAT_VERSION = 1
@@ -61,7 +61,8 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folder = run_dir / CHECKPOINTS_NAME
-    found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    with explain_unreadable(folder):
+        found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from factorization_memory._files import JSONError, UnreadableError, read_json
+from factorization_memory._files import JSONError, UnreadableError, read_json, require_readable
 from factorization_memory.config import RETIRED, ConfigError, ModelConfig, from_dict, to_dict
 from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.models.pretrained.conversion import NATIVE, from_native, native_config
@@ -89,11 +89,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
+            require_readable(folder / name)
             tensors |= load_file(folder / name)
         except FileNotFoundError:
             raise FormatError(f"{folder / name}: missing, though {INDEX_NAME} names it; copy the whole model") from None
-        except PermissionError as error:
-            raise UnreadableError(error.errno, error.strerror or str(error), str(folder / name)) from None
+        except UnreadableError:
+            raise
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{folder / name}: damaged or cut short ({error}); copy or download it again") from None
     return tensors
