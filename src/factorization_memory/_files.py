@@ -25,12 +25,47 @@ from typing import Any
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the `OSError`s of a full disk and of a used-up quota."""
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 # NFS locks only what is open for writing, which a folder never is (EBADF).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 
 
 class JSONError(ValueError):
-    """Text that is not JSON or that no writer of ours can take: the message says where and why, in one line."""
+    """Text that is not JSON, or that no writer of ours can take; the message is `reason`, after the `place` if known."""
+
+    def __init__(self, reason: str, place: str = "") -> None:
+        super().__init__(f"{place}: {reason}" if place else reason)
+        self.reason = reason
+
+
+class JSONSyntaxError(JSONError):
+    """Text that is not JSON, perhaps since it was cut short."""
+
+
+class DiskFullError(OSError):
+    """A full disk or used-up quota, of which the message names the place; what stood there is untouched."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: No space left on the disk; nothing was written there; free some, or write elsewhere"
+
+
+class UnreadableError(OSError):
+    """A file or folder that is there and cannot be read, for want of permission or by a fault of the disk."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: cannot be read ({self.strerror}); give read access to it, or put a readable copy there"
+
+
+@contextmanager
+def explain_unreadable(path: Path) -> Iterator[None]:
+    """Turn an error of reading `path` into an `UnreadableError`; FileNotFoundError and NotADirectoryError stay as they are."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UnreadableError(error.errno, error.strerror or str(error), str(error.filename or path)) from None
 
 
 @contextmanager
@@ -115,33 +150,62 @@ def lock(path: Path, held: Callable[[str], Exception]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def require_readable(path: Path) -> None:
+    """Raise `UnreadableError` for a file that may not be read, of which some libraries say that it is missing."""
+    with explain_unreadable(path), open(path, "rb"):
+        pass
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
-    Raises `JSONError`, whose message begins with the path, for a damaged file, and OSError for one that is missing or may not
-    be read.
+    Raises `JSONError`, whose message begins with the path, for a damaged file, FileNotFoundError for one that is not there, and
+    `UnreadableError`.
     """
-    data = Path(path).read_bytes()
+    with explain_unreadable(path):
+        data = Path(path).read_bytes()
     try:
         return parse_json(data)
     except JSONError as error:
-        raise JSONError(f"{path}: {error}") from None
+        raise type(error)(error.reason, str(path)) from None
 
 
-def parse_json(data: str | bytes) -> Any:
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a log of one to a line, none where there is no such file; a line that was cut short is passed over.
+
+    Raises `JSONError`, naming the file and the line, for one that is JSON and yet no object that can be read, and
+    `UnreadableError`.
+    """
+    try:
+        with explain_unreadable(path), open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    values = parse_json(line.decode("utf-8", errors="replace"))
+                except JSONSyntaxError:
+                    continue
+                except JSONError as error:
+                    raise JSONError(f"{error}; remove that line", f"{path}, line {number}") from None
+                if not isinstance(values, dict):
+                    raise JSONError(f"a {type(values).__name__}, not an object; remove that line", f"{path}, line {number}")
+                yield values
+    except FileNotFoundError:
+        return
+
+
+def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
     """The value that JSON text (bytes: UTF-8) stands for.
 
-    Raises `JSONError` for what is not JSON, for nesting and numbers beyond what Python reads, and for lone surrogates, which no
-    UTF-8 file can hold.
+    Raises `JSONError` for what is not JSON, for nesting and numbers beyond what Python reads, and (unless `any_text`) for lone
+    surrogates, which no UTF-8 file can hold.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = json.loads(text)
-        # An escape such as \ud800 is the only way in for a surrogate without its other half.
-        if "\\ud" in text or "\\uD" in text:
+        # An escape is the only way in for a surrogate without its other half.
+        if not any_text and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise JSONError(f"not JSON ({error.msg} at character {error.pos})") from None
+        raise JSONSyntaxError(f"not JSON ({error.msg} at character {error.pos})") from None
     except UnicodeDecodeError as error:
         raise JSONError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
     except UnicodeEncodeError as error:
@@ -174,6 +238,10 @@ def _aside(path: Path, folder: bool) -> Iterator[Path]:
         os.close(descriptor)
     try:
         yield partial
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise DiskFullError(error.errno, "No space left on the disk", str(path)) from error
     finally:
         if _is_open_at(descriptor, partial):
             _remove(partial)

@@ -185,7 +185,8 @@ class TestKinds:
             raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
         monkeypatch.setattr(Path, "iterdir", refused)
-        assert f"{tmp_path}: the folder cannot be read (Permission denied); give access" in error_of(tmp_path)
+        with pytest.raises(OSError, match=rf"{tmp_path}: cannot be read \(Permission denied\); give read access"):
+            read_documents(tmp_path)
 
     def test_books_of_the_package(self) -> None:
         english, japanese = read_documents(builtin_corpus())
@@ -202,6 +203,10 @@ class TestBadFiles:
         assert "no such file" in error_of(tmp_path / "zzz.txt")
         assert "mean" not in error_of(tmp_path / "zzz.txt")
         assert f"({tmp_path / 'none'} is not a folder)" in error_of(tmp_path / "none" / "below" / "a.txt")
+
+    def test_link_that_leads_nowhere(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").symlink_to("nowhere.txt")
+        assert "a link that leads nowhere (to nowhere.txt); mend it" in error_of(tmp_path / "a.txt")
 
     def test_missing_is_seen_before_the_first_document_is_asked_for(self, tmp_path: Path) -> None:
         with pytest.raises(CorpusError):
@@ -236,13 +241,59 @@ class TestBadFiles:
             (b'{"text": null}', "'text' = 'None'"),
             (b'{"text": "x"', "not JSON"),
             (b"[1]", "list, not a JSON object"),
-            (b'{"text": "a\\ud800"}', "U+D800"),
+            (b'{"text": "a\\ud800"}', "character 1 is the lone surrogate U+D800"),
+            (b'{"text": "a", "author": "b\\udc00"}', "field 'author': character 1 is the lone surrogate U+DC00"),
+            (b'{"text": "a", "language": "\\udc00"}', "field 'language': character 0"),
+            (b'{"text": "a", "id": "\\udc00"}', "field 'id': character 0"),
+            (b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested too deeply"),
+            (b'{"text": ' + b"[" * 400 + b"]" * 400 + b"}", "'text' = '[[[["),
+            (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "digits"),
         ],
     )
     def test_bad_line_is_named(self, tmp_path: Path, line: bytes, what: str) -> None:
         message = error_of(write(tmp_path / "a.jsonl", jsonl(ROWS[:1]) + b"\n" + line + b"\n"))
         assert f"{tmp_path / 'a.jsonl'}, line 3" in message
         assert what in message
+
+    def test_surrogate_in_a_field_that_is_not_read(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", b'{"text": "words", "title": "\\ud800"}\n')
+        assert [document.text for document in read_documents(path)] == ["words"]
+
+    @pytest.mark.parametrize(
+        ("encoding", "named"),
+        [
+            ("utf-16", "UTF-16"),
+            ("utf-16-le", "UTF-16LE"),
+            ("utf-16-be", "UTF-16BE"),
+            ("utf-32", "UTF-32"),
+            ("cp932", "SHIFT_JIS"),
+            ("euc_jp", "EUC-JP"),
+            ("latin-1", "WINDOWS-1252"),
+        ],
+    )
+    def test_other_encodings_are_named(self, tmp_path: Path, encoding: str, named: str) -> None:
+        japanese = "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。\n"
+        for text in ["Un café très noir.\n"] if encoding == "latin-1" else ["some words\n", japanese]:
+            if text.isascii() and not encoding.startswith("utf"):
+                continue
+            for name, content in (("a.txt", text), ("a.jsonl", json.dumps({"text": text}, ensure_ascii=False))):
+                message = error_of(write(tmp_path / name, content.encode(encoding)))
+                assert str(tmp_path / name) in message
+                assert f"iconv -f {named} -t UTF-8" in message
+
+    def test_file_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        table = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+
+        def refused(self: Path, *_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+        for method in ("open", "read_bytes"):
+            monkeypatch.setattr(Path, method, refused)
+        for path in (table, *(tmp_path / name for name in ("a.txt", "a.jsonl", "a.jsonl.zst"))):
+            path.touch()
+            with pytest.raises(OSError, match=rf"{path}: cannot be read \(Permission denied\); give read access"):
+                list(read_documents(path))
 
     def test_compressed_data_cut_short(self, tmp_path: Path) -> None:
         data = zstandard.compress(jsonl(ROWS))
@@ -259,6 +310,10 @@ class TestBadFiles:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}, {"text": None}]), path)
         assert "a.parquet, row 2" in error_of(path)
         assert "not a parquet file" in error_of(write(path, path.read_bytes()[:-20]))
+        # Writers that take bytes for text make such a column.
+        text = pyarrow.array([b"good"] * 70 + [b"caf\xe9"]).view(pyarrow.string())
+        pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
+        assert f"{path}, row 71: not UTF-8: byte 0xe9 at offset 3 of a field" in error_of(path)
 
     def test_unsupported(self, tmp_path: Path) -> None:
         assert "unsupported" in error_of(write(tmp_path / "a.docx", b"x"))

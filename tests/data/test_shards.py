@@ -111,6 +111,31 @@ class TestPack:
         assert (one.dtype, two.dtype) == (np.uint16, np.uint32)
         assert np.array_equal(one, two)
 
+    def test_auto_takes_whole_documents_where_there_are_enough_and_else_their_ends(self, jsonl: Path, tmp_path: Path) -> None:
+        told: list[str] = []
+        by_hash = pack([(None, jsonl)], BYTES, tmp_path / "hash", holdout="hash", holdout_fraction=0.2)
+        enough = pack([(None, jsonl)], BYTES, tmp_path / "auto", holdout="auto", holdout_fraction=0.2, notice=told.append)
+        assert enough.fingerprint == by_hash.fingerprint
+        assert not told
+        books = tmp_path / "books"
+        for number in range(21):
+            (books / ("ja" if number == 0 else "en")).mkdir(parents=True, exist_ok=True)
+            (books / ("ja" if number == 0 else "en") / f"{number}.txt").write_text(f"line {number}\n" * 30)
+        few = pack([(None, books)], BYTES, tmp_path / "few", holdout="auto", notice=told.append)
+        assert few.fingerprint == pack([(None, books)], BYTES, tmp_path / "tail", holdout="tail").fingerprint
+        assert [(source.splits["train"].num_documents, source.splits["validation"].num_documents) for source in
+                few.sources.values()] == [(20, 20), (1, 1)]  # fmt: skip
+        (message,) = told
+        assert "the end of every document is held out: source 'ja'" in message
+        assert "1 document(s)" in message
+
+    @pytest.mark.parametrize("holdout", ["hash", "author"])
+    def test_empty_split_is_seen_before_anything_is_tokenized(self, tmp_path: Path, monkeypatch, holdout) -> None:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents(8)))
+        monkeypatch.setattr(Tokenizer, "encode_blocks", lambda *_: pytest.fail("tokenized"))
+        with pytest.raises(CorpusError, match=r"'a'.*validation.*8 document\(s\)"):
+            pack([(None, tmp_path / "a.jsonl")], BYTES, tmp_path / "out", holdout=holdout, holdout_fraction=1e-9)
+
     def test_sources_with_awkward_names(self, jsonl: Path, tmp_path: Path) -> None:
         inputs = [("a/b", jsonl), ("a_b", jsonl), ("日本", jsonl)]
         corpus = pack(inputs, BYTES, tmp_path / "out", holdout_fraction=0.2)
@@ -325,6 +350,19 @@ class TestOpen:
         assert "pack the corpus again" in message
         with pytest.raises(CorpusError, match=rf"{file.name}.*checksum"):
             corpus.verify()
+
+    def test_file_that_may_not_be_read(self, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = next(packed.glob("*.tokens"))
+        opened = Path.open
+
+        def refused(self: Path, *arguments: object, **options: object) -> object:
+            if self == file:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return opened(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", refused)
+        with pytest.raises(OSError, match=rf"{file}: cannot be read \(Permission denied\); give read access"):
+            PackedCorpus.open(packed)
 
     def rewritten(self, packed: Path, change) -> str:
         """What is said of the corpus with its first training files changed by `change(tokens, starts, manifest)` and every

@@ -182,7 +182,25 @@ def test_no_run_and_broken_records(tmp_path: Path, records: dict[str, Any]) -> N
     (tmp_path / "evaluation.json").write_text('{"sources": ', encoding="utf-8")
     with pytest.raises(ReportError, match=r"evaluation\.json: not JSON"):
         write_report(tmp_path)
+    (tmp_path / "evaluation.json").write_text("[" * 5000, encoding="utf-8")
+    with pytest.raises(ReportError, match=r"evaluation\.json: JSON nested too deeply"):
+        write_report(tmp_path)
+    (tmp_path / "evaluation.json").unlink()
+    for line, message in (("[" * 5000, "line 1: JSON nested too deeply"), ('{"step": 1}', "without 'kind' and 'step'")):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(ReportError, match=rf"metrics\.jsonl(,|:) .*{message}"):
+            write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_figures_show_the_largest_of_many_sources(records: dict[str, Any]) -> None:
+    (position,) = records["evaluation.json"]["position"].values()
+    many = {f"s{i}": {**position, "bins": [{**b, "tokens": b["tokens"] + i} for b in position["bins"]]} for i in range(40)}
+    figure = figures.position_curves(many)
+    assert figure is not None
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    shown = [title.partition(":")[0] for title in titles if "memory carried on" in title]
+    assert shown == [f"s{i}" for i in range(28, 40)]
 
 
 def test_svg_follows_the_page_and_keeps_ids_apart(records: dict[str, Any]) -> None:

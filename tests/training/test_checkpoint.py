@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from factorization_memory import _files
 from factorization_memory.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig, to_dict
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel, ModelState
@@ -152,7 +153,7 @@ def test_newest_and_best_are_kept_and_found(tmp_path: Path, trained: Trained) ->
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "carried.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "deep"])
 def test_a_damaged_file_is_named_and_others_are_listed(tmp_path: Path, trained: Trained, name: str, damage: str) -> None:
     model, optimizer = trained
     memory = train(model, optimizer)
@@ -162,10 +163,30 @@ def test_a_damaged_file_is_named_and_others_are_listed(tmp_path: Path, trained: 
     if damage == "gone":
         (path / name).unlink()
     else:
-        (path / name).write_bytes(whole[: len(whole) - 5 if damage == "cut" else 0])
+        (path / name).write_bytes(b"[" * 5000 if damage == "deep" else whole[: len(whole) - 5 if damage == "cut" else 0])
     model, optimizer = make(1)
     with pytest.raises(CheckpointError, match=rf"{name}.*step-00000001"):
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_a_file_that_may_not_be_read_is_not_called_missing(
+    tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = save(tmp_path, trained, 1)
+
+    def refused(file: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    if name == "state.json":
+        monkeypatch.setattr(Path, "read_bytes", refused)
+    else:
+        # The library says "no such file" of one that it may not open.
+        monkeypatch.setattr(_files, "open", refused, raising=False)
+    model, optimizer = make(1)
+    with pytest.raises(OSError, match=rf"{path / name}: cannot be read \(Permission denied\); give read access") as caught:
+        load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
+    assert "delete" not in str(caught.value)
 
 
 def test_a_carried_memory_that_is_not_whole(tmp_path: Path, trained: Trained) -> None:

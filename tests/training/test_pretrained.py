@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +25,7 @@ from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.pretrained import FormatError, export
 from factorization_memory.training import CheckpointError, export_run, find_checkpoint, import_model, load_model
+from factorization_memory.training import checkpoint as checkpoint_module
 from factorization_memory.training.trainer import Trainer
 
 pytestmark = [
@@ -241,6 +243,21 @@ def test_a_folder_that_is_there_stays(run: Path, tmp_path: Path, monkeypatch: py
         export_run(run, tmp_path / "link", overwrite=True)
     assert load_model(run)
     assert (folder / "notes.txt").exists()
+
+
+def test_disk_full(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_run(run, tmp_path / "model")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_torch_state_dict", full)
+    with pytest.raises(OSError, match=rf"^{tmp_path / 'other'}: No space left on the disk; nothing was written there"):
+        export_run(run, tmp_path / "other")
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'back'}: the model could not be written there .*No space"):
+        import_model(tmp_path / "model", tmp_path / "back")
+    assert not {path.name for path in tmp_path.iterdir()} - {"model", "run"}
 
 
 def test_two_exports_to_one_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,33 @@ def test_metrics_past_a_step_are_cut_and_a_torn_line_goes(tmp_path: Path) -> Non
     assert lines[1]["loss"] == 0.2
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 5000 + "]" * 5000, "line 2: JSON nested too deeply to be read; remove that line"),
+        ('{"kind": "train", "step": 2, "name": "\\ud800"}', r"line 2: holds the lone surrogate U\+D800"),
+        ("[1]", "line 2: a list, not an object; remove that line"),
+        ('{"step": 2}', "a line without 'kind' and 'step'.*; remove it"),
+        ('{"kind": "train", "step": null}', "a line without 'kind' and 'step'"),
+    ],
+    ids=["deep", "surrogate", "list", "kind", "step"],
+)
+def test_a_line_that_no_run_writes_is_named(tmp_path: Path, line: str, message: str) -> None:
+    record = RunRecord(tmp_path)
+    record.append("train", {"step": 1})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(RunFolderError, match=rf"metrics\.jsonl(,|:) {message}"):
+        record.cut_after(1, 1)
+    assert line in (tmp_path / "metrics.jsonl").read_text()  # nothing was thrown away
+
+
+def test_a_deep_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 5000)
+    with pytest.raises(RunFolderError, match=r"config\.json: not a configuration \(JSON nested too deeply"):
+        RunRecord(tmp_path).read_config()
+
+
 def test_json_is_strict() -> None:
     text = strict_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": "それは"})
     assert json.loads(text) == {"a": None, "b": [None, 1.5], "c": "それは"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -67,8 +68,9 @@ class PackOptions:
     """Folder to write."""
     tokenizer: str = "bytes"
     """A tokenizer.json, or "bytes" for the byte-level tokenizer that needs no training."""
-    holdout: Literal["hash", "author", "tail"] = "hash"
-    """What is held out: whole documents by hash, whole authors by hash, or the end of each document."""
+    holdout: Literal["auto", "hash", "author", "tail"] = "auto"
+    """What is held out: whole documents by hash, whole authors by hash, or the end of each document; auto takes whole documents
+    where there are enough of every source, else the ends."""
     holdout_fraction: float = 0.05
     """About how much of the text is held out."""
     overwrite: bool = False
@@ -209,6 +211,7 @@ def _pack(arguments: list[str]) -> int:
                 f"packing: {documents:,} documents, {size / 1e6:.1f} MB, {size / 1e6 / (time.perf_counter() - start):.1f} MB/s"
             ),
             skipped=left_out.add,
+            notice=say,
         )
     seconds = time.perf_counter() - start
     result: dict[str, Any] = {"output": str(options.output), "seconds": seconds, "sources": {}}
@@ -257,7 +260,8 @@ class LeftOut:
         self.paths: dict[str, list[str]] = {}
 
     def add(self, path: Path, reason: str) -> None:
-        self.paths.setdefault(reason, []).append(str(path))
+        # As text that can be written, also where a name is not UTF-8.
+        self.paths.setdefault(reason, []).append(os.fsencode(path).decode("utf-8", errors="backslashreplace"))
 
     def say(self) -> None:
         for reason, paths in self.paths.items():

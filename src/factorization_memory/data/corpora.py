@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import json
 import logging
+import os
 import re
+import reprlib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from factorization_memory._files import FULL_DISK
+from factorization_memory._files import FULL_DISK, JSONError, UnreadableError, explain_unreadable, parse_json
+from factorization_memory.data.encodings import conversion, is_wide
 from factorization_memory.data.folders import HIDDEN, OTHER_KIND, find_files
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
@@ -62,13 +64,10 @@ def read_documents(
     not UTF-8, damaged, a line or row without text, a file without documents.
     """
     path = Path(path)
+    require_file(path)
     if path.is_dir():
-        try:
+        with explain_unreadable(path):
             files, others = find_files(path, lambda name: _suffix(name) is not None)
-        except OSError as error:
-            raise CorpusError(
-                f"{error.filename}: the folder cannot be read ({error.strerror}); give access to it, or name the files to read"
-            ) from None
         if not files:
             why = "".join(f"; {other.name} is {reason}" for other, reason in others[:3])
             raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file{why}")
@@ -79,7 +78,6 @@ def read_documents(
             for file in files
             for document in _read_file(file, str(file.relative_to(path)), source, _folder_source(file, path))
         )
-    require_file(path)
     if not _suffix(path.name):
         raise CorpusError(f"{path}: unsupported kind of file; use one of {', '.join(SUFFIXES)}, or a folder of these")
     return _read_file(path, path.name, source, path.name[: -len(_suffix(path.name) or "")])
@@ -103,8 +101,13 @@ def explain_full_disk(output: Path) -> Iterator[None]:
 
 def require_file(path: Path) -> None:
     """Raise `CorpusError`, suggesting the sibling with the nearest name, unless `path` exists."""
-    if path.exists():
-        return
+    with explain_unreadable(path):
+        if path.exists():
+            return
+    if path.is_symlink():
+        raise CorpusError(
+            f"{path}: a link that leads nowhere (to {os.readlink(path)}); mend it, or name another file or folder"
+        )
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
     if nearest:
@@ -128,9 +131,17 @@ def _folder_source(file: Path, folder: Path) -> str:
 
 
 def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iterator[Document]:
+    if _SURROGATE.search(source or fallback):
+        raise CorpusError(
+            f"{path}: the name of its source, {source or fallback!r}, is not UTF-8; rename the file or folder that it comes from, "
+            "or name the source, NAME=PATH"
+        )
     suffix = _suffix(path.name)
     if suffix == ".txt":
-        whole = _clean(_decode(path.read_bytes(), path), str(path))
+        with explain_unreadable(path):
+            data = path.read_bytes()
+        whole = _clean(_decode(data, path), str(path))
+        del data
         if not whole.strip():
             raise CorpusError(f"{path}: the file is empty")
         yield Document(text=whole, id=name, source=source or fallback, language=None, author=None)
@@ -140,18 +151,19 @@ def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iter
     for number, place, row in rows:
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
-            what = (
-                "no field 'text'" if "text" not in row else "an empty 'text'" if text == "" else f"'text' = {str(text)[:40]!r}"
-            )
+            shown = reprlib.repr(text)[:40]
+            what = "no field 'text'" if "text" not in row else "an empty 'text'" if text == "" else f"'text' = {shown!r}"
             raise CorpusError(f"{place}: {what}; every document needs its text as a string in the field 'text'")
         language, author = (optional_text(row, field) for field in ("language", "author"))
+        identity = optional_text(row, "id")
+        for field, value in (("id", identity), ("author", author), ("language", language)):
+            _require_characters(value, f"{place}, field {field!r}")
         if isinstance(row.get("language"), (dict, list)):
-            raise CorpusError(
-                f"{place}: 'language' = {str(row['language'])[:40]!r}; write it as a string, such as \"en\", or leave it out"
-            )
+            shown = reprlib.repr(row["language"])[:40]
+            raise CorpusError(f"{place}: 'language' = {shown!r}; write it as a string, such as \"en\", or leave it out")
         yield Document(
             text=_clean(text, place),
-            id=optional_text(row, "id") or f"{name}:{number}",
+            id=identity or f"{name}:{number}",
             source=source or language or fallback,
             language=language,
             author=author,
@@ -171,24 +183,29 @@ def utf8_length(text: str) -> int:
     return sum(len(text[start : start + _READ_SIZE].encode("utf-8")) for start in range(0, len(text), _READ_SIZE))
 
 
-def _clean(text: str, place: str) -> str:
-    lone = _SURROGATE.search(text)
+def _require_characters(text: str | None, place: str) -> None:
+    lone = _SURROGATE.search(text or "")
     if lone is not None:
         raise CorpusError(
             f"{place}: character {lone.start()} is the lone surrogate U+{ord(lone[0]):04X}, which is no character; remove it"
         )
+
+
+def _clean(text: str, place: str) -> str:
+    _require_characters(text, place)
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def _decode(data: bytes, path: Path, place: str = "", offset: int = 0) -> str:
+    if is_wide(data):
+        raise CorpusError(f"{place or path}: not text in UTF-8, as every other byte or so is zero; {conversion(data)}")
     try:
         return data.decode("utf-8-sig" if offset == 0 else "utf-8")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
         # error.start leaves out the byte-order mark; error.object is what was decoded after it
         start = offset + error.start + len(data) - len(error.object)
         raise CorpusError(
-            f"{place or path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {start}; "
-            f"convert the file, for example with `iconv -f SHIFT_JIS -t UTF-8`"
+            f"{place or path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {start}; {conversion(data)}"
         ) from error
 
 
@@ -203,11 +220,9 @@ def _json_rows(path: Path, *, compressed: bool) -> Iterator[tuple[int, str, dict
         if text.isspace():
             continue
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CorpusError(
-                f"{place}: not JSON ({error.msg} at character {error.pos}); each line is one JSON object"
-            ) from error
+            row = parse_json(text, any_text=True)
+        except JSONError as error:
+            raise CorpusError(f"{place}: {error}; each line is one JSON object") from error
         del text
         if not isinstance(row, dict):
             raise CorpusError(f'{place}: a {type(row).__name__}, not a JSON object; write {{"text": ...}}')
@@ -235,7 +250,7 @@ def _joined(pieces: list[bytes]) -> bytes:
 
 
 def _file_blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with explain_unreadable(path), path.open("rb") as file:
         while block := file.read(_READ_SIZE):
             yield block
 
@@ -263,15 +278,34 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with explain_unreadable(path), path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             if "text" not in names:
                 raise CorpusError(f"{path}: no column 'text' among {', '.join(names)}; rename the one that holds the documents")
             number = 0
             columns = [name for name in ("text", "id", "author", "language") if name in names]
             for batch in file.iter_batches(batch_size=64, columns=columns):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch, path, number):
                     number += 1
                     yield number, f"{path}, row {number}", row
+    except UnreadableError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise CorpusError(f"{path}: not a parquet file, or damaged ({error})") from error
+
+
+def _rows_of(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a record batch that comes after `before` rows of its file."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # bytes that are not UTF-8, a date beyond Python's
+        for index in range(len(batch)):
+            place = f"{path}, row {before + index + 1}"
+            try:
+                batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start} of a field"
+                raise CorpusError(f"{place}: not UTF-8: {byte}; {conversion(error.object)}") from None
+            except (ValueError, OverflowError) as error:
+                raise CorpusError(f"{place}: cannot be read ({error}); mend or remove that row") from None
+        raise

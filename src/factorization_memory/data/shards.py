@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,7 +30,7 @@ from factorization_memory.data.corpora import (
 from factorization_memory.data.tokenizer import Tokenizer, TokenizerError
 from factorization_memory.data.verification import REMEDY, check_sizes, verify_once
 
-Holdout = Literal["hash", "author", "tail"]
+Holdout = Literal["auto", "hash", "author", "tail"]
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -139,13 +139,17 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     skipped: Callable[[Path, str], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> PackedCorpus:
     """Tokenize the documents of `inputs`, (source name or None, file or folder) each, into the packed corpus `output`.
 
     `holdout` says what is kept for validation, about `holdout_fraction` of it: "hash", whole documents, by a hash of their text
     (equal documents stay together); "author", all documents of an author, by a hash of the name; "tail", the end of every
-    document, cut at a line. `progress(documents, bytes)` is called with the totals so far, `skipped(path, reason)` with
-    what the folders hold and is not read (see `read_documents`).
+    document, cut at a line; "auto", "hash" where that gives every source both kinds of text, else "tail", as for a few books.
+    All but "tail" read the texts twice, so that a source without held-out text is seen before any is tokenized.
+
+    `progress(documents, bytes)` is called with the totals so far, `skipped(path, reason)` with what the folders hold and is
+    not read (see `read_documents`), `notice(message)` with why "auto" has taken "tail".
 
     The result does not depend on anything but the arguments and the text. Raises `CorpusError` for bad text, a source whose
     training or validation text would be empty, a full disk, an `output` that another process is packing into, or one that
@@ -160,7 +164,12 @@ def pack(
     if not inputs:
         raise CorpusError("no input to pack; name at least one file or folder")
     _require_free(output, overwrite)
-    documents = [read_documents(path, source=source, skipped=skipped) for source, path in inputs]
+    for source, path in inputs:
+        read_documents(path, source=source, skipped=skipped)  # refuses a path that holds no texts
+
+    def texts() -> Iterator[Document]:
+        for source, path in inputs:
+            yield from read_documents(path, source=source, skipped=lambda *_: None)  # told of above
 
     def held(holder: str) -> CorpusError:
         return CorpusError(f"{output}: another process is packing into it; wait for that one, or choose another folder")
@@ -169,9 +178,12 @@ def pack(
     with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
         # Again, now that no other process can write there.
         _require_free(output, overwrite)
+        holdout, why = _choose_holdout(texts, holdout, holdout_fraction)
+        if why and notice is not None:
+            notice(f"the end of every document is held out: {why}")
         with atomic_folder(output, overwrite=overwrite) as aside:
             packer = _Packer(aside, tokenizer, holdout, holdout_fraction)
-            for document in (document for some in documents for document in some):
+            for document in texts():
                 packer.add(document)
                 if progress is not None:
                     progress(packer.documents, packer.text_bytes)
@@ -217,14 +229,7 @@ class _Packer:
                 (split, text) for split, text in ((TRAIN, document.text[:cut]), (VALIDATION, document.text[cut:])) if text
             )
             return
-        if self._holdout == "author" and document.author is None:
-            raise CorpusError(
-                f"document {document.id!r} of source {document.source!r} has no author, which holdout='author' needs; "
-                "add the field, or use holdout='hash'"
-            )
-        key = document.author if self._holdout == "author" and document.author is not None else document.text
-        draw = int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()) / 2**64
-        yield VALIDATION if draw < self._fraction else TRAIN, document.text
+        yield _drawn(document, self._holdout, self._fraction), document.text
 
     def finish(self) -> None:
         """Finish the files and write tokenizer and manifest, which comes last."""
@@ -237,7 +242,9 @@ class _Packer:
             }
             for split in (TRAIN, VALIDATION):
                 if not entries[source]["splits"][split]["documents"]:
-                    raise CorpusError(self._empty_split(source, split, entries[source]["splits"]))
+                    raise CorpusError(
+                        f"source {source!r}: its text is too short to give both training and validation text; add more"
+                    )
         self._tokenizer.save(self._folder / "tokenizer.json")
         manifest: dict[str, Any] = {
             "format": _FORMAT,
@@ -252,17 +259,41 @@ class _Packer:
         manifest["fingerprint"] = _fingerprint(manifest)
         (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def _empty_split(self, source: str, split: str, splits: dict[str, Any]) -> str:
-        documents = sum(files["documents"] for files in splits.values())
-        kind = "author" if self._holdout == "author" else "document"
-        remedy = "a larger" if split == VALIDATION else "a smaller"
-        if self._holdout == "tail":
-            return f"source {source!r}: its text is too short to give both training and validation text; add more"
-        return (
-            f"source {source!r}: its {split} text would be empty, as no {kind} of its {documents} document(s) fell there with "
-            f"holdout={self._holdout!r}, holdout_fraction={self._fraction}; use {remedy} holdout_fraction, or holdout='tail', "
-            "which holds out the end of every document"
+
+def _drawn(document: Document, holdout: Holdout, fraction: float) -> str:
+    """The split that a whole document belongs to."""
+    if holdout == "author" and document.author is None:
+        raise CorpusError(
+            f"document {document.id!r} of source {document.source!r} has no author, which holdout='author' needs; "
+            "add the field, or use holdout='hash'"
         )
+    key = document.author if holdout == "author" and document.author is not None else document.text
+    draw = int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()) / 2**64
+    return VALIDATION if draw < fraction else TRAIN
+
+
+def _choose_holdout(
+    texts: Callable[[], Iterable[Document]], holdout: Holdout, fraction: float
+) -> tuple[Literal["hash", "author", "tail"], str]:
+    """What "auto" takes, with the reason for "tail". Raises `CorpusError` if another one would leave a split empty."""
+    if holdout == "tail":
+        return holdout, ""
+    by: Literal["hash", "author"] = "hash" if holdout == "auto" else holdout
+    counts: dict[str, dict[str, int]] = {}
+    for document in texts():
+        counts.setdefault(document.source, {TRAIN: 0, VALIDATION: 0})[_drawn(document, by, fraction)] += 1
+    empty = ((source, split) for source, parts in sorted(counts.items()) for split in parts if not parts[split])
+    source, split = next(empty, ("", ""))
+    if not split:
+        return by, ""
+    why = (
+        f"source {source!r}: its {split} text would be empty, as no {'author' if by == 'author' else 'document'} of its "
+        f"{sum(counts[source].values())} document(s) fell there with holdout={by!r}, holdout_fraction={fraction}"
+    )
+    if holdout == "auto":
+        return "tail", why
+    size = "a larger" if split == VALIDATION else "a smaller"
+    raise CorpusError(f"{why}; use {size} holdout_fraction, or holdout='tail', which holds out the end of every document")
 
 
 class _SplitWriter:
@@ -351,7 +382,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise CorpusError(f"{folder}: not a packed corpus (no manifest.json); make one with `fmem data pack`") from None
     except JSONError as error:
-        raise CorpusError(f"{error}: damaged; {REMEDY}") from None
+        raise CorpusError(f"{path}: damaged ({error.reason}); {REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CorpusError(f"{path}: not the manifest of a packed corpus; make one with `fmem data pack`")
     if manifest.get("version") != _VERSION:

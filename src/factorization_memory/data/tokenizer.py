@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from factorization_memory._files import write_atomic
+from factorization_memory._files import explain_unreadable, parse_json, write_atomic
 
 DOCUMENT_END = "</s>"
 PADDING = "<pad>"
@@ -90,7 +90,7 @@ class Tokenizer:
 
     def __init__(self, definition: str) -> None:
         try:
-            self._definition = _canonical(_as_first_written(json.loads(definition)))
+            self._definition = _canonical(_as_first_written(parse_json(definition)))
             self._backend = tokenizers.Tokenizer.from_str(self._definition)
             parts = json.loads(self._backend.to_str())
         except TokenizerError:
@@ -159,10 +159,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """The tokenizer that `save` wrote. Raises `TokenizerError` naming the file."""
+        """The tokenizer that `save` wrote. Raises `TokenizerError` naming the file, and `UnreadableError`."""
         try:
-            return cls(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
+            with explain_unreadable(path):
+                definition = Path(path).read_text(encoding="utf-8")
+            return cls(definition)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise TokenizerError(f"{path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{path}: not a tokenizer definition: not UTF-8") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from factorization_memory._files import JSONError, read_json, write_atomic
+from factorization_memory._files import JSONError, explain_unreadable, read_json, write_atomic
 from factorization_memory.data.corpora import CorpusError
 
 REMEMBERED_BYTES = 1 << 26
@@ -41,7 +41,8 @@ def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
     for file in listed_files(manifest):
         path = folder / file["name"]
         try:
-            size = path.stat().st_size
+            with explain_unreadable(path):
+                size = path.stat().st_size
         except FileNotFoundError:
             raise CorpusError(f"{path}: the file is missing; {REMEDY}") from None
         if size != file["size"]:
@@ -84,7 +85,7 @@ def _check_contents(
     for file in files:
         path = folder / file["name"]
         found, largest = hashlib.sha256(), -1
-        with path.open("rb") as stream:
+        with explain_unreadable(path), path.open("rb") as stream:
             while block := stream.read(_BLOCK_BYTES):
                 found.update(block)
                 if file["name"] in of_tokens:

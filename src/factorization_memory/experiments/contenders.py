@@ -6,7 +6,6 @@ A value is read as the field's type says, then checked as any configuration is, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import types
 import typing
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from factorization_memory._files import JSONError, read_json
 from factorization_memory.config import RETIRED, ConfigError, ModelConfig, RunConfig, from_dict, suggestion, to_dict
 from factorization_memory.presets import PRESETS
 
@@ -103,11 +103,11 @@ def _base(text: str) -> RunConfig:
     if not text.endswith(".json"):
         raise ConfigError(f"{text!r} is no preset{suggestion(text, PRESETS)}; a file is named by its .json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a run's config.json") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); name a run's config.json") from None
+    except JSONError as error:
+        raise ConfigError(f"{error}; name a run's config.json") from None
     return from_dict(RunConfig, values)
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from factorization_memory._files import write_atomic
+from factorization_memory import _files
+from factorization_memory._files import JSONError, parse_json, write_atomic
 from factorization_memory.config import RunConfig, to_dict
 
 JOB_NAME, LOG_NAME, FAILURE_NAME, MEMORY_NAME = "job.json", "log.txt", "failure.json", "memory.json"
@@ -253,8 +254,8 @@ def is_evaluated(folder: Path, options: dict[str, Any] | None) -> bool:
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None where there is no such file or it was cut short."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return _files.read_json(path)
+    except (FileNotFoundError, JSONError):
         return None
 
 
@@ -264,7 +265,7 @@ def _training_lines(text: bytes) -> list[dict[str, Any]]:
         # The first may be cut by where reading began, the last by a writer who is not through.
         if line.startswith(b'{"kind": "train"'):
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                lines.append(parse_json(line))
+            except JSONError:
                 continue
     return lines

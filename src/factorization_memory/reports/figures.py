@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from factorization_memory.models.routing import DEAD_SHARE
 INK, SOFT, LINE = "#1d2127", "#59616c", "#e3e4e0"
 SERIES = ("#2257c4", "#c2541d", "#1f8a5b", "#8a4fc4")
 BAD = "#b3261e"
+MOST_SOURCES = 12
+"""Sources that a figure shows, those with the most text; tables hold all."""
 _PAGE_COLOURS = {
     INK: "--ink",
     SOFT: "--soft",
@@ -80,7 +82,8 @@ def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure | None:
         smooth = _smooth(y)
         axes.plot(x, smooth, color=SOFT, linewidth=1.6)
         ends = [("training", smooth[-1], SOFT)]
-        names = sorted({name for m in evaluations for name in m["sources"]})
+        sizes = {name: part.get("tokens", 0) for m in evaluations for name, part in m["sources"].items()}
+        names = sorted(_largest(sizes))
         shown = smooth[len(smooth) // 10 :]
         for index, name in enumerate(names):
             colour = SERIES[index % len(SERIES)]
@@ -109,6 +112,8 @@ def position_curves(position: dict[str, dict[str, Any]]) -> Figure | None:
     tokens with the memory restarted each training context; from the `position` part of evaluation.json."""
     if not position:
         return None
+    kept = _largest({name: sum(b["tokens"] for b in result["bins"]) for name, result in position.items()})
+    position = {name: position[name] for name in kept}
     with matplotlib.rc_context(_STYLE):
         columns = min(len(position), 2)
         rows = -(-len(position) // columns)
@@ -278,7 +283,11 @@ def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int
     `contenders` holds the `by_position` part of a summary in `compare.json` by name: bins of each source with mean and spread
     (drawn as a band) of the loss. None when there are none.
     """
-    sources = list(dict.fromkeys(source for by_position in contenders.values() for source in by_position))
+    sizes: dict[str, int] = {}
+    for by_position in contenders.values():
+        for source, bins in by_position.items():
+            sizes[source] = max(sizes.get(source, 0), sum(b["tokens"] for b in bins))
+    sources = _largest(sizes)
     if not sources:
         return None
     with matplotlib.rc_context(_STYLE):
@@ -423,6 +432,12 @@ def short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"
+
+
+def _largest(sizes: Mapping[str, int]) -> list[str]:
+    """The names, in their order, of the `MOST_SOURCES` with the largest sizes."""
+    kept = sorted(sizes, key=lambda name: -sizes[name])[:MOST_SOURCES]
+    return [name for name in sizes if name in kept]
 
 
 def _named(name: str) -> str:

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from factorization_memory._files import write_atomic
+from factorization_memory._files import JSONError, read_json, read_json_lines, write_atomic
 from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.reports import figures
@@ -148,11 +148,11 @@ MEMORY_NOTE = (
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ReportError(f"{path}: not JSON ({error}); write it again, or remove it to leave its section out") from None
+    except JSONError as error:
+        raise ReportError(f"{error}; write it again, or remove it to leave its section out") from None
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
@@ -171,14 +171,13 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue  # cut short by a crash
+    try:
+        for values in read_json_lines(path):
+            if not isinstance(values.get("kind"), str) or not isinstance(values.get("step"), int):
+                raise ReportError(f"{path}: a line without 'kind' and 'step' ({str(values)[:80]}); remove it")
+            yield values
+    except JSONError as error:
+        raise ReportError(str(error)) from None
 
 
 def _last_samples(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

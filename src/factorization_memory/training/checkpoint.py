@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from factorization_memory._files import atomic_folder
+from factorization_memory._files import UnreadableError, atomic_folder, require_readable
 from factorization_memory.config import RunConfig, to_dict
 from factorization_memory.models.finite import not_finite
 from factorization_memory.training.checkpoint_folder import (
@@ -196,9 +196,12 @@ def load_tensors(model: nn.Module, path: Path) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
+        require_readable(path)
         tensors = load_file(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; {present(path.parent)}") from None
+    except UnreadableError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or cut short ({error}); {present(path.parent)}") from None
     wrong = not_finite(tensors)

@@ -5,7 +5,6 @@ What a checkpoint holds is in checkpoint.py.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import warnings
@@ -15,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from factorization_memory._files import JSONError, explain_unreadable, read_json
 from factorization_memory.config import ConfigError, RunConfig, from_dict
 
 FORMAT_VERSION = 1
@@ -66,7 +66,8 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folder = run_dir / CHECKPOINTS_NAME
-    found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    with explain_unreadable(folder):
+        found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
@@ -130,11 +131,13 @@ def _best(paths: list[Path]) -> Path:
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's `state.json`. Raises `CheckpointError` when it is missing, damaged or of a newer version."""
     try:
-        record: dict[str, Any] = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(path / STATE_NAME)
         version = record["format_version"]
     except FileNotFoundError:
         raise DamagedError(f"{path}: no checkpoint here ({STATE_NAME} is missing); {present(path)}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except JSONError as error:
+        raise DamagedError(f"{path / STATE_NAME}: damaged or cut short ({error.reason}); {present(path)}") from None
+    except (KeyError, TypeError) as error:
         raise DamagedError(f"{path / STATE_NAME}: damaged or cut short ({error}); {present(path)}") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(

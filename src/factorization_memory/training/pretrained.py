@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from factorization_memory._files import atomic_folder
+from factorization_memory._files import JSONError, atomic_folder, read_json
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
 from factorization_memory.models.pretrained import (
     CardFacts,
@@ -235,10 +235,16 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
     model, tokenizer, config = _read_pretrained(folder)
     record = _known_training(folder)
     with atomic_folder(run_dir) as aside:
-        checkpoint = save_checkpoint(
-            aside, model=model, optimizer=None, config=config, state=TrainingState(**record.get("state", {})),
-            tokenizer_fingerprint=tokenizer.fingerprint, corpus_fingerprint=record.get("corpus_fingerprint", ""),
-        )  # fmt: skip
+        try:
+            checkpoint = save_checkpoint(
+                aside, model=model, optimizer=None, config=config, state=TrainingState(**record.get("state", {})),
+                tokenizer_fingerprint=tokenizer.fingerprint, corpus_fingerprint=record.get("corpus_fingerprint", ""),
+            )  # fmt: skip
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{run_dir}: the model could not be written there ({error.__cause__}); nothing was kept: make room or give "
+                "access, or write elsewhere"
+            ) from error
         for name, key in ((ENVIRONMENT_NAME, "environment"), (SOURCES_NAME, "sources")):
             if record.get(key):
                 write_json(aside / name, record[key])
@@ -354,11 +360,11 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
 def _read_json(path: Path) -> dict[str, Any]:
     """An object of a file that may be missing, {} then."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not JSON, damaged or cut short ({error}); restore it, or remove it") from None
+    except JSONError as error:
+        raise CheckpointError(f"{path}: not JSON, damaged or cut short ({error.reason}); restore it, or remove it") from None
     return values if isinstance(values, dict) else {}
 
 

@@ -167,7 +167,7 @@ class RichProgress(TrainingObserver):
 
     def _say(self, line: str) -> None:
         # No markup and no highlighting: prompts and paths may hold brackets.
-        self.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(line, keep="\t"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

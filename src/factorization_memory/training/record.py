@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from factorization_memory import __version__
-from factorization_memory._files import write_atomic
+from factorization_memory._files import JSONError, read_json, read_json_lines, write_atomic
 from factorization_memory.config import RunConfig, from_dict, to_dict
 
 if TYPE_CHECKING:
@@ -54,11 +54,13 @@ class RunRecord:
         """The configuration in `config.json`. Raises RunFolderError where there is none, ConfigError where it cannot be."""
         path = self.run_dir / CONFIG_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except FileNotFoundError:
             raise RunFolderError(f"{self.run_dir}: there is no run here ({CONFIG_NAME} is missing); start one first") from None
-        except ValueError as error:
-            raise RunFolderError(f"{path}: not a configuration ({error}); restore it, or start in another folder") from None
+        except JSONError as error:
+            raise RunFolderError(
+                f"{path}: not a configuration ({error.reason}); restore it, or start in another folder"
+            ) from None
         return from_dict(RunConfig, values)
 
     def begin(self, config: RunConfig, tokenizer: Tokenizer, device: torch.device, resumed_at: int | None = None) -> None:
@@ -69,7 +71,7 @@ class RunRecord:
             environment["resumed_at_step"] = resumed_at
             if path.exists():
                 try:
-                    before = json.loads(path.read_text(encoding="utf-8"))
+                    before = read_json(path)
                     environment["earlier"] = [*before.pop("earlier", []), before]
                 except (ValueError, TypeError, AttributeError) as error:
                     raise RunFolderError(
@@ -93,16 +95,16 @@ class RunRecord:
             raise _unwritable(path, error) from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; one that a crash cut short is passed over."""
+        """The lines of `metrics.jsonl`; one that a crash cut short is passed over. Raises RunFolderError for one that is whole
+        and is none of a run's."""
         path = self.run_dir / METRICS_NAME
-        if not path.exists():
-            return
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue
+        try:
+            for values in read_json_lines(path):
+                if not isinstance(values.get("kind"), str) or not isinstance(values.get("step"), int):
+                    raise RunFolderError(f"{path}: a line without 'kind' and 'step' ({str(values)[:80]}); remove it")
+                yield values
+        except JSONError as error:
+            raise RunFolderError(str(error)) from None
 
     def cut_after(self, step: int, observed_step: int) -> None:
         """Drop what a resumed run does again: steps after `step`, and evaluations, routing, samples after `observed_step`."""

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
-from factorization_memory._files import atomic_folder
+from factorization_memory._files import atomic_folder, parse_json
 from factorization_memory.config import ModelConfig
 from factorization_memory.models.finite import not_finite
 from factorization_memory.models.language_model import LanguageModel
@@ -114,7 +116,12 @@ def save_pretrained(
     if wrong is not None:
         raise ValueError(f"weight {wrong!r} is not finite in {fields['dtype']}; export in float32, or an earlier checkpoint")
     with atomic_folder(folder, overwrite=overwrite) as aside:
-        save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
+        try:
+            save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
+        except SafetensorError as error:
+            # It is no OSError, but ends in the number of one: "... (os error 28)".
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, f"{folder}: {error}") from error
         _write_json(aside / CONFIG_NAME, fields)
         for path in aside.glob("*.safetensors"):
             path.chmod((aside / CONFIG_NAME).stat().st_mode)  # as written they are for their owner alone
@@ -164,7 +171,7 @@ def exported_weights(model: LanguageModel) -> dict[str, Tensor]:
 def special_ids(definition: str, path: Path) -> dict[str, int]:
     """The fields that name special tokens by their ids, from the text of a tokenizer.json."""
     try:
-        known = {token["content"]: token["id"] for token in json.loads(definition)["added_tokens"]}
+        known = {token["content"]: token["id"] for token in parse_json(definition)["added_tokens"]}
         end, padding = known[DOCUMENT_END], known[PADDING]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a tokenizer of ours, which has {DOCUMENT_END} and {PADDING} ({error})") from None

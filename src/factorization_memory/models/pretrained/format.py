@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from factorization_memory._files import JSONError, UnreadableError, read_json, require_readable
 from factorization_memory.config import RETIRED, ConfigError, ModelConfig, from_dict, to_dict
 from factorization_memory.models.finite import not_finite
 from factorization_memory.models.language_model import LanguageModel
@@ -89,9 +90,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
+            require_readable(folder / name)
             tensors |= load_file(folder / name)
         except FileNotFoundError:
             raise FormatError(f"{folder / name}: missing, though {INDEX_NAME} names it; copy the whole model") from None
+        except UnreadableError:
+            raise
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{folder / name}: damaged or cut short ({error}); copy or download it again") from None
     return tensors
@@ -220,11 +224,11 @@ def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: P
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except FileNotFoundError:
         raise FormatError(f"{path}: missing; give a folder of Hugging Face's layout") from None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: not JSON, damaged or cut short ({error}); copy or download it again") from None
+    except JSONError as error:
+        raise FormatError(f"{path}: not JSON, damaged or cut short ({error.reason}); copy or download it again") from None
     if not isinstance(fields, dict):
         raise FormatError(f"{path}: not an object of fields; copy or download it again")
     return fields

@@ -1,0 +1,49 @@
+"""What to say of text that is not UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+
+_SEEN_BYTES = 1 << 18
+"""How much of a text is looked at."""
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_JAPANESE = {"EUC-JP": "euc_jp", "SHIFT_JIS": "cp932", "UTF-16LE": "utf-16-le", "UTF-16BE": "utf-16-be"}
+"""Encodings by their names for `iconv`, with Python's."""
+
+
+def is_wide(data: bytes) -> bool:
+    """Whether text looks like UTF-16 or UTF-32: of ASCII in these every other byte or more is zero, which is valid UTF-8."""
+    seen = data[:_SEEN_BYTES]
+    return seen.count(0) > len(seen) // 4
+
+
+def conversion(data: bytes) -> str:
+    """A remedy for text that is not UTF-8: how to convert it."""
+    found = _encoding(data[:_SEEN_BYTES])
+    if found is None:
+        return "convert it from the encoding that it is in, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
+    return f"it looks like {found}; convert it, for example with `iconv -f {found} -t UTF-8`"
+
+
+def _encoding(data: bytes) -> str | None:
+    """The encoding that the beginning of a text shows by its byte-order mark, its zeros or its kana; None if it does not."""
+    for mark, name in _MARKS:
+        if data.startswith(mark):
+            return name
+    if is_wide(data):
+        return "UTF-16BE" if data[::2].count(0) > data[1::2].count(0) else "UTF-16LE"
+    for name, codec in _JAPANESE.items():
+        try:
+            # The last character may be cut.
+            text = codecs.getincrementaldecoder(codec)().decode(data)
+        except UnicodeDecodeError:
+            continue
+        foreign = [character for character in text if character > "\x7f"]
+        if sum("ぁ" <= character <= "ヶ" for character in foreign) > len(foreign) / 4:
+            return name
+    return None
