@@ -22,6 +22,7 @@ from factorization_memory.cli import train as train_verb
 from factorization_memory.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.experiments import ReportError, write_report
+from factorization_memory.models import counting
 
 TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--data.context-length", "32",
@@ -273,6 +274,49 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "estimate for float32; on a GPU precision=auto takes bfloat16 activations" in note
     _, dense, _ = call(capsys, "plan", "paper", "--json")
     assert json.loads(dense)["flops_per_token"]["of_which_recurrence"] == 8 * result["flops_per_token"]["of_which_recurrence"]
+
+
+def test_plan_knows_the_corpus(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its vocabulary is that of the run, so that parameters are those that will be trained; and how often it is read."""
+    command = ["plan", "demo", *TINY, "--data.corpus", workplace / "packed"]
+    status, out, err = call(capsys, *command, "--json")
+    plan, trained = json.loads(out), json.loads((workplace / "run" / "result.json").read_text())
+    assert (status, plan["parameters"]["total"], plan["vocabulary_assumed"]) == (0, trained["parameters"], False)
+    corpus = PackedCorpus.open(workplace / "packed")
+    training_tokens = len(corpus.sources["all"].splits["train"].tokens)
+    assert plan["epochs"] == {"total": 8 * 128 / training_tokens, "training_tokens": training_tokens, "sources": {}}
+    assert f"read {8 * 128 / training_tokens:.2f} times" in " ".join(err.split())
+    _, out, _ = call(capsys, *command, "--data.weights", "all", 2, "--json")
+    assert json.loads(out)["epochs"]["sources"] == {"all": 8 * 128 / training_tokens}
+    status, _, err = call(capsys, *command, "--model.vocab-size", 1000)
+    assert (status, "model.vocab_size=1000: the corpus's tokenizer has" in err) == (2, True)
+    # Without a corpus the demo's is that of `fmem demo`.
+    _, out, _ = call(capsys, "plan", "demo", "--json")
+    assert json.loads(out)["vocab_size"] == demo_verb.VOCABULARY
+
+
+def test_plan_tells_the_time_by_a_benchmark_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan = ["plan", "demo", "--training.device", "cpu", "--training.precision", "float32", "--json"]
+    _, out, err = call(capsys, *plan)
+    assert json.loads(out)["time"] is None
+    assert "run `fmem bench training` once" in " ".join(err.split())
+    benchmark = ["bench", "training", "--device", "cpu", "--lengths", 16, "--batch", 1, "--repeats", 1, "--peers"]
+    small = ["--model.hidden-size", 16, "--model.num-layers", 1, "--model.vocab-size", 300]
+    status, out, err = call(capsys, *benchmark, *small, "--json")
+    assert status == 0, err
+    rate = json.loads(out)["records"][0]["tokens_per_second"]
+    _, out, err = call(capsys, *plan)
+    planned = json.loads(out)
+    of_model = counting.count(ModelConfig(hidden_size=16, num_layers=1, vocab_size=300), 16).train_flops
+    assert planned["time"]["flops_per_second"] == pytest.approx(of_model * rate)
+    assert planned["time"]["seconds"] == pytest.approx(planned["train_flops"] / (of_model * rate))
+    assert "on this machine" in " ".join(err.split())
+    (note,) = tmp_path.rglob("training-cpu-float32.json")
+    note.write_text("{")
+    assert json.loads(call(capsys, *plan)[1])["time"] is None
 
 
 def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
