@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from factorization_memory.config import DataConfig, ModelConfig, RunConfig, Trai
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.experiments import ReportError, write_report
 from factorization_memory.models import counting
+from factorization_memory.presets import PRESETS
 
 TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--data.context-length", "32",
@@ -591,3 +594,56 @@ def test_the_shipped_model_is_trained_further(workplace: Path, tmp_path: Path, c
     )
     assert status == 0, err
     assert json.loads(out)["train"]["loss"] < 6  # 8.3 from random weights
+
+
+def test_none_is_spelled_as_people_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--model.top-k", "none"], ["--model.top-k=none"], ["--model.top_k", "None"]):
+        status, out, err = call(capsys, "plan", "demo", *words, "--json")
+        assert status == 0, err
+        assert json.loads(out)["flops_per_token"]["of_which_recurrence"] == 5 * 64 * 320 * 3
+    # Where it is text, it is text.
+    _, _, err = call(capsys, "generate", "none", "--prompt", "x")
+    assert "none: no such folder" in err
+
+
+def test_presets_and_verbs_fit_a_terminal_and_say_their_size(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "train", "--help")
+    assert max(map(len, out.splitlines())) <= 80
+    for name, make in PRESETS.items():
+        model = dataclasses.replace(make().model, vocab_size=1)
+        counts = counting.count(model)
+        size = counts.non_embedding_parameters / 1e6
+        said = re.search(r"([\d.]+) M parameters outside the embedding", " ".join((make.__doc__ or "").split()))
+        assert said is not None, name
+        assert float(said[1]) == pytest.approx(size, rel=0.03), name
+    _, out, _ = call(capsys, "--help")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_last_line_of_training_says_what_came_of_it(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a run"
+    assert call(capsys, "train", "demo", *TINY, "--data.corpus", workplace / "packed", "--run-dir", folder)[0] == 0
+    status, _, err = call(capsys, "train", "--resume", folder)
+    bits = json.loads((folder / "result.json").read_text())["evaluation"]["bits_per_byte"]
+    assert status == 0
+    last = err.splitlines()[-1]
+    said = rf"held-out {bits:.3f} bits/byte after 8 steps in 0:\d\d; next: fmem generate '{folder}' --prompt TEXT"
+    assert re.match(said, last)
+
+
+def test_layers_are_counted_from_one(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, err = call(capsys, "evaluate", workplace / "run", "--json")
+    assert [layer["layer"] for layer in json.loads(out)["routing"]] == [0]
+    rows = [line.split() for line in err[err.index("dead states") :].splitlines()]
+    assert any(row[1:2] == ["1"] for row in rows)
+
+
+def test_doctor_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, _, err = call(capsys, "doctor")
+    table = [line for line in err.splitlines() if "float32" in line or "bfloat16" in line]
+    assert table
+    assert not any("…" in line for line in table)
+    assert all("pass" in line for line in table)
