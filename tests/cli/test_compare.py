@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from factorization_memory.cli import compare as compare_verb
 from factorization_memory.cli import compare_display, compare_plan, dispatch
@@ -19,6 +22,7 @@ from factorization_memory.config import ConfigError, RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import recall_suite
+from factorization_memory.experiments.processes import Job
 from factorization_memory.reports.comparison_table import tables
 from factorization_memory.training.guard import RunLock
 
@@ -229,6 +233,7 @@ def test_search_seeds_and_figures(
     row = next(line for line in table.splitlines() if line.startswith("| wide"))
     assert "3.2100 ± 0.5100" in row
     assert "0.004 (edge)" in row
+    assert re.search(r"look further, compare in another folder with --learning-rates wide=.*0\.004,0\.008", table)
     assert "+1.2000 ± 0.2887" in table
     assert "diverged" in table
     repeated = next(line for line in table.split("(repeated)")[1].splitlines() if line.startswith("| wide"))
@@ -481,6 +486,36 @@ def test_bad_usage(
     assert not (tmp_path / "out").exists()
 
 
+def test_contenders_that_cannot_be_matched_are_told_a_size_that_fits_all(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contenders = ["demo", "deep=demo:model.num-layers=8"]
+    options = ["--model.hidden-size", "64", *TINY[4:], "--corpus", corpus, "--out", tmp_path / "out", "--dry-run", "--json"]
+    status, _, err = call(capsys, *contenders, *options, "--parameters", 10**7)
+    assert status == 2
+    reached = dict(re.findall(r"(demo|deep) ([\d,]+) to", err))
+    assert reached.keys() == {"demo", "deep"}
+    found = re.search(r"--parameters (\d+) fits all", err)
+    assert found is not None, err
+    assert call(capsys, *contenders, *options, "--parameters", found[1])[0] == 0
+
+
+def test_all_have_one_schedule_unless_told_otherwise(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = TINY.index("--optimizer.warmup-steps")
+    small = [*TINY[:at], *TINY[at + 2 :], "--training.steps", "400", "--model.hidden-size", "192"]
+    contenders = ["demo", "other=paper", "own=paper:optimizer.warmup-steps=7"]
+    options = ["--corpus", corpus, "--out", tmp_path / "out", "--dry-run", "--json"]
+
+    def schedules(*more: str) -> list[tuple[str, int]]:
+        status, out, err = call(capsys, *contenders, *small, *options, *more)
+        assert status == 0, err
+        found = json.loads(out)["contenders"].values()
+        return [(each["optimizer"]["schedule"], each["optimizer"]["warmup_steps"]) for each in found]
+
+    assert schedules() == [("wsd", 40), ("wsd", 40), ("wsd", 7)]
+    assert schedules("--own-schedules") == [("wsd", 40), ("cosine", 100), ("cosine", 7)]
+
+
 def test_text_in_another_order_is_refused(corpus: Path) -> None:
     opened = PackedCorpus.open(corpus)
     one = from_dict(RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 128, "steps": 4}})
@@ -624,3 +659,22 @@ def test_which_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compare_verb.visible_gpus(2) == ["4", "GPU-a"]
     with pytest.raises(ConfigError, match="--gpus=3: this process sees 2"):
         compare_verb.visible_gpus(3)
+
+
+def test_the_time_that_all_runs_still_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the steps done here alone: those of an earlier call took no time of this one."""
+    now = [100.0]
+    monkeypatch.setattr(compare_display.time, "monotonic", lambda: now[0])
+    config = from_dict(RunConfig, {"training": {"steps": 10}})
+    jobs = [Job("a", "seed", f"seed {i}", tmp_path / str(i), config) for i in range(4)]
+    display = compare_display.Display(Console(file=io.StringIO()), total_steps=40)
+    assert display.time_left() is None
+    display.on_end(jobs[0], None)  # was done before
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "metrics.jsonl").write_text('{"kind": "train", "step": 4}\n')
+    display.on_start(jobs[1])  # goes on from step 4
+    display.on_start(jobs[2])
+    now[0] += 60
+    display.on_progress(jobs[1], {"step": 6})
+    display.on_progress(jobs[2], {"step": 4})
+    assert display.time_left() == "20 of 40 steps of all runs left, about 3:20"

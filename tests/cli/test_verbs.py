@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +23,8 @@ from factorization_memory.cli import evaluate as evaluate_verb
 from factorization_memory.cli import train as train_verb
 from factorization_memory.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
+from factorization_memory.models import counting
+from factorization_memory.presets import PRESETS
 from factorization_memory.reports import ReportError, write_report
 
 TINY = [
@@ -273,6 +277,49 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "estimate for float32; on a GPU precision=auto takes bfloat16 activations" in note
     _, dense, _ = call(capsys, "plan", "paper", "--json")
     assert json.loads(dense)["flops_per_token"]["of_which_recurrence"] == 8 * result["flops_per_token"]["of_which_recurrence"]
+
+
+def test_plan_knows_the_corpus(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its vocabulary is that of the run, so that parameters are those that will be trained; and how often it is read."""
+    command = ["plan", "demo", *TINY, "--data.corpus", workplace / "packed"]
+    status, out, err = call(capsys, *command, "--json")
+    plan, trained = json.loads(out), json.loads((workplace / "run" / "result.json").read_text())
+    assert (status, plan["parameters"]["total"], plan["vocabulary_assumed"]) == (0, trained["parameters"], False)
+    corpus = PackedCorpus.open(workplace / "packed")
+    training_tokens = len(corpus.sources["all"].splits["train"].tokens)
+    assert plan["epochs"] == {"total": 8 * 128 / training_tokens, "training_tokens": training_tokens, "sources": {}}
+    assert f"read {8 * 128 / training_tokens:.2f} times" in " ".join(err.split())
+    _, out, _ = call(capsys, *command, "--data.weights", "all", 2, "--json")
+    assert json.loads(out)["epochs"]["sources"] == {"all": 8 * 128 / training_tokens}
+    status, _, err = call(capsys, *command, "--model.vocab-size", 1000)
+    assert (status, "model.vocab_size=1000: the corpus's tokenizer has" in err) == (2, True)
+    # Without a corpus the demo's is that of `fmem demo`.
+    _, out, _ = call(capsys, "plan", "demo", "--json")
+    assert json.loads(out)["vocab_size"] == demo_verb.VOCABULARY
+
+
+def test_plan_tells_the_time_by_a_benchmark_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan = ["plan", "demo", "--training.device", "cpu", "--training.precision", "float32", "--json"]
+    _, out, err = call(capsys, *plan)
+    assert json.loads(out)["time"] is None
+    assert "run `fmem bench training` once" in " ".join(err.split())
+    benchmark = ["bench", "training", "--device", "cpu", "--lengths", 16, "--batch", 1, "--repeats", 1, "--peers"]
+    small = ["--model.hidden-size", 16, "--model.num-layers", 1, "--model.vocab-size", 300]
+    status, out, err = call(capsys, *benchmark, *small, "--json")
+    assert status == 0, err
+    rate = json.loads(out)["records"][0]["tokens_per_second"]
+    _, out, err = call(capsys, *plan)
+    planned = json.loads(out)
+    of_model = counting.count(ModelConfig(hidden_size=16, num_layers=1, vocab_size=300), 16).train_flops
+    assert planned["time"]["flops_per_second"] == pytest.approx(of_model * rate)
+    assert planned["time"]["seconds"] == pytest.approx(planned["train_flops"] / (of_model * rate))
+    assert "on this machine" in " ".join(err.split())
+    (note,) = tmp_path.rglob("training-cpu-float32.json")
+    note.write_text("{")
+    assert json.loads(call(capsys, *plan)[1])["time"] is None
 
 
 def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -547,3 +594,56 @@ def test_the_shipped_model_is_trained_further(workplace: Path, tmp_path: Path, c
     )
     assert status == 0, err
     assert json.loads(out)["train"]["loss"] < 6  # 8.3 from random weights
+
+
+def test_none_is_spelled_as_people_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--model.top-k", "none"], ["--model.top-k=none"], ["--model.top_k", "None"]):
+        status, out, err = call(capsys, "plan", "demo", *words, "--json")
+        assert status == 0, err
+        assert json.loads(out)["flops_per_token"]["of_which_recurrence"] == 5 * 64 * 320 * 3
+    # Where it is text, it is text.
+    _, _, err = call(capsys, "generate", "none", "--prompt", "x")
+    assert "none: no such folder" in err
+
+
+def test_presets_and_verbs_fit_a_terminal_and_say_their_size(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "train", "--help")
+    assert max(map(len, out.splitlines())) <= 80
+    for name, make in PRESETS.items():
+        model = dataclasses.replace(make().model, vocab_size=1)
+        counts = counting.count(model)
+        size = counts.non_embedding_parameters / 1e6
+        said = re.search(r"([\d.]+) M parameters outside the embedding", " ".join((make.__doc__ or "").split()))
+        assert said is not None, name
+        assert float(said[1]) == pytest.approx(size, rel=0.05), name
+    _, out, _ = call(capsys, "--help")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_last_line_of_training_says_what_came_of_it(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a run"
+    assert call(capsys, "train", "demo", *TINY, "--data.corpus", workplace / "packed", "--run-dir", folder)[0] == 0
+    status, _, err = call(capsys, "train", "--resume", folder)
+    bits = json.loads((folder / "result.json").read_text())["evaluation"]["bits_per_byte"]
+    assert status == 0
+    last = err.splitlines()[-1]
+    said = rf"held-out {bits:.3f} bits/byte after 8 steps in 0:\d\d; next: fmem generate '{folder}' --prompt TEXT"
+    assert re.match(said, last)
+
+
+def test_layers_are_counted_from_one(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, err = call(capsys, "evaluate", workplace / "run", "--json")
+    assert [layer["layer"] for layer in json.loads(out)["routing"]] == [0]
+    rows = [line.split() for line in err[err.index("dead states") :].splitlines()]
+    assert any(row[1:2] == ["1"] for row in rows)
+
+
+def test_doctor_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, _, err = call(capsys, "doctor")
+    table = [line for line in err.splitlines() if "float32" in line or "bfloat16" in line]
+    assert table
+    assert not any("…" in line for line in table)
+    assert all("pass" in line for line in table)

@@ -7,7 +7,13 @@ import dataclasses
 import pytest
 
 from factorization_memory.config import AttentionConfig, ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
-from factorization_memory.experiments.matching import TOLERANCE, match_parameters, non_embedding_parameters
+from factorization_memory.experiments.matching import (
+    TOLERANCE,
+    fitting_target,
+    match_parameters,
+    non_embedding_parameters,
+    reach,
+)
 from factorization_memory.models import LanguageModel
 
 MEMORY = ModelConfig(vocab_size=50, hidden_size=128, num_layers=2, num_states=32)
@@ -92,3 +98,26 @@ def test_refuses_what_cannot_be_matched() -> None:
     given = dataclasses.replace(MEMORY, feed_forward=False)
     with pytest.raises(ConfigError, match=r"model\.num_layers .* a factor of 2, cannot .* nearest, .*model\.num_layers=4"):
         match_parameters(given, 50 * non_embedding_parameters(given))
+
+
+def test_where_one_cannot_be_matched_a_size_that_fits_all_is_found() -> None:
+    """Each kind of blocks has its own range; what is proposed is one that every one of them takes."""
+    memory = ModelConfig(vocab_size=1, hidden_size=64, num_layers=4, num_states=16)
+    mamba = ModelConfig(
+        vocab_size=1, hidden_size=64, num_layers=12, mixers=("mamba2",), feed_forward=False,
+        mamba2=Mamba2Config(state_size=16, head_size=16),
+    )  # fmt: skip
+    for model in (memory, mamba):
+        least, most = reach(model)
+        assert least < non_embedding_parameters(model) < most
+        for end, beyond in ((least, 0.9), (most, 1.1)):
+            assert match_parameters(model, end).parameters == pytest.approx(end, rel=TOLERANCE)
+            with pytest.raises(ConfigError):
+                match_parameters(model, round(end * beyond))
+    far = 10 * reach(memory)[1]
+    number = fitting_target([memory, mamba], far)
+    assert number is not None
+    for model in (memory, mamba):
+        match_parameters(model, number)
+    deep = dataclasses.replace(mamba, num_layers=400)
+    assert fitting_target([memory, deep], far) is None

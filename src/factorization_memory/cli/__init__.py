@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
@@ -114,5 +115,8 @@ def _lost_stdout(error: OSError) -> int:
 
 
 def _help() -> str:
-    lines = "\n".join(f"  {verb:<10}{what}" for verb, what in VERBS.items())
+    # Not `listing` of common.py, which imports what this must not.
+    lines = "\n".join(
+        textwrap.fill(what, 80, initial_indent=f"  {verb:<10}", subsequent_indent=" " * 12) for verb, what in VERBS.items()
+    )
     return f"usage: fmem VERB [options]; fmem VERB --help tells more\n\n{lines}\n\n  --version"

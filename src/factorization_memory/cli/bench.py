@@ -16,6 +16,7 @@ import tyro
 from factorization_memory.cli import bench_inference, bench_step
 from factorization_memory.cli.bench_inference import Inference
 from factorization_memory.cli.bench_step import Step
+from factorization_memory.cli.benchmark_notes import remember
 from factorization_memory.cli.common import bench_status, emit, parse, say
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 from factorization_memory.config import ConfigError, ModelConfig
@@ -334,7 +335,13 @@ def _training(options: Training, command: str) -> int:
     with people.status("") as status:
         result = training.run(benchmark, resolve_device(options.device, "device"), status.update)
     _show_training(result, people)
-    emit({"benchmark": "training", "command": command, "model": asdict(options.model)} | result, options.json)
+    record = {"benchmark": "training", "command": command, "model": asdict(options.model)} | result
+    if result["interrupted"] is None and not options.compile:
+        try:
+            remember(record)
+        except OSError as error:
+            say(f"not kept for `fmem plan`: {error}")
+    emit(record, options.json)
     return bench_status(result, failed=False)
 
 

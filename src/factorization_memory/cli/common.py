@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
+import textwrap
+import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -29,7 +32,43 @@ T = TypeVar("T")
 def parse(options: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
     """The options of `fmem VERB` as an instance of the dataclass `options`; usage errors exit with status 2."""
     extra: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(options, prog=f"fmem {verb}", args=arguments, **extra)
+    may_be_none = flags_that_may_be_none(options)
+    words = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        flag, equals, value = word.partition("=")
+        if before.replace("_", "-") in may_be_none and word.lower() == "none":
+            word = "None"
+        elif equals and flag.replace("_", "-") in may_be_none and value.lower() == "none":
+            word = f"{flag}=None"
+        words.append(word)
+    return tyro.cli(options, prog=f"fmem {verb}", args=words, **extra)
+
+
+def flags_that_may_be_none(options: type[Any], prefix: str = "--") -> set[str]:
+    """The flags of the dataclass `options`, and of those in it, that take a number or `None`, which people write `none`."""
+    if not dataclasses.is_dataclass(options):  # one of several verbs
+        members = [
+            typing.get_args(each)[0] if typing.get_origin(each) is Annotated else each for each in typing.get_args(options)
+        ]
+        return {flag for each in members for flag in flags_that_may_be_none(each, prefix)}
+    found = set()
+    for name, hint in typing.get_type_hints(options, include_extras=True).items():
+        kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        named = next((each.name for each in notes if isinstance(getattr(each, "name", None), str)), name)
+        if dataclasses.is_dataclass(kind):
+            inner = f"{prefix}{named.replace('_', '-')}." if named else prefix
+            found |= flags_that_may_be_none(typing.cast(type, kind), inner)
+        elif type(None) in (among := typing.get_args(kind)) and {int, float} & {*among}:
+            found.add(prefix + name.replace("_", "-"))
+    return found
+
+
+def listing(items: dict[str, str], width: int) -> str:
+    """Names and what they are, for help: the names in a column of `width`, broken so that a terminal of 80 shows them whole."""
+    return "\n".join(
+        textwrap.fill(what, 80, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (width + 2))
+        for name, what in items.items()
+    )
 
 
 def choose(name: str, known: dict[str, Any], what: str) -> Any:

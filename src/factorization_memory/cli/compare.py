@@ -125,7 +125,7 @@ def _work(plan: Plan, options: CompareOptions, arguments: list[str], people: Con
         except Exception as error:  # the others must not end with it
             people.print(f"{plan.folder / RECORD_NAME}: not written yet: {error}", markup=False, soft_wrap=True)
 
-    with GracefulStop() as stop, Display(people, keep) as display:
+    with GracefulStop() as stop, Display(people, keep, plan.total_steps) as display:
         for jobs, parallel in ((plan.jobs(), options.parallel), (plan.alone_jobs(), 1)):
             started += run_jobs(
                 jobs, command, parallel=parallel, threads=threads(torch.get_num_threads(), parallel), gpus=gpus,

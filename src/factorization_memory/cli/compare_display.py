@@ -24,9 +24,19 @@ class Display(Watcher):
 
     PLAIN_SECONDS = 30.0
 
-    def __init__(self, people: Console | None = None, ended: Callable[[Job], None] = lambda job: None) -> None:
+    def __init__(
+        self,
+        people: Console | None = None,
+        ended: Callable[[Job], None] = lambda job: None,
+        total_steps: int | None = None,
+    ) -> None:
+        """`total_steps` are those of all runs together, from which the time that is left is told."""
         self._people = people if people is not None else console()
         self._ended = ended
+        self._total = total_steps
+        self._done_before = self._done_here = 0
+        self._first_step: dict[Path, int] = {}
+        self._began = time.monotonic()
         self._running: dict[Path, tuple[Job, dict[str, Any]]] = {}
         self._live: Live | None = None
         self._said = time.monotonic()
@@ -47,6 +57,9 @@ class Display(Watcher):
     def on_start(self, job: Job) -> None:
         """A job begins."""
         self._running[job.folder] = (job, {})
+        if (line := job.latest()) is not None:  # it goes on where it was stopped
+            self._first_step[job.folder] = line["step"]
+            self._done_before += line["step"]
         self._say(f"{job.title}: begins")
 
     def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
@@ -56,6 +69,10 @@ class Display(Watcher):
     def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
         """A job has ended, or was done before."""
         before = self._running.pop(job.folder, None) is None
+        if before:
+            self._done_before += job.config.training.steps
+        else:
+            self._done_here += job.config.training.steps - self._first_step.get(job.folder, 0)
         if not before:
             self._ended(job)
         if failure is not None:
@@ -73,9 +90,26 @@ class Display(Watcher):
             self._said = time.monotonic()
             for job, line in self._running.values():
                 self._say(f"{job.title}: " + "  ".join(_standing(job, line)))
+            if (left := self.time_left()) is not None:
+                self._say(left)
+
+    def time_left(self) -> str | None:
+        """How long all runs together still take at the pace so far, evaluations aside; None while that is not known."""
+        here = self._done_here + sum(
+            max(0, line["step"] - self._first_step.get(folder, 0)) for folder, (_, line) in self._running.items() if line
+        )
+        if self._total is None or here <= 0:
+            return None
+        from factorization_memory.training.progress import clock
+
+        left = max(0, self._total - self._done_before - here)
+        seconds = left * (time.monotonic() - self._began) / here
+        return f"{left:,} of {self._total:,} steps of all runs left, about {clock(seconds)}"
 
     def _table(self) -> Table:
         shown = table("", "run", "step", "loss", "tokens/s")
+        shown.caption = self.time_left()
+        shown.caption_justify = "left"
         for job, line in self._running.values():
             shown.add_row(plain(job.title), *_standing(job, line))
         return shown

@@ -28,8 +28,9 @@ CHECKED_STEPS = 3
 @dataclass(frozen=True)
 class CompareOptions:
     """Compare models on equal terms: as many parameters outside the embedding, the same tokens in the same order, each at the
-    best of several learning rates, over several seeds. Text and steps are those of the first contender. Any field of a run set
-    by its flag (`fmem train PRESET --help` lists them) holds for all. The same command goes on where it was stopped."""
+    best of several learning rates, over several seeds. Text, steps and schedule are those of the first contender. Any field of
+    a run set by its flag (`fmem train PRESET --help` lists them) holds for all. The same command goes on where it was stopped.
+    """
 
     contenders: tyro.conf.Positional[tuple[str, ...]]
     """Each PRESET, PRESET:field=value,field=value (as paper-sparse:model.top-k=8,model.num-heads=4), or a run's config.json;
@@ -49,6 +50,9 @@ class CompareOptions:
     """Share of the steps that the short trainings have."""
     search_seed: int = 1000
     """Seed of the short trainings, none of --seeds."""
+    own_schedules: bool = False
+    """Each contender keeps the warm-up and decay of its preset; by default all have the first's, but for what their own text
+    sets."""
     match_to: str | None = None
     """Contender whose number of parameters all take; by default the first."""
     parameters: int | None = None
@@ -128,7 +132,9 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
 
     opened = PackedCorpus.open(options.corpus.resolve())
     corpus = Corpus(opened.folder, opened.fingerprint, opened.tokenizer.fingerprint, opened.tokenizer.vocab_size)
-    entries = make_entries(contenders, corpus, rates, seeds, options.parameters or options.match_to or names[0])
+    entries = make_entries(
+        contenders, corpus, rates, seeds, options.parameters or options.match_to or names[0], options.own_schedules
+    )
     first = entries[0].config
     if options.train:
         resolve_device(first.training.device)

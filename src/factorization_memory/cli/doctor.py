@@ -117,7 +117,8 @@ def _show(findings: dict[str, Any], people: Console) -> None:
         facts.add_row("gpu", f"[dim]none: {findings['no_gpu']}[/]")
     people.print(facts)
 
-    table = Table("backend", "device")
+    # Without lines between the columns, so that all fit a terminal of 80.
+    table = Table("backend", "device", box=None, padding=(0, 1, 0, 0), header_style="bold underline")
     table.add_column("case", no_wrap=True)
     table.add_column("values")
     table.add_column("error", justify="right")

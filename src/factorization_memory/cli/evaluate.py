@@ -220,5 +220,5 @@ def show(result: dict[str, Any]) -> None:
     for layer in result["routing"]:
         mean = [sum(layer[key]) / len(layer[key]) for key in ("balance", "entropy")]
         states = sum(len(head) for head in layer["share"])
-        table.add_row(str(layer["layer"]), f"{sum(layer['dead'])} of {states}", *(f"{value:.2f}" for value in mean))
+        table.add_row(str(layer["layer"] + 1), f"{sum(layer['dead'])} of {states}", *(f"{value:.2f}" for value in mean))
     out.print(table)

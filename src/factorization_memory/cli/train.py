@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from factorization_memory.cli.common import choose, console, emit, interrupted_status, parse, say
+from factorization_memory.cli.common import choose, console, emit, interrupted_status, listing, parse, say
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.presets import PRESETS
 
@@ -48,13 +48,13 @@ def preset_and_options(arguments: list[str], verb: str, options: type[Any]) -> A
     if source is not None and arguments[0].startswith("-") and not {"-h", "--help"} & {*arguments}:
         return parse(options, arguments, verb, default=options(config=_started_from(source, None)))
     if not arguments or arguments[0].startswith("-"):
-        listing = "\n".join(f"  {name:<14}{make.__doc__}" for name, make in PRESETS.items())
+        presets = listing({name: " ".join((make.__doc__ or "").split()) for name, make in PRESETS.items()}, 16)
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
-        message = f"usage: fmem {verb} PRESET [options]; fmem {verb} PRESET --help lists every option\n\n{listing}"
+        message = f"usage: fmem {verb} PRESET [options]\n       fmem {verb} PRESET --help lists every option\n\n{presets}"
         if verb == "train":
             message += (
-                "\n\nfmem train --resume RUN goes on with a run; --init-from MODEL (a run, an exported model, or builtin) "
-                "starts from a trained model"
+                "\n\nfmem train --resume RUN goes on with a run;"
+                "\nfmem train PRESET --init-from MODEL starts from a trained one: a run, an export,\nor builtin"
             )
         if not asked:
             raise ConfigError(message)
@@ -129,8 +129,26 @@ def run(arguments: list[str]) -> int:
         return interrupted_status(result)
     from factorization_memory.reports.report import write_report
 
-    console().print(f"report: {write_report(options.run_dir)}")
+    say(f"report: {write_report(options.run_dir)}")
+    say(_last_line(result, options.run_dir))
     return 0
+
+
+def _last_line(result: dict[str, Any], run_dir: Path) -> str:
+    """How good a finished run is, how long it took, and what to do with it."""
+    from factorization_memory.training.progress import clock
+
+    held_out, train = result["evaluation"], result["train"]
+    loss = (
+        f"held-out {held_out['bits_per_byte']:.3f} bits/byte"
+        if held_out is not None and held_out["bits_per_byte"] is not None
+        else "done" if train is None else f"training loss {train['loss']:.3f} nats/token"
+    )  # fmt: skip
+    run = shlex.quote(str(run_dir))
+    return (
+        f"{loss} after {result['steps']:,} steps in {clock(result['seconds'])}; next: fmem generate {run} --prompt TEXT, "
+        f"fmem evaluate {run}, fmem export {run} FOLDER"
+    )
 
 
 def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, Any]:

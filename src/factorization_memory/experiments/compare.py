@@ -18,12 +18,22 @@ from typing import Any
 
 from factorization_memory.config import ConfigError, ModelConfig, RunConfig, is_neutral, to_dict
 from factorization_memory.experiments.contenders import Contender
-from factorization_memory.experiments.matching import Match, match_parameters, non_embedding_parameters
+from factorization_memory.experiments.matching import (
+    Match,
+    fitting_target,
+    match_parameters,
+    non_embedding_parameters,
+    reach,
+)
 from factorization_memory.experiments.processes import Job
 
 PLAN_VERSION = 2
 SAME_COMMAND_MAY_CHANGE = ("data.corpus", "data.read_ahead")
 """Fields left out of `plan.json`: where the corpus lies (its fingerprint tells which it is) and how it is read."""
+
+
+SCHEDULE = ("schedule", "warmup_steps", "decay_fraction", "final_ratio")
+"""Fields of `OptimizerConfig` that shape the learning rate over the steps: the same for all unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,17 @@ class Plan:
             return []
         return self.seed_jobs(entry)
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all trainings together: searches, seeds and those alone."""
+        each = [
+            len(entry.seeds) * entry.config.training.steps
+            + (len(entry.rates) * self.search_steps if len(entry.rates) > 1 else 0)
+            + self.alone_steps
+            for entry in self.entries
+        ]
+        return sum(each)
+
     def search_jobs(self, entry: Entry) -> list[Job]:
         """One short training for each learning rate, its schedule shortened as a whole; none for a single rate."""
         if len(entry.rates) < 2:
@@ -186,15 +207,29 @@ class Plan:
         return job.folder.relative_to(self.folder).as_posix()
 
 
+def _what_fits(configs: Sequence[RunConfig], target: int) -> str:
+    """What sizes contenders can take, and one that fits all: for who asked for one that does not."""
+    ranges = "; ".join(f"{config.name} {least:,} to {most:,}" for config in configs for least, most in [reach(config.model)])
+    number = fitting_target([config.model for config in configs], target)
+    remedy = (
+        f"--parameters {number} fits all" if number is not None else "none was found that fits all: change depths or widths"
+    )
+    return f". Sizes that can be reached: {ranges}; {remedy}"
+
+
 def make_entries(
     contenders: Sequence[Contender],
     corpus: Corpus,
     rates: dict[str, tuple[float, ...]],
     seeds: dict[str, tuple[int, ...]],
     match_to: str | int,
+    own_schedules: bool = False,
 ) -> tuple[Entry, ...]:
     """The contenders with the text and the steps of the first, as many parameters as `match_to` (one of them, or a number), and
     their learning rates and seeds.
+
+    The shape of the learning rate over the steps (`SCHEDULE`) is the first's too, but for the fields that a contender's own
+    text sets; `own_schedules` leaves each that of its preset.
 
     Raises ConfigError that names the contender that cannot be made so.
     """
@@ -213,6 +248,16 @@ def make_entries(
                 model=dataclasses.replace(contender.config.model, vocab_size=corpus.vocab_size),
                 data=dataclasses.replace(first.data, corpus=str(corpus.folder)),
                 training=training,
+                optimizer=contender.config.optimizer
+                if own_schedules
+                else dataclasses.replace(
+                    contender.config.optimizer,
+                    **{
+                        name: getattr(first.optimizer, name)
+                        for name in SCHEDULE
+                        if f"optimizer.{name}" not in contender.own_fields
+                    },
+                ),
             )
         except ConfigError as error:
             raise ConfigError(f"contender {contender.name!r}: {error}") from None
@@ -230,7 +275,7 @@ def make_entries(
         try:
             match = match_parameters(config.model, target)
         except ConfigError as error:
-            raise ConfigError(f"contender {contender.name!r}: {error}") from None
+            raise ConfigError(f"contender {contender.name!r}: {error}{_what_fits(complete, target)}") from None
         own = tuple(sorted(rates[contender.name]))
         config = dataclasses.replace(config, model=match.model)
         entries.append(Entry(contender.name, contender.text, config, match, own, seeds[contender.name]))

@@ -32,6 +32,8 @@ class Contender:
     text: str
     """As it was given."""
     config: RunConfig
+    own_fields: frozenset[str] = frozenset()
+    """Those that its text sets."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -93,7 +95,7 @@ def read_contender(text: str, overrides: Mapping[str, str]) -> Contender:
     except ConfigError as error:
         raise ConfigError(f"contender {text!r}: {error}") from None
     default = Path(base).resolve().parent.name if base.endswith(".json") else base
-    return Contender(named[1] if named else default + (f":{settings}" if settings else ""), text, config)
+    return Contender(named[1] if named else default + (f":{settings}" if settings else ""), text, config, frozenset(own))
 
 
 def _base(text: str) -> RunConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ FARTHEST = 2.0
 """Depth and mixer width of blocks without feed-forward may change by this factor, up or down."""
 FEED_FORWARD_FARTHEST = 4.0
 """The same for the width of a feed-forward layer."""
+TRIED = 16
+"""Sizes between the least and the largest that are tried for one that fits all."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,56 @@ def match_parameters(model: ModelConfig, target: int, tolerance: float = TOLERAN
     return Match(found, non_embedding_parameters(found), target, _varied(model, found))
 
 
+def reach(model: ModelConfig) -> tuple[int, int]:
+    """The fewest and the most parameters outside embedding and head that `match_parameters` can give `model`; between them a
+    few may be out of reach."""
+    if model.feed_forward:
+        ends = [dataclasses.replace(model, intermediate_size=width) for width in _feed_forward_range(model)]
+    else:
+        expands = _expands(model)[1]
+        layers = [repeats * len(model.mixers) for repeats in _repeats_range(model)]
+        ends = [
+            dataclasses.replace(_widened(model, expand), num_layers=number)
+            for expand, number in zip((expands[0], expands[-1]), layers, strict=True)
+        ]
+    least, most = map(non_embedding_parameters, ends)
+    return least, most
+
+
+def fitting_target(models: Sequence[ModelConfig], target: int) -> int | None:
+    """The number of parameters nearest to `target` that all `models` can be given, of those that suggest themselves; None where
+    there is none."""
+    ranges = [reach(model) for model in models]
+    lowest, highest = max(least for least, _ in ranges), min(most for _, most in ranges)
+    if lowest > highest:
+        return None
+    spaced = [round(lowest * (highest / lowest) ** (i / TRIED)) for i in range(TRIED + 1)]
+    suggested = {min(max(target, lowest), highest), *spaced}
+    suggested |= {own for own in map(non_embedding_parameters, models) if lowest <= own <= highest}
+    for number in sorted(suggested, key=lambda each: abs(each - target)):
+        try:
+            for model in models:
+                match_parameters(model, number)
+        except ConfigError:
+            continue
+        return number
+    return None
+
+
+def _feed_forward_range(model: ModelConfig) -> tuple[int, int]:
+    """The least and the largest width that a feed-forward layer may take."""
+    step = FEED_FORWARD_MULTIPLES[-1]
+    lowest = max(1, math.ceil(model.feed_forward_size / FEED_FORWARD_FARTHEST / step)) * step
+    return lowest, max(lowest, math.floor(model.feed_forward_size * FEED_FORWARD_FARTHEST / step) * step)
+
+
+def _repeats_range(model: ModelConfig) -> tuple[int, int]:
+    """The fewest and the most repeats of the pattern of mixers that a model may have."""
+    pattern = len(model.mixers)
+    fewest = max(1, math.ceil(model.num_layers / FARTHEST / pattern))
+    return fewest, max(fewest, math.floor(model.num_layers * FARTHEST / pattern))
+
+
 def _by_feed_forward(model: ModelConfig, target: int, tolerance: float) -> ModelConfig:
     def sized(width: int) -> ModelConfig:
         return dataclasses.replace(model, intermediate_size=width)
@@ -69,8 +122,7 @@ def _by_feed_forward(model: ModelConfig, target: int, tolerance: float) -> Model
     of_one = (wide - narrow) / 32
     exact = 32 + (target - narrow) / of_one
     step = FEED_FORWARD_MULTIPLES[-1]
-    lowest = max(1, math.ceil(model.feed_forward_size / FEED_FORWARD_FARTHEST / step)) * step
-    highest = max(lowest, math.floor(model.feed_forward_size * FEED_FORWARD_FARTHEST / step) * step)
+    lowest, highest = _feed_forward_range(model)
 
     def difference_at(width: int) -> float:
         return (narrow + (width - 32) * of_one) / target - 1
@@ -110,8 +162,7 @@ def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> Mo
     one, two = parameters(1, own), parameters(2, own)
     other = max(expands, key=lambda expand: abs(expand - own))
     slope = (parameters(1, other) - one) / (other - own) if other != own else 0.0
-    fewest = max(1, math.ceil(model.num_layers / FARTHEST / pattern))
-    most = max(fewest, math.floor(model.num_layers * FARTHEST / pattern))
+    fewest, most = _repeats_range(model)
     candidates = []
     for expand in expands:
         of_one = two - one + slope * (expand - own)

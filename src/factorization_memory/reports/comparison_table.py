@@ -33,6 +33,16 @@ def tables(record: dict[str, Any]) -> list[Table]:
     return [each for each in made if each.rows and len(each.columns) > 1]
 
 
+def _extended(contender: dict[str, Any]) -> str:
+    """A contender's learning rates and one beyond the edge that its best is at, as `--learning-rates` takes them."""
+    tried = sorted(each["learning_rate"] for each in contender["learning_rate"]["candidates"])
+    if contender["learning_rate"]["chosen"] == tried[0]:
+        tried = [tried[0] ** 2 / tried[1], *tried]
+    else:
+        tried = [*tried, tried[-1] ** 2 / tried[-2]]
+    return f"{contender['name']}={','.join(f'{rate:g}' for rate in tried)}"
+
+
 def notes(record: dict[str, Any]) -> list[str]:
     """What one has to know to read the tables, a sentence each; then what failed."""
     shared, environment = record["shared"], record["environment"]
@@ -62,10 +72,12 @@ def notes(record: dict[str, Any]) -> list[str]:
     given = [each["name"] for each in record["contenders"] if not each["learning_rate"]["searched"]]
     if given:
         said.append(f"(given) The learning rate of {', '.join(given)} was not searched.")
-    edged = [each["name"] for each in record["contenders"] if each["learning_rate"]["at_edge"]]
+    beyond = [each for each in record["contenders"] if each["learning_rate"]["at_edge"]]
+    edged = [each["name"] for each in beyond]
     if edged:
         said.append(
-            f"(edge) The best learning rate of {', '.join(edged)} is at the edge of the list: a better one may lie beyond it."
+            f"(edge) The best learning rate of {', '.join(edged)} is at the edge of the list: a better one may lie beyond it. "
+            f"To look further, compare in another folder with --learning-rates {' '.join(map(_extended, beyond))}"
         )
     at_once = max(record["parallel"], default=1)
     if at_once > 1 and not shared["alone_steps"]:

@@ -134,7 +134,7 @@ class RichProgress(TrainingObserver):
         loss = f"{metrics['loss']:.3f} nats/token" if bits is None else f"{bits:.3f} bits/byte"
         values = f"{loss}  {metrics['tokens_per_second']:,.0f} tokens/s"
         now = time.monotonic()
-        left = f"{_clock((now - self._started) / (step - self._first) * (self._total - step))} left"
+        left = f"{clock((now - self._started) / (step - self._first) * (self._total - step))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=values, left=left)
             return
@@ -170,7 +170,8 @@ class RichProgress(TrainingObserver):
         self.console.print(visible(line, keep="\t"), markup=False, highlight=False, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as h:mm:ss, or m:ss below an hour."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
