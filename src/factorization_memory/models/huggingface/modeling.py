@@ -126,7 +126,8 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
                 a cache the tokens read before and T.
             past_key_values: what was read before. It is changed. Also as `cache`, its name from transformers 5.24 on.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1), which do not see each other; also as
-                `cu_seq_lens_q`. Collators that pack sequences may tell them by `position_ids` `[B, T]` alone, which begin anew.
+                `cu_seq_lens_q`. Collators that pack sequences may tell them by `position_ids` `[B, T]` alone, which begin anew,
+                or by `seq_idx` `[B, T]`, the number of each token's sequence.
         """
         cache = _the_one(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
@@ -137,6 +138,8 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
         shape, tokens = x.shape, x.shape[1]
         blocks, checkpointed = cast(list[Block], self.blocks), self.gradient_checkpointing and self.training
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if cu_seqlens is None and kwargs.get("seq_idx") is not None:
+            cu_seqlens = _borders_of_numbers(kwargs["seq_idx"], x)
         layers = self._cache_layers(cache, x.shape[0])
         mask = _padding_mask(attention_mask, x, layers[0].seen if layers else 0)
         borders, position_ids = cu_seqlens, kwargs.get("position_ids")
@@ -233,6 +236,17 @@ def _borders(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> Tensor | N
     if mask is not None and bool((mask[:, 1:] & ~mask[:, :-1] & ~starts).any()):
         raise ValueError("attention_mask: padding within a sequence, by position_ids; leave position_ids out")
     starts = torch.cat((torch.ones_like(starts[:, :1]), starts), dim=1).expand(x.shape[0], -1).flatten()
+    return torch.cat((starts.nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.int64))).to(torch.int32)
+
+
+def _borders_of_numbers(seq_idx: Tensor, x: Tensor) -> Tensor | None:
+    """The same from the number of each token's sequence."""
+    if seq_idx.shape != x.shape[:2]:
+        raise ValueError(f"seq_idx: got shape {tuple(seq_idx.shape)}, takes {list(x.shape[:2])}")
+    starts = seq_idx.diff(dim=1) != 0
+    if not bool(starts.any()):
+        return None
+    starts = torch.cat((torch.ones_like(starts[:, :1]), starts), dim=1).flatten()
     return torch.cat((starts.nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.int64))).to(torch.int32)
 
 
