@@ -431,3 +431,9 @@ def test_a_step_with_a_state_of_another_batch_is_refused(x: torch.Tensor) -> Non
 def test_a_lag_that_cannot_be(lag: Any) -> None:
     with pytest.raises(ConfigError, match=rf"model\.update_lag={lag!r}: use 0 \(the paper's form\), 1"):
         FactorizationMemory(16, 8, update_lag=lag)
+
+
+@pytest.mark.parametrize("name", ["rates", "backend"])
+def test_words_that_are_none_of_the_choices(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{name}='foo': use one of"):
+        FactorizationMemory(16, 8, **{name: "foo"})  # type: ignore[arg-type]

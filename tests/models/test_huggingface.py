@@ -197,7 +197,9 @@ def test_packed_sequences_do_not_see_each_other(config: ModelConfig) -> None:
     expected = torch.cat([ours(tokens[None])[0] for tokens in texts], dim=1)
     packed, borders = torch.cat(texts)[None], torch.tensor([0, 5, 6, 13], dtype=torch.int32)
     positions = torch.cat([torch.arange(len(tokens)) for tokens in texts])[None]
-    for options in ({"cu_seqlens": borders}, {"cu_seq_lens_q": borders}, {"position_ids": positions}):
+    numbers = torch.tensor([0] * 5 + [1] + [2] * 7)[None]
+    given = ({"cu_seqlens": borders}, {"cu_seq_lens_q": borders}, {"position_ids": positions}, {"seq_idx": numbers})
+    for options in given:
         torch.testing.assert_close(model(packed, **options).logits, expected, rtol=1e-4, atol=1e-4)
     # Two rows, the second one sequence and padding.
     rows = torch.cat((packed, torch.nn.functional.pad(texts[2], (0, 6), value=PADDING)[None]))
@@ -206,6 +208,11 @@ def test_packed_sequences_do_not_see_each_other(config: ModelConfig) -> None:
     logits = model(rows, attention_mask=mask, position_ids=places).logits
     torch.testing.assert_close(logits[:1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1, :7], expected[0, 6:], rtol=1e-4, atol=1e-4)
+    both, numbers = torch.cat((packed, packed)), torch.cat((numbers, torch.zeros_like(numbers)))
+    logits = model(both, seq_idx=numbers).logits
+    torch.testing.assert_close(logits, torch.cat((expected, ours(packed)[0])), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"seq_idx: got shape \(2, 12\), takes \[2, 13\]"):
+        model(both, seq_idx=numbers[:, 1:])
     # Padding within a sequence is as if it were not there, whatever its position.
     mask[0, 3] = mask[1, 3] = mask[1, 4] = 0
     for padding in (0, 3, 99):

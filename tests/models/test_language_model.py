@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.config import ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models import LanguageModel, cross_entropy
 from factorization_memory.models.routing import RoutingHealth, observe_routing
@@ -276,3 +276,29 @@ def test_losses_of_tokens_in_bfloat16_are_those_of_its_logits() -> None:
     expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(each.flatten().double(), expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(mean, each.mean(), rtol=1e-6, atol=1e-5)
+
+
+def test_an_empty_text_has_no_last_position(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match=r"tokens: got shape \(2, 0\), which has no last position"):
+        model(torch.zeros(2, 0, dtype=torch.int64), last_only=True)
+
+
+def test_states_and_layers_are_shown_by_their_sizes(model: LanguageModel) -> None:
+    _, state = model(torch.zeros(3, 5, dtype=torch.int64))
+    shown = repr(state)
+    assert shown.splitlines()[0] == f"ModelState(batch_size=3, {state.num_bytes:,} bytes on cpu)"
+    assert shown.splitlines()[1] == "  (1): LayerState(memory=float64[3, 2, 8, 16], convolution=float64[3, 2, 32])"
+    assert "tensor(" not in shown
+    assert "2 steps" in repr(model.keep_undo(state.detach(), 2))
+    assert "num_states=8, top_k=2, num_heads=2, head_size=16, update_lag=0" in repr(model.blocks[0].mixer)
+
+
+@pytest.mark.parametrize("mixer", ["memory", "attention", "mamba2", "gated_deltanet"])
+def test_states_of_layers_are_detached(mixer: Any) -> None:
+    sizes = {"mamba2": Mamba2Config(8, 8), "gated_deltanet": GatedDeltaNetConfig(head_size=8)}
+    config = ModelConfig(vocab_size=30, hidden_size=16, num_layers=1, num_states=8, mixers=(mixer,), **sizes)  # type: ignore[arg-type]
+    _, state = LanguageModel(config)(torch.zeros(3, 5, dtype=torch.int64))
+    assert any(x.requires_grad for x in state.tensors())
+    assert "tensor(" not in repr(state)
+    for detached in (state.detach(), state.layers[0].detach()):  # type: ignore[attr-defined]
+        assert not any(x.requires_grad for x in detached.tensors())

@@ -17,6 +17,7 @@ from factorization_memory.config.checks import (
 )
 
 Mixer = Literal["memory", "attention", "mamba2", "gated_deltanet"]
+Rates = Literal["head", "state"]
 Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
 
 
@@ -152,7 +153,7 @@ class ModelConfig:
     update_lag: int = 0
     """How many tokens back a token takes the affinities it writes with: 0, its own (the paper); 1, the previous token's, so
     that a later occurrence of that token finds what followed it (the associative form, see docs/method.md)."""
-    rates: Literal["head", "state"] = "state"
+    rates: Rates = "state"
     """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
     update_rate_init: tuple[float, float] = (0.05, 0.95)
     """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
@@ -180,6 +181,8 @@ class ModelConfig:
         require_at_most(self, "model", MOST_TOKENS, "vocab_size")
         backends = typing.get_args(Backend)
         require(self.backend in backends, "model.backend", self.backend, f"use one of {', '.join(map(repr, backends))}")
+        rates = typing.get_args(Rates)
+        require(self.rates in rates, "model.rates", self.rates, f"use one of {', '.join(map(repr, rates))}")
         require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "use 0 (the tokenizer's size) or more")
         for name in ("hidden_size", "num_layers", "num_states", "num_heads"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")

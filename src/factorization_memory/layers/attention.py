@@ -26,7 +26,7 @@ FIRST_ROOM = 16
 """Places that a step makes first; from then on it doubles them."""
 
 
-@dataclass
+@dataclass(repr=False)
 class AttentionState(GrowingState):
     """The keys and values that tokens to come may attend to. The token at position p, counted from 1, lies in place p - 1, in a
     window of W tokens in place (p - 1) modulo W, of which there are at most W.

@@ -104,6 +104,14 @@ class FactorizationMemory(nn.Module):
         """Called with the routing of each forward pass, for diagnosis."""
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        """Sizes."""
+        sizes = {
+            "hidden_size": self.hidden_size, "num_states": self.num_states, "top_k": self.top_k, "num_heads": self.num_heads,
+            "head_size": self.head_size, "update_lag": self.update_lag, "backend": self.backend,
+        }  # fmt: skip
+        return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+
     @classmethod
     def from_config(cls, config: ModelConfig) -> FactorizationMemory:
         """The layer of a model's configuration."""

@@ -20,7 +20,7 @@ from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
-from factorization_memory.layers.state import make_writable, outside_inference_mode
+from factorization_memory.layers.state import LayerStateBase, make_writable, outside_inference_mode
 from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
@@ -32,8 +32,8 @@ KEY_EPS = 1e-6
 """Added to the squared norm under the root by which queries and keys are divided."""
 
 
-@dataclass
-class GatedDeltaNetState:
+@dataclass(repr=False)
+class GatedDeltaNetState(LayerStateBase):
     """The state of one Gated DeltaNet layer; an all-zero one is the initial state.
 
     Attributes:

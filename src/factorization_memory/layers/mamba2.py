@@ -19,7 +19,7 @@ from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
 from factorization_memory.layers.norm import rms_norm
-from factorization_memory.layers.state import make_writable, outside_inference_mode
+from factorization_memory.layers.state import LayerStateBase, make_writable, outside_inference_mode
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.ssd import ssd, ssd_step
 
@@ -29,8 +29,8 @@ STEP_SIZES = (1e-3, 1e-1)
 """Least and largest step size at initialisation, drawn evenly in their logarithm."""
 
 
-@dataclass
-class Mamba2State:
+@dataclass(repr=False)
+class Mamba2State(LayerStateBase):
     """The state of one Mamba-2 layer; zero is empty.
 
     Attributes:

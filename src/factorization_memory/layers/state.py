@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,26 @@ class MixerState(Protocol):
         """The state with `function` applied to each tensor."""
 
 
-class GrowingState(ABC):
+class LayerStateBase:
+    """What the states of all mixers share, which are dataclasses of tensors and plain values."""
+
+    def __repr__(self) -> str:
+        """Dtypes and sizes, not numbers."""
+        fields = ((name, value) for name, value in vars(self).items() if value is not None)
+        return f"{type(self).__name__}({', '.join(f'{name}={_size(value)}' for name, value in fields)})"
+
+    def detach(self) -> Self:
+        """The same numbers, cut off from the graph that made them."""
+        return cast(Any, self).apply(torch.detach)
+
+
+def _size(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"{len(value.rows)} steps" if isinstance(value, Undo) else repr(value)
+
+
+class GrowingState(LayerStateBase, ABC):
     """A `MixerState` whose tensors grow with the text read, as a cache of keys and values, up to `most` tokens if that is not
     None."""
 
@@ -92,8 +111,8 @@ class Undo:
             tensor.copy_(ring.index_select(0, place)[0])
 
 
-@dataclass
-class LayerState:
+@dataclass(repr=False)
+class LayerState(LayerStateBase):
     """The state of one memory layer.
 
     Attributes:
@@ -273,6 +292,11 @@ class ModelState:
                 f"snapshot: it is not among the last {len(self._before)} steps of this state, which are kept; "
                 "keep more with LanguageModel.keep_undo, or clone() the state"
             )
+
+    def __repr__(self) -> str:
+        """Sizes, not numbers."""
+        lines = "".join(f"\n  ({i}): {layer!r}" for i, layer in enumerate(self.layers, start=1))
+        return f"ModelState(batch_size={self.batch_size}, {self.num_bytes:,} bytes on {self.device}){lines}"
 
     def __iter__(self) -> Iterator[MixerState]:
         return iter(self.layers)

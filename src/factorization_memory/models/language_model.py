@@ -206,8 +206,12 @@ class LanguageModel(nn.Module):
             token.
 
         Raises:
-            ValueError: an argument that does not fit, or an empty packed sequence with `last_only`.
+            ValueError: an argument that does not fit, or an empty sequence with `last_only`.
         """
+        if last_only and tokens.shape[1] == 0:
+            raise ValueError(
+                f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or no last_only"
+            )
         if last_only and cu_seqlens is not None and not torch.compiler.is_compiling():
             borders = read_borders(cu_seqlens)
             empty = [n for n, (start, stop) in enumerate(pairwise(borders)) if start == stop]

@@ -165,7 +165,8 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
                 a cache the tokens read before and T.
             past_key_values: what was read before. It is changed. Also as `cache`, its name from transformers 5.24 on.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1), which do not see each other; also as
-                `cu_seq_lens_q`. Collators that pack sequences may tell them by `position_ids` `[B, T]` alone, which begin anew.
+                `cu_seq_lens_q`. Collators that pack sequences may tell them by `position_ids` `[B, T]` alone, which begin anew,
+                or by `seq_idx` `[B, T]`, the number of each token's sequence.
         """
         cache = _the_one(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
@@ -178,6 +179,8 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         blocks, checkpointed = cast(list[Block], self.blocks), self.gradient_checkpointing and self.training
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if cu_seqlens is None and kwargs.get("seq_idx") is not None:
+            cu_seqlens = _borders_of_numbers(kwargs["seq_idx"], x)
         layers = self._cache_layers(cache, x.shape[0])
         mask = _padding_mask(attention_mask, x, layers[0].seen if layers else 0)
         borders, position_ids, rows = cu_seqlens, kwargs.get("position_ids"), _Rows(x)
@@ -311,6 +314,17 @@ def _borders(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tens
         return None, None
     starts = torch.cat((anew.new_ones(1), anew | other))
     return torch.cat((starts.nonzero()[:, 0], row.new_tensor([len(starts)]))).to(torch.int32), real
+
+
+def _borders_of_numbers(seq_idx: Tensor, x: Tensor) -> Tensor | None:
+    """The same from the number of each token's sequence."""
+    if seq_idx.shape != x.shape[:2]:
+        raise ValueError(f"seq_idx: got shape {tuple(seq_idx.shape)}, takes {list(x.shape[:2])}")
+    starts = seq_idx.diff(dim=1) != 0
+    if not bool(starts.any()):
+        return None
+    starts = torch.cat((torch.ones_like(starts[:, :1]), starts), dim=1).flatten()
+    return torch.cat((starts.nonzero()[:, 0], starts.new_tensor([starts.numel()], dtype=torch.int64))).to(torch.int32)
 
 
 @contextmanager

@@ -79,6 +79,8 @@ def last_inputs(x: Tensor, taps: int, tail: Tensor | None = None, cu_seqlens: Te
     tail = x.new_zeros(sequences, room, x.shape[2]) if tail is None else tail.to(x.dtype)
     if cu_seqlens is None:
         # Never a view, which would keep all tokens alive for as long as the tail is carried.
+        if torch.compiler.is_compiling():  # one graph for sequences shorter and longer than the tail
+            return torch.cat((tail, x), dim=1).narrow(1, x.shape[1], room).clone()
         last = x[:, max(x.shape[1] - room, 0) :]
         return torch.cat((tail[:, last.shape[1] :], last), dim=1)
     borders = cu_seqlens.to(x.device, torch.long)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from factorization_memory.ops.precision import no_autocast, state_dtype
-from factorization_memory.ops.ssd.chunked import MIN_CHUNK, NO_DECAY_LEFT, decays
+from factorization_memory.ops.ssd.chunked import MIN_CHUNK, NO_DECAY_LEFT, chunk_of, decays
 
 CHUNK_SIZE = 64
 """Tokens of a chunk, as in the paper."""
@@ -89,7 +89,7 @@ def _forward(
     batch, length, heads, width = v.shape
     wide, packing = state_dtype(v), None
     if cu_seqlens is None:
-        chunk = min(CHUNK_SIZE, max(length, 1))
+        chunk = chunk_of(CHUNK_SIZE, length)
         chunks = max(1, -(-length // chunk))
     else:
         sequences, chunk = cu_seqlens.shape[0] - 1, CHUNK_SIZE
@@ -106,7 +106,7 @@ def _forward(
         if packing is not None:
             room = tensor.new_zeros(1, chunks * chunk, *tensor.shape[2:])
             tensor = room.index_copy(1, packing.token, tensor)
-        elif length < chunks * chunk:
+        elif torch.compiler.is_compiling() or length < chunks * chunk:
             tensor = functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, chunks * chunk - length))
         return tensor.unflatten(1, (chunks, chunk)).transpose(2, 3).contiguous()
 

@@ -144,7 +144,8 @@ def _plain(
 
 def _largest(logits: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest logits of the last dimension, the lower index first among equals."""
-    if logits.dtype == torch.float64 or logits.numel() <= FEW:
+    few = not torch.compiler.is_compiling() and logits.numel() <= FEW  # one graph serves few and many
+    if logits.dtype == torch.float64 or few:
         logits = (logits + 0.0).masked_fill(logits.isnan(), torch.nan)  # zero has one sign, and so has NaN
         return torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :count]
     # Which of equals `topk` takes is not promised, so none are equal: bits that are in the order of the numbers, then the

@@ -89,6 +89,12 @@ def forward(
         return _forward(x, dt, decay_rate, input_map, output_map, chunk_size, initial, keep_final, cu_seqlens)
 
 
+def chunk_of(chunk_size: int, length: int) -> int:
+    """Tokens of a chunk of sequences that are not packed: no more than there are, but in a compiled graph, which is for any
+    length."""
+    return chunk_size if torch.compiler.is_compiling() else min(chunk_size, max(length, 1))
+
+
 def log_decays(dt: Tensor, decay_rate: Tensor, dtype: torch.dtype) -> Tensor:
     """dt A, `[B, T, H]`, in `dtype`, cut off where nothing is left."""
     return (dt.to(dtype) * decay_rate.to(dtype)).clamp(min=NO_DECAY_LEFT[dtype])
@@ -102,7 +108,7 @@ def _forward(
     groups, size = input_map.shape[2:]
     wide, packing = state_dtype(x), None
     if cu_seqlens is None:
-        chunk = min(chunk_size, max(length, 1))
+        chunk = chunk_of(chunk_size, length)
         chunks = max(1, -(-length // chunk))
     else:
         sequences, chunk = cu_seqlens.shape[0] - 1, chunk_size
@@ -118,7 +124,7 @@ def _forward(
         if packing is not None:
             room = tensor.new_zeros(1, chunks * chunk, *tensor.shape[2:])
             tensor = room.index_copy(1, packing.token, tensor)
-        elif length < chunks * chunk:
+        elif torch.compiler.is_compiling() or length < chunks * chunk:
             tensor = functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, chunks * chunk - length))
         return tensor.unflatten(1, (chunks, chunk))
 
