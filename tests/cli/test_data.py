@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def test_pack_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(result["left_out"]["of another kind"]) == 7
     assert dispatch(["data", "tokenizer", str(texts), "--vocab-size", "270", "--output", str(tmp_path / "t.json")]) == 0
     assert capsys.readouterr().err.count("lost.txt") == 1
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some words\n" * 100)
+    (tmp_path / "texts" / os.fsdecode(b"\xff.md")).touch()
+    command = ["data", "pack", str(tmp_path / "texts"), "--output", str(tmp_path / "packed"), "--json", "--overwrite"]
+    assert dispatch(command) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == {"of another kind": [f"{tmp_path}/texts/\\xff.md"]}
+    folder = tmp_path / "texts" / os.fsdecode(b"\xfe")
+    folder.mkdir()
+    (folder / "b.txt").write_text("other words\n" * 100)
+    assert dispatch(command) == 1
+    assert "the name of its source, '\\udcfe', is not UTF-8; rename" in capsys.readouterr().err
 
 
 def test_recipe_of_the_readme_on_a_few_books(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -259,7 +260,8 @@ class LeftOut:
         self.paths: dict[str, list[str]] = {}
 
     def add(self, path: Path, reason: str) -> None:
-        self.paths.setdefault(reason, []).append(str(path))
+        # As text that can be written, also where a name is not UTF-8.
+        self.paths.setdefault(reason, []).append(os.fsencode(path).decode("utf-8", errors="backslashreplace"))
 
     def say(self) -> None:
         for reason, paths in self.paths.items():

@@ -131,6 +131,11 @@ def _folder_source(file: Path, folder: Path) -> str:
 
 
 def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iterator[Document]:
+    if _SURROGATE.search(source or fallback):
+        raise CorpusError(
+            f"{path}: the name of its source, {source or fallback!r}, is not UTF-8; rename the file or folder that it comes "
+            "from, or name the source, NAME=PATH"
+        )
     suffix = _suffix(path.name)
     if suffix == ".txt":
         with explain_unreadable(path):
