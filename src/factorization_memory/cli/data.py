@@ -154,7 +154,7 @@ def _tokenizer(arguments: list[str]) -> int:
         raise ConfigError(f"--vocab-size={options.vocab_size}: use 258 (256 bytes and 2 special tokens) or more")
     import time
 
-    from factorization_memory.data.corpora import read_documents
+    from factorization_memory.data.corpora import read_documents, utf8_length
     from factorization_memory.data.tokenizer import Tokenizer
 
     limit = int(options.max_megabytes * 1e6)
@@ -165,13 +165,13 @@ def _tokenizer(arguments: list[str]) -> int:
         for path in options.inputs:
             for number, document in enumerate(read_documents(path, skipped=lambda *_: None)):  # told of before
                 if number % keep == 0:
-                    read += len(document.text.encode())
+                    read += utf8_length(document.text)
                     yield document.text
 
     left_out = LeftOut()
     with console().status("reading the texts"):
         total = sum(
-            len(document.text.encode()) for path in options.inputs for document in read_documents(path, skipped=left_out.add)
+            utf8_length(document.text) for path in options.inputs for document in read_documents(path, skipped=left_out.add)
         )
     left_out.say()
     options.output.parent.mkdir(parents=True, exist_ok=True)
