@@ -376,6 +376,7 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["plan", "demo", "--model.num-layers", "1000000000"], 2, "model.num_layers=1000000000: use 1,000,000 or fewer"),
         (["generate", "--prompt", "x", "--seed", str(2**70)], 2, "--seed=1180591620717411303424: use a number from 0 to"),
         (["generate", "--prompt", "x", "--num-samples", str(10**9)], 2, "ask for fewer"),
+        (["bench", "step", "--top-k", "100000"], 2, "--top-k=(100000,): more than any of"),
         (["bench", "op", "--batch", str(10**9)], 1, "this needs more memory than there is"),
         (["data"], 2, "usage: fmem data VERB"),
         (["data", "pakc"], 2, "did you mean 'pack'?"),

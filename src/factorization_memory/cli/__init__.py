@@ -72,7 +72,7 @@ def dispatch(arguments: list[str]) -> int:
     try:
         return import_module(f"{__name__}.{MODULES.get(verb, verb)}").run(rest)
     except ConfigError as error:
-        return complain(str(error), 2)
+        return complain(_with_flag(str(error)), 2)
     except KeyboardInterrupt:
         return complain("interrupted", 130)
     except BrokenPipeError as error:
@@ -81,6 +81,11 @@ def dispatch(arguments: list[str]) -> int:
         if os.environ.get("FMEM_TRACEBACK"):
             raise
         return complain(_in_words(error), 1)
+
+
+def _with_flag(message: str) -> str:
+    """The library names an argument of its own; here that is a flag. Fields of a run, with their section, are spelled alike."""
+    return re.sub(r"^(?!contenders=)[a-z]+(_[a-z]+)*=", lambda name: "--" + name[0].replace("_", "-"), message)
 
 
 def _in_words(error: Exception) -> str:
