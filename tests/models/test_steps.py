@@ -196,3 +196,20 @@ def test_operators_say_what_to_do_with_a_state_of_inference_mode() -> None:
         state = torch.zeros(2, 2, 6, 4)
     with pytest.raises(ValueError, match=r"state: was made under torch\.inference_mode\(\).*take state\.clone\(\)"):
         factorization_memory_step(torch.rand(2, 2, 6), torch.rand(2, 2, 6), torch.rand(2, 2, 4), state)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    from factorization_memory import LanguageModel
+    from factorization_memory.config import ModelConfig
+
+    model = LanguageModel(ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, num_states=4))
+    tokens = torch.tensor([[1, 2, 3]])
+    for given, name in (
+        ({}, "tokens"),
+        ({"cu_seqlens": [0, 3]}, "cu_seqlens"),
+        ({"padding_mask": [[True] * 3]}, "padding_mask"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: got list .*, takes a tensor"):
+            model(tokens if given else tokens.tolist(), **given)
+    with pytest.raises(ValueError, match=r"^tokens: got list \[1\], takes"):
+        model.step([1], model.initial_state(1))

@@ -83,3 +83,15 @@ def test_bad_step_selection(changes: dict[str, Any], message: str) -> None:
 def test_bad_step_state() -> None:
     with pytest.raises(ValueError, match=r"state: got shape \(2, 1, 4, 2\), takes \(2, 1, 4, 3\)"):
         factorization_memory_step(U[:, 0], U[:, 0], V[:, 0], torch.zeros(2, 1, 4, 2))
+
+
+@pytest.mark.parametrize("name", ["update", "merge", "value", "indices", "initial_state", "cu_seqlens"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    weights = torch.rand(1, 3, 1, 2)
+    arguments = {
+        "update": weights, "merge": weights, "value": torch.rand(1, 3, 1, 4), "indices": torch.arange(2).expand(1, 3, 1, 2),
+        "num_states": 2, "initial_state": torch.zeros(1, 1, 2, 4), "cu_seqlens": torch.tensor([0, 3]),
+    }  # fmt: skip
+    factorization_memory(**arguments)
+    with pytest.raises(ValueError, match=f"^{name}: got list .*, takes a tensor"):
+        factorization_memory(**arguments | {name: arguments[name].tolist()})

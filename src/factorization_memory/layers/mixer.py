@@ -64,12 +64,14 @@ class SequenceMixer(Protocol):
 
 def check_token(x: Tensor, hidden_size: int) -> None:
     """ValueError for an argument of a mixer's `step` that is of the wrong shape."""
+    ops.check_tensors(x=x)
     if x.dim() != 2 or x.shape[1] != hidden_size:
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token of each sequence, [B, {hidden_size}]")
 
 
 def check_inputs(x: Tensor, hidden_size: int, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
     """ValueError for arguments of a mixer's `forward` that are of the wrong shape or dtype, or do not go together."""
+    ops.check_tensors(x=x, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
     if x.dim() != 3 or x.shape[2] != hidden_size:
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes [B, T, {hidden_size}]")
     if padding_mask is not None:
@@ -111,13 +113,17 @@ class Broken:
 def set_aside(x: Tensor, cu_seqlens: Tensor | None, window: int | None = None) -> tuple[Tensor, Broken | None]:
     """x `[B, T, d]` of whole sequences without what is not finite, and where its results are to be NaN; None if all is finite.
 
-    What is not finite would reach the tokens before it: in a matrix product over time it is multiplied by their zeros.
+    What is not finite would reach the tokens before it: in a matrix product over time it is multiplied by their zeros. There it
+    does where gradients are computed on a GPU, of the same sequence.
 
     Args:
         x: the input of a mixer.
         cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
         window: tokens that each token sees, itself included; None: all before it.
     """
+    # In training on a GPU a loss that is not finite is refused as a whole, and each pass over x costs time in every layer.
+    if x.is_cuda and x.requires_grad and torch.is_grad_enabled():
+        return x, None
     # A GPU is not waited for, nor a graph split, to find out whether there is any.
     may_look = not x.is_cuda and not torch.compiler.is_compiling()
     if may_look and bool(x.detach().sum().isfinite()):

@@ -29,7 +29,7 @@ from factorization_memory.layers import (
 from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.capacity import require_room
-from factorization_memory.ops import read_borders
+from factorization_memory.ops import check_tensors, read_borders
 from factorization_memory.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 BLOCK_BYTES = 40_000
@@ -304,6 +304,7 @@ class LanguageModel(nn.Module):
     def check_step(self, tokens: Tensor, state: ModelState) -> None:
         """ValueError unless `tokens` are one of each sequence of `state`, which is of this model: before any layer's part
         of it is changed."""
+        check_tensors(tokens=tokens)
         if tokens.dim() != 1:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes one token of each sequence, [B]")
         self.check_state(state)
@@ -319,6 +320,7 @@ class LanguageModel(nn.Module):
         keep_state: bool = True,
     ) -> tuple[Tensor, list[MixerState]]:
         """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
+        check_tensors(tokens=tokens, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
         if state is not None:
             self.check_state(state)
         x = self.embed(tokens)

@@ -2,7 +2,7 @@
 What other rooms use of the recurrence can be had from here.
 """
 
-from factorization_memory.ops.arguments import check_borders, check_state, read_borders
+from factorization_memory.ops.arguments import check_borders, check_state, check_tensors, read_borders
 from factorization_memory.ops.memory import BACKENDS, factorization_memory, obstacle, over_states, recurrence_unchecked
 from factorization_memory.ops.memory.step import (
     factorization_memory_step,
@@ -15,6 +15,7 @@ __all__ = [
     "BACKENDS",
     "check_borders",
     "check_state",
+    "check_tensors",
     "factorization_memory",
     "factorization_memory_step",
     "factorization_memory_undo",

@@ -7,6 +7,7 @@ of a head, N packed sequences.
 
 from __future__ import annotations
 
+import reprlib
 from itertools import pairwise
 
 import torch
@@ -19,11 +20,19 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)
 
 
+def check_tensors(**arguments: object) -> None:
+    """ValueError for the first of the arguments, by name, that is neither a tensor nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name}: got {type(value).__name__} {reprlib.repr(value)}, takes a tensor")
+
+
 def check_weights(
     update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
     num_states: int | None, *, time: bool,
 ) -> int:  # fmt: skip
     """Checks what both functions share; returns M."""
+    check_tensors(update=update, merge=merge, value=value, indices=indices, merge_indices=merge_indices)
     letters = "B, T, H" if time else "B, H"
     dims = 4 if time else 3
     if value.dim() != dims:
@@ -97,6 +106,7 @@ def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
 
     Under `torch.compile` their values are not looked at.
     """
+    check_tensors(cu_seqlens=cu_seqlens)
     if batch != 1:
         raise ValueError(f"cu_seqlens: B = {batch}, packed sequences take B = 1")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
@@ -142,6 +152,7 @@ def check_writable(state: Tensor) -> None:
 
 def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:
     """ValueError if a memory is not of this shape, or not of the dtype (or the given one) and device that go with `value`."""
+    check_tensors(**{name: state})
     if tuple(state.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(state.shape)}, takes {shape}")
     dtype = dtype or state_dtype(value)
