@@ -49,9 +49,6 @@ def check_weights(
             raise ValueError(f"{name}: is on {tensor.device}, value on {value.device}; move them to one device")
     if value.dtype not in FLOATS:
         raise ValueError(f"value: got dtype {value.dtype}, takes float64, float32, bfloat16 or float16")
-    for name, chosen in (("indices", indices), ("merge_indices", merge_indices)):
-        if chosen is not None and not isinstance(chosen, Tensor):
-            raise ValueError(f"{name}: got {type(chosen).__name__} {chosen!r}, takes a tensor of integers or None")
     if merge_indices is not None and indices is None:
         raise ValueError(
             f"merge_indices: got {tuple(merge_indices.shape)} without indices; give the updated states as indices, "
