@@ -21,7 +21,7 @@ ROOMS = {
     "training": {"config", "data", "layers", "models"},
     "evaluation": {"config", "data", "layers", "models", "runs"},
     "generation": {"config", "data", "layers", "models"},
-    "experiments": {"config", "presets", "models", "runs", "evaluation"},
+    "experiments": {"config", "presets", "layers", "models", "runs", "evaluation"},
     # benchmarks read and write as generation does.
     "benchmarks": {"config", "presets", "ops", "layers", "models", "generation"},
     # reports read records on disk; of models and benchmarks they take constants alone.

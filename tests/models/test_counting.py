@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from factorization_memory.config import AttentionConfig, ConfigError, ModelConfig
+from factorization_memory.layers import mixer
 from factorization_memory.models import LanguageModel, counting
 from factorization_memory.ops import factorization_memory
 
@@ -59,7 +60,7 @@ def test_recurrence_agrees_with_the_reference_loop(top_k: int | None) -> None:
     with Count() as counted:
         factorization_memory(weights, weights, torch.randn(1, length, 1, width), indices, None, states, backend="reference")
     # update: (1 - theta) * h, theta * v, their sum; merge: phi * h, the sum over states.
-    per_number = counting.UPDATE_FLOPS + counting.MERGE_FLOPS
+    per_number = mixer.UPDATE_FLOPS + mixer.MERGE_FLOPS
     assert counted.flops == length * selected * width * per_number
 
 

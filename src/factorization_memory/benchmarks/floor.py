@@ -13,7 +13,8 @@ import torch
 
 from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.timing import interleaved_seconds
-from factorization_memory.models.counting import MERGE_FLOPS, UPDATE_FLOPS, Counts
+from factorization_memory.layers.mixer import MERGE_FLOPS, UPDATE_FLOPS
+from factorization_memory.models.counting import Counts
 from factorization_memory.ops.precision import state_dtype
 
 RECURRENCE_FLOPS = 4

@@ -6,7 +6,7 @@ naming the field, its value and what to do.
 """
 
 from factorization_memory.config.checks import ConfigError
-from factorization_memory.config.model import AttentionConfig, Backend, GatedDeltaNetConfig, Mamba2Config, Mixer, ModelConfig
+from factorization_memory.config.model import AttentionConfig, Backend, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.config.plain import from_dict, suggestion, to_dict
 from factorization_memory.config.retired import RETIRED, is_neutral, without_retired
 from factorization_memory.config.run import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
@@ -19,7 +19,6 @@ __all__ = [
     "DataConfig",
     "GatedDeltaNetConfig",
     "Mamba2Config",
-    "Mixer",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",

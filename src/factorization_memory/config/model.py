@@ -11,12 +11,13 @@ from factorization_memory.config.checks import (
     LARGEST_WIDTH,
     MOST_LAYERS,
     MOST_TOKENS,
+    ConfigError,
     require,
     require_at_most,
     require_finite,
 )
+from factorization_memory.config.mixers import MixerChoice, add_mixer_choice, mixer_choice, mixer_names
 
-Mixer = Literal["memory", "attention", "mamba2", "gated_deltanet"]
 Rates = Literal["head", "state"]
 Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
 
@@ -127,9 +128,10 @@ class ModelConfig:
     """Width of the SwiGLU feed-forward; 0 takes 8/3 of hidden_size, rounded up to a multiple of 32."""
     feed_forward: bool = True
     """Whether blocks have a feed-forward layer behind the mixer; Mamba-2's own layout has none, and twice the blocks."""
-    mixers: tuple[Mixer, ...] = ("memory",)
-    """What mixes tokens in each block, from the first on, repeated over the depth: three memory layers to one of attention are
-    ("memory", "memory", "memory", "attention")."""
+    mixers: tuple[str, ...] = ("memory",)
+    """What mixes tokens in each block, from the first on, repeated over the depth: memory, attention, mamba2, gated_deltanet,
+    or one that an installed package adds. Three memory layers to one of attention are ("memory", "memory", "memory",
+    "attention")."""
     tie_word_embeddings: bool = True
     """Whether the output head shares the embedding's weights."""
     embedding_multiplier: float = 1.0
@@ -222,57 +224,25 @@ class ModelConfig:
         require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
         require(self.embedding_multiplier > 0, "model.embedding_multiplier", self.embedding_multiplier, "use a positive number")
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
-        known = typing.get_args(Mixer)
-        require(
-            len(self.mixers) > 0 and all(mixer in known for mixer in self.mixers),
-            "model.mixers",
-            self.mixers,
-            f"use one or more of {', '.join(map(repr, known))}",
-        )
-        if "attention" in self.layer_mixers:
-            heads, shared = self.attention_heads
-            require(
-                self.hidden_size % heads == 0 and (self.hidden_size // heads) % 2 == 0,
-                "model.attention.num_heads",
-                heads,
-                f"must divide hidden_size={self.hidden_size} into heads of even width",
-            )
-            require(heads % shared == 0, "model.attention.num_key_value_heads", shared, f"must divide num_heads={heads}")
-        if "mamba2" in self.layer_mixers:
-            inner = self.mamba2.expand * self.hidden_size
-            require(
-                float(inner).is_integer() and int(inner) % self.mamba2.head_size == 0,
-                "model.mamba2.head_size",
-                self.mamba2.head_size,
-                f"must divide the inner width expand * hidden_size = {inner:g}",
-            )
-            heads = int(inner) // self.mamba2.head_size
-            require(
-                heads % self.mamba2.num_groups == 0,
-                "model.mamba2.num_groups",
-                self.mamba2.num_groups,
-                f"must divide {heads} heads",
-            )
-        if "gated_deltanet" in self.layer_mixers:
-            heads, value_heads = self.gated_deltanet_heads
-            width = max(heads * self.gated_deltanet.head_size, value_heads * self.gated_deltanet.value_head_size)
-            require(
-                width <= LARGEST_WIDTH,
-                "model.gated_deltanet.head_size",
-                self.gated_deltanet.head_size,
-                f"all heads together have a width of {width:,}; use {LARGEST_WIDTH:,} or less",
-            )
-            require(
-                value_heads % heads == 0,
-                "model.gated_deltanet.num_value_heads",
-                value_heads,
-                f"use a multiple of num_heads={heads}, or 0 for as many",
-            )
+        require(len(self.mixers) > 0, "model.mixers", self.mixers, f"use one or more of {', '.join(map(repr, mixer_names()))}")
+        for place, mixer in enumerate(self.mixers):
+            choice = mixer_choice(mixer)
+            if choice is None:
+                remedy = f"use one of {', '.join(map(repr, mixer_names()))}"
+                raise ConfigError(f"model.mixers[{place}]={mixer!r}: {remedy}")
+            if mixer in self.layer_mixers:
+                choice.check(self)
 
     @property
-    def layer_mixers(self) -> tuple[Mixer, ...]:
+    def layer_mixers(self) -> tuple[str, ...]:
         """The mixer of each block."""
         return tuple(self.mixers[i % len(self.mixers)] for i in range(self.num_layers))
+
+    @property
+    def state_grows(self) -> bool:
+        """Whether what the model keeps of a text grows with it, without end."""
+        choices = (mixer_choice(mixer) for mixer in set(self.layer_mixers))
+        return any(choice is not None and choice.grows(self) for choice in choices)
 
     @property
     def attention_heads(self) -> tuple[int, int]:
@@ -297,3 +267,49 @@ class ModelConfig:
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layer, the automatic choice resolved."""
         return self.intermediate_size or 32 * -(-8 * self.hidden_size // (3 * 32))
+
+
+def _check_attention(config: ModelConfig) -> None:
+    heads, shared = config.attention_heads
+    require(
+        config.hidden_size % heads == 0 and (config.hidden_size // heads) % 2 == 0,
+        "model.attention.num_heads",
+        heads,
+        f"must divide hidden_size={config.hidden_size} into heads of even width",
+    )
+    require(heads % shared == 0, "model.attention.num_key_value_heads", shared, f"must divide num_heads={heads}")
+
+
+def _check_mamba2(config: ModelConfig) -> None:
+    sizes, inner = config.mamba2, config.mamba2.expand * config.hidden_size
+    require(
+        float(inner).is_integer() and int(inner) % sizes.head_size == 0,
+        "model.mamba2.head_size",
+        sizes.head_size,
+        f"must divide the inner width expand * hidden_size = {inner:g}",
+    )
+    heads = int(inner) // sizes.head_size
+    require(heads % sizes.num_groups == 0, "model.mamba2.num_groups", sizes.num_groups, f"must divide {heads} heads")
+
+
+def _check_gated_deltanet(config: ModelConfig) -> None:
+    sizes, (heads, value_heads) = config.gated_deltanet, config.gated_deltanet_heads
+    width = max(heads * sizes.head_size, value_heads * sizes.value_head_size)
+    require(
+        width <= LARGEST_WIDTH,
+        "model.gated_deltanet.head_size",
+        sizes.head_size,
+        f"all heads together have a width of {width:,}; use {LARGEST_WIDTH:,} or less",
+    )
+    require(
+        value_heads % heads == 0,
+        "model.gated_deltanet.num_value_heads",
+        value_heads,
+        f"use a multiple of num_heads={heads}, or 0 for as many",
+    )
+
+
+add_mixer_choice("memory", MixerChoice())
+add_mixer_choice("attention", MixerChoice(_check_attention, grows=lambda config: config.attention.sliding_window is None))
+add_mixer_choice("mamba2", MixerChoice(_check_mamba2))
+add_mixer_choice("gated_deltanet", MixerChoice(_check_gated_deltanet))

@@ -152,9 +152,8 @@ class RunConfig:
             self.training.tokens_per_step,
             f"must be a multiple of data.context_length={self.data.context_length}",
         )
-        grows = "attention" in self.model.layer_mixers and self.model.attention.sliding_window is None
         require(
-            not (self.training.carry_state and grows),
+            not (self.training.carry_state and self.model.state_grows),
             "training.carry_state",
             self.training.carry_state,
             "attention keeps all it has read, without end; set model.attention.sliding_window, or carry no state",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from factorization_memory.config import ConfigError, ModelConfig
+from factorization_memory.layers import MIXERS, MixerWidth
 from factorization_memory.models.counting import count
 
 TOLERANCE = 0.005
@@ -183,40 +184,34 @@ def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> Mo
     )
 
 
+def _width(model: ModelConfig) -> MixerWidth | None:
+    """The width of mixers that is varied: of the first in the pattern that has one."""
+    return next((width for name in model.mixers if (width := MIXERS[name].width) is not None), None)
+
+
 def _expands(model: ModelConfig) -> tuple[float, list[float]]:
-    """The mixers' `expand`, and all that it may be, itself among them."""
-    base = model.hidden_size
-    if "mamba2" in model.mixers:
-        own, step = model.mamba2.expand, model.mamba2.head_size * model.mamba2.num_groups
-    elif "memory" in model.mixers:
-        own, step = model.expand, math.lcm(16, model.num_heads)
-    elif "gated_deltanet" in model.mixers:
-        own, step, base = model.gated_deltanet.expand_v, 8, model.gated_deltanet.head_size
-    else:
+    """The ratio of the mixers' width, and all that it may be, itself among them."""
+    width = _width(model)
+    if width is None:
         return model.expand, [model.expand]
+    own, base, step = width.read(model), width.base(model), width.step(model)
     size = own * base
     widths = range(step * math.ceil(size / FARTHEST / step), math.floor(size * FARTHEST) + 1, step)
-    expands = {own, *(width / base for width in widths)}
+    expands = {own, *(each / base for each in widths)}
     # A quotient that is rounded may not come back as a whole width.
     return own, sorted(expand for expand in expands if float(expand * base).is_integer())
 
 
 def _widened(model: ModelConfig, expand: float) -> ModelConfig:
-    if "mamba2" in model.mixers:
-        return dataclasses.replace(model, mamba2=dataclasses.replace(model.mamba2, expand=expand))
-    if "gated_deltanet" in model.mixers and "memory" not in model.mixers:
-        return dataclasses.replace(model, gated_deltanet=dataclasses.replace(model.gated_deltanet, expand_v=expand))
-    return dataclasses.replace(model, expand=expand)
+    width = _width(model)
+    return model if width is None else width.replaced(model, expand)
 
 
 def _varied(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:
     fields = {
         "model.intermediate_size": (before.feed_forward_size, after.feed_forward_size),
         "model.num_layers": (before.num_layers, after.num_layers),
-        "model.expand": (before.expand, after.expand),
-        "model.mamba2.expand": (before.mamba2.expand, after.mamba2.expand),
-        "model.gated_deltanet.expand_v": (before.gated_deltanet.expand_v, after.gated_deltanet.expand_v),
-    }
+    } | {kind.width.field: (kind.width.read(before), kind.width.read(after)) for kind in MIXERS.values() if kind.width}
     return {name: (old, new) for name, (old, new) in fields.items() if old != new}
 
 

@@ -31,7 +31,7 @@ def steps_for(model: LanguageModel, batch_size: int, dtype: torch.dtype | None =
 
 def grows(model: LanguageModel) -> bool:
     """Whether what the model carries grows with the text read."""
-    return "attention" in model.config.layer_mixers and model.config.attention.sliding_window is None
+    return model.config.state_grows
 
 
 def with_dtype(model: LanguageModel, dtype: torch.dtype | None) -> LanguageModel:

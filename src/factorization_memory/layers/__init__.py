@@ -5,11 +5,12 @@ from factorization_memory.layers.factorization_memory import FactorizationMemory
 from factorization_memory.layers.feed_forward import FeedForward
 from factorization_memory.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 from factorization_memory.layers.mamba2 import Mamba2, Mamba2State
-from factorization_memory.layers.mixer import SequenceMixer
+from factorization_memory.layers.mixer import MIXERS, MixerKind, MixerWidth, SequenceMixer, register_mixer
 from factorization_memory.layers.routing import Routing
-from factorization_memory.layers.state import GrowingState, LayerState, MixerState, ModelState
+from factorization_memory.layers.state import GrowingState, LayerState, LayerStateBase, MixerState, ModelState
 
 __all__ = [
+    "MIXERS",
     "Attention",
     "AttentionState",
     "FactorizationMemory",
@@ -18,10 +19,14 @@ __all__ = [
     "GatedDeltaNetState",
     "GrowingState",
     "LayerState",
+    "LayerStateBase",
     "Mamba2",
     "Mamba2State",
+    "MixerKind",
     "MixerState",
+    "MixerWidth",
     "ModelState",
     "Routing",
     "SequenceMixer",
+    "register_mixer",
 ]

@@ -18,7 +18,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
 from factorization_memory.layers.calling import device_of
-from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
+from factorization_memory.layers.mixer import MixerKind, check_inputs, check_token, register_mixer, set_aside
 from factorization_memory.layers.state import GrowingState, make_writable, outside_inference_mode
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
@@ -398,3 +398,11 @@ class _Stretch:
         if state is not None:
             position = position + state.length[:, None]
         return cls(position, count, even, longest, length, padding_mask=padding_mask)
+
+
+def _attended(config: ModelConfig, length: int) -> int:
+    reach = min(config.attention.sliding_window or length, length)
+    return (reach * (reach + 1) // 2 + (length - reach) * reach) * config.hidden_size
+
+
+register_mixer("attention", MixerKind(Attention.from_config, attended=_attended))

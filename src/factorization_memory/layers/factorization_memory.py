@@ -18,7 +18,16 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
+from factorization_memory.layers.mixer import (
+    MERGE_FLOPS,
+    UPDATE_FLOPS,
+    MixerKind,
+    MixerWidth,
+    check_inputs,
+    check_token,
+    register_mixer,
+    set_aside,
+)
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing, delayed
@@ -145,8 +154,8 @@ class FactorizationMemory(nn.Module):
             if weight is not None:
                 nn.init.ones_(weight)
 
-    def initial_state(self, batch_size: int) -> LayerState:
-        """The empty memory of `batch_size` sequences."""
+    def initial_state(self, batch_size: int, capacity: int = 0) -> LayerState:
+        """The empty memory of `batch_size` sequences, whatever `capacity`: it does not grow."""
         shape = (batch_size, self.num_heads, self.num_states, self.head_size)
         memory = torch.zeros(shape, dtype=state_dtype(self.value.weight), device=device_of(self))
         tail = None if self.convolution is None else self.convolution.initial_tail(batch_size)
@@ -350,3 +359,13 @@ class FactorizationMemory(nn.Module):
         if self.gate is not None:
             y = y * functional.silu(self.gate(x))
         return self.output(y)
+
+
+register_mixer(
+    "memory",
+    MixerKind(
+        FactorizationMemory.from_config,
+        recurrence_flops=lambda config: (UPDATE_FLOPS + MERGE_FLOPS) * (config.top_k or config.num_states) * config.value_size,
+        width=MixerWidth("model.expand", lambda config: config.hidden_size, lambda config: math.lcm(16, config.num_heads)),
+    ),
+)

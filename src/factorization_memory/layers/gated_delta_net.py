@@ -7,7 +7,6 @@ Shapes: B sequences, T tokens, d hidden size, G key heads, H value heads, K widt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,16 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, GatedDeltaNetConfig, ModelConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
+from factorization_memory.layers.mixer import (
+    MERGE_FLOPS,
+    UPDATE_FLOPS,
+    MixerKind,
+    MixerWidth,
+    check_inputs,
+    check_token,
+    register_mixer,
+    set_aside,
+)
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.state import LayerStateBase, make_writable, outside_inference_mode
 from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
@@ -39,25 +47,10 @@ class GatedDeltaNetState(LayerStateBase):
     Attributes:
         memory: `[B, H, K, V]`, float32 (float64 in a float64 model).
         convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, 2 G K + H V]`.
-        undo: steps are not kept: a snapshot is a copy.
     """
 
     memory: Tensor
     convolution: Tensor
-    undo: None = None
-
-    @property
-    def batch_size(self) -> int:
-        """B: sequences that the state belongs to."""
-        return self.memory.shape[0]
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> GatedDeltaNetState:
-        """The state with `function` applied to each tensor."""
-        return GatedDeltaNetState(function(self.memory), function(self.convolution))
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that make up the state."""
-        return [self.memory, self.convolution]
 
 
 class GatedDeltaNet(nn.Module):
@@ -127,8 +120,8 @@ class GatedDeltaNet(nn.Module):
         nn.init.ones_(self.norm_weight)
         self.convolution.reset_parameters()
 
-    def initial_state(self, batch_size: int) -> GatedDeltaNetState:
-        """The empty state of `batch_size` sequences."""
+    def initial_state(self, batch_size: int, capacity: int = 0) -> GatedDeltaNetState:
+        """The empty state of `batch_size` sequences, whatever `capacity`: it does not grow."""
         shape = (batch_size, self.num_value_heads, self.head_size, self.value_head_size)
         memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
         return GatedDeltaNetState(memory, self.convolution.initial_tail(batch_size))
@@ -238,3 +231,22 @@ def _unit(x: Tensor) -> Tensor:
     with no_autocast(x.device):
         wide = x.to(state_dtype(x))
         return (wide * (wide.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()).to(x.dtype)
+
+
+ERASE_FLOPS = 2
+"""Of one number of the memory, besides updating and reading it: its share of what the memory returns for the key."""
+
+
+def _recurrence_flops(config: ModelConfig) -> int:
+    sizes, (_, heads) = config.gated_deltanet, config.gated_deltanet_heads
+    return (UPDATE_FLOPS + MERGE_FLOPS + ERASE_FLOPS) * heads * sizes.head_size * sizes.value_head_size
+
+
+register_mixer(
+    "gated_deltanet",
+    MixerKind(
+        GatedDeltaNet.from_config,
+        _recurrence_flops,
+        width=MixerWidth("model.gated_deltanet.expand_v", lambda config: config.gated_deltanet.head_size, lambda _: 8),
+    ),
+)

@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, d hidden size, H heads, P values of a head, G gro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,16 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, Mamba2Config, ModelConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.mixer import check_inputs, check_token, set_aside
+from factorization_memory.layers.mixer import (
+    MERGE_FLOPS,
+    UPDATE_FLOPS,
+    MixerKind,
+    MixerWidth,
+    check_inputs,
+    check_token,
+    register_mixer,
+    set_aside,
+)
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.state import LayerStateBase, make_writable, outside_inference_mode
 from factorization_memory.ops.precision import state_dtype
@@ -36,25 +44,10 @@ class Mamba2State(LayerStateBase):
     Attributes:
         memory: `[B, H, P, N]`, float32 (float64 in a float64 model).
         convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, H P + 2 G N]`.
-        undo: steps are not kept: a snapshot is a copy.
     """
 
     memory: Tensor
     convolution: Tensor
-    undo: None = None
-
-    @property
-    def batch_size(self) -> int:
-        """B: sequences that the state belongs to."""
-        return self.memory.shape[0]
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> Mamba2State:
-        """The state with `function` applied to each tensor."""
-        return Mamba2State(function(self.memory), function(self.convolution))
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that make up the state."""
-        return [self.memory, self.convolution]
 
 
 class Mamba2(nn.Module):
@@ -117,8 +110,8 @@ class Mamba2(nn.Module):
         nn.init.ones_(self.norm_weight)
         self.convolution.reset_parameters()
 
-    def initial_state(self, batch_size: int) -> Mamba2State:
-        """The empty state of `batch_size` sequences."""
+    def initial_state(self, batch_size: int, capacity: int = 0) -> Mamba2State:
+        """The empty state of `batch_size` sequences, whatever `capacity`: it does not grow."""
         shape = (batch_size, self.num_heads, self.head_size, self.state_size)
         memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
         return Mamba2State(memory, self.convolution.initial_tail(batch_size))
@@ -229,3 +222,19 @@ class Mamba2(nn.Module):
             return self.output(rms_norm(y, weight, self.norm_eps))
         grouped = y.unflatten(-1, (self.num_groups, -1))
         return self.output(functional.rms_norm(grouped, grouped.shape[-1:], eps=self.norm_eps).flatten(-2) * weight)
+
+
+register_mixer(
+    "mamba2",
+    MixerKind(
+        Mamba2.from_config,
+        recurrence_flops=lambda config: (
+            (UPDATE_FLOPS + MERGE_FLOPS) * config.mamba2.state_size * int(config.mamba2.expand * config.hidden_size)
+        ),
+        width=MixerWidth(
+            "model.mamba2.expand",
+            lambda config: config.hidden_size,
+            lambda config: config.mamba2.head_size * config.mamba2.num_groups,
+        ),
+    ),
+)

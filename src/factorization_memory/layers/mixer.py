@@ -5,7 +5,8 @@ Shapes: B sequences, T tokens, d hidden size, N packed sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from factorization_memory import ops
+from factorization_memory.config import ModelConfig
+from factorization_memory.config.mixers import MixerChoice, add_mixer_choice, mixer_names
 
 
 class SequenceMixer(Protocol):
@@ -55,11 +58,79 @@ class SequenceMixer(Protocol):
     def check_state(self, state: Any, sequences: int) -> None:
         """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
 
-    def initial_state(self, batch_size: int) -> Any:
-        """The empty state of `batch_size` sequences: zeros."""
+    def initial_state(self, batch_size: int, capacity: int = 0) -> Any:
+        """The empty state of `batch_size` sequences: zeros. One that grows begins with room for `capacity` tokens."""
 
     def reset_parameters(self) -> None:
         """Initial weights."""
+
+
+@dataclass(frozen=True)
+class MixerWidth:
+    """A width of a mixer that may be varied to make models equally large: a ratio to another width."""
+
+    field: str
+    """Its name in a configuration, dots and all: "model.mamba2.expand"."""
+    base: Callable[[ModelConfig], int]
+    """What it is a ratio of."""
+    step: Callable[[ModelConfig], int]
+    """The width is a multiple of this."""
+
+    def read(self, config: ModelConfig) -> float:
+        """The ratio."""
+        value: Any = config
+        for name in self.field.split(".")[1:]:
+            value = getattr(value, name)
+        return float(value)
+
+    def replaced(self, config: ModelConfig, ratio: float) -> ModelConfig:
+        """The configuration with another ratio."""
+        *parts, name = self.field.split(".")[1:]
+        changed: Any = {name: ratio}
+        for part in reversed(parts):
+            changed = {part: replace(getattr(config, part), **changed)}
+        return replace(config, **changed)
+
+
+@dataclass(frozen=True)
+class MixerKind:
+    """One kind of mixer: how it is built, and what of its costs cannot be seen in its modules."""
+
+    build: Callable[[ModelConfig], SequenceMixer]
+    """A layer of a model's configuration."""
+    recurrence_flops: Callable[[ModelConfig], int] = lambda _: 0
+    """Of updating and reading a state of constant size, for one token, forward."""
+    attended: Callable[[ModelConfig, int], int] = lambda _, __: 0
+    """Pairs of tokens that see each other in a sequence of so many, times the width of a token; four FLOPs each."""
+    width: MixerWidth | None = None
+    """What may be varied to make models equally large, where blocks have no feed-forward layer."""
+
+
+MIXERS: dict[str, MixerKind] = {}
+"""All kinds by the names that `ModelConfig.mixers` gives them. The first that has a width is varied, in this order."""
+
+UPDATE_FLOPS = 3
+"""Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
+MERGE_FLOPS = 2
+"""Of one number of the memory: its share of `sum_j phi_j h_j`."""
+
+
+def register_mixer(name: str, kind: MixerKind, choice: MixerChoice | None = None) -> None:
+    """Make a layer one that models can be built of: `ModelConfig(mixers=(name,))`.
+
+    Args:
+        name: its name in configurations.
+        kind: how it is built and what it costs.
+        choice: what it asks of configurations, and whether its state grows; nothing, and no, by default.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in MIXERS:
+        raise ValueError(f"mixer {name!r}: there is one of this name; choose another")
+    if choice is not None or name not in mixer_names():
+        add_mixer_choice(name, choice or MixerChoice())
+    MIXERS[name] = kind
 
 
 def check_token(x: Tensor, hidden_size: int) -> None:
@@ -122,7 +193,7 @@ def set_aside(x: Tensor, cu_seqlens: Tensor | None, window: int | None = None) -
         window: tokens that each token sees, itself included; None: all before it.
     """
     # In training on a GPU a loss that is not finite is refused as a whole, and each pass over x costs time in every layer.
-    if x.is_cuda and x.requires_grad and torch.is_grad_enabled():
+    if x.is_meta or (x.is_cuda and x.requires_grad and torch.is_grad_enabled()):
         return x, None
     # A GPU is not waited for, nor a graph split, to find out whether there is any.
     may_look = not x.is_cuda and not torch.compiler.is_compiling()

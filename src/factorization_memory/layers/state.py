@@ -8,6 +8,7 @@ Shapes: B sequences, H heads, M memory states, K states that a token selects, D 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,7 +39,23 @@ class MixerState(Protocol):
 
 
 class LayerStateBase:
-    """What the states of all mixers share, which are dataclasses of tensors and plain values."""
+    """What the states of all mixers share, which are dataclasses of tensors `[B, ...]` and plain values."""
+
+    undo: Undo | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B: sequences that the state belongs to."""
+        return self.tensors()[0].shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that make up the state, `[B, ...]` each."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The state with `function` applied to each tensor."""
+        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(cast(Any, self), **changed)
 
     def __repr__(self) -> str:
         """Dtypes and sizes, not numbers."""

@@ -13,17 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from factorization_memory.config import DataConfig, ModelConfig
-from factorization_memory.layers import ModelState
+from factorization_memory.layers import MIXERS, ModelState
 from factorization_memory.models.language_model import LanguageModel, parameter_count
 
-UPDATE_FLOPS = 3
-"""Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
-MERGE_FLOPS = 2
-"""Of one number of the memory: its share of `sum_j phi_j h_j`."""
-ERASE_FLOPS = 2
-"""Of one number of Gated DeltaNet's memory, besides these: its share of what the memory returns for the key."""
 PAIR_FLOPS = 4
 """Of two tokens in attention and one number of a token's width: in the product of query and key, and in the sum of values."""
+
+MUCH_READ = 1 << 31
+"""Tokens after which every window is full."""
 
 TRACED_LAYERS, TRACED_LENGTH = 64, 32768
 """Of a model whose activations are seen by running all of it."""
@@ -83,14 +80,12 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
     `context_length` is that of training sequences, T: a token of them attends to (T + 1) / 2 tokens in the mean, fewer in a
     window.
     """
-    window = config.attention.sliding_window
     # One block of each place in the pattern of mixers stands for all in that place: the time does not depend on the depth.
     places = min(config.num_layers, len(config.mixers))
     times = [len(range(place, config.num_layers, len(config.mixers))) for place in range(places)]
     with torch.device("meta"):
         model = LanguageModel(dataclasses.replace(config, num_layers=places))
-        state = model.initial_state(1, window or 0)
-        longer = state if window else model.initial_state(1, 1)
+        full, fuller = (model.initial_state(1, capacity) for capacity in (MUCH_READ, MUCH_READ + 1))
 
     def state_bytes(of: ModelState) -> int:
         return sum(count * _bytes(layer.tensors()) for count, layer in zip(times, of.layers, strict=True))
@@ -101,25 +96,18 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
         for module in block.modules()
         if isinstance(module, torch.nn.Linear)
     )
-    recurrence = {
-        "memory": (UPDATE_FLOPS + MERGE_FLOPS) * (config.top_k or config.num_states) * config.value_size,
-        "mamba2": (UPDATE_FLOPS + MERGE_FLOPS) * config.mamba2.state_size * int(config.mamba2.expand * config.hidden_size),
-        "gated_deltanet": (UPDATE_FLOPS + MERGE_FLOPS + ERASE_FLOPS)
-        * config.gated_deltanet_heads[1] * config.gated_deltanet.head_size * config.gated_deltanet.value_head_size,
-        "attention": 0,
-    }  # fmt: skip
-    reach = min(window or context_length, context_length)
-    attended = reach * (reach + 1) // 2 + (context_length - reach) * reach  # by all tokens of a sequence
-    pairs = config.layer_mixers.count("attention") * attended * config.hidden_size
+    kinds = [MIXERS[mixer] for mixer in config.layer_mixers]
+    pairs = sum(kind.attended(config, context_length) for kind in kinds)  # of all tokens of a sequence
+    state_bytes_per_token = state_bytes(fuller) - state_bytes(full)
     return Counts(
         parameters=parameter_count(config),
         embedding_parameters=model.embedding.weight.numel() * (1 if config.tie_word_embeddings else 2),
         projection_flops=2 * weights,
         head_flops=2 * config.hidden_size * config.vocab_size,
-        recurrence_flops=sum(recurrence[mixer] for mixer in config.layer_mixers),
+        recurrence_flops=sum(kind.recurrence_flops(config) for kind in kinds),
         attention_flops=PAIR_FLOPS * pairs // context_length,
-        state_bytes=state_bytes(state),
-        state_bytes_per_token=state_bytes(longer) - state_bytes(state),
+        state_bytes=state_bytes(full) - MUCH_READ * state_bytes_per_token,
+        state_bytes_per_token=state_bytes_per_token,
     )
 
 

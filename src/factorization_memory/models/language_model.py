@@ -14,17 +14,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from factorization_memory.config import ConfigError, Mixer, ModelConfig
+from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.layers import (
-    Attention,
+    MIXERS,
     FactorizationMemory,
     FeedForward,
-    GatedDeltaNet,
     LayerState,
-    Mamba2,
     MixerState,
     ModelState,
-    SequenceMixer,
 )
 from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
@@ -36,24 +33,13 @@ BLOCK_BYTES = 40_000
 """Of a block's Python objects, however small its weights."""
 
 
-def make_mixer(mixer: Mixer, config: ModelConfig) -> SequenceMixer:
-    """The layer that mixes tokens, of a model's configuration."""
-    if mixer == "attention":
-        return Attention.from_config(config)
-    if mixer == "mamba2":
-        return Mamba2.from_config(config)
-    if mixer == "gated_deltanet":
-        return GatedDeltaNet.from_config(config)
-    return FactorizationMemory.from_config(config)
-
-
 class Block(nn.Module):
     """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))` unless the model has no feed-forward layers."""
 
-    def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
+    def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = make_mixer(mixer, config)
+        self.mixer = MIXERS[mixer].build(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.feed_forward else None
         self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size) if config.feed_forward else None
         self.residual_scale = ((2 if config.feed_forward else 1) * config.num_layers) ** -0.5
@@ -176,12 +162,7 @@ class LanguageModel(nn.Module):
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> ModelState:
         """The empty memory of `batch_size` sequences; attention has room for `capacity` tokens, and makes more at need."""
-        return ModelState(
-            block.mixer.initial_state(batch_size, capacity)
-            if isinstance(block.mixer, Attention)
-            else block.mixer.initial_state(batch_size)
-            for block in self.blocks
-        )
+        return ModelState(block.mixer.initial_state(batch_size, capacity) for block in self.blocks)
 
     def forward(
         self,

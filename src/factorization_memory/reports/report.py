@@ -245,8 +245,9 @@ def _model(model: dict[str, Any]) -> str:
     pattern = model["mixers"]
     if set(pattern) == {"memory"}:
         return f"A Factorization Memory language model: {size}, {mixers['memory']}"
-    kinds = "; ".join(f"{pattern.count(kind)} of {len(pattern)} with {mixers[kind]}" for kind in dict.fromkeys(pattern))
-    return f"A language model: {size}, {mixers[pattern[0]] if len(set(pattern)) == 1 else kinds}"
+    said = {kind: mixers.get(kind, kind) for kind in pattern}
+    kinds = "; ".join(f"{pattern.count(kind)} of {len(pattern)} with {text}" for kind, text in said.items())
+    return f"A language model: {size}, {said[pattern[0]] if len(said) == 1 else kinds}"
 
 
 def _headline(evaluation: dict[str, Any]) -> str:
