@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,13 @@ def outcome(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
 
 
-def under_way(folder: Path) -> bool:
-    metrics = folder / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0
+def wait_until_under_way(folder: Path, look: Callable[[], None]) -> None:
+    """Until a run has taken its first step; `look` is called again and again."""
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size > 0):
+        assert time.monotonic() < deadline, "no step in two minutes"
+        look()
+        time.sleep(0.05)
 
 
 def test_a_full_disk_under_the_log_ends_nothing(packed: str, tmp_path: Path) -> None:
@@ -132,8 +137,11 @@ def test_a_stderr_closed_before_the_start_gets_into_no_file(packed: str, tmp_pat
 def test_the_reader_of_the_log_leaves_and_a_signal_follows(number: signal.Signals, packed: str, tmp_path: Path) -> None:
     running = subprocess.Popen(train(packed, tmp_path / "run", 100_000), stderr=subprocess.PIPE, text=True)
     assert running.stderr is not None
-    while not under_way(tmp_path / "run"):
-        time.sleep(0.05)
+
+    def look() -> None:
+        assert running.poll() is None, f"ended before its first step: {running.stderr and running.stderr.read()}"
+
+    wait_until_under_way(tmp_path / "run", look)
     running.stderr.close()
     running.send_signal(number)
     assert running.wait(timeout=120) == 128 + number
@@ -147,11 +155,13 @@ def test_a_closed_terminal_leaves_a_checkpoint(packed: str, tmp_path: Path) -> N
     if child == 0:
         command = train(packed, tmp_path / "run", 100_000)
         os.execvp(command[0], command)
-    while not under_way(tmp_path / "run"):
+
+    def look() -> None:
         os.set_blocking(terminal, False)
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 4096)
-        time.sleep(0.05)
+
+    wait_until_under_way(tmp_path / "run", look)
     os.close(terminal)  # the terminal hangs up: SIGHUP, and no more writing to it
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
