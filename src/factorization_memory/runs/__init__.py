@@ -1,0 +1,1 @@
+"""What runs leave on disk: the words that their records use."""
