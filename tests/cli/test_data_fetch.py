@@ -45,7 +45,7 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["pg19"], "--output is missing; name the file to write, for example --output pg19.jsonl.zst"),
         (["pg20", "--output", output], "did you mean 'pg19'?"),
-        (["pg19", "--output", output, "--max-documents", 0], "max_documents=0"),
+        (["pg19", "--output", output, "--max-documents", 0], "--max-documents=0"),
     ):
         status, out, err = call(capsys, "data", "fetch", *arguments)
         assert (status, out) == (2, "")

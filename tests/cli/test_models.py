@@ -175,7 +175,7 @@ def test_exported_and_imported(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
         (["export", "{exported}", "{tmp}/new"], 1, "it is an exported model already; copy it"),
         (["export", "{run}", "{run}", "--overwrite"], 2, "it is no exported model, and stays as it is"),
         (["export", "{run}", "{tmp}", "--overwrite"], 2, "it is no exported model, and stays as it is"),
-        (["export", "{run}", "{tmp}/new", "--max-shard-size", "0"], 2, "max_shard_size='0': use a number of bytes"),
+        (["export", "{run}", "{tmp}/new", "--max-shard-size", "0"], 2, "--max-shard-size='0': use a number of bytes"),
         (["export", "{run}", "{tmp}/new", "--license", "a | b"], 2, "license='a | b': use an identifier"),
         (["evaluate", "{exported}", "--corpus", "{tmp}/nowhere"], 1, "name where it is with --corpus"),
         (["evaluate", "{exported}"], 1, "does not say where its corpus is; name one with --corpus"),
