@@ -112,7 +112,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RunFolderError, match=r"result\.json: could not be written \(No space left on device\); make room"):
+    with pytest.raises(RunFolderError, match=r"result\.json: could not be written \(No space left on the disk\); make room"):
         record.write_result({"steps": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert json.loads((tmp_path / "result.json").read_text()) == {"steps": 1}
