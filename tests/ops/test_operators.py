@@ -14,9 +14,9 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("small sizes of the kernels are interpreted", allow_module_level=True)
 
-KERNELS = ("convolution", "dense", "routing", "sparse", "step")
-for module in ("models.cross_entropy", "ops.chunked", *(f"ops.triton.{name}" for name in KERNELS)):
-    import_module(f"factorization_memory.{module}")  # they register their operators
+KERNELS = ("convolution.kernels", "routing.kernels", "memory.kernels.dense", "memory.kernels.sparse", "memory.kernels.step")
+for module in ("cross_entropy", "memory.chunked", *KERNELS):
+    import_module(f"factorization_memory.ops.{module}")  # they register their operators
 
 B, T, H, M, K, D = 2, 7, 2, 5, 2, 4
 OPS = torch.ops.factorization_memory
