@@ -210,7 +210,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_export_leaves_nothing(run_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", HANGING, str(run_dir), str(tmp_path / "model")]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -40,6 +40,8 @@ def make(name: str) -> Any:
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", MODELS)
 def test_earlier_positions(name: str, number: float, compiled: bool) -> None:
+    if number == torch.inf and "kernels" in name:
+        pytest.skip("interpreted kernels are slow, and NaN says as much")
     if compiled and ("kernels" in name or name == "gated_deltanet"):
         pytest.skip("the same code, slow to compile")
     torch._dynamo.reset()

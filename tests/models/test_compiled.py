@@ -53,7 +53,7 @@ def draw(length: int, batch: int = 2) -> Tensor:
     return torch.randint(0, 11, (batch, length))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["associative", "window", "mamba2"])
 def test_logits(name: str) -> None:
     model = make(name)
     call, counter = compiled(lambda tokens: model(tokens)[0])
@@ -75,7 +75,7 @@ def test_padding(name: str) -> None:
     assert counter.frame_count <= MOST_GRAPHS
 
 
-@pytest.mark.parametrize("name", ["associative", "attention", "mamba2"])
+@pytest.mark.parametrize("name", ["associative", "attention"])
 def test_packed_sequences(name: str) -> None:
     """Of changing number."""
     model = make(name)
@@ -89,7 +89,7 @@ def test_packed_sequences(name: str) -> None:
     assert counter.frame_count <= MOST_GRAPHS
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["associative", "attention", "mamba2"])
 def test_reading_on(name: str) -> None:
     """From a state, several tokens and one."""
     model = make(name)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+from factorization_memory.config.checks import ConfigError
+
 ENTRY_POINTS = "factorization_memory.mixers"
 
 
@@ -56,5 +58,9 @@ def mixer_choice(name: str) -> MixerChoice | None:
     """What is known of a mixer; one that a package installed here offers is loaded for it. None for no such name."""
     if name not in _CHOICES:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
-            entry.load()
+            try:
+                entry.load()
+            except Exception as error:  # of another package's code, whatever it is
+                reason = f"{type(error).__name__}: {error}"
+                raise ConfigError(f"model.mixers: {name!r} of {entry.value} could not be loaded ({reason})") from error
     return _CHOICES.get(name)

@@ -176,6 +176,9 @@ class ModelConfig:
     """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
 
     def __post_init__(self) -> None:
+        for name in ("mixers", "update_rate_init"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         require_finite(self, "model")
         require_at_most(self, "model", LARGEST, "hidden_size", "intermediate_size", "num_heads", "conv_size")
         require_at_most(self, "model", LARGEST_WIDTH, "num_states")

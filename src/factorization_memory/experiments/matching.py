@@ -186,7 +186,7 @@ def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> Mo
 
 def _width(model: ModelConfig) -> MixerWidth | None:
     """The width of mixers that is varied: of the first in the pattern that has one."""
-    return next((width for name in model.mixers if (width := MIXERS[name].width) is not None), None)
+    return next((width for name in model.layer_mixers if (width := MIXERS[name].width) is not None), None)
 
 
 def _expands(model: ModelConfig) -> tuple[float, list[float]]:

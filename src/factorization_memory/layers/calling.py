@@ -50,7 +50,8 @@ def why_any_called(model: nn.Module) -> str | None:
     """The same of the first module in the whole model that has to be called, by its name; and of weights that are no plain
     tensors, as quantised and sharded ones."""
     for name, module in model.named_modules():
-        reason = why_called(module)
+        ours = any(base.__module__.startswith("factorization_memory.") for base in type(module).__mro__)
+        reason = why_hooked(module) if ours else why_called(module)
         for key, weight in vars(module)["_parameters"].items():
             if reason is None and weight is not None and type(weight) not in _WEIGHTS:
                 reason = f"its {key} is a {type(weight).__name__}"

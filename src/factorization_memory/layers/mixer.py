@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from factorization_memory import ops
@@ -85,11 +86,12 @@ class MixerWidth:
 
     def replaced(self, config: ModelConfig, ratio: float) -> ModelConfig:
         """The configuration with another ratio."""
-        *parts, name = self.field.split(".")[1:]
-        changed: Any = {name: ratio}
-        for part in reversed(parts):
-            changed = {part: replace(getattr(config, part), **changed)}
-        return replace(config, **changed)
+        return cast(ModelConfig, _replaced(config, self.field.split(".")[1:], ratio))
+
+
+def _replaced(part: Any, names: list[str], value: float) -> Any:
+    name, *deeper = names
+    return replace(part, **{name: _replaced(getattr(part, name), deeper, value) if deeper else value})
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class MixerKind:
 
 
 MIXERS: dict[str, MixerKind] = {}
-"""All kinds by the names that `ModelConfig.mixers` gives them. The first that has a width is varied, in this order."""
+"""All kinds by the names that `ModelConfig.mixers` gives them. The first in a model's pattern that has a width is varied."""
 
 UPDATE_FLOPS = 3
 """Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
@@ -184,19 +186,21 @@ class Broken:
 def set_aside(x: Tensor, cu_seqlens: Tensor | None, window: int | None = None) -> tuple[Tensor, Broken | None]:
     """x `[B, T, d]` of whole sequences without what is not finite, and where its results are to be NaN; None if all is finite.
 
-    What is not finite would reach the tokens before it: in a matrix product over time it is multiplied by their zeros. There it
-    does where gradients are computed on a GPU, of the same sequence.
+    What is not finite would reach the tokens before it: in a matrix product over time it is multiplied by their zeros. On a GPU
+    it does, in the same sequence.
 
     Args:
         x: the input of a mixer.
         cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
         window: tokens that each token sees, itself included; None: all before it.
     """
-    # In training on a GPU a loss that is not finite is refused as a whole, and each pass over x costs time in every layer.
-    if x.is_meta or (x.is_cuda and x.requires_grad and torch.is_grad_enabled()):
+    # A GPU cannot be asked without waiting for it, and each pass over x costs time in every layer.
+    if x.device.type != "cpu":
         return x, None
-    # A GPU is not waited for, nor a graph split, to find out whether there is any.
-    may_look = not x.is_cuda and not torch.compiler.is_compiling()
+    # Nor is a graph split to find out whether there is any.
+    may_look = not torch.compiler.is_compiling()
+    if may_look and isinstance(x, FakeTensor):
+        return x, None
     if may_look and bool(x.detach().sum().isfinite()):
         return x, None
     token = ~torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1).isfinite()

@@ -25,7 +25,11 @@ def machine_memory(device: torch.device | str = "cpu") -> int:
     except OSError:
         pass  # not Linux
     for path in map(Path, _CGROUP_LIMITS):
-        if path.exists() and (limit := path.read_text(encoding="ascii").strip()).isdigit():
+        try:
+            limit = path.read_text(encoding="ascii").strip()
+        except OSError:
+            continue  # no such limit here, or not to be read
+        if limit.isdigit():
             total = min(total, int(limit))
     return total
 

@@ -119,8 +119,8 @@ def _require_room(config: ModelConfig) -> None:
     number = parameter_count(config)
     sizes = ", ".join(f"{name}={getattr(config, name)}" for name in ("num_layers", "hidden_size", "vocab_size"))
     require_room(
-        f"model: {number:,} parameters of float32 ({sizes})",
-        4 * number + BLOCK_BYTES * config.num_layers,
+        f"model: {number:,} parameters ({sizes})",
+        torch.get_default_dtype().itemsize * number + BLOCK_BYTES * config.num_layers,
         "make them fewer, by these or the mixers' sizes",
         device,
     )

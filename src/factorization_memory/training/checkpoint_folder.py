@@ -87,7 +87,12 @@ def prune_checkpoints(run_dir: Path, keep: int, best_step: int | None) -> None:
             doomed = path.with_name(path.name + ".partial")
             path.rename(doomed)
             remove(doomed)
-    for leftover in chain(*((run_dir / CHECKPOINTS_NAME).glob(f"*.{what}") for what in ("partial", "replaced"))):
+    folder = run_dir / CHECKPOINTS_NAME
+    for replaced in folder.glob("*.replaced"):
+        whole = replaced.with_name(replaced.name.split(".")[0])
+        if not whole.exists():  # a writing was killed after the old one was moved aside
+            replaced.rename(whole)
+    for leftover in chain(folder.glob("*.partial"), folder.glob("*.replaced")):
         remove(leftover)
 
 

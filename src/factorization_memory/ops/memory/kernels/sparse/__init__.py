@@ -2,7 +2,7 @@
 
 Within a slot of up to thousands of tokens the output is `y = P v + Q h`, where P `[L, L]` has an entry for each two tokens,
 the sum over the states that both select. There are K K / M such states at each pair of tokens on average, so P is cheap to
-compute from the lists of the states (`lists`, `sparse_weights`), whatever the width of values, and `P v` is a product of
+compute from the lists of the states (`lists`, `weights`), whatever the width of values, and `P v` is a product of
 matrices that does not depend on M. A sequence that fits into one slot and begins with no memory needs no state at all, which
 is where this form saves most; longer ones pass states `[M, D]` from slot to slot, in products as large as the dense form's.
 
