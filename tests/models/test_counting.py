@@ -120,9 +120,7 @@ def test_long_sequences_are_told_from_shorter_ones(monkeypatch: pytest.MonkeyPat
 
 def test_a_model_beyond_this_machine_is_refused_before_it_is_made() -> None:
     huge = dataclasses.replace(config(), hidden_size=1 << 18, num_layers=1000)
-    with pytest.raises(
-        ConfigError, match=r"model: .* parameters \(num_layers=1000, hidden_size=262144.*this machine"
-    ):
+    with pytest.raises(ConfigError, match=r"model: .* parameters \(num_layers=1000, hidden_size=262144.*this machine"):
         LanguageModel(huge)
     with torch.device("meta"):
         assert counting.parameter_count(dataclasses.replace(huge, num_layers=1)) > 1 << 36

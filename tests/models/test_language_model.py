@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from factorization_memory.config import ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.layers.norm import RMSNorm
-from factorization_memory.models import LanguageModel, cross_entropy
+from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import RoutingHealth, observe_routing
+from factorization_memory.ops import cross_entropy
 from factorization_memory.ops.cross_entropy import linear_cross_entropy
 
 
