@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -31,6 +32,11 @@ collect_ignore = (
         "benchmarks/test_tuning.py",
     ]
 )
+
+# What runs tests in the background (nohup, a shell's &) may ignore signals, which the processes that tests start would inherit.
+for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # Tests are small, and threads that wait for each other on busy cores make them many times slower.
 torch.set_num_threads(1)

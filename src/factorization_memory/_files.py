@@ -27,6 +27,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
+_TRIES = 100
+"""To have a new file to oneself, which another writer may remove before it is locked."""
+
 # NFS locks only what is open for writing, which a folder never is (EBADF).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 
@@ -55,6 +58,12 @@ class UnreadableError(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: cannot be read ({self.strerror}); give read access to it, or put a readable copy there"
+
+
+def cache_folder() -> Path:
+    """Where notes are kept from one call to the next: in `$XDG_CACHE_HOME`, else `~/.cache`. Raises RuntimeError for a user
+    without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factorization_memory"
 
 
 @contextmanager
@@ -222,9 +231,10 @@ def _aside(path: Path, folder: bool) -> Iterator[Path]:
     """A new file or folder beside `path`, locked while the block runs and removed after it if it is still there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear(path)
-    while True:
+    for _ in range(_TRIES):
         partial = _beside(path, ".partial")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             if folder:
                 partial.mkdir()
             else:
@@ -236,6 +246,8 @@ def _aside(path: Path, folder: bool) -> Iterator[Path]:
         if _try_lock(descriptor) is not False and _is_open_at(descriptor, partial):
             break
         os.close(descriptor)
+    else:
+        raise OSError(errno.EAGAIN, "other processes remove what is written here", str(path))
     try:
         yield partial
     except OSError as error:

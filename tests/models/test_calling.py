@@ -313,3 +313,30 @@ def test_where_a_call_computes() -> None:
     assert device_of(model) == torch.device("cpu")
     assert device_of(model.to("meta")) == torch.device("meta")
     assert why_hooked(model) is None
+
+
+def test_mixers_and_models_of_other_packages_are_no_obstacle() -> None:
+    class Other(nn.Module):
+        state_type = object
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+
+    class Part(nn.Module):
+        pass
+
+    class Model(LanguageModel):
+        pass
+
+    for name in ("Other", "Part", "Model"):  # as classes of another package
+        locals()[name].__module__ = "other"
+    model = Model(ModelConfig(vocab_size=5, hidden_size=8, num_layers=1, num_states=2))
+    assert why_any_called(model) is None
+    model.blocks[0].mixer = Other()
+    assert why_any_called(model) is None
+    handle = model.blocks[0].mixer.part.register_forward_hook(lambda *_: None)
+    assert why_any_called(model) == "blocks.0.mixer.part: a forward hook is on it"
+    handle.remove()
+    model.head = Part()
+    assert why_any_called(model) == "head: Part stands in its place"

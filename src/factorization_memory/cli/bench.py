@@ -339,7 +339,7 @@ def _training(options: Training, command: str) -> int:
     if result["interrupted"] is None and not options.compile:
         try:
             remember(record)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             say(f"not kept for `fmem plan`: {error}")
     emit(record, options.json)
     return bench_status(result, failed=False)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from factorization_memory._files import JSONError, read_json, write_atomic
+from factorization_memory._files import JSONError, cache_folder, read_json, write_atomic
 
 
 def note(kind: str, dtype: str) -> Path:
     """Where the benchmark of a kind of device ("cpu", "cuda") in that arithmetic is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "factorization_memory" / "benchmarks" / f"training-{kind}-{dtype}.json"
+    return cache_folder() / "benchmarks" / f"training-{kind}-{dtype}.json"
 
 
 def remember(record: dict[str, Any]) -> None:
@@ -41,5 +39,5 @@ def training_rate(kind: str, name: str, dtype: str, context_length: int) -> tupl
             return None
         model = from_dict(ModelConfig, kept["model"])
         return count(model, nearest["length"]).train_flops * nearest["tokens_per_second"], str(kept["date"])
-    except (OSError, JSONError, ConfigError, KeyError, TypeError):
+    except (OSError, RuntimeError, JSONError, ConfigError, KeyError, TypeError):
         return None  # none, or of another version of this package

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from factorization_memory._files import JSONError, explain_unreadable, read_json, write_atomic
+from factorization_memory._files import JSONError, cache_folder, explain_unreadable, read_json, write_atomic
 from factorization_memory.data.corpora import CorpusError
 
 REMEMBERED_BYTES = 1 << 26
@@ -112,6 +112,5 @@ def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _note(folder: Path) -> Path:
     """Where it is noted what was read in `folder`. Raises RuntimeError for a user without a home."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    return cache / "factorization_memory" / "verified" / f"{name}.json"
+    return cache_folder() / "verified" / f"{name}.json"

@@ -18,8 +18,8 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
 from factorization_memory.layers.calling import device_of
-from factorization_memory.layers.mixer import MixerKind, check_inputs, check_token, register_mixer, set_aside
-from factorization_memory.layers.state import GrowingState, make_writable, outside_inference_mode
+from factorization_memory.layers.mixer import MixerKind, begin_forward, begin_step, register_mixer
+from factorization_memory.layers.state import GrowingState
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
 FIRST_ROOM = 16
@@ -168,12 +168,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
-        self._check(x, state, cu_seqlens, padding_mask)
-        state = None if state is None else state.apply(outside_inference_mode)
-        if padding_mask is not None:
-            # Whatever stands in padding, also what is not finite, stays out.
-            x = x.masked_fill(~padding_mask[..., None], 0)
-        x, broken = set_aside(x, cu_seqlens, self.sliding_window)
+        x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask, self.sliding_window)
         stretch = _Stretch.of(x, state, cu_seqlens, padding_mask)
         q, k, v = self._heads(self.query_key_value(x), stretch.position)
         y = self.output(self._attend(q, k, v, state, stretch).transpose(1, 2).flatten(2))
@@ -185,9 +180,7 @@ class Attention(nn.Module):
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, with larger tensors when it is full. ValueError
         unless x fits and `state` is one of this layer for B sequences."""
-        check_token(x, self.hidden_size)
-        self.check_state(state, x.shape[0])
-        make_writable(state)
+        begin_step(self, x, state)
         used = slice(self._make_room(state))
         place, position = state.length[:, None], state.length[:, None] + 1
         if self.sliding_window is not None:
@@ -202,12 +195,6 @@ class Attention(nn.Module):
         q = q.reshape(len(x), self.num_key_value_heads, self.num_heads // self.num_key_value_heads, self.head_size)
         y = functional.scaled_dot_product_attention(q, keys, values, (state.positions[:, used] > 0)[:, None, None])
         return self.output(y.flatten(1))
-
-    def _check(self, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
-        """Checks the arguments of `forward`."""
-        check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
-        if state is not None:
-            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
     def check_state(self, state: AttentionState, sequences: int) -> None:
         """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""

@@ -48,10 +48,13 @@ def why_called(module: nn.Module) -> str | None:
 
 def why_any_called(model: nn.Module) -> str | None:
     """The same of the first module in the whole model that has to be called, by its name; and of weights that are no plain
-    tensors, as quantised and sharded ones."""
+    tensors, as quantised and sharded ones. The mixers of other packages are called in any case, with all that they hold."""
+    foreign: tuple[str, ...] = ()
     for name, module in model.named_modules():
+        if hasattr(module, "state_type") and why_called(module) is not None:
+            foreign = (*foreign, f"{name}.")
         ours = any(base.__module__.startswith("factorization_memory.") for base in type(module).__mro__)
-        reason = why_hooked(module) if ours else why_called(module)
+        reason = why_hooked(module) if ours or f"{name}.".startswith(foreign) else why_called(module)
         for key, weight in vars(module)["_parameters"].items():
             if reason is None and weight is not None and type(weight) not in _WEIGHTS:
                 reason = f"its {key} is a {type(weight).__name__}"

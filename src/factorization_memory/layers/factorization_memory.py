@@ -23,15 +23,15 @@ from factorization_memory.layers.mixer import (
     UPDATE_FLOPS,
     MixerKind,
     MixerWidth,
-    check_inputs,
-    check_token,
+    begin_forward,
+    begin_step,
+    end_forward,
     register_mixer,
-    set_aside,
 )
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing, delayed
-from factorization_memory.layers.state import LayerState, Undo, make_writable, outside_inference_mode
+from factorization_memory.layers.state import LayerState, Undo
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.routing import route, route_step, weigh
 
@@ -235,14 +235,7 @@ class FactorizationMemory(nn.Module):
         Raises:
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
-        check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
-        if state is not None:
-            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-        state = None if state is None else state.apply(outside_inference_mode)
-        if padding_mask is not None:
-            # Whatever stands in padding, also what is not finite, stays out.
-            x = x.masked_fill(~padding_mask[..., None], 0)
-        x, broken = set_aside(x, cu_seqlens)
+        x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask)
         value, tail = self.value(x), None
         if self.convolution is not None:
             before = None if state is None else state.convolution
@@ -258,18 +251,13 @@ class FactorizationMemory(nn.Module):
             None if state is None else state.memory, keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
         final = None if memory is None else LayerState(memory, tail, affinity, indices)
-        y = self._output(y, x, value)
-        if broken is None:
-            return y, final
-        return broken.output(y), None if final is None else final.apply(broken.state)
+        return end_forward(self._output(y, x, value), final, broken)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
         layer for B sequences."""
-        check_token(x, self.hidden_size)
-        self.check_state(state, x.shape[0])
-        make_writable(state)
+        begin_step(self, x, state)
         if state.undo is not None:
             state.undo.put_aside(state)
         value = self.value(x)

@@ -22,13 +22,13 @@ from factorization_memory.layers.mixer import (
     UPDATE_FLOPS,
     MixerKind,
     MixerWidth,
-    check_inputs,
-    check_token,
+    begin_forward,
+    begin_step,
+    end_forward,
     register_mixer,
-    set_aside,
 )
 from factorization_memory.layers.norm import rms_norm
-from factorization_memory.layers.state import LayerStateBase, make_writable, outside_inference_mode
+from factorization_memory.layers.state import LayerStateBase
 from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
@@ -150,12 +150,7 @@ class GatedDeltaNet(nn.Module):
         Raises:
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
-        self._check(x, state, cu_seqlens, padding_mask)
-        state = None if state is None else state.apply(outside_inference_mode)
-        if padding_mask is not None:
-            # Whatever stands in padding, also what is not finite, stays out.
-            x = x.masked_fill(~padding_mask[..., None], 0)
-        x, broken = set_aside(x, cu_seqlens)
+        x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask)
         gate, mixed, strength, log_decay = self._project(x)
         if padding_mask is not None:
             strength, log_decay = (rate.masked_fill(~padding_mask[..., None], 0) for rate in (strength, log_decay))
@@ -173,18 +168,7 @@ class GatedDeltaNet(nn.Module):
             self.backend,
         )  # fmt: skip
         final = None if memory is None or tail is None else GatedDeltaNetState(memory, tail)
-        y = self._output(y, gate)
-        if broken is None:
-            return y, final
-        return broken.output(y), None if final is None else final.apply(broken.state)
-
-    def _check(
-        self, x: Tensor, state: GatedDeltaNetState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None
-    ) -> None:
-        """Checks the arguments of `forward`."""
-        check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
-        if state is not None:
-            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        return end_forward(self._output(y, gate), final, broken)
 
     def check_state(self, state: GatedDeltaNetState, sequences: int) -> None:
         """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
@@ -196,9 +180,7 @@ class GatedDeltaNet(nn.Module):
     def step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
         layer for B sequences."""
-        check_token(x, self.hidden_size)
-        self.check_state(state, x.shape[0])
-        make_writable(state)
+        begin_step(self, x, state)
         gate, mixed, strength, log_decay = self._project(x)
         query, key, value = self._parts(self.convolution.step(mixed, state.convolution))
         y = gated_delta_rule_step(query, key, value, log_decay, strength, state.memory)

@@ -21,13 +21,13 @@ from factorization_memory.layers.mixer import (
     UPDATE_FLOPS,
     MixerKind,
     MixerWidth,
-    check_inputs,
-    check_token,
+    begin_forward,
+    begin_step,
+    end_forward,
     register_mixer,
-    set_aside,
 )
 from factorization_memory.layers.norm import rms_norm
-from factorization_memory.layers.state import LayerStateBase, make_writable, outside_inference_mode
+from factorization_memory.layers.state import LayerStateBase
 from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.ssd import ssd, ssd_step
 
@@ -140,12 +140,7 @@ class Mamba2(nn.Module):
         Raises:
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
-        self._check(x, state, cu_seqlens, padding_mask)
-        state = None if state is None else state.apply(outside_inference_mode)
-        if padding_mask is not None:
-            # Whatever stands in padding, also what is not finite, stays out.
-            x = x.masked_fill(~padding_mask[..., None], 0)
-        x, broken = set_aside(x, cu_seqlens)
+        x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask)
         gate, mixed, dt = self._project(x)
         if padding_mask is not None:
             dt = dt.masked_fill(~padding_mask[..., None], 0)
@@ -163,16 +158,7 @@ class Mamba2(nn.Module):
             keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
         final = None if memory is None or tail is None else Mamba2State(memory, tail)
-        y = self._output(y, value, gate)
-        if broken is None:
-            return y, final
-        return broken.output(y), None if final is None else final.apply(broken.state)
-
-    def _check(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
-        """Checks the arguments of `forward`."""
-        check_inputs(x, self.hidden_size, cu_seqlens, padding_mask)
-        if state is not None:
-            self.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        return end_forward(self._output(y, value, gate), final, broken)
 
     def check_state(self, state: Mamba2State, sequences: int) -> None:
         """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
@@ -184,9 +170,7 @@ class Mamba2(nn.Module):
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
         layer for B sequences."""
-        check_token(x, self.hidden_size)
-        self.check_state(state, x.shape[0])
-        make_writable(state)
+        begin_step(self, x, state)
         gate, mixed, dt = self._project(x)
         value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
         y = ssd_step(value, dt, self._decay_rate(), input_map, output_map, state.memory)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional
 from factorization_memory import ops
 from factorization_memory.config import ModelConfig
 from factorization_memory.config.mixers import MixerChoice, add_mixer_choice, mixer_names
+from factorization_memory.layers.state import LayerStateBase, make_writable, outside_inference_mode
 
 
 class SequenceMixer(Protocol):
@@ -111,6 +112,8 @@ class MixerKind:
 MIXERS: dict[str, MixerKind] = {}
 """All kinds by the names that `ModelConfig.mixers` gives them. The first in a model's pattern that has a width is varied."""
 
+State = TypeVar("State", bound=LayerStateBase)
+
 UPDATE_FLOPS = 3
 """Of one number of the memory: `(1 - theta) * h + theta * v`; `1 - theta` is shared by a state's whole width."""
 MERGE_FLOPS = 2
@@ -135,11 +138,54 @@ def register_mixer(name: str, kind: MixerKind, choice: MixerChoice | None = None
     MIXERS[name] = kind
 
 
-def check_token(x: Tensor, hidden_size: int) -> None:
-    """ValueError for an argument of a mixer's `step` that is of the wrong shape."""
+def begin_step(mixer: Any, x: Tensor, state: Any) -> None:
+    """What every mixer's `step` begins with: ValueError unless x is one token `[B, d]` of each sequence and `state` one of this
+    mixer for B sequences, which may be changed in place from here on."""
     ops.check_tensors(x=x)
-    if x.dim() != 2 or x.shape[1] != hidden_size:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token of each sequence, [B, {hidden_size}]")
+    if x.dim() != 2 or x.shape[1] != mixer.hidden_size:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token of each sequence, [B, {mixer.hidden_size}]")
+    mixer.check_state(state, x.shape[0])
+    make_writable(state)
+
+
+def begin_forward(
+    mixer: Any,
+    x: Tensor,
+    state: State | None,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+    window: int | None = None,
+) -> tuple[Tensor, State | None, Broken | None]:
+    """What every mixer's `forward` begins with: its arguments are checked, and what must not be seen is taken out of x.
+
+    Args:
+        mixer: with `hidden_size` and `check_state`.
+        x, state, cu_seqlens, padding_mask: as of `SequenceMixer.__call__`.
+        window: tokens that each token sees, itself included; None: all before it.
+
+    Returns:
+        x, zero in padding and where it is not finite; the state, which may be used with gradients; and where x was not finite
+        (None: nowhere).
+
+    Raises:
+        ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+    """
+    check_inputs(x, mixer.hidden_size, cu_seqlens, padding_mask)
+    if state is not None:
+        mixer.check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        state = state.apply(outside_inference_mode)
+    if padding_mask is not None:
+        # Whatever stands in padding, also what is not finite, stays out.
+        x = x.masked_fill(~padding_mask[..., None], 0)
+    x, broken = set_aside(x, cu_seqlens, window)
+    return x, state, broken
+
+
+def end_forward(y: Tensor, state: State | None, broken: Broken | None) -> tuple[Tensor, State | None]:
+    """y `[B, T, d]` and the state after the last token, NaN where `begin_forward` found that they would be."""
+    if broken is None:
+        return y, state
+    return broken.output(y), None if state is None else state.apply(broken.state)
 
 
 def check_inputs(x: Tensor, hidden_size: int, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> None:
