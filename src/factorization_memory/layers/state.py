@@ -50,12 +50,17 @@ class LayerStateBase:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that make up the state, `[B, ...]` each."""
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return list(self._named_tensors().values())
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The state with `function` applied to each tensor."""
-        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed = {name: function(tensor) for name, tensor in self._named_tensors().items()}
         return dataclasses.replace(cast(Any, self), **changed)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        # By fields: vars() breaks the graph of torch.compile in torch 2.11.
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, self))}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def __repr__(self) -> str:
         """Dtypes and sizes, not numbers."""
