@@ -180,10 +180,10 @@ def test_kernels_refuse(name: str, squared: bool) -> None:
 @pytest.mark.parametrize("squared", [True, False])
 def test_kernels_of_other_packages(monkeypatch: pytest.MonkeyPatch, squared: bool) -> None:
     """Autograd functions that say nothing of second derivatives, as those of fla and mamba-ssm."""
-    monkeypatch.setattr(ssd_kernels, "obstacle", lambda *_: None)
+    monkeypatch.setattr(ssd_kernels, "why_unsupported", lambda *_: None)
     monkeypatch.setattr(ssd_kernels, "_find", lambda _: lambda q, k, v, g, **_: (Foreign.apply(q, k, v, g), None))
     check(*mamba2("fla"), squared, exact=False)
-    monkeypatch.setattr(gated_delta_rule, "fla_obstacle", lambda *_: None)
+    monkeypatch.setattr(gated_delta_rule, "why_not_fla", lambda *_: None)
     monkeypatch.setattr(gated_delta_rule, "_find", lambda: lambda q, k, v, g, **_: (Foreign.apply(q, k, v, g), None))
     _, arguments = delta_rule()
     *leaves, beta = arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factorization_memory.ops import factorization_memory, factorization_memory_step
-from factorization_memory.ops.memory import chunked
+from factorization_memory.config import Backend
+from factorization_memory.ops import BACKEND_NAMES, factorization_memory, factorization_memory_step
+from factorization_memory.ops.memory import backends, chunked
+from factorization_memory.ops.memory.backends import MemoryBackend
 
 
 @dataclass
@@ -319,3 +322,35 @@ def test_borders_may_change_between_calls() -> None:
     changed, _ = factorization_memory(case.update, case.merge, case.value, cu_seqlens=case.borders)
     fresh, _ = factorization_memory(case.update, case.merge, case.value, cu_seqlens=torch.tensor([0, 7, 20]))
     assert torch.equal(changed, fresh)
+
+
+def test_a_model_takes_every_backend() -> None:
+    assert set(typing.get_args(Backend)) == set(BACKEND_NAMES)
+
+
+def test_a_new_backend_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CONTRIBUTING.md has it."""
+    reference = backends.BACKENDS[-1]
+    calls = []
+
+    def forward(*arguments: typing.Any) -> typing.Any:
+        calls.append("forward")
+        return reference.forward(*arguments)
+
+    def why_unsupported(value: Tensor, *_: object) -> str | None:
+        return "it is for one head" if value.shape[2] > 1 else None
+
+    mine = MemoryBackend("mine", forward, why_unsupported=why_unsupported, step=reference.step, undo=reference.undo)
+    monkeypatch.setattr(backends, "BACKENDS", (mine, *backends.BACKENDS))
+    case = make(1, 5, 1, 3, 2)
+    expected = factorization_memory(case.update, case.merge, case.value, backend="reference")[0]
+    for name in ("mine", "auto"):
+        assert torch.equal(factorization_memory(case.update, case.merge, case.value, backend=name)[0], expected)
+    assert calls == ["forward"] * 2
+    wide = make(1, 5, 2, 3, 2)
+    factorization_memory(wide.update, wide.merge, wide.value)  # passed by
+    assert calls == ["forward"] * 2
+    with pytest.raises(ValueError, match=r"backend='mine': it is for one head; use 'auto', or 'chunked', which"):
+        factorization_memory(wide.update, wide.merge, wide.value, backend="mine")
+    with pytest.raises(ValueError, match=r"backend='yours': use one of auto, reference, chunked, triton, .*, mine$"):
+        factorization_memory(wide.update, wide.merge, wide.value, backend="yours")

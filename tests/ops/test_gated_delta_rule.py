@@ -244,7 +244,7 @@ def test_what_fla_is_given(
 ) -> None:
     """Compiled, the call stands between the graphs."""
     monkeypatch.setattr(module, "_find", lambda: chunk_gated_delta_rule)
-    monkeypatch.setattr(module, "fla_obstacle", lambda k, v: None)
+    monkeypatch.setattr(module, "why_not_fla", lambda k, v: None)
     case = make(1 if borders else 2, 20, heads=4, groups=2, borders=borders, with_initial=with_initial)
     function = gated_delta_rule
     if compiled:
@@ -261,7 +261,7 @@ def test_what_fla_is_given(
 def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> None:
     """Errors are relative to the loop on the same rounded numbers; `-s` shows them."""
     sample = torch.zeros(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
-    reason = None if backend == "chunked" else module.fla_obstacle(sample, sample)
+    reason = None if backend == "chunked" else module.why_not_fla(sample, sample)
     if reason is not None:
         pytest.skip(reason)
     torch.use_deterministic_algorithms(False)  # PyTorch's cumsum there is not

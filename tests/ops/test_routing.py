@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from factorization_memory.layers import FactorizationMemory
-from factorization_memory.ops import runtime
 from factorization_memory.ops.routing import route, route_step, weigh
 
 CUDA = torch.cuda.is_available()
@@ -275,7 +274,7 @@ def test_layer_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return [y[mask].detach(), state.memory.detach(), *(p.grad.clone() for p in layer.parameters())]
 
     expected = run()
-    monkeypatch.setattr(runtime, "by_kernels", lambda *_: True)
+    monkeypatch.setattr(FactorizationMemory, "_backend_beside", lambda _: "triton")
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

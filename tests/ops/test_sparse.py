@@ -10,6 +10,7 @@ from torch import Tensor
 
 from factorization_memory.benchmarks.correctness import TOLERANCES, Problem, Shape
 from factorization_memory.ops import factorization_memory
+from factorization_memory.ops.memory.backends import choose_backend
 from factorization_memory.ops.memory.kernels import sparse
 from factorization_memory.ops.memory.kernels.sparse import lists
 
@@ -211,18 +212,10 @@ def test_chosen_where_it_was_measured_to_pay(
 
     monkeypatch.setattr(kernels, "SPARSE_LENGTH", 32)
     monkeypatch.setattr(kernels, "SPARSE_WIDTH", 8)
-    calls: list[str] = []
-    for name in ("forward_sparse", "forward"):
-        monkeypatch.setattr(kernels, name, lambda *arguments, name=name: calls.append(name) or (None, None))
     T, H, M, K, D = ({"T": 32, "H": 1, "M": 1024, "K": 16, "D": 8} | sizes).values()  # noqa: N806
-    update = torch.rand(1, T, H, K, device=DEVICE)
-    indices = torch.arange(K, device=DEVICE).expand(1, T, H, K)
-    factorization_memory(
-        update, update, torch.rand(1, T, H, D, device=DEVICE), indices, None, M,
-        torch.zeros(1, H, M, D, device=DEVICE) if initial else None,
-        cu_seqlens=torch.tensor([0, T], device=DEVICE) if packed else None, backend="triton",
-    )  # fmt: skip
-    assert calls == ["forward_sparse" if taken else "forward"]
+    value, indices = torch.rand(1, T, H, D, device=DEVICE), torch.arange(K, device=DEVICE).expand(1, T, H, K)
+    chosen = choose_backend("triton", value, indices, None, M, alone=not initial, packed=packed)
+    assert chosen.name == ("triton-sparse" if taken else "triton-dense")
 
 
 @pytest.mark.parametrize(("chosen", "merged", "states"), [(2, 3, 9), (4, 4, 6), (1, 1, 5)])

@@ -251,7 +251,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of PyTorch in the place of the packages' kernels."""
     found = {"fla": chunk_simple_gla, "mamba-ssm": mamba_chunk_scan_combined}
     monkeypatch.setattr(ssd_kernels, "_find", found.__getitem__)
-    monkeypatch.setattr(ssd_kernels, "obstacle", lambda backend, x, packed_states: None)
+    monkeypatch.setattr(ssd_kernels, "why_unsupported", lambda backend, x, packed_states: None)
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -282,7 +282,7 @@ def test_what_mamba_ssm_is_given() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("borders", [None, [0, 3, 3, 200, 333]])
 def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> None:
-    reason = None if backend == "chunked" else ssd_kernels.obstacle(backend, torch.zeros(1, device="cuda"), False)
+    reason = None if backend == "chunked" else ssd_kernels.why_unsupported(backend, torch.zeros(1, device="cuda"), False)
     if reason is not None:
         pytest.skip(reason)
     torch.use_deterministic_algorithms(False)  # PyTorch's cumsum there is not

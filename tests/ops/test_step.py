@@ -232,7 +232,7 @@ def test_operators_keep_their_promises() -> None:
         ({"undo": torch.zeros(1, 1, 2, 3)}, r"undo: got torch.float32 \(1, 1, 2, 3\)"),
         ({"seed": torch.tensor([1])}, r"state: got dtype torch.float32, takes torch.bfloat16"),
         ({"state": torch.zeros(2, 1, 4, 2).bfloat16()}, r"takes torch.float32, or a bfloat16 one together with seed"),
-        ({"backend": "fast"}, r"backend='fast': use one of auto, reference, triton"),
+        ({"backend": "fast"}, r"backend='fast': use one of auto, reference, chunked, triton"),
         ({"state": torch.zeros(2, 1, 2, 4).transpose(2, 3)}, r"state: got strides .* takes a contiguous tensor"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

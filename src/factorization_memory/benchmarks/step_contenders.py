@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.timing import FLUSH_BYTES
-from factorization_memory.ops import obstacle, step_unchecked
+from factorization_memory.ops import step_unchecked, why_unsupported
 
 MOST_STEPS = 2048
 """Steps in rotation at most: where rows are few and narrow, a cache may hold what these touch."""
@@ -102,7 +102,7 @@ class Tokens:
 
 def rounds_at_random(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is a step with a bfloat16 memory, which is the Triton kernel's alone; interpreted, it has no speed."""
-    return device.type == "cuda" and obstacle("triton", torch.empty(0, dtype=dtype, device=device)) is None
+    return device.type == "cuda" and why_unsupported(torch.empty(0, dtype=dtype, device=device)) is None
 
 
 def backend_of(contender: Contender, device: torch.device) -> tuple[str, Tensor | None]:

@@ -11,7 +11,7 @@ import torch
 from factorization_memory.benchmarks.correctness import Problem, Shape, check
 from factorization_memory.benchmarks.timing import graph_seconds, interleaved_seconds, summary
 from factorization_memory.config import ConfigError
-from factorization_memory.ops import obstacle
+from factorization_memory.ops import why_unsupported
 
 
 def tune(
@@ -30,7 +30,7 @@ def tune(
     Raises:
         ConfigError: the kernels cannot run here.
     """
-    reason = obstacle("triton", torch.empty(0, dtype=dtype, device=device))
+    reason = why_unsupported(torch.empty(0, dtype=dtype, device=device))
     if reason is not None:
         raise ConfigError(f"tune=True: {reason}; tune on the GPU that is to run the kernels")
     # Not before the check above: Triton may be missing.

@@ -149,14 +149,14 @@ def _op(options: Op, command: str) -> int:
 
     from factorization_memory.benchmarks import op
     from factorization_memory.cli.common import choose
-    from factorization_memory.ops import BACKENDS
+    from factorization_memory.ops import BACKEND_NAMES
     from factorization_memory.training.device import resolve_device
 
     for name in ("memory_length", "length_tokens"):
         if getattr(options, name) < 0:
             raise ConfigError(f"{name}={getattr(options, name)}: use 0 (none) or more tokens")
     for backend in options.backends:
-        choose(backend, dict.fromkeys(BACKENDS), "backend")
+        choose(backend, dict.fromkeys(BACKEND_NAMES), "backend")
     if options.plot is not None:
         from factorization_memory.reports.benchmark_figures import check_path
 

@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
     from factorization_memory import __version__
     from factorization_memory.benchmarks.correctness import check_backend
     from factorization_memory.benchmarks.timing import cpu_model
-    from factorization_memory.ops import obstacle
+    from factorization_memory.ops import why_unsupported
 
     no_gpu = None
     if not torch.cuda.is_available():
@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
     checks, skipped = [], []
     for backend in ("reference", "chunked", "triton"):
         for device in devices:
-            reason = obstacle(backend, torch.empty(0, device=device))
+            reason = why_unsupported(torch.empty(0, device=device)) if backend == "triton" else None
             if reason is None:
                 checks += check_backend(backend, device)
                 if backend == "triton":

@@ -289,7 +289,7 @@ class FactorizationMemory(nn.Module):
             rows, position = state.undo.rows, state.undo.position
         return ops.step_unchecked(
             update, merge, value, state.memory, update_indices, None if indices is update_indices else indices, undo=rows,
-            position=position, backend="reference" if backend == "plain" else "auto",
+            position=position, backend=self.backend,
         )  # fmt: skip
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:

@@ -95,7 +95,7 @@ def obstacle(model: LanguageModel) -> str | None:
     weight = model.embedding.weight
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"its weights are {weight.dtype}, the kernels take float32 or bfloat16"
-    return ops.obstacle("triton", weight, "weight")
+    return ops.why_unsupported(weight, "weight")
 
 
 class _DecodingBlock:

@@ -3,26 +3,29 @@ What other rooms use of the recurrence can be had from here.
 """
 
 from factorization_memory.ops.arguments import check_borders, check_state, check_tensors, read_borders
-from factorization_memory.ops.memory import BACKENDS, factorization_memory, obstacle, over_states, recurrence_unchecked
+from factorization_memory.ops.memory import factorization_memory, recurrence_unchecked
+from factorization_memory.ops.memory.backends import BACKEND_NAMES, BACKENDS, over_states
 from factorization_memory.ops.memory.step import (
     factorization_memory_step,
     factorization_memory_undo,
     step_unchecked,
     undo_unchecked,
 )
+from factorization_memory.ops.runtime import why_unsupported
 
 __all__ = [
     "BACKENDS",
+    "BACKEND_NAMES",
     "check_borders",
     "check_state",
     "check_tensors",
     "factorization_memory",
     "factorization_memory_step",
     "factorization_memory_undo",
-    "obstacle",
     "over_states",
     "read_borders",
     "recurrence_unchecked",
     "step_unchecked",
     "undo_unchecked",
+    "why_unsupported",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from factorization_memory.ops import runtime
 from factorization_memory.ops.arguments import check_borders
 from factorization_memory.ops.autograd import once_differentiable
+from factorization_memory.ops.runtime.backends import Backend, choose
 
 MOST_TAPS = 4
 """Taps that the kernels are written for, or fewer."""
@@ -55,11 +56,17 @@ def convolution_unchecked(
     """`causal_convolution` of arguments that are known to fit: of borders in particular, which a GPU would be waited for."""
     if tail is not None:
         tail = tail.to(x.dtype)
-    if runtime.by_kernels(backend, x, lambda: _obstacle(x, weight, tail)):
-        from factorization_memory.ops.convolution.kernels import convolve
+    return choose(BACKENDS, backend, x, weight, tail).forward(x, weight, bias, tail, cu_seqlens)
 
-        positions, sequences = (None, None) if cu_seqlens is None else _places(x, cu_seqlens, tail is not None)
-        return convolve(x, weight, bias, tail, positions, sequences)
+
+def _by_kernels(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    from factorization_memory.ops.convolution.kernels import convolve
+
+    positions, sequences = (None, None) if cu_seqlens is None else _places(x, cu_seqlens, tail is not None)
+    return convolve(x, weight, bias, tail, positions, sequences)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     return _whole(x, weight, bias, tail) if cu_seqlens is None else _packed(x, weight, bias, tail, cu_seqlens)
 
 
@@ -158,13 +165,17 @@ def _shifted(x: Tensor, taps: int) -> list[Tensor]:
     return [x[:, i : x.shape[1] - taps + 1 + i] for i in range(taps)]
 
 
-def _obstacle(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
+def _why_unsupported(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
     """Why the kernels cannot compute; None if they can."""
     if len(weight) > MOST_TAPS:
         return f"weight has {len(weight)} taps, the kernels take up to {MOST_TAPS}"
     if tail is not None and tail.requires_grad and torch.is_grad_enabled():
         return "tail requires a gradient, which the kernels do not compute"
-    return runtime.obstacle(x, "x")
+    return runtime.why_unsupported(x, "x")
+
+
+BACKENDS = (Backend("triton", _by_kernels, needs_gpu=True, why_unsupported=_why_unsupported), Backend("plain", _plain))
+"""The fastest first."""
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from factorization_memory.ops import runtime
 from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import has_autocast, no_autocast, wide_product
+from factorization_memory.ops.runtime.backends import Backend, choose
 
 IGNORE = -100
 """The target of a position that has no loss."""
@@ -55,7 +56,7 @@ def linear_cross_entropy(
     if has_autocast(hidden.device) and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     needs = torch.is_grad_enabled()
-    kernels = runtime.by_kernels(backend, hidden, lambda: runtime.obstacle(hidden, "hidden"))
+    kernels = choose(BACKENDS, backend, hidden).name == "triton"
     return torch.ops.factorization_memory.linear_cross_entropy.default(
         hidden, weight, targets, needs and hidden.requires_grad, needs and weight.requires_grad, kernels
     )[0]
@@ -87,8 +88,12 @@ def _mean_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss; both gradients are computed with it, while a piece's logits are at hand (empty where not asked for)."""
-    if kernels:
-        return _mean_loss_by_kernels(hidden, weight, targets, for_hidden, for_weight)
+    return BACKENDS[0 if kernels else 1].forward(hidden, weight, targets, for_hidden, for_weight)
+
+
+def _plain(
+    hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     count = (targets != IGNORE).sum().clamp(min=1)
     total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     d_hidden = torch.empty_like(hidden) if for_hidden else None
@@ -130,7 +135,7 @@ def _mean_loss(
     )
 
 
-def _mean_loss_by_kernels(
+def _by_kernels(
     hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with one kernel between the matrix products: a piece's logits, in the dtype of `hidden`, become their gradient
@@ -170,6 +175,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total.add_(wide_product(a, b))
+
+
+BACKENDS = (
+    Backend("triton", _by_kernels, needs_gpu=True, why_unsupported=lambda x: runtime.why_unsupported(x, "hidden")),
+    Backend("plain", _plain),
+)
+"""The fastest first."""
 
 
 def _fake_mean_loss(

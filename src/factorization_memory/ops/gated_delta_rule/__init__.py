@@ -26,9 +26,9 @@ from factorization_memory.ops.arguments import FLOATS, check_borders, check_stat
 from factorization_memory.ops.autograd import call_once_differentiable
 from factorization_memory.ops.gated_delta_rule import chunked
 from factorization_memory.ops.precision import no_autocast, state_dtype
+from factorization_memory.ops.runtime.backends import Backend, choose
 from factorization_memory.ops.ssd.kernels import fla_refusal
 
-BACKENDS = ("auto", "reference", "chunked", "fla")
 FLA_MAX_KEY_WIDTH = 256
 """Widest key that fla's kernels take."""
 
@@ -74,9 +74,7 @@ def gated_delta_rule(
     if initial_state is not None:
         sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(initial_state, "initial_state", (sequences, v.shape[2], k.shape[3], v.shape[3]), v)
-    run: Callable[..., tuple[Tensor, Tensor | None]] = {
-        "reference": _reference, "chunked": chunked.forward, "fla": _fla
-    }[_choose(backend, k, v)]  # fmt: skip
+    run = choose(BACKENDS, backend, v, k).forward
     share = v.shape[2] // k.shape[2]
     q, k = (_shared(tensor, share) for tensor in (q, k))
     scale = k.shape[3] ** -0.5 if scale is None else scale
@@ -130,18 +128,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
             raise ValueError(f"{name}: is on {tensor.device}, v on {v.device}; move them to one device")
 
 
-def _choose(backend: str, k: Tensor, v: Tensor) -> str:
-    """The backend that computes; ValueError if it is none, or cannot."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return "fla" if v.is_cuda and fla_obstacle(k, v) is None else "chunked"
-    if backend == "fla" and (reason := fla_obstacle(k, v)) is not None:
-        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'chunked', which runs everywhere")
-    return backend
-
-
-def fla_obstacle(k: Tensor, v: Tensor) -> str | None:
+def why_not_fla(k: Tensor, v: Tensor) -> str | None:
     """Why fla's kernels cannot run on these keys and values; None if they can."""
     if v.dtype not in (torch.bfloat16, torch.float16):
         return f"v has dtype {v.dtype}, the kernels take bfloat16 or float16"
@@ -228,3 +215,11 @@ def _reference(
             finals.append(state)
         y = torch.stack(outputs, dim=1) if outputs else v.new_zeros(v.shape)
     return y.to(result), torch.cat(finals) if keep_final else None
+
+
+BACKENDS = (
+    Backend("fla", _fla, needs_gpu=True, why_unsupported=lambda v, k: why_not_fla(k, v)),
+    Backend("chunked", chunked.forward),
+    Backend("reference", _reference),
+)
+"""The fastest first."""

@@ -15,12 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from factorization_memory.ops import runtime
-from factorization_memory.ops.arguments import check_borders, check_indices, check_state, check_weights, read_borders
-from factorization_memory.ops.memory import chunked, kernels, reference
-from factorization_memory.ops.precision import no_autocast, state_dtype
-
-BACKENDS = ("auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse")
+from factorization_memory.ops.arguments import check_borders, check_indices, check_state, check_weights
+from factorization_memory.ops.memory.backends import choose_backend
 
 
 def factorization_memory(
@@ -90,102 +86,12 @@ def recurrence_unchecked(
 ) -> tuple[Tensor, Tensor | None]:
     """`factorization_memory` on arguments known to be right."""
     alone = initial_state is None and not output_final_state
-    touched = 0 if indices is None else indices.shape[3] + (0 if merge_indices is None else merge_indices.shape[3])
-    touched = min(touched, num_states)
-    backend = _choose(backend, value, touched, num_states, alone, cu_seqlens)
-    if backend == "reference":
-        borders = None if cu_seqlens is None else read_borders(cu_seqlens)
-        return _reference(
-            update, merge, value, indices, merge_indices, num_states, initial_state, output_final_state, borders
-        )  # fmt: skip
-    if backend == "triton-sparse" and indices is not None:
-        if merge_indices is not None:
-            update, merge, indices = _one_selection(update, merge, indices, merge_indices, num_states, touched)
-        return kernels.forward_sparse(update, merge, value, indices, num_states, initial_state, output_final_state, cu_seqlens)
-    if indices is not None:
-        merge = over_states(merge, indices if merge_indices is None else merge_indices, num_states)
-        update = over_states(update, indices, num_states)
-    if backend == "triton-dense":
-        return kernels.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
-    return chunked.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
-
-
-def obstacle(backend: str, value: Tensor, argument: str = "value") -> str | None:
-    """Why `backend` cannot compute with values like `value`, an argument of that name; None if it can."""
-    return runtime.obstacle(value, argument) if backend.startswith("triton") else None
-
-
-def _choose(
-    backend: str, value: Tensor, touched: int, num_states: int, alone: bool, cu_seqlens: Tensor | None
-) -> str:  # fmt: skip
-    """The backend that computes, "triton" made one of its two forms; ValueError if it is none, or cannot. `touched`: upper
-    bound on the states that a token updates or merges, 0 in the dense form; `alone` if no memory comes in or is asked for."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        backend = "triton" if value.is_cuda and runtime.obstacle(value) is None else "chunked"
-    elif (reason := obstacle(backend, value)) is not None:
-        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'chunked', which runs everywhere")
-    elif backend == "triton-sparse" and not touched:
-        raise ValueError(f"backend={backend!r}: it computes with indices, which are None; use 'triton'")
-    if backend != "triton":
-        return backend
-    sparse = touched > 0 and cu_seqlens is None and kernels.sparse_pays(value, touched, num_states, alone)
-    return "triton-sparse" if sparse else "triton-dense"
+    chosen = choose_backend(backend, value, indices, merge_indices, num_states, alone, cu_seqlens is not None)
+    return chosen.forward(
+        update, merge, value, indices, merge_indices, num_states, initial_state, output_final_state, cu_seqlens
+    )
 
 
 def _capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being captured, in which nothing can be looked at."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def over_states(weights: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
-    """Weights of selected states `[..., K]` among all M, `[..., M]`, zero elsewhere; as they are without indices."""
-    if indices is None:
-        return weights
-    return weights.new_zeros(*weights.shape[:-1], num_states).scatter(-1, indices.long(), weights)
-
-
-def _one_selection(
-    update: Tensor, merge: Tensor, indices: Tensor, merge_indices: Tensor, num_states: int, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Update and merge weights, `[B, T, H, size]` each, over one selection: the states that are updated or merged, and as many
-    others, the lower first, as make up `size`."""
-    update, merge = over_states(update, indices, num_states), over_states(merge, merge_indices, num_states)
-    touched = torch.zeros_like(update, dtype=torch.bool)
-    touched = touched.scatter(-1, indices.long(), True).scatter(-1, merge_indices.long(), True)
-    keys = touched * num_states - torch.arange(num_states, device=update.device)
-    union = keys.topk(size, dim=-1).indices
-    return update.gather(-1, union), merge.gather(-1, union), union
-
-
-def _reference(
-    update: Tensor,
-    merge: Tensor,
-    value: Tensor,
-    indices: Tensor | None,
-    merge_indices: Tensor | None,
-    num_states: int,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    borders: list[int] | None,
-) -> tuple[Tensor, Tensor | None]:
-    batch, _, heads, width = value.shape
-    sequences = batch if borders is None else len(borders) - 1
-    dtype = state_dtype(value)
-    if initial_state is None:
-        initial_state = value.new_zeros(sequences, heads, num_states, width, dtype=dtype)
-    initial_state = initial_state.to(dtype)
-    indices, merge_indices = (None if x is None else x.long() for x in (indices, merge_indices))
-    with no_autocast(value.device):
-        if borders is None:
-            output, state = reference.forward(update, merge, value, indices, merge_indices, initial_state)
-        else:
-            parts = []
-            for n in range(sequences):
-                part = slice(borders[n], borders[n + 1])
-                chosen, read = (None if x is None else x[:, part] for x in (indices, merge_indices))
-                start = initial_state[n : n + 1]
-                parts.append(reference.forward(update[:, part], merge[:, part], value[:, part], chosen, read, start))
-            output, state = torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
-    return output.to(value.dtype), (state if output_final_state else None)

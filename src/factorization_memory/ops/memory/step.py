@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from factorization_memory.ops import runtime
 from factorization_memory.ops.arguments import (
     INDEX_DTYPES,
     check_indices,
@@ -19,8 +18,8 @@ from factorization_memory.ops.arguments import (
     check_weights,
     check_writable,
 )
-from factorization_memory.ops.memory import kernels, reference
-from factorization_memory.ops.precision import no_autocast, state_dtype
+from factorization_memory.ops.memory.backends import MemoryBackend, choose_backend
+from factorization_memory.ops.precision import state_dtype
 
 
 def factorization_memory_step(
@@ -55,7 +54,7 @@ def factorization_memory_step(
             `[B, T, H, K, D]`, of state's dtype, contiguous: for `factorization_memory_undo`.
         seed: int64 `[1]` on state's device: `state` is bfloat16, and rounded to at random with this seed, to be changed from
             step to step; Triton kernels only.
-        backend: "reference" (PyTorch), "triton" (one kernel), or "auto": triton on a GPU where it can run.
+        backend: as of `factorization_memory`; those in PyTorch and those of kernels each step alike.
 
     Returns:
         y `[B, H, D]` (or `[B, T, H, D]`) in value's dtype, and `state`.
@@ -89,11 +88,7 @@ def factorization_memory_step(
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != state.device):
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
         raise ValueError(f"seed: got {got}, takes int64 (1,) on {state.device}")
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"backend={backend!r}: use one of auto, reference, triton")
-    if backend == "triton" and (reason := runtime.obstacle(value)) is not None:
-        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'reference', which runs everywhere")
-    if seed is not None and not _steps_in_triton(backend, value):
+    if seed is not None and _choose(backend, value, indices, merge_indices, states).family != "triton":
         raise ValueError("seed: only Triton kernels round at random, and they do not run here; use a float32 state")
     y = step_unchecked(update, merge, value, state, indices, merge_indices, places, undo, seed=seed, backend=backend)
     return y, state
@@ -148,8 +143,10 @@ def factorization_memory_undo(
     return state
 
 
-def _steps_in_triton(backend: str, value: Tensor) -> bool:
-    return backend == "triton" or (backend == "auto" and value.is_cuda and runtime.obstacle(value) is None)
+def _choose(
+    backend: str, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, num_states: int
+) -> MemoryBackend:  # fmt: skip
+    return choose_backend(backend, value, indices, merge_indices, num_states, alone=False, packed=False)
 
 
 @torch.no_grad()
@@ -177,11 +174,8 @@ def step_unchecked(
         update, merge, value = (x[:, None] for x in (update, merge, value))
         indices, merge_indices = (None if x is None else x[:, None] for x in (indices, merge_indices))
         undo = None if undo is None else undo[:, :, None]
-    if _steps_in_triton(backend, value):
-        y = kernels.step_in_place(update, merge, value, state, indices, merge_indices, places, undo, position, seed)
-    else:
-        with no_autocast(value.device):
-            y = reference.steps(update, merge, value, indices, merge_indices, state, places, undo, position).to(value.dtype)
+    chosen = _choose(backend, value, indices, merge_indices, state.shape[2])
+    y = chosen.step(update, merge, value, indices, merge_indices, state, places, undo, position, seed)
     return y[:, 0] if one else y
 
 
@@ -197,7 +191,5 @@ def undo_unchecked(
 ) -> None:
     """Take back the last `count` steps that were put aside in `undo` `[depth, B, T, H, K, D]`, with their `indices`
     `[depth, B, T, H, K]`; the next would be put aside at `position`, `[1]`."""
-    if _steps_in_triton(backend, state.new_empty(0, dtype=torch.float32)):
-        kernels.undo_in_place(state, undo, indices, places, position, count)
-    else:
-        reference.undo(state, undo, indices, places, position, count)
+    values = state.new_empty(0, dtype=torch.float32)  # rows are copied as they are, so kernels take any dtype
+    _choose(backend, values, indices, None, state.shape[2]).undo(state, undo, indices, places, position, count)

@@ -13,10 +13,15 @@ before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from factorization_memory.ops import runtime
+from factorization_memory.ops.runtime.backends import Backend, choose
 
 FEW = 2048
 """Logits that are sorted faster than they are made into keys."""
@@ -54,15 +59,8 @@ def route(
             run here; names the argument, what it got and what it takes.
     """
     _check(affinity_logits, update_logits, merge_logits, top_k, temperature)
-    kernels = runtime.by_kernels(
-        backend, affinity_logits, lambda: _obstacle(affinity_logits, update_logits, merge_logits, top_k)
-    )
-    if kernels and top_k is not None:
-        from factorization_memory.ops.routing.kernels import select
-
-        affinity, update, merge, indices, *_ = select(affinity_logits, update_logits, merge_logits, top_k, temperature)
-        return affinity, None if update_logits is None else update, merge, indices
-    return _plain(affinity_logits, update_logits, merge_logits, top_k, temperature)
+    chosen = choose(BACKENDS, backend, affinity_logits, update_logits, merge_logits, top_k)
+    return chosen.forward(affinity_logits, update_logits, merge_logits, top_k, temperature)
 
 
 def weigh(rate_logits: Tensor, affinity: Tensor, indices: Tensor | None) -> Tensor:
@@ -109,15 +107,45 @@ def route_step(
     """
     _check(affinity_logits, update_logits, merge_logits, top_k, temperature)
     _check_last(affinity_logits, last_affinity, last_indices, top_k)
-    kernels = runtime.by_kernels(
-        backend, affinity_logits, lambda: _obstacle(affinity_logits, update_logits, merge_logits, top_k)
-    )
-    if kernels and top_k is not None and last_indices is not None:
-        from factorization_memory.ops.routing import kernels as routing
+    chosen = choose(BACKENDS, backend, affinity_logits, update_logits, merge_logits, top_k)
+    return chosen.step(affinity_logits, update_logits, merge_logits, last_affinity, last_indices, top_k, temperature)
 
-        return routing.route_step(
-            affinity_logits, update_logits, merge_logits, last_affinity, last_indices, top_k, temperature
-        )  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingBackend(Backend):
+    """A form of routing.
+
+    Attributes:
+        step: as `route_step`.
+    """
+
+    step: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+
+
+def _by_kernels(
+    affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, top_k: int, temperature: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    from factorization_memory.ops.routing.kernels import select
+
+    affinity, update, merge, indices, *_ = select(affinity_logits, update_logits, merge_logits, top_k, temperature)
+    return affinity, None if update_logits is None else update, merge, indices
+
+
+def _step_by_kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    from factorization_memory.ops.routing import kernels
+
+    return kernels.route_step(*arguments)
+
+
+def _plain_step(
+    affinity_logits: Tensor,
+    update_logits: Tensor,
+    merge_logits: Tensor,
+    last_affinity: Tensor,
+    last_indices: Tensor | None,
+    top_k: int | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     affinity, _, merge, indices = _plain(affinity_logits, None, merge_logits, top_k, temperature)
     updated = None if last_indices is None else last_indices[:, 0].clone()
     update = weigh(update_logits, last_affinity[:, 0].to(affinity.dtype), updated)
@@ -156,7 +184,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
     return keys.topk(count, dim=-1).indices
 
 
-def _obstacle(
+def _why_unsupported(
     affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, top_k: int | None
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot route; None if they can."""
@@ -166,9 +194,16 @@ def _obstacle(
         return f"M = {affinity_logits.shape[-1]} and top_k = {top_k}, the kernels take up to {MOST_STATES} and {MOST_SELECTED}"
     named = {"affinity_logits": affinity_logits, "update_logits": update_logits, "merge_logits": merge_logits}
     for name, logits in named.items():
-        if logits is not None and (reason := runtime.obstacle(logits, name)) is not None:
+        if logits is not None and (reason := runtime.why_unsupported(logits, name)) is not None:
             return reason
     return None
+
+
+BACKENDS = (
+    RoutingBackend("triton", _by_kernels, needs_gpu=True, why_unsupported=_why_unsupported, step=_step_by_kernels),
+    RoutingBackend("plain", _plain, step=_plain_step),
+)
+"""The fastest first."""
 
 
 def _check_last(logits: Tensor, affinity: Tensor, indices: Tensor | None, top_k: int | None) -> None:

@@ -23,46 +23,26 @@ CAPABILITIES = (9, 10)
 """Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
 that ship may take; others give 163 KiB or 99."""
 
-BACKENDS = ("auto", "plain", "triton")
-"""Backends of what stands beside the recurrence."""
-
-
-def by_kernels(backend: str, x: Tensor, obstacle: Callable[[], str | None]) -> bool:
-    """Whether `backend` computes by kernels, of an argument x, what has a plain form in PyTorch too: "triton" does, "plain"
-    does not, "auto" does on a GPU if nothing stands against it.
-
-    Raises:
-        ValueError: an unknown backend, or "triton" where `obstacle` says why it cannot.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend == "plain" or (backend == "auto" and not x.is_cuda):
-        return False
-    reason = obstacle()
-    if reason is not None and backend == "triton":
-        raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'plain', which runs everywhere")
-    return reason is None
-
 
 def interpreted() -> bool:
     """Whether Triton interprets kernels in Python, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def obstacle(value: Tensor, argument: str = "value") -> str | None:
+def why_unsupported(value: Tensor, argument: str = "value") -> str | None:
     """Why the kernels cannot run for `value`, an argument of that name; None if they can."""
     if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{argument} has dtype {value.dtype}, the kernels take bfloat16, float16 or float32"
-    return _device_obstacle(argument, str(value.device))
+    return _why_not_on(argument, str(value.device))
 
 
 @torch.compiler.assume_constant_result
-def _device_obstacle(argument: str, name: str) -> str | None:
-    return _obstacle(argument, name, interpreted())
+def _why_not_on(argument: str, name: str) -> str | None:
+    return _why_not(argument, name, interpreted())
 
 
 @lru_cache(maxsize=64)
-def _obstacle(argument: str, name: str, in_python: bool) -> str | None:
+def _why_not(argument: str, name: str, in_python: bool) -> str | None:
     device = torch.device(name)
     version = _version()
     if version is None:

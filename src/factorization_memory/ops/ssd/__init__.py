@@ -11,15 +11,15 @@ Shapes: B sequences, T tokens, H heads, P values of a head, G groups of heads th
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from factorization_memory.ops.arguments import FLOATS, check_borders, check_state, check_writable, read_borders
 from factorization_memory.ops.precision import no_autocast, state_dtype
+from factorization_memory.ops.runtime.backends import Backend, choose
 from factorization_memory.ops.ssd import chunked, kernels
-
-BACKENDS = ("auto", "reference", "chunked", "mamba-ssm", "fla")
 
 
 def ssd(
@@ -66,13 +66,8 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, takes 1 or more")
     stateful = initial_state is not None or output_final_state
-    backend = _choose(backend, x, cu_seqlens is not None and stateful)
-    if backend == "reference":
-        return _reference(x, dt, decay_rate, input_map, output_map, initial_state, output_final_state, cu_seqlens)
-    if backend == "chunked":
-        run = _uncompiled_chunked if _compiles_wrongly(x) else chunked.forward
-        return run(x, dt, decay_rate, input_map, output_map, chunk_size, initial_state, output_final_state, cu_seqlens)
-    return kernels.forward(backend, x, dt, decay_rate, input_map, output_map, initial_state, output_final_state, cu_seqlens)
+    chosen = choose(BACKENDS, backend, x, cu_seqlens is not None and stateful)
+    return chosen.forward(x, dt, decay_rate, input_map, output_map, chunk_size, initial_state, output_final_state, cu_seqlens)
 
 
 _uncompiled_chunked = torch.compiler.disable(chunked.forward)
@@ -129,28 +124,9 @@ def _check(x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_
             raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}; move them to one device")
 
 
-def _choose(backend: str, x: Tensor, packed_states: bool) -> str:
-    """The backend that computes; ValueError if it is none, or cannot. `packed_states` if states go into packed sequences or
-    come out of them."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: use one of {', '.join(BACKENDS)}")
-    if backend in ("reference", "chunked"):
-        return backend
-    if backend != "auto":
-        reason = kernels.obstacle(backend, x, packed_states)
-        if reason is not None:
-            raise ValueError(f"backend={backend!r}: {reason}; use 'auto', or 'chunked', which runs everywhere")
-        return backend
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        for package in kernels.PACKAGES:
-            if kernels.obstacle(package, x, packed_states) is None:
-                return package
-    return "chunked"
-
-
 def _reference(
-    x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, initial: Tensor | None,
-    keep_final: bool, cu_seqlens: Tensor | None,
+    x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, chunk_size: int,
+    initial: Tensor | None, keep_final: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The formula as a loop over tokens, one sequence after the other where they are packed."""
     dtype = state_dtype(x)
@@ -174,3 +150,26 @@ def _reference(
             finals.append(state)
         y = torch.stack(outputs, dim=1).to(x.dtype) if outputs else x.new_zeros(x.shape)
     return y, torch.cat(finals) if keep_final else None
+
+
+def _chunked(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return (_uncompiled_chunked if _compiles_wrongly(x) else chunked.forward)(x, *arguments)
+
+
+def _of_package(package: str) -> Backend:
+    """The kernels of a package, for bfloat16 and float16 x where nobody asks for them: they take float32 with fewer digits."""
+
+    def forward(
+        x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, chunk_size: int, *more: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return kernels.forward(package, x, dt, decay_rate, input_map, output_map, *more)
+
+    return Backend(
+        package, forward, needs_gpu=True,
+        why_unsupported=lambda x, packed_states: kernels.why_unsupported(package, x, packed_states),
+        pays=lambda x, packed_states: x.dtype in (torch.bfloat16, torch.float16),
+    )  # fmt: skip
+
+
+BACKENDS = (*map(_of_package, kernels.PACKAGES), Backend("chunked", _chunked), Backend("reference", _reference))
+"""The fastest first. Their choice depends on x and on whether states go into packed sequences or come out of them."""

@@ -32,7 +32,7 @@ MAMBA_CHUNK = 256
 """Tokens of a chunk in mamba-ssm's kernels: its own choice. fla's take 64."""
 
 
-def obstacle(backend: str, x: Tensor, packed_states: bool) -> str | None:
+def why_unsupported(backend: str, x: Tensor, packed_states: bool) -> str | None:
     """Why these kernels cannot compute with x; None if they can. `packed_states` if states go into packed sequences or come out
     of them."""
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -36,20 +36,18 @@ def forward(
     return output, final if keep_final else None
 
 
-def sparse_pays(value: Tensor, chosen: int, num_states: int, alone: bool) -> bool:
+def sparse_pays(value: Tensor, chosen: int, num_states: int) -> bool:
     """Whether `forward_sparse` is known to be faster than the dense form, by measurement (docs/kernels.md): at sizes beside
     those that were measured it is not taken.
 
     Args:
-        value: v, `[B, T, H, D]`, not packed.
+        value: v, `[B, T, H, D]`, of sequences that are not packed and that no memory comes into or leaves.
         chosen: K.
         num_states: M.
-        alone: whether no memory comes into the sequences or leaves them.
     """
     _, length, heads, width = value.shape
     return (
-        alone
-        and heads == 1
+        heads == 1
         and length <= SPARSE_LENGTH
         and width >= SPARSE_WIDTH
         and num_states >= max(SPARSE_STATES, SPARSE_RATIO * chosen)
@@ -82,7 +80,7 @@ def forward_sparse(
 
 
 def step_in_place(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
+    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor,
     places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """A few tokens of each sequence, `state` in place: see `step._step`."""

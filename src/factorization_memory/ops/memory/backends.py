@@ -1,0 +1,191 @@
+"""The forms of the recurrence, one record each: over whole sequences, and steps with the state in place, forth and back.
+
+Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it merges, D value width of a
+head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from factorization_memory.ops import runtime
+from factorization_memory.ops.arguments import read_borders
+from factorization_memory.ops.memory import chunked, kernels, reference
+from factorization_memory.ops.precision import no_autocast, state_dtype
+from factorization_memory.ops.runtime.backends import Backend, backend_names, choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBackend(Backend):
+    """A form of the recurrence. `forward` takes the arguments of `factorization_memory` but the last.
+
+    Attributes:
+        step: as `reference.steps`, then a seed or None.
+        undo: as `reference.undo`.
+    """
+
+    step: Callable[..., Tensor]
+    undo: Callable[..., None]
+
+
+def choose_backend(
+    name: str, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, num_states: int, alone: bool, packed: bool
+) -> MemoryBackend:  # fmt: skip
+    """The backend of that name, or for "auto" and "triton" the fastest, as `choose` has it.
+
+    Args:
+        name: one of `BACKEND_NAMES`.
+        value, indices, merge_indices, num_states: as of `factorization_memory`.
+        alone: whether no memory comes into the sequences or is asked for.
+        packed: whether there are several sequences in a row.
+    """
+    return choose(BACKENDS, name, value, touched_states(indices, merge_indices, num_states), num_states, alone, packed)
+
+
+def touched_states(indices: Tensor | None, merge_indices: Tensor | None, num_states: int) -> int:
+    """Upper bound on the states that a token updates or merges; 0 in the dense form."""
+    if indices is None:
+        return 0
+    return min(indices.shape[-1] + (0 if merge_indices is None else merge_indices.shape[-1]), num_states)
+
+
+def over_states(weights: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
+    """Weights of selected states `[..., K]` among all M, `[..., M]`, zero elsewhere; as they are without indices."""
+    if indices is None:
+        return weights
+    return weights.new_zeros(*weights.shape[:-1], num_states).scatter(-1, indices.long(), weights)
+
+
+def _whole_reference(
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    merge_indices: Tensor | None,
+    num_states: int,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    borders = None if cu_seqlens is None else read_borders(cu_seqlens)
+    batch, _, heads, width = value.shape
+    sequences = batch if borders is None else len(borders) - 1
+    dtype = state_dtype(value)
+    if initial_state is None:
+        initial_state = value.new_zeros(sequences, heads, num_states, width, dtype=dtype)
+    initial_state = initial_state.to(dtype)
+    indices, merge_indices = (None if x is None else x.long() for x in (indices, merge_indices))
+    with no_autocast(value.device):
+        if borders is None:
+            output, state = reference.forward(update, merge, value, indices, merge_indices, initial_state)
+        else:
+            parts = []
+            for n in range(sequences):
+                part = slice(borders[n], borders[n + 1])
+                chosen, read = (None if x is None else x[:, part] for x in (indices, merge_indices))
+                start = initial_state[n : n + 1]
+                parts.append(reference.forward(update[:, part], merge[:, part], value[:, part], chosen, read, start))
+            output, state = torch.cat([y for y, _ in parts], dim=1), torch.cat([h for _, h in parts])
+    return output.to(value.dtype), (state if output_final_state else None)
+
+
+def _dense(run: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The form `run`, which knows no selection, on weights over all states."""
+
+    def forward(
+        update: Tensor,
+        merge: Tensor,
+        value: Tensor,
+        indices: Tensor | None,
+        merge_indices: Tensor | None,
+        num_states: int,
+        initial_state: Tensor | None,
+        output_final_state: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        merge = over_states(merge, indices if merge_indices is None else merge_indices, num_states)
+        update = over_states(update, indices, num_states)
+        return run(update, merge, value, initial_state, output_final_state, cu_seqlens)
+
+    return forward
+
+
+def _sparse(
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    merge_indices: Tensor | None,
+    num_states: int,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    if merge_indices is not None:
+        update, merge, indices = _one_selection(update, merge, indices, merge_indices, num_states)
+    return kernels.forward_sparse(update, merge, value, indices, num_states, initial_state, output_final_state, cu_seqlens)
+
+
+def _one_selection(
+    update: Tensor, merge: Tensor, indices: Tensor, merge_indices: Tensor, num_states: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update and merge weights over one selection: the states that are updated or merged, and as many others, the lower
+    first, as make up `touched_states`."""
+    update, merge = over_states(update, indices, num_states), over_states(merge, merge_indices, num_states)
+    touched = torch.zeros_like(update, dtype=torch.bool)
+    touched = touched.scatter(-1, indices.long(), True).scatter(-1, merge_indices.long(), True)
+    keys = touched * num_states - torch.arange(num_states, device=update.device)
+    union = keys.topk(touched_states(indices, merge_indices, num_states), dim=-1).indices
+    return update.gather(-1, union), merge.gather(-1, union), union
+
+
+def _step_reference(
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    merge_indices: Tensor | None,
+    state: Tensor,
+    places: Tensor | None,
+    undo: Tensor | None,
+    position: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    assert seed is None, "see factorization_memory_step"
+    with no_autocast(value.device):
+        y = reference.steps(update, merge, value, indices, merge_indices, state, places, undo, position)
+        return y.to(value.dtype)
+
+
+def _no_kernels(value: Tensor, *_: object) -> str | None:
+    return runtime.why_unsupported(value)
+
+
+def _no_sparse_kernels(value: Tensor, touched: int, *_: object) -> str | None:
+    if not touched:
+        return "it computes with indices, which are None"
+    return runtime.why_unsupported(value)
+
+
+def _sparse_pays(value: Tensor, touched: int, num_states: int, alone: bool, packed: bool) -> bool:
+    return alone and not packed and touched > 0 and kernels.sparse_pays(value, touched, num_states)
+
+
+BACKENDS = (
+    MemoryBackend(
+        "triton-sparse", _sparse, "triton", needs_gpu=True, why_unsupported=_no_sparse_kernels, pays=_sparse_pays,
+        step=kernels.step_in_place, undo=kernels.undo_in_place,
+    ),
+    MemoryBackend(
+        "triton-dense", _dense(kernels.forward), "triton", needs_gpu=True, why_unsupported=_no_kernels,
+        step=kernels.step_in_place, undo=kernels.undo_in_place,
+    ),
+    MemoryBackend("chunked", _dense(chunked.forward), step=_step_reference, undo=reference.undo),
+    MemoryBackend("reference", _whole_reference, step=_step_reference, undo=reference.undo),
+)  # fmt: skip
+"""The fastest first."""
+BACKEND_NAMES = backend_names(BACKENDS)
