@@ -24,7 +24,7 @@ from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import recall_suite
 from factorization_memory.experiments.processes import Job
 from factorization_memory.reports.comparison_table import tables
-from factorization_memory.training.guard import RunLock
+from factorization_memory.runs import RunLock
 
 TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--model.num-heads", "1",

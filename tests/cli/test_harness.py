@@ -15,7 +15,7 @@ import pytest
 from factorization_memory.cli import dispatch
 from factorization_memory.cli import evaluate_harness as show_harness
 from factorization_memory.models.pretrained import builtin_model
-from factorization_memory.training import load_model
+from factorization_memory.runs import load_model
 
 pytest.importorskip("lm_eval")
 from factorization_memory.evaluation.harness_tasks import choose_tasks, run_tasks

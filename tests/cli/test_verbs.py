@@ -554,7 +554,7 @@ def test_a_run_is_resumed_by_its_folder_alone_and_lengthened(
 
 def test_a_run_starts_from_a_trained_model(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its weights before the first step are that model's, whichever way it is named; the first step is a small one."""
-    from factorization_memory.training import load_model
+    from factorization_memory.runs import load_model
 
     run = workplace / "run"
     assert call(capsys, "export", run, tmp_path / "exported")[0] == 0

@@ -14,10 +14,11 @@ import pytest
 from factorization_memory.config import ConfigError, RunConfig, to_dict
 from factorization_memory.experiments.compare import first_difference, with_defaults
 from factorization_memory.experiments.contenders import override, read_contender, split_overrides
-from factorization_memory.experiments.processes import FAILURE_NAME, JOB_NAME, LOG_NAME, Job, Watcher, run_jobs
+from factorization_memory.experiments.processes import Job, Watcher, run_jobs
 from factorization_memory.experiments.record import mean_and_spread
 from factorization_memory.presets import PRESETS
 from factorization_memory.reports.comparison_table import change, differing
+from factorization_memory.runs.names import FAILURE_NAME, JOB_NAME, LOG_NAME
 
 
 def test_flags_of_a_run_are_told_from_others() -> None:

@@ -149,8 +149,8 @@ def _op(options: Op, command: str) -> int:
 
     from factorization_memory.benchmarks import op
     from factorization_memory.cli.common import choose
+    from factorization_memory.models.device import resolve_device
     from factorization_memory.ops import BACKENDS
-    from factorization_memory.training.device import resolve_device
 
     for name in ("memory_length", "length_tokens"):
         if getattr(options, name) < 0:
@@ -323,7 +323,7 @@ class _OpTables:
 
 def _training(options: Training, command: str) -> int:
     from factorization_memory.benchmarks import training
-    from factorization_memory.training.device import resolve_device
+    from factorization_memory.models.device import resolve_device
 
     if not options.lengths:
         raise ConfigError("lengths=(): use one length or more")

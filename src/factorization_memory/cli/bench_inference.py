@@ -54,7 +54,7 @@ class Inference:
 def run(options: Inference, command: str) -> int:
     """`fmem bench inference`; 1 if a size of our model failed."""
     from factorization_memory.benchmarks import inference
-    from factorization_memory.training.device import resolve_device
+    from factorization_memory.models.device import resolve_device
 
     settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "plot", "json")}
     benchmark = inference.InferenceBenchmark(**settings)

@@ -42,7 +42,7 @@ class Step:
 def run(options: Step, command: str) -> int:
     """`fmem bench step`; 1 if a size failed."""
     from factorization_memory.benchmarks import step
-    from factorization_memory.training.device import resolve_device
+    from factorization_memory.models.device import resolve_device
 
     device = resolve_device(options.device, "device")
     settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "json")}

@@ -107,7 +107,7 @@ def plain(text: str) -> Text:
 
 def resolve(run: Path | None) -> tuple[Path | None, Path | None]:
     """The run folder, if `run` is one; and the folder to load, of a run its best checkpoint, None for the package's model."""
-    from factorization_memory.training import find_checkpoint, list_checkpoints
+    from factorization_memory.runs import find_checkpoint, list_checkpoints
 
     if run is None or not list_checkpoints(run):
         return None, run
@@ -116,8 +116,9 @@ def resolve(run: Path | None) -> tuple[Path | None, Path | None]:
 
 def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunConfig]:
     """The model that a verb was given, or else the one that comes with the package; `device` is its `--device`."""
+    from factorization_memory.models.device import resolve_device
     from factorization_memory.models.pretrained import builtin_model
-    from factorization_memory.training import load_model, resolve_device
+    from factorization_memory.runs import load_model
 
     if run is None:
         console().print("[dim]no model named: this is the one that comes with the package[/dim]")

@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     if options.dry_run:
         emit(plan.description(), options.json)
         return 0
-    from factorization_memory.training.guard import RunLock
+    from factorization_memory.runs import RunLock
 
     if not options.train and not (plan.folder / PLAN_NAME).exists():
         raise ConfigError(f"--out={plan.folder}: holds no comparison to make a record of; leave --no-train out to begin one")
@@ -61,14 +61,14 @@ def run(arguments: list[str]) -> int:
 
 def _keep_plan(plan: Plan) -> bool:
     """Write the plan, or see that the folder holds it or one that it goes on from; returns whether it was written."""
+    from factorization_memory._files import read_json_or_none
     from factorization_memory.experiments.compare import first_difference, part_to_keep, with_defaults
-    from factorization_memory.experiments.processes import read_json
 
     path = plan.folder / PLAN_NAME
     # Through JSON, which knows lists alone.
     own = json.loads(json.dumps(plan.description()))
     if path.exists():
-        kept = _begun(with_defaults(read_json(path)), plan)
+        kept = _begun(with_defaults(read_json_or_none(path)), plan)
         difference = first_difference(kept, part_to_keep(kept, own))
         if difference is not None:
             name, old, new = difference
@@ -161,10 +161,10 @@ def threads(available: int, parallel: int) -> int:
 
 def _record(plan: Plan, options: CompareOptions, arguments: list[str], changed: bool) -> dict[str, Any]:
     """The record, written with its table and figure; the one on disk where nothing has changed since."""
-    from factorization_memory.experiments.processes import read_json
+    from factorization_memory._files import read_json_or_none
 
     path = plan.folder / RECORD_NAME
-    record, before = _make_record(plan, options, arguments), read_json(path)
+    record, before = _make_record(plan, options, arguments), read_json_or_none(path)
     same = before is not None and all(before[part] == record[part] for part in ("schema_version", "failures"))
     if same and not changed and _runs(before) == _runs(record):
         _write_pages(plan.folder, before, again=False)
@@ -180,17 +180,19 @@ def _make_record(plan: Plan, options: CompareOptions, arguments: list[str]) -> d
     run that began last."""
     import torch
 
-    from factorization_memory.experiments.processes import JOB_NAME, read_json
+    from factorization_memory._files import read_json_or_none
     from factorization_memory.experiments.record import make_record
-    from factorization_memory.training import resolve_device
-    from factorization_memory.training.record import describe_environment, strict_json
+    from factorization_memory.models.device import resolve_device
+    from factorization_memory.runs.environment import describe_environment
+    from factorization_memory.runs.names import ENVIRONMENT_NAME, JOB_NAME
+    from factorization_memory.runs.record import strict_json
 
     made = make_record(plan)
     device, count = plan.entries[0].config.training.device, threads(torch.get_num_threads(), options.parallel)
     environment = describe_environment(resolve_device(device if options.train else "cpu"))
     if not options.train:
         found = [
-            (read_json(job.folder / "environment.json"), read_json(job.folder / JOB_NAME))
+            (read_json_or_none(job.folder / ENVIRONMENT_NAME), read_json_or_none(job.folder / JOB_NAME))
             for job in plan.all_jobs()
             if job.done
         ]

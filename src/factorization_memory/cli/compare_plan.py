@@ -128,7 +128,7 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
 
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.experiments.compare import Corpus, Plan, make_entries
-    from factorization_memory.training import resolve_device
+    from factorization_memory.models.device import resolve_device
 
     opened = PackedCorpus.open(options.corpus.resolve())
     corpus = Corpus(opened.folder, opened.fingerprint, opened.tokenizer.fingerprint, opened.tokenizer.vocab_size)

@@ -30,7 +30,7 @@ def main(job_file: Path) -> int:
     """Work on a job; returns the exit status."""
     # Late, so that a failing import stands in the log and in failure.json.
     from factorization_memory.cli.common import write_aside
-    from factorization_memory.experiments.processes import FAILURE_NAME
+    from factorization_memory.runs.names import FAILURE_NAME
 
     try:
         return _work(job_file)
@@ -47,20 +47,22 @@ def main(job_file: Path) -> int:
 def _work(job_file: Path) -> int:
     import torch
 
+    from factorization_memory._files import read_json_or_none
     from factorization_memory.cli import train
     from factorization_memory.cli.common import interrupted_status
     from factorization_memory.config import RunConfig, from_dict
-    from factorization_memory.experiments.processes import is_evaluated, read_json
-    from factorization_memory.training import list_checkpoints, resolve_device
-    from factorization_memory.training.checkpoint_folder import CHECKPOINTS_NAME, prune_checkpoints
-    from factorization_memory.training.record import RESULT_NAME, RunRecord
+    from factorization_memory.experiments.processes import is_evaluated
+    from factorization_memory.models.device import resolve_device
+    from factorization_memory.runs import RunRecord, list_checkpoints
+    from factorization_memory.runs.checkpoint_folder import prune_checkpoints
+    from factorization_memory.runs.names import CHECKPOINTS_NAME, RESULT_NAME
 
     folder = job_file.parent
     job = json.loads(job_file.read_text(encoding="utf-8"))
     config = from_dict(RunConfig, job["config"])
     torch.set_num_threads(job["threads"])
     end_with(job["parent"])
-    result = read_json(folder / RESULT_NAME)
+    result = read_json_or_none(folder / RESULT_NAME)
     if result is None or result["stopped"] != "finished":
         result = train.train(config, folder, resume=RunRecord(folder).exists)
         device = resolve_device(config.training.device)
@@ -97,10 +99,11 @@ def _record_memory(folder: Path, device: torch.device) -> None:
     """Peak memory of the training, the largest of all its parts where it was resumed."""
     import torch
 
-    from factorization_memory.experiments.processes import MEMORY_NAME, read_json
-    from factorization_memory.training.record import write_json
+    from factorization_memory._files import read_json_or_none
+    from factorization_memory.runs.names import MEMORY_NAME
+    from factorization_memory.runs.record import write_json
 
-    before = read_json(folder / MEMORY_NAME) or {}
+    before = read_json_or_none(folder / MEMORY_NAME) or {}
     peaks = {
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
@@ -111,9 +114,10 @@ def _record_memory(folder: Path, device: torch.device) -> None:
 def _evaluate(folder: Path, config: RunConfig, options: dict[str, Any]) -> None:
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.evaluation import evaluate_run
-    from factorization_memory.training import find_checkpoint, load_model, resolve_device
-    from factorization_memory.training.device import autocast
-    from factorization_memory.training.record import write_json
+    from factorization_memory.models.device import autocast, resolve_device
+    from factorization_memory.runs import find_checkpoint, load_model
+    from factorization_memory.runs.names import EVALUATION_NAME
+    from factorization_memory.runs.record import write_json
 
     checkpoint = find_checkpoint(folder, "last")
     device = resolve_device(config.training.device)
@@ -122,7 +126,7 @@ def _evaluate(folder: Path, config: RunConfig, options: dict[str, Any]) -> None:
     with autocast(config.training, device):
         record = evaluate_run(model, corpus, config, ngram_orders=(), **options)
     evaluated = {"checkpoint": checkpoint.name, "corpus_fingerprint": corpus.fingerprint, **options}
-    write_json(folder / "evaluation.json", {"evaluated": evaluated, **record})
+    write_json(folder / EVALUATION_NAME, {"evaluated": evaluated, **record})
 
 
 if __name__ == "__main__":

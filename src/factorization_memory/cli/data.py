@@ -14,6 +14,7 @@ import tyro
 from factorization_memory._text import visible
 from factorization_memory.cli.common import choose, console, emit, parse, say
 from factorization_memory.config import ConfigError
+from factorization_memory.runs.names import TOKENIZER_NAME
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TokenizerOptions:
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
     """Texts: .txt, .jsonl, .jsonl.zst, .parquet, or folders of these."""
-    output: Path = Path("tokenizer.json")
+    output: Path = Path(TOKENIZER_NAME)
     """File to write."""
     vocab_size: int = 16384
     """Number of ids, the 256 bytes and 2 special tokens among them."""

@@ -16,6 +16,7 @@ from factorization_memory.cli import evaluate, generate, train
 from factorization_memory.cli.common import console, emit, interrupted_status, parse, say, write_aside
 from factorization_memory.config import ConfigError
 from factorization_memory.presets import demo
+from factorization_memory.runs.names import INSPECTION_NAME, RECALL_DEMO_NAME, REPORT_NAME, SAMPLES_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,8 +75,8 @@ def run(arguments: list[str]) -> int:
         return interrupted_status(result)
 
     from factorization_memory.evaluation import inspect_text
-    from factorization_memory.reports.report import REPORT_NAME
-    from factorization_memory.training import find_checkpoint, load_model, resolve_device
+    from factorization_memory.models.device import resolve_device
+    from factorization_memory.runs import find_checkpoint, load_model
 
     checkpoint = find_checkpoint(run_dir, "best")
     model, tokenizer, config = load_model(checkpoint, resolve_device(options.device, "--device"))
@@ -88,13 +89,13 @@ def run(arguments: list[str]) -> int:
     for prompt in PROMPTS:
         sampling = generate.SamplingConfig(temperature=0.7, min_p=0.05)
         samples += generate.stream(model, tokenizer, prompt, to=best_effort(sys.stderr), max_tokens=100, sampling=sampling)
-    write_aside(run_dir / "samples.json", json.dumps(samples, ensure_ascii=False, indent=1))
+    write_aside(run_dir / SAMPLES_NAME, json.dumps(samples, ensure_ascii=False, indent=1))
     text = "\n\n".join(_held_out_text(corpus, name)[:length] for name, length in INSPECTED_CHARACTERS.items())
-    write_aside(run_dir / "inspection.json", json.dumps(inspect_text(model, tokenizer, text), ensure_ascii=False))
+    write_aside(run_dir / INSPECTION_NAME, json.dumps(inspect_text(model, tokenizer, text), ensure_ascii=False))
 
     out.rule("[bold]5  recall: two small models learn to name the value behind a key")
     recall = _recall(out)
-    write_aside(run_dir / "recall_demo.json", json.dumps(recall, ensure_ascii=False, allow_nan=False))
+    write_aside(run_dir / RECALL_DEMO_NAME, json.dumps(recall, ensure_ascii=False, allow_nan=False))
 
     out.rule("[bold]6  report")
     evaluate.record_evaluation(run_dir, evaluation)

@@ -43,7 +43,7 @@ def examine() -> dict[str, Any]:
     (what cannot run on a device, and why), `passed`."""
     import torch
 
-    from factorization_memory import __version__
+    from factorization_memory._version import __version__
     from factorization_memory.benchmarks.correctness import check_backend
     from factorization_memory.benchmarks.timing import cpu_model
     from factorization_memory.ops import obstacle

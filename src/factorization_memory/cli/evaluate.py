@@ -10,6 +10,7 @@ from factorization_memory._text import visible
 from factorization_memory.cli.common import at_least, console, emit, load, parse, plain, resolve, say, write_aside
 from factorization_memory.cli.evaluate_options import EvaluateOptions
 from factorization_memory.config import ConfigError
+from factorization_memory.runs.names import EVALUATION_NAME, TOKENIZER_NAME
 
 if TYPE_CHECKING:
     from factorization_memory.config import RunConfig
@@ -48,7 +49,7 @@ def run(arguments: list[str]) -> int:
     if min(options.recall_lengths, default=0) < 1:
         raise ConfigError(f"--recall-lengths={' '.join(map(str, options.recall_lengths))}: name one or more, each 1 or more")
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.training.checkpoint_folder import read_state
+    from factorization_memory.runs.checkpoint_folder import read_state
 
     run_dir, checkpoint = resolve(options.run)
     model, tokenizer, config = load(checkpoint, options.device)
@@ -69,7 +70,7 @@ def run(arguments: list[str]) -> int:
         corpus = PackedCorpus.open(folder)
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"{folder}: packed with another tokenizer than the model's; pack it with the tokenizer.json beside the model"
+                f"{folder}: packed with another tokenizer than the model's; pack it with the {TOKENIZER_NAME} beside the model"
             )
         _check_recall(options, corpus)
         result = evaluate(model, corpus, config, "builtin" if checkpoint is None else checkpoint.name, **limits)
@@ -78,7 +79,7 @@ def run(arguments: list[str]) -> int:
         if read_state(checkpoint)["corpus_fingerprint"] == corpus.fingerprint:
             record_evaluation(run_dir, result)
         else:
-            say(f"{corpus.folder}: not the corpus of the run, whose evaluation.json stays as it is; --json gives this one")
+            say(f"{corpus.folder}: not the corpus of the run, whose {EVALUATION_NAME} stays as it is; --json gives this one")
     emit(result, options.json)
     return 0
 
@@ -108,7 +109,7 @@ def evaluate(
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from factorization_memory.evaluation import evaluate_run
-    from factorization_memory.training.device import autocast
+    from factorization_memory.models.device import autocast
 
     device = next(model.parameters()).device
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
@@ -130,11 +131,11 @@ def record_evaluation(run_dir: Path, result: dict[str, Any]) -> None:
     take the place of one of the same checkpoint."""
     import json
 
-    from factorization_memory.experiments.processes import read_json
+    from factorization_memory._files import read_json_or_none
     from factorization_memory.reports.report import write_report
 
-    path = run_dir / "evaluation.json"
-    kept = read_json(path)
+    path = run_dir / EVALUATION_NAME
+    kept = read_json_or_none(path)
     if kept is not None and told_by(result, kept):
         say(f"{path}: tells all that this evaluation does and more, and stays as it is; --json gives this one")
         return

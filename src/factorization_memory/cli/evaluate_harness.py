@@ -12,19 +12,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from factorization_memory.cli.common import at_least, console, emit, load, resolve, say, write_aside
+from factorization_memory.runs.names import HARNESS_NAME
 
 if TYPE_CHECKING:
     from factorization_memory.cli.evaluate_options import EvaluateOptions
-
-RECORD = "harness.json"
-"""The file in a run folder."""
 
 
 def run(options: EvaluateOptions) -> int:
     """`fmem evaluate` with `--harness`."""
     at_least(options, harness_limit=1, harness_shots=0, harness_batch_size=1)
-    from factorization_memory.training import resolve_device
-    from factorization_memory.training.device import autocast
+    from factorization_memory.models.device import autocast, resolve_device
 
     run_dir, checkpoint = resolve(options.run)
     if checkpoint is not None and not checkpoint.is_dir():
@@ -57,8 +54,8 @@ def run(options: EvaluateOptions) -> int:
     }
     show(result)
     if run_dir is not None:
-        write_aside(run_dir / RECORD, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
-        say(f"results: {run_dir / RECORD}")
+        write_aside(run_dir / HARNESS_NAME, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
+        say(f"results: {run_dir / HARNESS_NAME}")
     emit(result, options.json)
     return 0
 

@@ -97,7 +97,7 @@ def _time(config: RunConfig, flops: int) -> dict[str, Any] | None:
     """`seconds` of all steps by the last `fmem bench training` on this machine, and its `date`; None where there is none."""
     from factorization_memory.benchmarks.timing import machine
     from factorization_memory.cli.benchmark_notes import training_rate
-    from factorization_memory.training.device import resolve_device
+    from factorization_memory.models.device import resolve_device
 
     try:
         device = resolve_device(config.training.device)

@@ -106,7 +106,7 @@ def _options(arguments: list[str]) -> TrainOptions:
     if resumed is None:
         options: TrainOptions = preset_and_options(arguments, "train", TrainOptions)
         return options
-    from factorization_memory.training.record import RunRecord
+    from factorization_memory.runs.record import RunRecord
 
     folder, rest = resumed
     config = RunRecord(folder).read_config()
@@ -155,7 +155,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, A
     """Train with a progress bar, evaluating and sampling as the configuration says; returns the result."""
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.training import RichProgress, Trainer
-    from factorization_memory.training.pretrained import BUILTIN
+    from factorization_memory.training.initial import BUILTIN
 
     # The run remembers its corpus wherever it is called from later.
     folder = Path(config.data.corpus).resolve()

@@ -1,6 +1,6 @@
 """`report.html` of a run folder: everything its records say, on one page that opens in any browser and loads nothing.
 
-Read are `config.json`, `environment.json`, `metrics.jsonl`, `result.json` (see training/record.py), `evaluation.json` (see
+Read are `config.json`, `environment.json`, `metrics.jsonl`, `result.json` (see runs/record.py), `evaluation.json` (see
 evaluation/run.py), `inspection.json` (see evaluation/inspection.py), `recall_demo.json` (see evaluation/recall_demo.py) and
 `samples.json`, a list of {prompt, text} and whatever else generation has to say. A section whose record is not there is left
 out. The plots are also written to `plots/*.png`.
@@ -21,9 +21,19 @@ from factorization_memory.reports import figures
 from factorization_memory.reports.inspection_page import INSPECTION_STYLE, explanation, inspection_fragment
 from factorization_memory.reports.pages import page
 from factorization_memory.reports.recall_text import as_text, distances_as_text
+from factorization_memory.runs.names import (
+    CONFIG_NAME,
+    ENVIRONMENT_NAME,
+    EVALUATION_NAME,
+    INSPECTION_NAME,
+    METRICS_NAME,
+    PLOTS_NAME,
+    RECALL_DEMO_NAME,
+    REPORT_NAME,
+    RESULT_NAME,
+    SAMPLES_NAME,
+)
 from factorization_memory.runs.recall_names import KINDS
-
-REPORT_NAME = "report.html"
 
 
 class ReportError(ValueError):
@@ -69,12 +79,12 @@ def write_report(run_dir: Path) -> Path:
     Raises ReportError where there is no run, or where a record cannot be read or its configuration is not a whole one.
     """
     config = _read_config(run_dir)
-    environment = _read(run_dir / "environment.json") or {}
-    result = _read(run_dir / "result.json") or {}
-    evaluation = _read(run_dir / "evaluation.json") or {}
-    inspection = _read(run_dir / "inspection.json")
-    recall_demo = _read(run_dir / "recall_demo.json")
-    metrics = list(_metrics(run_dir / "metrics.jsonl"))
+    environment = _read(run_dir / ENVIRONMENT_NAME) or {}
+    result = _read(run_dir / RESULT_NAME) or {}
+    evaluation = _read(run_dir / EVALUATION_NAME) or {}
+    inspection = _read(run_dir / INSPECTION_NAME)
+    recall_demo = _read(run_dir / RECALL_DEMO_NAME)
+    metrics = list(_metrics(run_dir / METRICS_NAME))
     drawn = {
         "loss": figures.loss_curve(metrics),
         "position": figures.position_curves(evaluation.get("position", {})),
@@ -83,16 +93,18 @@ def write_report(run_dir: Path) -> Path:
         "recall-reads": figures.recall_reads(recall_demo),
     }
     plots: dict[str, str] = {}
-    if (run_dir / "plots").is_symlink():
-        raise ReportError(f"{run_dir / 'plots'}: a symbolic link, and a report writes into its run's folder alone; remove it")
-    (run_dir / "plots").mkdir(exist_ok=True)
+    if (run_dir / PLOTS_NAME).is_symlink():
+        raise ReportError(
+            f"{run_dir / PLOTS_NAME}: a symbolic link, and a report writes into its run's folder alone; remove it"
+        )
+    (run_dir / PLOTS_NAME).mkdir(exist_ok=True)
     for name, figure in drawn.items():
         if figure is not None:
-            figures.png(figure, run_dir / "plots" / f"{name}.png")
+            figures.png(figure, run_dir / PLOTS_NAME / f"{name}.png")
             caption = f"<figcaption>{CAPTIONS[name]}</figcaption>" if name in CAPTIONS else ""
             plots[name] = f"<figure>{figures.svg(figure, name)}{caption}</figure>"
 
-    samples = _read(run_dir / "samples.json") or _last_samples(metrics)
+    samples = _read(run_dir / SAMPLES_NAME) or _last_samples(metrics)
     parts = [
         _header(config, environment, result, evaluation, metrics),
         _headline(evaluation),
@@ -156,10 +168,10 @@ def _read(path: Path) -> Any:
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "config.json"
+    path = run_dir / CONFIG_NAME
     values = _read(path)
     if values is None:
-        raise ReportError(f"{run_dir}: there is no run here (config.json is missing); give a run folder")
+        raise ReportError(f"{run_dir}: there is no run here ({CONFIG_NAME} is missing); give a run folder")
     # Defaults in place of what is not there would describe a run that never was.
     # A field alone may be missing: a run that is older than the field had its default.
     if missing := ", ".join(name for name in to_dict(RunConfig()) if isinstance(values, dict) and name not in values):

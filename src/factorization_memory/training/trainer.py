@@ -1,7 +1,7 @@
 """The training loop: one model, one device, one run folder.
 
 What a run is made of lives in the files beside this one: the passes of a step (step.py), the learning rate (schedule.py),
-checkpoints (checkpoint.py), records (record.py), guards (guard.py). Evaluation and sampling are passed in as functions.
+guards (guard.py), and in `runs`: checkpoints, records, the lock. Evaluation and sampling are passed in as functions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.capacity import require_room
 from factorization_memory.models.compilation import compiled_loss
+from factorization_memory.models.device import autocast, resolve_device
 from factorization_memory.models.finite import not_finite
 from factorization_memory.models.language_model import parameter_count
 from factorization_memory.models.routing import RoutingHealth, memory_layers
-from factorization_memory.training.checkpoint import difference_from, load_checkpoint, model_tensors, save_checkpoint
-from factorization_memory.training.checkpoint_folder import (
+from factorization_memory.runs.checkpoint import difference_from, load_checkpoint, model_tensors, save_checkpoint
+from factorization_memory.runs.checkpoint_folder import (
     CheckpointError,
     NotFiniteError,
     TrainingState,
@@ -36,12 +37,12 @@ from factorization_memory.training.checkpoint_folder import (
     prune_checkpoints,
     read_state,
 )
-from factorization_memory.training.device import autocast, resolve_device
-from factorization_memory.training.guard import GracefulStop, RunLock, TrainingDivergedError, check_finite, diverged
+from factorization_memory.runs.lock import RunLock
+from factorization_memory.runs.record import RunFolderError, RunRecord
+from factorization_memory.training.guard import GracefulStop, TrainingDivergedError, check_finite, diverged
+from factorization_memory.training.initial import load_initial
 from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
-from factorization_memory.training.pretrained import load_initial
 from factorization_memory.training.progress import ShieldedObserver, TrainingObserver
-from factorization_memory.training.record import RunFolderError, RunRecord
 from factorization_memory.training.schedule import learning_rate
 from factorization_memory.training.step import accumulate_gradient, clip_gradient
 
