@@ -24,11 +24,15 @@ ROOMS = {
     "training": {"config", "data", "layers", "models", "runs"},
     "evaluation": {"config", "data", "layers", "models", "runs"},
     "generation": {"config", "data", "layers", "models"},
-    "experiments": {"config", "presets", "layers", "models", "runs", "evaluation"},
     # benchmarks read and write as generation does.
     "benchmarks": {"config", "presets", "ops", "layers", "models", "generation"},
     # reports read records on disk; of models and benchmarks they take constants alone.
     "reports": {"config", "models", "runs", "benchmarks"},
+    # An experiment ends with its report.
+    "experiments": {
+        "config", "presets", "data", "layers", "models", "runs", "training", "evaluation", "generation", "benchmarks",
+        "reports",
+    },
     "cli": {
         "config", "presets", "data", "ops", "layers", "models", "runs", "training", "evaluation", "generation", "experiments",
         "benchmarks", "reports",
@@ -118,7 +122,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 NAMES = {value for name, value in vars(names).items() if name.endswith("_NAME")}
-FOLDERS = {names.CHECKPOINTS_NAME, names.PLOTS_NAME}
+FOLDERS = {names.CHECKPOINTS_NAME, names.CORPUS_NAME, names.PLOTS_NAME}
 """Names that are also words: wrong only as part of a path."""
 OTHER_FORMATS = {"data", "models"}
 """Rooms before `runs` with names of their own: packed corpora, Hugging Face's layout."""

@@ -532,7 +532,7 @@ def test_text_in_another_order_is_refused(corpus: Path) -> None:
 def test_a_run_ends_with_the_comparison_that_started_it() -> None:
     child = """if True:
         import os, sys, time
-        from factorization_memory.cli.compare_run import end_with
+        from factorization_memory.experiments.worker import end_with
         end_with(os.getppid())
         print(os.getpid(), flush=True)
         time.sleep(60)

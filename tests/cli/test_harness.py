@@ -131,7 +131,7 @@ def test_without_a_hub(run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 def test_bad_usage(
     arguments: list[str], status: int, message: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("factorization_memory.training.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("factorization_memory.runs.load_model", lambda *_: pytest.fail("a model was loaded"))
     got, out, err = call(capsys, "evaluate", run, *arguments)
     assert (got, out) == (status, "")
     assert message in err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from factorization_memory.cli.compare_plan import CompareOptions, check, make_pl
 from factorization_memory.cli.tables import table, wide_console
 from factorization_memory.config import ConfigError, to_dict
 from factorization_memory.experiments.contenders import split_overrides
+from factorization_memory.experiments.worker import command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,11 +132,6 @@ def _work(plan: Plan, options: CompareOptions, arguments: list[str], people: Con
                 then=plan.after, stop=lambda: stop.requested, watcher=display,
             )  # fmt: skip
         return started, stop.requested
-
-
-def command(job_file: Path) -> list[str]:
-    """The command line that works on a job."""
-    return [sys.executable, "-m", "factorization_memory.cli.compare_run", str(job_file)]
 
 
 def visible_gpus(count: int) -> list[str]:

@@ -51,7 +51,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         corpus = PackedCorpus.open(Path(config.data.corpus))
         model = complete_config(config, corpus.tokenizer.vocab_size).model
     elif not model.vocab_size:
-        from factorization_memory.cli.demo import VOCABULARY
+        from factorization_memory.experiments.demo import VOCABULARY
 
         model = dataclasses.replace(model, vocab_size=VOCABULARY if config.name == "demo" else ASSUMED_VOCABULARY)
     counts = count(model, config.data.context_length)

@@ -7,9 +7,9 @@
       checkpoints/step-00000100/   see checkpoint.py        harness.json      see evaluation/harness_tasks.py
       report.html, plots/          see reports/report.py
 
-`fmem demo` adds samples.json, inspection.json and recall_demo.json, which the report shows; `fmem import` sources.json, which
-says what an imported model was trained on; `fmem compare` job.json, log.txt, failure.json and memory.json (see
-experiments/processes.py).
+`fmem demo` adds samples.json, inspection.json and recall_demo.json, which the report shows, and its packed text, corpus/;
+`fmem import` adds sources.json, which says what the model was trained on; `fmem compare` job.json, log.txt, failure.json and
+memory.json (see experiments/processes.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PLOTS_NAME = "plots"
 SAMPLES_NAME = "samples.json"
 INSPECTION_NAME = "inspection.json"
 RECALL_DEMO_NAME = "recall_demo.json"
+CORPUS_NAME = "corpus"
 
 JOB_NAME = "job.json"
 LOG_NAME = "log.txt"
