@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,10 @@ from factorization_memory.config import ConfigError
 from factorization_memory.experiments.contenders import Contender, read_contender
 
 if TYPE_CHECKING:
-    from factorization_memory.config import RunConfig
-    from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.experiments.compare import Plan
 
 SEARCHED_FACTORS = (0.5, 1.0, 2.0)
 """Learning rates that are tried where none are given, times the contender's own."""
-CHECKED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -128,6 +123,7 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
 
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.experiments.compare import Corpus, Plan, make_entries
+    from factorization_memory.experiments.reading_order import same_order
     from factorization_memory.models.device import resolve_device
 
     opened = PackedCorpus.open(options.corpus.resolve())
@@ -218,38 +214,3 @@ def _rate(text: str) -> float:
     if not 0 < rate < 1e9:
         raise ConfigError(f"--learning-rates={text!r}: use positive numbers, or NAME=1e-3,2e-3 for one contender")
     return rate
-
-
-def same_order(corpus: PackedCorpus, configs: dict[str, RunConfig], seed: int) -> str:
-    """Digest of the text that the first steps and the last of a training with `seed` read, the same for every contender.
-
-    Raises RuntimeError if it is not.
-    """
-    from factorization_memory.data.loader import BatchLoader
-
-    digests: dict[tuple[Any, ...], str] = {}
-    found = {}
-    for name, config in configs.items():
-        steps = config.training.steps
-        # The loader knows no more of a run than this.
-        known = (config.data.__repr__(), config.sequences_per_step, config.micro_batch_size, config.training.carry_state, steps)
-        if known not in digests:
-            digest = hashlib.blake2b(digest_size=8)
-            for step in sorted({*range(min(CHECKED_STEPS, steps)), steps - 1}):
-                with BatchLoader(
-                    corpus, dataclasses.replace(config.data, read_ahead=0), sequences_per_step=config.sequences_per_step,
-                    micro_batch_size=config.micro_batch_size, carry_state=config.training.carry_state, seed=seed,
-                    start_step=step,
-                ) as loader:  # fmt: skip
-                    batches = next(loader)
-                # Packed sequences are laid out flat: the tokens in their order, however they are cut.
-                for part in ("tokens", "targets"):
-                    for batch in batches:
-                        digest.update(getattr(batch, part).numpy().tobytes())
-            digests[known] = digest.hexdigest()
-        found[name] = digests[known]
-    first, *others = found
-    for name in others:
-        if found[name] != found[first]:
-            raise RuntimeError(f"contender {name!r}: it would not read the text in the order of {first!r}; nothing was trained")
-    return found[first]
