@@ -46,7 +46,7 @@ OUTSIDE = {
     "huggingface_hub": {"models/pretrained/export.py"},
     "pyarrow": {"data/corpora.py"},
     "zstandard": {"data/corpora.py", "data/fetch.py"},
-    "matplotlib": {"reports/figures.py", "reports/benchmark_figures.py"},
+    "matplotlib": {f"reports/{file}.py" for file in ("plotting", "figures", "position_figures", "benchmark_figures")},
     "transformers": {"models/huggingface/", "benchmarks/training.py", "benchmarks/inference_peers.py"},
     "lm_eval": {"evaluation/harness"},
     "triton": {

@@ -194,7 +194,8 @@ def write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
     curves = {each["name"]: each["summary"]["by_position"] for each in record["contenders"]}
     drawable = any(curves.values())
     if drawable and (again or not picture.exists()):
-        from factorization_memory.reports.figures import comparison_curves, png
+        from factorization_memory.reports.plotting import png
+        from factorization_memory.reports.position_figures import comparison_curves
 
         figure = comparison_curves(curves, record["shared"]["context_length"])
         assert figure is not None
