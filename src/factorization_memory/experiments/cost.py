@@ -13,8 +13,8 @@ from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.experiments.demo import VOCABULARY
 from factorization_memory.models.counting import count, training_memory
 from factorization_memory.models.device import resolve_device
+from factorization_memory.training.preparation import complete_config
 from factorization_memory.training.schedule import learning_rate
-from factorization_memory.training.trainer import complete_config
 
 ASSUMED_VOCABULARY = 16384
 """Of a run whose corpus is not named yet; for the preset `demo`, that of `fmem demo`."""
