@@ -25,7 +25,7 @@ ROOMS = {
     "evaluation": {"config", "data", "layers", "models", "runs"},
     "generation": {"config", "data", "layers", "models"},
     # benchmarks read and write as generation does.
-    "benchmarks": {"config", "presets", "ops", "layers", "models", "generation"},
+    "benchmarks": {"config", "presets", "ops", "layers", "models", "runs", "generation"},
     # reports read records on disk; of models and benchmarks they take constants alone.
     "reports": {"config", "models", "runs", "benchmarks"},
     # An experiment ends with its report.

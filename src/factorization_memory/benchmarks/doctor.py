@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 
 from factorization_memory._version import __version__
 from factorization_memory.benchmarks.correctness import check_backend
-from factorization_memory.benchmarks.timing import cpu_model
 from factorization_memory.ops import obstacle
+from factorization_memory.runs.environment import cores, cpu_model
 
 REQUIRED = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub")
 OPTIONAL = ("triton", "transformers", "datasets", "lm_eval")
@@ -39,7 +38,7 @@ def examine() -> dict[str, Any]:
     return {
         "versions": {"factorization_memory": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in REQUIRED + OPTIONAL},
-        "cpu": {"name": cpu_model(), "cores": _cores(), "threads": torch.get_num_threads()},
+        "cpu": {"name": cpu_model(), "cores": cores(), "threads": torch.get_num_threads()},
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if no_gpu is None else [],
         "no_gpu": no_gpu,
         "checks": checks,
@@ -54,11 +53,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu(index: int) -> dict[str, Any]:

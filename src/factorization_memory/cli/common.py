@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from factorization_memory._files import write_atomic
 from factorization_memory._streams import best_effort, lacks
 from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, suggestion
@@ -160,11 +159,6 @@ def bench_status(result: dict[str, Any], failed: bool) -> int:
         return int(failed)
     say(f"stopped by {result['interrupted']}: the result holds the sizes that were measured until then")
     return 128 + signal.Signals[result["interrupted"]].value
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or not there."""
-    write_atomic(path, text)
 
 
 def read_text(path: str) -> str:

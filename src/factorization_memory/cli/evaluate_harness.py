@@ -11,7 +11,8 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import at_least, console, emit, load, resolve, say, write_aside
+from factorization_memory._files import write_atomic
+from factorization_memory.cli.common import at_least, console, emit, load, resolve, say
 from factorization_memory.runs.names import HARNESS_NAME
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run(options: EvaluateOptions) -> int:
     }
     show(result)
     if run_dir is not None:
-        write_aside(run_dir / HARNESS_NAME, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
+        write_atomic(run_dir / HARNESS_NAME, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
         say(f"results: {run_dir / HARNESS_NAME}")
     emit(result, options.json)
     return 0
