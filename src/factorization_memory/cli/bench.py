@@ -30,7 +30,7 @@ Bench = (
 def run(arguments: list[str]) -> int:
     """`fmem bench` with `arguments`; returns the exit status."""
     options: Op | Training | Inference | Step = parse(Bench, arguments, "bench")  # type: ignore[arg-type]
-    if not isinstance(options, Inference | Step):
+    if isinstance(options, Op):
         for name in ("batch", "repeats"):
             if getattr(options, name) < 1:
                 raise ConfigError(f"{name}={getattr(options, name)}: use 1 or more")

@@ -13,7 +13,7 @@ from factorization_memory.config import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from factorization_memory.benchmarks.correctness import Shape
+    from factorization_memory.benchmarks.settings import Shape
 
 SIZES = ("batch", "length", "heads", "num_states", "value_size", "top_k")
 PASSES = {"forward": "fwd", "forward_backward": "fwd+bwd"}
@@ -134,7 +134,7 @@ def run(options: Op, command: str) -> int:
 
 
 def _shapes(options: Op) -> tuple[Shape, ...]:
-    from factorization_memory.benchmarks.correctness import Shape
+    from factorization_memory.benchmarks.settings import Shape
 
     if options.shapes:
         for option in fields(Op):

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import bench_status, emit, say
+from factorization_memory.benchmarks.settings import TrainingBenchmark
+from factorization_memory.cli.common import bench_status, checked, emit, say
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
-from factorization_memory.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(TrainingBenchmark):
     """Tokens per second, MFU and memory of whole training steps, beside transformers' Llama and Mamba-2 of equal parameters
     where that is installed."""
 
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
-    """Our model."""
-    batch: int = 8
-    """Sequences of a step."""
-    lengths: tuple[int, ...] = (512, 4096)
-    """Tokens of each sequence."""
-    peers: tuple[Literal["llama", "mamba2"], ...] = ("llama", "mamba2")
-    """Models to compare with; may be empty."""
-    llama_heads: int = 4
-    """Attention heads of Llama."""
-    mamba2_layers: int = 8
-    """Layers of Mamba-2."""
-    mamba2_chunk: int = 64
-    """Chunk of Mamba-2's scan; 64 is the fastest on a CPU."""
-    bfloat16: bool = False
-    """Autocast to bfloat16."""
-    compile: bool = False
-    """Compile the losses with torch.compile, ours as one graph (which the backend chunked does not allow)."""
-    activation_memory_budget: float = 1.0
-    """With --compile: share of the bytes kept for the backward pass, 0 to 1; the rest is computed again."""
-    peak_tflops: float = 0
-    """The device's peak in TFLOP/s that MFU is relative to; 0 takes the data sheet's for dense bfloat16 where the device is
-    known (H100, H200, A100), otherwise the measured rate of a large matrix product."""
-    repeats: int = 5
-    """Rounds, of which medians are taken."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     threads: int = 0
     """Threads of the CPU; 0 takes PyTorch's number, which suits a machine that does nothing else."""
     json: bool = False
     """Write the result to stdout as one JSON line."""
+
+    def __post_init__(self) -> None:
+        """Checked when `run` makes the benchmark of it."""
 
 
 def run(options: Training, command: str) -> int:
@@ -57,13 +35,8 @@ def run(options: Training, command: str) -> int:
     from factorization_memory.benchmarks.notes import remember
     from factorization_memory.models.device import resolve_device
 
-    if not options.lengths:
-        raise ConfigError("lengths=(): use one length or more")
-    if options.model.vocab_size < 1:
-        raise ConfigError(f"model.vocab_size={options.model.vocab_size}: a model needs one or more token ids")
+    benchmark = checked(TrainingBenchmark, options)
     people = wide_console()
-    settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "json")}
-    benchmark = training.TrainingBenchmark(**settings)
     with people.status("") as status:
         result = training.run(benchmark, resolve_device(options.device, "device"), status.update)
     _show(result, people)

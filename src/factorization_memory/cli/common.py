@@ -62,6 +62,12 @@ def flags_that_may_be_none(options: type[Any], prefix: str = "--") -> set[str]:
     return found
 
 
+def checked(kind: type[T], options: T) -> T:
+    """What `options`, of a subclass of the dataclass `kind` that checks nothing, say of its fields; made, and so checked, here,
+    as an error while they are parsed would not name the flag."""
+    return kind(**{each.name: getattr(options, each.name) for each in dataclasses.fields(typing.cast(Any, kind))})
+
+
 def listing(items: dict[str, str], width: int) -> str:
     """Names and what they are, for help: the names in a column of `width`, broken so that a terminal of 80 shows them whole."""
     return "\n".join(
