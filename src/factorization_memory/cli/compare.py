@@ -15,7 +15,7 @@ from factorization_memory.experiments.contenders import split_overrides
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from factorization_memory.experiments.compare import Plan
+    from factorization_memory.experiments.plan import Plan
 
 WIDTH = 132
 """Of the tables where nobody's terminal sets it: six losses with their spreads beside a name."""

@@ -14,7 +14,7 @@ from factorization_memory.config import ConfigError
 from factorization_memory.experiments.contenders import Contender, read_contender
 
 if TYPE_CHECKING:
-    from factorization_memory.experiments.compare import Plan
+    from factorization_memory.experiments.plan import Plan
 
 SEARCHED_FACTORS = (0.5, 1.0, 2.0)
 """Learning rates that are tried where none are given, times the contender's own."""
@@ -122,7 +122,7 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
         )
 
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.experiments.compare import Corpus, Plan, make_entries
+    from factorization_memory.experiments.plan import Corpus, Plan, make_entries
     from factorization_memory.experiments.reading_order import same_order
     from factorization_memory.models.device import resolve_device
 

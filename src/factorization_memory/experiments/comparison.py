@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from factorization_memory._files import read_json_or_none, write_atomic
 from factorization_memory.config import ConfigError
-from factorization_memory.experiments.compare import first_difference, is_plan, part_to_keep, slug, with_defaults
+from factorization_memory.experiments.kept_plan import first_difference, is_plan, part_to_keep, with_defaults
+from factorization_memory.experiments.plan import slug
 from factorization_memory.experiments.processes import Job, Watcher, run_jobs
 from factorization_memory.experiments.worker import command
 from factorization_memory.runs.names import ENVIRONMENT_NAME, JOB_NAME
 
 if TYPE_CHECKING:
-    from factorization_memory.experiments.compare import Plan
+    from factorization_memory.experiments.plan import Plan
 
 PLAN_NAME, RECORD_NAME, TABLE_NAME, FIGURE_NAME = "plan.json", "compare.json", "compare.md", "compare.png"
 

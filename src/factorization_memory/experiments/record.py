@@ -27,7 +27,7 @@ from factorization_memory._files import read_json_or_none
 from factorization_memory.config import to_dict
 from factorization_memory.evaluation.position import beyond_context
 from factorization_memory.evaluation.recall_suite import headline
-from factorization_memory.experiments.compare import Entry, Plan
+from factorization_memory.experiments.plan import Entry, Plan
 from factorization_memory.experiments.processes import Job
 from factorization_memory.runs.names import EVALUATION_NAME, MEMORY_NAME
 from factorization_memory.runs.recall_names import KINDS, distance_name
