@@ -19,7 +19,7 @@ from factorization_memory.config import RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import recall_suite
-from factorization_memory.experiments import comparison
+from factorization_memory.experiments import comparison, planning
 from factorization_memory.experiments.processes import Job
 from factorization_memory.experiments.reading_order import same_order
 from factorization_memory.reports.comparison_table import tables
@@ -159,7 +159,7 @@ def test_two_models_from_text_to_table(corpus: Path, tmp_path: Path, capsys: pyt
 def test_recall_tasks_are_asked_for(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recall_suite, "ITEMS", 1)
+    monkeypatch.setattr(planning, "ITEMS", 1)
     options = ["--seeds", 0, "--learning-rates", "1e-3", "--positions", 4, "--stretches", 1, "--max-tokens", 64, "--recall"]
     arguments = [*CONTENDERS, *TINY, *options, "--corpus", corpus, "--out", tmp_path / "out"]
     status, out, err = call(capsys, *arguments, "--json")

@@ -116,45 +116,27 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
         choose(options.match_to, known, "--match-to: contender")
     rates = learning_rates(options.learning_rates, contenders)
     seeds = training_seeds(options.seeds, contenders)
-    if any(options.search_seed in own for own in seeds.values()):
-        raise ConfigError(
-            f"--search-seed={options.search_seed}: it is one of --seeds; the learning rate must be chosen with another"
-        )
 
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.experiments.plan import Corpus, Plan, make_entries
-    from factorization_memory.experiments.reading_order import same_order
+    from factorization_memory.experiments import planning
     from factorization_memory.models.device import resolve_device
 
-    opened = PackedCorpus.open(options.corpus.resolve())
-    corpus = Corpus(opened.folder, opened.fingerprint, opened.tokenizer.fingerprint, opened.tokenizer.vocab_size)
-    entries = make_entries(
-        contenders, corpus, rates, seeds, options.parameters or options.match_to or names[0], options.own_schedules
-    )
-    first = entries[0].config
-    if options.train:
-        resolve_device(first.training.device)
-    steps = first.training.steps
-    search_steps = options.search_steps or max(1, round(options.search_fraction * steps))
-    if search_steps > steps:
-        raise ConfigError(f"--search-steps={search_steps}: use at most training.steps={steps}")
-    evaluation = {
-        "max_position": max(options.positions, default=0) * first.data.context_length,
-        "max_tokens": options.max_tokens,
-        "stretches": options.stretches,
-    }
+    corpus = PackedCorpus.open(options.corpus.resolve())
     if options.recall:
         from factorization_memory.cli.evaluate_recall import check_recall
-        from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS
+        from factorization_memory.evaluation.recall_suite import LENGTHS
 
-        check_recall(opened, LENGTHS)
-        evaluation["recall_items"] = ITEMS
-    every = dict.fromkeys(seed for own in seeds.values() for seed in own)
-    order = {str(seed): same_order(opened, {each.name: each.config for each in entries}, seed) for seed in every}
-    return Plan(
-        options.out, entries, corpus, options.search_seed, search_steps, options.alone_steps, options.positions, evaluation,
-        order,
+        check_recall(corpus, LENGTHS)
+    plan = planning.make_plan(
+        contenders, corpus, options.out, rates=rates, seeds=seeds,
+        match_to=options.parameters or options.match_to or names[0], own_schedules=options.own_schedules,
+        search_seed=options.search_seed, search_steps=options.search_steps, search_fraction=options.search_fraction,
+        alone_steps=options.alone_steps, positions=options.positions, max_tokens=options.max_tokens,
+        stretches=options.stretches, recall=options.recall,
     )  # fmt: skip
+    if options.train:
+        resolve_device(plan.entries[0].config.training.device)
+    return plan
 
 
 def learning_rates(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[float, ...]]:

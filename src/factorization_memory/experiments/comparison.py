@@ -8,18 +8,26 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from factorization_memory._files import read_json_or_none, write_atomic
 from factorization_memory.config import ConfigError
 from factorization_memory.experiments.kept_plan import first_difference, is_plan, part_to_keep, with_defaults
-from factorization_memory.experiments.plan import slug
+from factorization_memory.experiments.plan import Plan, slug
 from factorization_memory.experiments.processes import Job, Watcher, run_jobs
+from factorization_memory.experiments.record import make_record
 from factorization_memory.experiments.worker import command
+from factorization_memory.models.device import resolve_device
+from factorization_memory.reports.comparison_table import markdown
+from factorization_memory.reports.plotting import png
+from factorization_memory.reports.position_figures import comparison_curves
+from factorization_memory.runs import RunLock
+from factorization_memory.runs.environment import describe_environment
 from factorization_memory.runs.names import ENVIRONMENT_NAME, JOB_NAME
-
-if TYPE_CHECKING:
-    from factorization_memory.experiments.plan import Plan
+from factorization_memory.runs.record import strict_json
+from factorization_memory.training.guard import GracefulStop
 
 PLAN_NAME, RECORD_NAME, TABLE_NAME, FIGURE_NAME = "plan.json", "compare.json", "compare.md", "compare.png"
 
@@ -57,8 +65,6 @@ class Comparison:
         `show` makes the watcher of the runs, which calls what it is given when one that it saw begin has ended. Raises
         ConfigError where the folder holds another comparison, RunLockedError where another process works in it.
         """
-        from factorization_memory.runs import RunLock
-
         with RunLock(self.plan.folder):
             more = self._keep_plan()
             started, stopped = self._work(show)
@@ -66,8 +72,6 @@ class Comparison:
 
     def record_without_training(self) -> dict[str, Any]:
         """The record of the runs that are done, written anew. Raises ConfigError where the folder holds no comparison."""
-        from factorization_memory.runs import RunLock
-
         if not (self.plan.folder / PLAN_NAME).exists():
             raise ConfigError(
                 f"out={self.plan.folder}: holds no comparison to make a record of; leave --no-train out to begin one"
@@ -114,10 +118,6 @@ class Comparison:
     def _work(self, show: Callable[[Callable[[Job], None]], AbstractContextManager[Watcher]]) -> tuple[int, str | None]:
         """Run what is not done yet; returns the number of processes started, and the signal that stopped it. The record is
         written whenever a training of a seed has ended, so that what is there can be read whatever happens to the others."""
-        import torch
-
-        from factorization_memory.training.guard import GracefulStop
-
         plan, started = self.plan, 0
         gpus = visible_gpus(self.gpus)
         with GracefulStop() as stop, show(self._keep_record) as watcher:
@@ -156,13 +156,6 @@ class Comparison:
     def _make_record(self, trained: bool = True) -> dict[str, Any]:
         """The record as it stands, of values that JSON knows. Where nothing is trained, the machine that it names is that of
         the run that began last."""
-        import torch
-
-        from factorization_memory.experiments.record import make_record
-        from factorization_memory.models.device import resolve_device
-        from factorization_memory.runs.environment import describe_environment
-        from factorization_memory.runs.record import strict_json
-
         made = make_record(self.plan)
         device, count = self.plan.entries[0].config.training.device, threads(torch.get_num_threads(), self.parallel)
         environment = describe_environment(resolve_device(device if trained else "cpu"))
@@ -189,15 +182,10 @@ class Comparison:
 
 def write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
     """The record's figure, if it has one, and its table; without `again` only what is missing."""
-    from factorization_memory.reports.comparison_table import markdown
-
     page, picture = folder / TABLE_NAME, folder / FIGURE_NAME
     curves = {each["name"]: each["summary"]["by_position"] for each in record["contenders"]}
     drawable = any(curves.values())
     if drawable and (again or not picture.exists()):
-        from factorization_memory.reports.plotting import png
-        from factorization_memory.reports.position_figures import comparison_curves
-
         figure = comparison_curves(curves, record["shared"]["context_length"])
         assert figure is not None
         png(figure, picture)
@@ -210,8 +198,6 @@ def visible_gpus(count: int) -> list[str]:
 
     Raises ConfigError where there are fewer.
     """
-    import torch
-
     if count == 1:
         return []
     if (there := torch.cuda.device_count()) < count:

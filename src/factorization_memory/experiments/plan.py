@@ -1,9 +1,8 @@
 """Models compared on equal terms: as many parameters, the same tokens in the same order, each at its own best learning rate.
 
 A plan says everything that decides the result; it stands in `plan.json`, and a folder takes no other, but for one with more
-contenders or more seeds: what was trained stays. Its trainings are jobs
-(processes.py): for each contender short ones to choose the learning rate, then one for each seed. What they leave in their run
-folders is read back into one record (record.py).
+contenders or more seeds: what was trained stays. Its trainings are jobs (processes.py): for each contender short ones to choose
+the learning rate, then one for each seed. What they leave in their run folders is read back into one record (record.py).
 """
 
 from __future__ import annotations

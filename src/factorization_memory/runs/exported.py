@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from factorization_memory._files import JSONError, read_json
 from factorization_memory.config import ConfigError, RunConfig, from_dict
+from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.models import LanguageModel
 from factorization_memory.models.pretrained import load_pretrained
 from factorization_memory.models.pretrained.export import TRAINING_NAME, digest
 from factorization_memory.models.pretrained.format import CONFIG_NAME, TOKENIZER_NAME, read_config, read_weights
 from factorization_memory.runs.checkpoint_folder import CheckpointError, wrong_state_field
-
-if TYPE_CHECKING:
-    from factorization_memory.data.tokenizer import Tokenizer
-    from factorization_memory.models import LanguageModel
 
 FORMAT_VERSION = 1
 """Of training.json."""
 
 
 def read_exported(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
-    from factorization_memory.data.tokenizer import Tokenizer
-
     model = load_pretrained(folder)
     file = folder / TOKENIZER_NAME
     if not file.exists():

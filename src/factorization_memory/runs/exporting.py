@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from factorization_memory.config import ConfigError, RunConfig, to_dict
+from factorization_memory.data.corpora import CorpusError
+from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.models.pretrained import CardFacts, is_pretrained, model_card, save_pretrained
 from factorization_memory.models.pretrained.export import exported_weights, require_free
 from factorization_memory.runs.checkpoint_folder import CheckpointError, read_run_config, read_state
@@ -141,9 +143,6 @@ def _sources(
     config: RunConfig, record: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
     """Sizes of the training text's sources and its languages, from the corpus or else from what an import brought along."""
-    from factorization_memory.data.corpora import CorpusError
-    from factorization_memory.data.shards import PackedCorpus
-
     try:
         corpus = PackedCorpus.open(Path(config.data.corpus)) if config.data.corpus else None
     except (CorpusError, OSError):  # gone, or something else is there now

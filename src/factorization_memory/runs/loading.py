@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from factorization_memory.config import RunConfig
+from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.models import LanguageModel
 from factorization_memory.models.device import resolve_device
 from factorization_memory.models.pretrained import is_pretrained
 from factorization_memory.runs.checkpoint import load_tensors
@@ -22,10 +24,6 @@ from factorization_memory.runs.checkpoint_folder import (
 )
 from factorization_memory.runs.exported import read_exported
 from factorization_memory.runs.names import STATE_NAME, TOKENIZER_NAME
-
-if TYPE_CHECKING:
-    from factorization_memory.data.tokenizer import Tokenizer
-    from factorization_memory.models import LanguageModel
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer, RunConfig]:
@@ -65,8 +63,6 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def model_of(path: Path, config: RunConfig) -> LanguageModel:
-    from factorization_memory.models import LanguageModel
-
     model = LanguageModel(config.model)
     load_tensors(model, path)
     return model.eval()
@@ -81,8 +77,6 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def tokenizer_of(path: Path, record: Mapping[str, Any]) -> Tokenizer:
-    from factorization_memory.data.tokenizer import Tokenizer
-
     file = tokenizer_file(path)
     tokenizer = Tokenizer.load(file)
     if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
