@@ -79,6 +79,7 @@ def _shown(text: str) -> str:
 
 
 def section(title: str, note: str, *content: str | None) -> str:
+    """A section of the page; empty where none of `content` is there."""
     shown = "\n".join(part for part in content if part)
     return f"<section>\n<h2>{_shown(title)}</h2>\n<p class='note'>{note}</p>\n{shown}\n</section>" if shown else ""
 
@@ -90,6 +91,7 @@ def header(
     evaluation: dict[str, Any],
     metrics: list[dict[str, Any]],
 ) -> str:
+    """The run's name, what was trained on what, and its main figures."""
     model = config["model"]
     last: dict[str, Any] = next((m for m in reversed(metrics) if m["kind"] == "train"), {})
     facts: list[tuple[str, str]] = []
@@ -136,6 +138,7 @@ def _model(model: dict[str, Any]) -> str:
 
 
 def headline(evaluation: dict[str, Any]) -> str:
+    """Bits per byte of the held-out text beside the n-gram models, one row a source; empty without an evaluation."""
     if not evaluation.get("sources"):
         return ""
     ngram = evaluation.get("ngram") or {}
@@ -170,6 +173,7 @@ def headline(evaluation: dict[str, Any]) -> str:
 
 
 def position_note(evaluation: dict[str, Any]) -> str:
+    """What the figure of loss by position shows."""
     context = f"{evaluation.get('context_length', 0):,}"
     return (
         "Long stretches of held-out text are read from their beginning with the memory carried on, at constant cost per token. "
@@ -182,6 +186,7 @@ def position_note(evaluation: dict[str, Any]) -> str:
 
 
 def position_table(evaluation: dict[str, Any]) -> str | None:
+    """The loss far beyond the training context, memory carried on and restarted; None where none was read."""
     rows = []
     for name, result in evaluation.get("position", {}).items():
         for multiple, part in result["beyond"].items():
@@ -203,6 +208,7 @@ def position_table(evaluation: dict[str, Any]) -> str | None:
 
 
 def recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
+    """The loss by what the window held before, and by how far away; None without it."""
     if not recall:
         return None
     made = _rows(KINDS, {name: as_text(parts) for name, parts in recall.items()})
@@ -211,6 +217,7 @@ def recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
 
 
 def recall_demo_note(record: dict[str, Any]) -> str:
+    """What the two models of the recall demonstration are; empty without a record."""
     if not record:
         return ""
     one, other = (f"the {model['name']} (<code>update_lag={model['update_lag']}</code>)" for model in record["models"])
@@ -231,6 +238,7 @@ def _rows(headings: Sequence[str], cells: dict[str, list[str]]) -> str:
 
 
 def samples(samples: list[dict[str, Any]]) -> str:
+    """Prompts and what the model wrote after them."""
     cards = []
     for sample in samples:
         told = []
@@ -246,6 +254,7 @@ def samples(samples: list[dict[str, Any]]) -> str:
 
 
 def configuration(config: dict[str, Any], environment: dict[str, Any]) -> str:
+    """Environment and configuration, a table for each part."""
     parts = {"Environment": environment} if environment else {}
     parts |= {name: values for name, values in config.items() if isinstance(values, dict)}
     tables = []

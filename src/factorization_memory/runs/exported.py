@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 
 
 def read_exported(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
+    """The model of an export, in evaluation mode, its tokenizer, and the configuration of its run as far as it is known."""
     model = load_pretrained(folder)
     file = folder / TOKENIZER_NAME
     if not file.exists():

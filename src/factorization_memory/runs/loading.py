@@ -63,12 +63,14 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def model_of(path: Path, config: RunConfig) -> LanguageModel:
+    """The model in the checkpoint at `path`, in evaluation mode."""
     model = LanguageModel(config.model)
     load_tensors(model, path)
     return model.eval()
 
 
 def tokenizer_file(path: Path) -> Path:
+    """The tokenizer's file of the checkpoint at `path`: its own, or its run's."""
     places = (path / TOKENIZER_NAME, path.resolve().parent.parent / TOKENIZER_NAME)
     found = next((place for place in places if place.exists()), None)
     if found is None:
@@ -77,6 +79,7 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def tokenizer_of(path: Path, record: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of the checkpoint at `path`, of which `record` is the state. Raises CheckpointError for another one."""
     file = tokenizer_file(path)
     tokenizer = Tokenizer.load(file)
     if tokenizer.fingerprint != record["tokenizer_fingerprint"]:

@@ -108,6 +108,7 @@ class RunRecord:
         _replace_text(self.run_dir / METRICS_NAME, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
+        """Write the outcome of a run that stopped."""
         write_json(self.run_dir / RESULT_NAME, result)
 
     def remove_result(self) -> None:
