@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 class Session:
     """The run of `config`, on the packed corpus that it names, in the folder `run_dir`; `observer` is told of its training.
 
-    Each step leaves its record in the run folder, but `evaluate`, whose record `keep_evaluation` writes. Those after `train`
-    are about the best checkpoint. Raises CorpusError where there is no packed corpus.
+    The steps after `train` are about the best checkpoint. `evaluate` and `write` return records that `keep_evaluation` and
+    `keep_samples` put into the run folder; the others do so themselves. Raises CorpusError where there is no packed corpus.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path | str, observer: TrainingObserver | None = None) -> None:
@@ -70,6 +70,7 @@ class Session:
 
     def train(self, resume: bool = False) -> dict[str, Any]:
         """Train, evaluating and sampling as the configuration says; returns what `result.json` holds."""
+        self.__dict__.pop("trained", None)  # another checkpoint may be the best now
         trainer = Trainer(
             self.config, self.corpus, self.run_dir, evaluate=evaluator(self.config, self.corpus),
             sample=sampler(self.config, self.corpus), observer=self.observer,
