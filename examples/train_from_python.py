@@ -10,7 +10,8 @@ from factorization_memory.data.shards import pack
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import evaluate_corpus
 from factorization_memory.generation import SamplingConfig, generate
-from factorization_memory.training import Trainer, load_model
+from factorization_memory.runs import load_model
+from factorization_memory.training import Trainer
 
 texts = Path(sys.argv[1]) if len(sys.argv) > 1 else builtin_corpus()
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 50

@@ -1,13 +1,16 @@
-"""Imports only point back along the path of the data: text, tokens, batches, model, training, evaluation, experiments."""
+"""Imports only point back along the path of the data: text, tokens, batches, model, runs, training, evaluation, experiments."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from factorization_memory.runs import names
 
 PACKAGE = Path(__file__).parent.parent / "src" / "factorization_memory"
 ROOMS = {
@@ -17,21 +20,25 @@ ROOMS = {
     "ops": {"config"},
     "layers": {"config", "ops"},
     "models": {"config", "ops", "layers"},
-    "runs": {"config"},
-    "training": {"config", "data", "layers", "models"},
+    "runs": {"config", "data", "models"},
+    "training": {"config", "data", "layers", "models", "runs"},
     "evaluation": {"config", "data", "layers", "models", "runs"},
     "generation": {"config", "data", "layers", "models"},
-    "experiments": {"config", "presets", "layers", "models", "runs", "evaluation"},
     # benchmarks read and write as generation does.
-    "benchmarks": {"config", "presets", "ops", "layers", "models", "generation"},
+    "benchmarks": {"config", "presets", "ops", "layers", "models", "runs", "generation"},
     # reports read records on disk; of models and benchmarks they take constants alone.
     "reports": {"config", "models", "runs", "benchmarks"},
+    # An experiment ends with its report.
+    "experiments": {
+        "config", "presets", "data", "layers", "models", "runs", "training", "evaluation", "generation", "benchmarks",
+        "reports",
+    },
     "cli": {
         "config", "presets", "data", "ops", "layers", "models", "runs", "training", "evaluation", "generation", "experiments",
         "benchmarks", "reports",
     },
 }  # fmt: skip
-ROOT = {"_files", "_streams", "_text"}
+ROOT = {"_files", "_streams", "_text", "_version"}
 """Modules beside the rooms, of the standard library alone, that every room may import."""
 OUTSIDE = {
     "datasets": {"data/fetch.py"},
@@ -39,7 +46,7 @@ OUTSIDE = {
     "huggingface_hub": {"models/pretrained/export.py"},
     "pyarrow": {"data/corpora.py"},
     "zstandard": {"data/corpora.py", "data/fetch.py"},
-    "matplotlib": {"reports/figures.py", "reports/benchmark_figures.py"},
+    "matplotlib": {f"reports/{file}.py" for file in ("plotting", "figures", "position_figures", "benchmark_figures")},
     "transformers": {"models/huggingface/", "benchmarks/training.py", "benchmarks/inference_peers.py"},
     "lm_eval": {"evaluation/harness"},
     "triton": {
@@ -83,9 +90,10 @@ def test_imports(path: Path) -> None:
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "factorization_memory":
-            other = parts[1] if len(parts) > 1 else ""
-            allowed = other == room or other in ROOMS.get(room, set()) or other not in ROOMS
-            assert allowed, f"{inside} imports {name}: {room} may import {sorted(ROOMS.get(room, set()))}"
+            # Not the package itself, whose names are for users: they come from rooms.
+            other = parts[1] if len(parts) > 1 else "factorization_memory"
+            allowed = ROOT | ROOMS.get(room, set()) | {room}
+            assert other in allowed, f"{inside} imports {name}: {room} may import {sorted(allowed)}"
         if parts[0] in OUTSIDE:
             assert any(str(inside).startswith(home) for home in OUTSIDE[parts[0]]), f"{inside} imports {name}"
         if parts[0] == "torch" and room in ("config", "presets", "data"):
@@ -111,6 +119,34 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
     for module in sorted(graph):
         visit(module, ())
+
+
+NAMES = {value for name, value in vars(names).items() if name.endswith("_NAME")}
+FOLDERS = {names.CHECKPOINTS_NAME, names.CORPUS_NAME, names.PLOTS_NAME}
+"""Names that are also words: wrong only as part of a path."""
+OTHER_FORMATS = {"data", "models"}
+"""Rooms before `runs` with names of their own: packed corpora, Hugging Face's layout."""
+
+
+def file_names(path: Path) -> set[str]:
+    """The names of a run folder's files that stand in strings of a file, docstrings aside."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    strings = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]
+    joined = [node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)]
+    parts = {node.value for node in joined if isinstance(node, ast.Constant)}
+    spelled = {name for name in NAMES - FOLDERS for text in strings if re.search(rf"(?<![\w.]){re.escape(name)}", text)}
+    return spelled | parts & FOLDERS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_names_of_a_run_folders_files_are_spelled_once(path: Path) -> None:
+    if path != PACKAGE / "runs" / "names.py" and path.relative_to(PACKAGE).parts[0] not in OTHER_FORMATS:
+        assert file_names(path) == set()
 
 
 def test_every_room_is_listed() -> None:

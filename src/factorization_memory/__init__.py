@@ -8,12 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from factorization_memory._version import __version__
+
 if TYPE_CHECKING:
     from factorization_memory.layers import FactorizationMemory
     from factorization_memory.models import LanguageModel
     from factorization_memory.ops import factorization_memory, factorization_memory_step
-
-__version__ = "0.2.0"
 
 _HOMES = {
     "FactorizationMemory": "factorization_memory.layers",

@@ -179,6 +179,14 @@ def read_json(path: Path) -> Any:
         raise type(error)(error.reason, str(path)) from None
 
 
+def read_json_or_none(path: Path) -> Any:
+    """What a JSON file holds; None where there is no such file or it was cut short."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, JSONError):
+        return None
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a log of one to a line, none where there is no such file; a line that was cut short is passed over.
 

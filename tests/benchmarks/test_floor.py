@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from factorization_memory.benchmarks import timing
-from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.floor import (
     Rates,
     compulsory_bytes,
@@ -16,6 +15,7 @@ from factorization_memory.benchmarks.floor import (
     peak_teraflops,
     training_flops,
 )
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.config import ModelConfig
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.counting import count

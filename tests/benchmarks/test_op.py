@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from factorization_memory.benchmarks import op, peers, timing
-from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.floor import Rates
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.config import ConfigError
 from factorization_memory.ops.memory import chunked
 

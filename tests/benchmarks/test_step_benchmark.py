@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from factorization_memory.benchmarks import step, step_contenders, timing
-from factorization_memory.benchmarks.correctness import Shape
 from factorization_memory.benchmarks.floor import Rates
 from factorization_memory.benchmarks.op import IncorrectBackendError
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.step import StepBenchmark
 from factorization_memory.benchmarks.step_contenders import Contender, Tokens
 from factorization_memory.config import ConfigError
@@ -172,7 +172,7 @@ def test_a_bfloat16_memory_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch
         ({"value_size": 0}, "value_size=0: use 1 or more"),
         ({"heads": 0}, "heads=0"),
         ({"repeats": 0}, "repeats=0"),
-        ({"dtype": "float64"}, "dtype='float64': use one of float32, bfloat16, float16"),
+        ({"dtype": "float64"}, "dtype='float64': use one of auto, float32, bfloat16, float16"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorization_memory.benchmarks.correctness import Shape
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.tuning import tune
 from factorization_memory.config import ConfigError
 from factorization_memory.ops.memory.kernels import tuning

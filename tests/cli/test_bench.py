@@ -14,7 +14,7 @@ import pytest
 
 from factorization_memory.benchmarks import inference, op, step, step_contenders, timing, training
 from factorization_memory.benchmarks.interruption import Interruption
-from factorization_memory.cli import bench, dispatch
+from factorization_memory.cli import bench_op, dispatch
 from factorization_memory.ops.memory import chunked
 
 OP = (
@@ -112,7 +112,7 @@ def test_the_tables_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         common
         | {"contender": "attention", "peer": True, "note": "heads", "forward": figures(1, None), "forward_backward": None},
     ]
-    tables = bench._OpTables(bench.wide_console())
+    tables = bench_op._OpTables(bench_op.wide_console())
     tables.show("comparison", records)
     tables.show("lengths", [record | {"sweep": "one sequence"} for record in records])
     shown = capsys.readouterr().err

@@ -7,24 +7,23 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from factorization_memory.cli import compare as compare_verb
-from factorization_memory.cli import compare_display, compare_plan, dispatch
-from factorization_memory.config import ConfigError, RunConfig, from_dict
+from factorization_memory.cli import compare_display, dispatch
+from factorization_memory.config import RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import recall_suite
+from factorization_memory.experiments import comparison, planning
 from factorization_memory.experiments.processes import Job
+from factorization_memory.experiments.reading_order import same_order
 from factorization_memory.reports.comparison_table import tables
-from factorization_memory.training.guard import RunLock
+from factorization_memory.runs import RunLock
 
 TINY = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--model.num-states", "8", "--model.num-heads", "1",
@@ -104,7 +103,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         started.append(job_file)
         return [sys.executable, "-S", "-c", WORKER, str(job_file)]
 
-    monkeypatch.setattr(compare_verb, "command", command)
+    monkeypatch.setattr(comparison, "command", command)
     return started
 
 
@@ -160,7 +159,7 @@ def test_two_models_from_text_to_table(corpus: Path, tmp_path: Path, capsys: pyt
 def test_recall_tasks_are_asked_for(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recall_suite, "ITEMS", 1)
+    monkeypatch.setattr(planning, "ITEMS", 1)
     options = ["--seeds", 0, "--learning-rates", "1e-3", "--positions", 4, "--stretches", 1, "--max-tokens", 64, "--recall"]
     arguments = [*CONTENDERS, *TINY, *options, "--corpus", corpus, "--out", tmp_path / "out"]
     status, out, err = call(capsys, *arguments, "--json")
@@ -523,37 +522,10 @@ def test_text_in_another_order_is_refused(corpus: Path) -> None:
         RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 128, "steps": 4, "micro_batch_size": 2}}
     )
     other = from_dict(RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 256, "steps": 4}})
-    assert compare_plan.same_order(opened, {"a": one, "b": cut}, 0) == compare_plan.same_order(opened, {"a": one}, 0)
-    assert compare_plan.same_order(opened, {"a": one}, 1) != compare_plan.same_order(opened, {"a": one}, 0)
+    assert same_order(opened, {"a": one, "b": cut}, 0) == same_order(opened, {"a": one}, 0)
+    assert same_order(opened, {"a": one}, 1) != same_order(opened, {"a": one}, 0)
     with pytest.raises(RuntimeError, match="contender 'b': it would not read the text in the order of 'a'"):
-        compare_plan.same_order(opened, {"a": one, "b": other}, 0)
-
-
-def test_a_run_ends_with_the_comparison_that_started_it() -> None:
-    child = """if True:
-        import os, sys, time
-        from factorization_memory.cli.compare_run import end_with
-        end_with(os.getppid())
-        print(os.getpid(), flush=True)
-        time.sleep(60)
-    """
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None
-        pid = int(running.stdout.readline())
-        running.kill()
-
-    def alive() -> bool:
-        try:
-            os.kill(pid, 0)
-            return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            return False
-
-    deadline = time.monotonic() + 20
-    while alive():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        same_order(opened, {"a": one, "b": other}, 0)
 
 
 def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -561,10 +533,6 @@ def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path, capsys: pytest.
         status, _, err = call(capsys, *CONTENDERS, *TINY, "--corpus", corpus, "--out", tmp_path / "out")
     assert status == 1
     assert f"process {os.getpid()}" in err
-
-
-def test_threads_are_shared() -> None:
-    assert [compare_verb.threads(16, parallel) for parallel in (1, 6, 32)] == [16, 2, 1]
 
 
 def test_the_record_is_kept_while_runs_end_and_can_be_made_without_training(
@@ -614,7 +582,7 @@ def test_a_record_that_cannot_be_kept_ends_no_training(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pretended: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    write = compare_verb.write_aside
+    write = comparison.write_atomic
 
     def full(path: Path, text: str) -> None:
         written.append(path.name)
@@ -622,7 +590,7 @@ def test_a_record_that_cannot_be_kept_ends_no_training(
             raise OSError("no space left")
         write(path, text)
 
-    monkeypatch.setattr(compare_verb, "write_aside", full)
+    monkeypatch.setattr(comparison, "write_atomic", full)
     arguments = [*CONTENDERS, *TINY, "--seeds", 0, "--learning-rates", "1e-3", "--corpus", corpus, "--out", tmp_path / "out"]
     status, _, err = call(capsys, *arguments)
     assert (status, len(pretended)) == (0, 2), err
@@ -631,8 +599,6 @@ def test_a_record_that_cannot_be_kept_ends_no_training(
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from factorization_memory.experiments.processes import Job
-
     job = Job("a", "seed", "seed 0", tmp_path, RunConfig())
     line: dict[str, Any] = {"step": 20, "loss": 3.25, "tokens_per_second": 1234.5}
     display = compare_display.Display()
@@ -648,17 +614,6 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
     assert said[0] == "a, seed 0: begins"
     assert said[2].split() == ["a,", "seed", "0:", "20/1000", "3.2500", "1,234"]
     assert said[3].startswith("a, seed 0: no memory (see ")
-
-
-def test_which_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert compare_verb.visible_gpus(1) == []
-    assert compare_verb.visible_gpus(2) == ["0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-a")
-    assert compare_verb.visible_gpus(2) == ["4", "GPU-a"]
-    with pytest.raises(ConfigError, match="--gpus=3: this process sees 2"):
-        compare_verb.visible_gpus(3)
 
 
 def test_the_time_that_all_runs_still_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

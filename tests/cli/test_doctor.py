@@ -28,8 +28,11 @@ def test_findings(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(check["passed"] for check in findings["checks"])
     assert bool(findings["gpus"]) == torch.cuda.is_available() == (findings["no_gpu"] is None)
     assert "all backends that can run here are right" in shown.err
-    assert [(one["backend"], one["device"]) for one in findings["skipped"]] == [("triton", "cpu")]
-    assert "triton not on cpu: value is on the CPU" in shown.err
+    assert [(one["backend"], one["device"]) for one in findings["skipped"]] == [
+        ("triton-dense", "cpu"),
+        ("triton-sparse", "cpu"),
+    ]
+    assert "triton-dense not on cpu: value is on the CPU" in shown.err
 
 
 def test_people_alone_get_nothing_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

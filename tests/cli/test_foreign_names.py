@@ -10,7 +10,7 @@ import pytest
 
 from factorization_memory.cli import dispatch
 from factorization_memory.data.corpora import CorpusError, read_documents
-from factorization_memory.training import export_run
+from factorization_memory.runs import export_run
 
 NAMES = ("[/red] [bold]a|b", "$x_{", "e\x1b[31mc\u202ed", "en-us", "長い" * 60, "<b>&amp;</b>", ":cat: `c` *d*")
 TINY = [

@@ -15,7 +15,7 @@ import pytest
 from factorization_memory.cli import dispatch
 from factorization_memory.cli import evaluate_harness as show_harness
 from factorization_memory.models.pretrained import builtin_model
-from factorization_memory.training import load_model
+from factorization_memory.runs import load_model
 
 pytest.importorskip("lm_eval")
 from factorization_memory.evaluation.harness_tasks import choose_tasks, run_tasks
@@ -131,7 +131,7 @@ def test_without_a_hub(run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 def test_bad_usage(
     arguments: list[str], status: int, message: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("factorization_memory.training.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("factorization_memory.runs.load_model", lambda *_: pytest.fail("a model was loaded"))
     got, out, err = call(capsys, "evaluate", run, *arguments)
     assert (got, out) == (status, "")
     assert message in err

@@ -19,7 +19,7 @@ from factorization_memory.data.corpora import builtin_corpus
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS
 from factorization_memory.models.pretrained import builtin_model, load_pretrained
-from factorization_memory.training import load_model
+from factorization_memory.runs import load_model
 
 TRAIN = [
     "--model.hidden-size", "16", "--model.num-layers", "1", "--data.context-length", "32", "--training.tokens-per-step", "64",

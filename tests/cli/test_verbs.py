@@ -19,10 +19,10 @@ import pytest
 
 from factorization_memory.cli import VERBS, dispatch
 from factorization_memory.cli import demo as demo_verb
-from factorization_memory.cli import evaluate as evaluate_verb
-from factorization_memory.cli import train as train_verb
 from factorization_memory.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
+from factorization_memory.experiments import session as session_module
+from factorization_memory.experiments.demo import VOCABULARY
 from factorization_memory.models import counting
 from factorization_memory.presets import PRESETS
 from factorization_memory.reports import ReportError, write_report
@@ -107,32 +107,6 @@ def test_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((workplace / "run" / "evaluation.json").read_text())["total"] == result["total"]
 
 
-@pytest.mark.parametrize(
-    ("change", "kept"),
-    [
-        ({}, False),
-        ({"total": {"tokens": 90}}, True),
-        ({"total": {"tokens": 110}}, False),
-        ({"position": {}}, True),
-        ({"total": {"tokens": 90}, "position": {"en": {"max_position": 2048, "stretches": 8}}}, False),
-        ({"position": {"en": {"max_position": 1024, "stretches": 4}}}, True),
-        ({"total": {"tokens": 90}, "evaluated": {"checkpoint": "step-2", "corpus_fingerprint": "a"}}, False),
-    ],
-)
-def test_which_evaluation_stays(change: dict[str, Any], kept: bool) -> None:
-    """Only one that the new one adds nothing to."""
-    before = {
-        "evaluated": {"checkpoint": "step-1", "corpus_fingerprint": "a"},
-        "total": {"tokens": 100},
-        "recall": {},
-        "position": {"en": {"max_position": 1024, "stretches": 8}},
-    }
-    assert evaluate_verb.told_by(before | change, before) is kept
-    assert evaluate_verb.told_by(before, before | {"recall_tasks": {"items": 8}})
-    assert not evaluate_verb.told_by(before | {"recall_tasks": {"items": 8}}, before | {"recall_tasks": {"items": 4}})
-    assert not evaluate_verb.told_by(before, {name: x for name, x in before.items() if name != "recall"})
-
-
 def test_evaluation_on_another_corpus_is_not_kept(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = workplace / "run" / "evaluation.json"
     before = kept.read_bytes() if kept.exists() else None
@@ -210,9 +184,10 @@ def test_generate_says_when_the_step_became_a_graph(
 ) -> None:
     from factorization_memory import generation
     from factorization_memory.cli.generate import stream
+    from factorization_memory.experiments import samples
 
     one = generation.Generation(" yes", [5, 6], "length", 3, prefill_seconds=0.5, seconds=0.1, capture_seconds=seconds)
-    monkeypatch.setattr(generation, "generate_batch", lambda *rest, **named: [one])
+    monkeypatch.setattr(samples, "generate_batch", lambda *rest, **named: [one])
     stream(None, None, "Well?", to=io.StringIO())
     told = capsys.readouterr().err
     assert "3 prompt tokens in 0.50 s (6 tokens/s)" in told
@@ -295,7 +270,7 @@ def test_plan_knows_the_corpus(workplace: Path, tmp_path: Path, capsys: pytest.C
     assert (status, "model.vocab_size=1000: the corpus's tokenizer has" in err) == (2, True)
     # Without a corpus the demo's is that of `fmem demo`.
     _, out, _ = call(capsys, "plan", "demo", "--json")
-    assert json.loads(out)["vocab_size"] == demo_verb.VOCABULARY
+    assert json.loads(out)["vocab_size"] == VOCABULARY
 
 
 def test_plan_tells_the_time_by_a_benchmark_of_this_machine(
@@ -451,7 +426,7 @@ def test_demo_stopped_and_resumed_by_the_command_it_prints(
     monkeypatch.setattr(demo_verb, "demo", lambda: tiny)
     monkeypatch.setattr(demo_verb, "RECALL_STEPS", 4)
     with monkeypatch.context() as patch:
-        evaluator = train_verb.evaluator
+        evaluator = session_module.evaluator
 
         def stopping(*arguments: Any) -> Any:
             evaluate = evaluator(*arguments)
@@ -462,7 +437,7 @@ def test_demo_stopped_and_resumed_by_the_command_it_prints(
 
             return stop_and_evaluate
 
-        patch.setattr(train_verb, "evaluator", stopping)
+        patch.setattr(session_module, "evaluator", stopping)
         run = tmp_path / "a demo"
         status, _, err = call(capsys, "demo", "--run-dir", run, "--steps", 6, "--device", "cpu")
     assert status == 128 + stop
@@ -554,7 +529,7 @@ def test_a_run_is_resumed_by_its_folder_alone_and_lengthened(
 
 def test_a_run_starts_from_a_trained_model(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its weights before the first step are that model's, whichever way it is named; the first step is a small one."""
-    from factorization_memory.training import load_model
+    from factorization_memory.runs import load_model
 
     run = workplace / "run"
     assert call(capsys, "export", run, tmp_path / "exported")[0] == 0

@@ -16,7 +16,8 @@ from factorization_memory.evaluation import inspect_text, loss_by_position, reca
 from factorization_memory.evaluation.position import beyond_context
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import RoutingHealth
-from factorization_memory.reports import ReportError, figures, write_report
+from factorization_memory.reports import ReportError, figures, plotting, write_report
+from factorization_memory.reports.position_figures import position_curves
 
 SECTIONS = [
     "Held-out text",
@@ -196,7 +197,7 @@ def test_no_run_and_broken_records(tmp_path: Path, records: dict[str, Any]) -> N
 def test_figures_show_the_largest_of_many_sources(records: dict[str, Any]) -> None:
     (position,) = records["evaluation.json"]["position"].values()
     many = {f"s{i}": {**position, "bins": [{**b, "tokens": b["tokens"] + i} for b in position["bins"]]} for i in range(40)}
-    figure = figures.position_curves(many)
+    figure = position_curves(many)
     assert figure is not None
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     shown = [title.partition(":")[0] for title in titles if "memory carried on" in title]
@@ -207,7 +208,7 @@ def test_svg_follows_the_page_and_keeps_ids_apart(records: dict[str, Any]) -> No
     metrics = records["metrics.jsonl"]
     figure = figures.loss_curve(metrics)
     assert figure is not None
-    first, second = figures.svg(figure, "one"), figures.svg(figure, "two")
+    first, second = plotting.svg(figure, "one"), plotting.svg(figure, "two")
     ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (first, second)]
     assert ids[0]
     assert not ids[0] & ids[1]
@@ -220,7 +221,7 @@ def test_svg_follows_the_page_and_keeps_ids_apart(records: dict[str, Any]) -> No
 
 def test_figures_without_data_are_none() -> None:
     assert figures.loss_curve([]) is None
-    assert figures.position_curves({}) is None
+    assert position_curves({}) is None
     assert figures.memory_use([], 16) is None
     assert figures.recall_curves(None) is None
     assert figures.recall_reads(None) is None
@@ -232,7 +233,7 @@ def test_the_difference_by_position_is_drawn_with_its_error(records: dict[str, A
     old = [{name: value for name, value in b.items() if name != "gain_stretch_error"} for b in bins]
     half_bars = []
     for each in (bins, old, [{**b, "gain_stretch_error": None} for b in bins]):
-        figure = figures.position_curves({"en": {**result, "bins": each}})
+        figure = position_curves({"en": {**result, "bins": each}})
         assert figure is not None
         loss, difference = figure.axes
         assert len(loss.lines[0].get_xdata()) == len(bins)
@@ -265,4 +266,4 @@ def test_loss_curve_with_a_single_line() -> None:
 
 @pytest.mark.parametrize(("number", "text"), [(999, "999"), (1500, "1.5 k"), (1_234_567, "1.23 M"), (2e9, "2 B")])
 def test_short_numbers(number: float, text: str) -> None:
-    assert figures.short(number) == text
+    assert plotting.short(number) == text

@@ -7,7 +7,7 @@ from torch import Tensor
 from factorization_memory.config import ModelConfig, TrainingConfig
 from factorization_memory.data.loader import Batch
 from factorization_memory.models import LanguageModel, ModelState
-from factorization_memory.training.device import autocast
+from factorization_memory.models.device import autocast
 from factorization_memory.training.step import Gradient, accumulate_gradient, clip_gradient
 
 CPU = torch.device("cpu")

@@ -25,12 +25,11 @@ from factorization_memory.config import (
 )
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.models import LanguageModel
+from factorization_memory.runs import CheckpointError, RunLockedError, find_checkpoint, list_checkpoints, load_model
+from factorization_memory.runs.record import RunFolderError
 from factorization_memory.training import trainer as trainer_module
-from factorization_memory.training.checkpoint_folder import CheckpointError, find_checkpoint, list_checkpoints
-from factorization_memory.training.guard import RunLockedError, TrainingDivergedError
-from factorization_memory.training.pretrained import load_model
+from factorization_memory.training.guard import TrainingDivergedError
 from factorization_memory.training.progress import TrainingObserver
-from factorization_memory.training.record import RunFolderError
 from factorization_memory.training.step import accumulate_gradient
 from factorization_memory.training.trainer import Trainer
 

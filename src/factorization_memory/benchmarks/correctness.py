@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorization_memory.config import ConfigError
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.ops import factorization_memory
 from factorization_memory.ops.precision import state_dtype
 
@@ -23,51 +23,6 @@ TRUTH_COPIES = 5
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Largest relative error (of a whole tensor, in norm) by dtype of the values; float32 products on a GPU must not be TF32."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The size of one call of the recurrence."""
-
-    batch: int = 4
-    """B: sequences."""
-    length: int = 1024
-    """T: tokens of each."""
-    heads: int = 1
-    """H."""
-    num_states: int = 64
-    """M: memory states of each head."""
-    value_size: int = 512
-    """D: value width of a head."""
-    top_k: int | None = None
-    """K: states each token selects; None is the dense form."""
-
-    @property
-    def tokens(self) -> int:
-        """B * T."""
-        return self.batch * self.length
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        """A size written BxTxHxMxD, or BxTxHxMxDxK with K selected states, as `16x2048x1x64x2048`.
-
-        Raises ConfigError if it is anything else, a number is not positive, or K is larger than M.
-        """
-        parts = text.split("x")
-        if len(parts) not in (5, 6) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-            raise ConfigError(
-                f"shapes={text!r}: write BxTxHxMxD (or BxTxHxMxDxK), positive whole numbers as in 16x2048x1x64x2048: "
-                "sequences, tokens of each, heads, memory states, value width of a head (states selected)"
-            )
-        shape = cls(*map(int, parts))
-        if shape.top_k is not None and shape.top_k > shape.num_states:
-            raise ConfigError(f"shapes={text!r}: K={shape.top_k} selected states of M={shape.num_states}; use K of M or fewer")
-        return shape
-
-    def __str__(self) -> str:
-        """As `parse` reads it."""
-        sizes = (self.batch, self.length, self.heads, self.num_states, self.value_size, self.top_k)
-        return "x".join(str(size) for size in sizes if size is not None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from factorization_memory.benchmarks.correctness import Shape
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.timing import interleaved_seconds
 from factorization_memory.layers.mixer import MERGE_FLOPS, UPDATE_FLOPS
 from factorization_memory.models.counting import Counts

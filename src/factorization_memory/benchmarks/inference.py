@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from factorization_memory.benchmarks.floor import Rates, measure_rates
-from factorization_memory.benchmarks.inference_contender import Contender, InferenceBenchmark, Step
+from factorization_memory.benchmarks.inference_contender import Contender, Step
 from factorization_memory.benchmarks.inference_rounds import Reading, Writing, most_steps
 from factorization_memory.benchmarks.interruption import Interruption
+from factorization_memory.benchmarks.settings import InferenceBenchmark
 from factorization_memory.benchmarks.timing import machine, on_device, reason, release, tensor_bytes
 from factorization_memory.generation import Steps, default_chunk, prefill_batch, steps_for, weights_dtype, with_dtype
 from factorization_memory.layers import LayerState

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from factorization_memory.benchmarks import training
-from factorization_memory.benchmarks.inference_contender import InferenceBenchmark, Step
+from factorization_memory.benchmarks.inference_contender import Step
+from factorization_memory.benchmarks.settings import InferenceBenchmark
 from factorization_memory.benchmarks.timing import tensor_bytes
 from factorization_memory.generation import weights_dtype
 from factorization_memory.models.counting import count

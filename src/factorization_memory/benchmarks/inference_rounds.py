@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorization_memory.benchmarks.inference_contender import Contender, InferenceBenchmark, Step
+from factorization_memory.benchmarks.inference_contender import Contender, Step
+from factorization_memory.benchmarks.settings import InferenceBenchmark
 from factorization_memory.benchmarks.timing import summary, synchronise
 from factorization_memory.generation import default_chunk
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from factorization_memory.benchmarks import peers
-from factorization_memory.benchmarks.correctness import Problem, Shape, check
+from factorization_memory.benchmarks.correctness import Problem, check
 from factorization_memory.benchmarks.floor import PASSES, Rates, floor, measure_rates
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.peers import Contender
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.timing import (
     graph_seconds,
     interleaved_seconds,

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from factorization_memory.benchmarks.correctness import TOLERANCES, Shape
+from factorization_memory.benchmarks.correctness import TOLERANCES
 from factorization_memory.benchmarks.floor import Rates, measure_rates
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.op import IncorrectBackendError
+from factorization_memory.benchmarks.settings import StepBenchmark
 from factorization_memory.benchmarks.step_contenders import Contender, Tokens, backend_of, rounds_at_random
 from factorization_memory.benchmarks.timing import (
     interleaved_seconds,
@@ -34,11 +35,9 @@ from factorization_memory.benchmarks.timing import (
     release,
     summary,
 )
-from factorization_memory.config import ConfigError
 from factorization_memory.ops import undo_unchecked
 from factorization_memory.ops.memory import reference
 
-DTYPES = ("float32", "bfloat16", "float16")
 GATE_STEPS = 3
 """Steps of the correctness gate, one after the other."""
 ROUNDED_TOLERANCE = 2e-2
@@ -47,48 +46,6 @@ COPY = "copy"
 
 Records = list[dict[str, Any]]
 Show = Callable[[str, Records], None]
-
-
-@dataclass(frozen=True)
-class StepBenchmark:
-    """What to measure: each number of sequences with each number of memory states and of selected ones."""
-
-    batches: tuple[int, ...] = (1, 64)
-    """Sequences at once."""
-    num_states: tuple[int, ...] = (256, 1024)
-    """Memory states of each head."""
-    top_k: tuple[int, ...] = (0, 64, 16)
-    """States that each token selects, 0 for the dense form; those above the memory's number are left out."""
-    value_size: int = 2048
-    """Value width of a head."""
-    heads: int = 1
-    """Heads."""
-    dtype: str = "float32"
-    """Of values and output, of `DTYPES`; the memory is float32."""
-    rollbacks: tuple[int, ...] = (1, 2, 4, 8)
-    """Steps that are taken back at once, at each sparse size; may be empty."""
-    repeats: int = 5
-    """Rounds; medians are taken over them."""
-
-    def __post_init__(self) -> None:
-        for name in ("batches", "num_states", "rollbacks"):
-            numbers = getattr(self, name)
-            if not all(number >= 1 for number in numbers) or (not numbers and name != "rollbacks"):
-                raise ConfigError(f"{name}={numbers}: use one number or more, each 1 or more")
-        if not self.top_k or not all(number >= 0 for number in self.top_k):
-            raise ConfigError(f"top_k={self.top_k}: use one number or more, each 0 (dense) or more")
-        if min(self.top_k) > max(self.num_states):
-            raise ConfigError(f"top_k={self.top_k}: more than any of num_states={self.num_states}; use as many or fewer, or 0")
-        for name in ("value_size", "heads", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: use 1 or more")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r}: use one of {', '.join(DTYPES)}")
-
-    def shapes(self, batch: int, num_states: int) -> list[Shape]:
-        """The sizes with `batch` sequences and `num_states` states, the dense one first."""
-        chosen = sorted((k for k in dict.fromkeys(self.top_k) if k <= num_states), key=lambda k: -(k or num_states + 1))
-        return [Shape(batch, 1, self.heads, num_states, self.value_size, k or None) for k in chosen]
 
 
 def run(
@@ -131,7 +88,7 @@ def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str
     checks = []
     for contender in (contender for group in groups for contender in group):
         progress(f"correctness gate: {contender}")
-        checks.append(check(contender, getattr(torch, benchmark.dtype), device))
+        checks.append(check(contender, getattr(torch, benchmark.dtype_on(device.type)), device))
         release(device)
     if not all(result["passed"] for result in checks):
         raise IncorrectBackendError(checks)
@@ -154,7 +111,7 @@ def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str
                 show("rollbacks", taken_back)
     return {
         "machine": machine(device),
-        "dtype": benchmark.dtype,
+        "dtype": benchmark.dtype_on(device.type),
         "checks": checks,
         "rates": rates.asdict(),
         "steps": steps,
@@ -165,7 +122,7 @@ def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str
 
 def _contenders(benchmark: StepBenchmark, batch: int, num_states: int, device: torch.device) -> list[Contender]:
     result = []
-    dtype = getattr(torch, benchmark.dtype)
+    dtype = getattr(torch, benchmark.dtype_on(device.type))
     for shape in benchmark.shapes(batch, num_states):
         least = max((1, *benchmark.rollbacks)) if shape.top_k else 1
         result.append(Contender(shape, torch.float32, least))
@@ -246,7 +203,7 @@ def _measure(group: list[Contender], benchmark: StepBenchmark, device: torch.dev
     rollbacks = {(contender, count): _rollback_record(contender, count) for contender in sparse for count in counts}
     failures: dict[str, str] = {}
     try:
-        calls = _calls(group, sparse, counts, getattr(torch, benchmark.dtype), device)
+        calls = _calls(group, sparse, counts, getattr(torch, benchmark.dtype_on(device.type)), device)
         repeated = {name: number for name, (_, number) in calls.items()}
         prepared = {name: _captured(call, device) for name, (call, _) in calls.items()}
         whole = interleaved_seconds(prepared, benchmark.repeats, device, failures=failures)

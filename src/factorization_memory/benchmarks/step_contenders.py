@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from factorization_memory.benchmarks.correctness import Shape
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.timing import FLUSH_BYTES
 from factorization_memory.ops import step_unchecked, why_unsupported
 

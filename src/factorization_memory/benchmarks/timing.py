@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from factorization_memory.runs.environment import cpu_model
+
 SHORTEST_SECONDS = 0.02
 """A measurement repeats its call until it lasts this long, so that the clock and the interpreter's hiccups do not show."""
 MOST_CALLS = 500
@@ -260,12 +262,3 @@ def _version(package: str) -> str | None:
 def tensor_bytes(*tensors: Tensor) -> int:
     """Bytes of the numbers of `tensors`."""
     return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -7,9 +7,7 @@ by `floor.training_flops` times tokens per second, over the device's peak; it is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from factorization_memory.benchmarks.floor import measure_rates, peak_teraflops, training_flops
 from factorization_memory.benchmarks.interruption import Interruption
+from factorization_memory.benchmarks.settings import TrainingBenchmark
 from factorization_memory.benchmarks.timing import (
     interleaved_seconds,
     machine,
@@ -28,7 +27,6 @@ from factorization_memory.benchmarks.timing import (
     summary,
     tensor_bytes,
 )
-from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.compilation import compiled_loss
 from factorization_memory.models.counting import count
@@ -36,49 +34,8 @@ from factorization_memory.models.counting import count
 Loss = Callable[[Tensor], Tensor]
 """Tokens `[B, T]` to the mean loss of predicting each from those before it."""
 OURS = "factorization-memory"
-PEERS = ("llama", "mamba2")
 MAMBA2_HEAD = 64
 """Width of Mamba-2's heads."""
-
-
-@dataclass(frozen=True)
-class TrainingBenchmark:
-    """What to measure."""
-
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
-    """Our model; its peers get the same vocabulary, width and embeddings, and as many parameters."""
-    batch: int = 8
-    """Sequences of a step."""
-    lengths: tuple[int, ...] = (512, 4096)
-    """Tokens of each sequence."""
-    peers: tuple[str, ...] = PEERS
-    """Models to compare with, if transformers is installed."""
-    llama_heads: int = 4
-    """Attention heads of Llama."""
-    mamba2_layers: int = 8
-    """Layers of Mamba-2, which has no feed-forward layers between."""
-    mamba2_chunk: int = 64
-    """Chunk of Mamba-2's scan: 64 is the fastest on a CPU (transformers' own default of 256 takes nearly twice as long)."""
-    bfloat16: bool = False
-    """Autocast to bfloat16 instead of float32 throughout."""
-    compile: bool = False
-    """Compile each model's loss with `torch.compile`; ours as one graph, or not at all."""
-    activation_memory_budget: float = 1.0
-    """With compile: share of the bytes kept for the backward pass; the rest is computed again."""
-    peak_tflops: float = 0
-    """The device's peak in TFLOP/s, which MFU is relative to; 0 takes the data sheet's for dense bfloat16 if the device is
-    known, otherwise the measured rate of a large matrix product."""
-    repeats: int = 5
-    """Rounds; medians are taken over them."""
-
-    def __post_init__(self) -> None:
-        for peer in self.peers:
-            if peer not in PEERS:
-                raise ConfigError(f"peers={peer!r}: use some of {', '.join(PEERS)}")
-        if self.llama_heads < 1:
-            raise ConfigError(f"llama_heads={self.llama_heads}: use 1 or more")
-        if not 0 <= self.peak_tflops < math.inf:
-            raise ConfigError(f"peak_tflops={self.peak_tflops}: use a positive number of TFLOP/s, or 0 for the device's own")
 
 
 def run(

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from factorization_memory.benchmarks.correctness import Problem, Shape, check
+from factorization_memory.benchmarks.correctness import Problem, check
+from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.timing import graph_seconds, interleaved_seconds, summary
 from factorization_memory.config import ConfigError
 from factorization_memory.ops import why_unsupported

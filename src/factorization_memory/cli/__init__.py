@@ -58,7 +58,7 @@ def dispatch(arguments: list[str]) -> int:
         print(_help(), file=best_effort(sys.stderr) if not arguments else sys.stdout)
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from factorization_memory import __version__
+        from factorization_memory._version import __version__
 
         print(f"fmem {__version__}")
         return 0

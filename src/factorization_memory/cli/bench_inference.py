@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from factorization_memory.cli.common import bench_status, emit, say
+from factorization_memory.benchmarks.settings import InferenceBenchmark
+from factorization_memory.cli.common import bench_status, checked, emit, say
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
-from factorization_memory.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Inference:
+class Inference(InferenceBenchmark):
     """Time to the first token, latency of further ones and tokens per second of whole models of random weights, over the tokens
     read, the sequences at once and the states that a token selects, beside the floor."""
 
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
-    """Our model."""
-    contexts: tuple[int, ...] = (1024, 16384, 131072, 1048576)
-    """Tokens that each sequence has read when it starts to write."""
-    batches: tuple[int, ...] = (1, 16)
-    """Sequences at once."""
-    top_k: tuple[int, ...] = ()
-    """States that each token selects, one model for each number; 0 is the dense form, none takes --model.top-k."""
-    peers: tuple[Literal["llama"], ...] = ()
-    """To compare with, if transformers is installed: its Llama of as many parameters, with a cache of keys and values."""
-    llama_heads: int = 4
-    """Attention heads of Llama."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and arithmetic: auto takes bfloat16 on a GPU, float32 on a CPU. Our memories are float32 in any case."""
-    prefill_chunk: int = 0
-    """Tokens read in one forward, of all sequences together; 0 takes 16384 on a GPU, 1024 on a CPU."""
-    prefill_seconds: float = 2.0
-    """A prompt that takes longer to read than this is not read, and its steps go on from random numbers in place of its state,
-    which cost the same; 0 reads none."""
-    decode_tokens: int = 128
-    """Steps that are timed at each size, from Python and (on a GPU) as a CUDA graph."""
-    decode_seconds: float = 2.0
-    """They are fewer where they would take longer than this."""
-    repeats: int = 5
-    """Rounds, of which medians are taken."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     threads: int = 0
@@ -50,18 +25,20 @@ class Inference:
     json: bool = False
     """Write the result to stdout as one JSON line."""
 
+    def __post_init__(self) -> None:
+        """Checked when `run` makes the benchmark of it."""
+
 
 def run(options: Inference, command: str) -> int:
     """`fmem bench inference`; 1 if a size of our model failed."""
     from factorization_memory.benchmarks import inference
-    from factorization_memory.training.device import resolve_device
+    from factorization_memory.models.device import resolve_device
 
-    settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "plot", "json")}
-    benchmark = inference.InferenceBenchmark(**settings)
     if options.plot is not None:
         from factorization_memory.reports.benchmark_figures import check_path
 
         check_path(options.plot)
+    benchmark = checked(InferenceBenchmark, options)
     people = wide_console()
     with people.status("") as status:
         result = inference.run(benchmark, resolve_device(options.device, "device"), status.update, lambda r: _show(r, people))

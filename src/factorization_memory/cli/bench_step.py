@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from factorization_memory.cli.common import bench_status, emit
+from factorization_memory.benchmarks.settings import StepBenchmark
+from factorization_memory.cli.common import bench_status, checked, emit
 from factorization_memory.cli.tables import number, show_machine, table, wide_console
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(StepBenchmark):
     """One decoding step of the recurrence alone, dense and sparse, beside the device's copies, and steps taken back beside a
     copy of the whole memory. If a step is not right, nothing is timed: status 1."""
 
-    batches: tuple[int, ...] = (1, 64)
-    """Sequences at once."""
-    num_states: tuple[int, ...] = (256, 1024)
-    """Memory states of each head."""
-    top_k: tuple[int, ...] = (0, 64, 16)
-    """States that each token selects; 0 is the dense form. Those above the memory's number are left out."""
-    value_size: int = 2048
-    """Value width of a head."""
-    heads: int = 1
-    """Heads."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of values and output: auto takes bfloat16 on a GPU, float32 on a CPU. The memory is float32, and where the Triton kernel
-    runs also bfloat16, rounded at random."""
-    rollbacks: tuple[int, ...] = (1, 2, 4, 8)
-    """Steps taken back at once, at each sparse size; may be empty."""
-    repeats: int = 5
-    """Rounds, of which medians are taken."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     threads: int = 0
@@ -38,17 +22,17 @@ class Step:
     json: bool = False
     """Write the result to stdout as one JSON line."""
 
+    def __post_init__(self) -> None:
+        """Checked when `run` makes the benchmark of it."""
+
 
 def run(options: Step, command: str) -> int:
     """`fmem bench step`; 1 if a size failed."""
     from factorization_memory.benchmarks import step
-    from factorization_memory.training.device import resolve_device
+    from factorization_memory.models.device import resolve_device
 
     device = resolve_device(options.device, "device")
-    settings = {name: value for name, value in vars(options).items() if name not in ("device", "threads", "json")}
-    if options.dtype == "auto":
-        settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
-    benchmark = step.StepBenchmark(**settings)
+    benchmark = checked(StepBenchmark, options)
     people = wide_console()
     shown = {"checks": _show_checks, "steps": _show_steps, "rollbacks": _show_rollbacks}
     with people.status("") as status:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from factorization_memory._files import write_atomic
 from factorization_memory._streams import best_effort, lacks
 from factorization_memory._text import visible
 from factorization_memory.config import ConfigError, suggestion
@@ -63,6 +62,12 @@ def flags_that_may_be_none(options: type[Any], prefix: str = "--") -> set[str]:
     return found
 
 
+def checked(kind: type[T], options: T) -> T:
+    """What `options`, of a subclass of the dataclass `kind` that checks nothing, say of its fields; made, and so checked, here,
+    as an error while they are parsed would not name the flag."""
+    return kind(**{each.name: getattr(options, each.name) for each in dataclasses.fields(typing.cast(Any, kind))})
+
+
 def listing(items: dict[str, str], width: int) -> str:
     """Names and what they are, for help: the names in a column of `width`, broken so that a terminal of 80 shows them whole."""
     return "\n".join(
@@ -107,7 +112,7 @@ def plain(text: str) -> Text:
 
 def resolve(run: Path | None) -> tuple[Path | None, Path | None]:
     """The run folder, if `run` is one; and the folder to load, of a run its best checkpoint, None for the package's model."""
-    from factorization_memory.training import find_checkpoint, list_checkpoints
+    from factorization_memory.runs import find_checkpoint, list_checkpoints
 
     if run is None or not list_checkpoints(run):
         return None, run
@@ -116,8 +121,9 @@ def resolve(run: Path | None) -> tuple[Path | None, Path | None]:
 
 def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunConfig]:
     """The model that a verb was given, or else the one that comes with the package; `device` is its `--device`."""
+    from factorization_memory.models.device import resolve_device
     from factorization_memory.models.pretrained import builtin_model
-    from factorization_memory.training import load_model, resolve_device
+    from factorization_memory.runs import load_model
 
     if run is None:
         console().print("[dim]no model named: this is the one that comes with the package[/dim]")
@@ -159,11 +165,6 @@ def bench_status(result: dict[str, Any], failed: bool) -> int:
         return int(failed)
     say(f"stopped by {result['interrupted']}: the result holds the sizes that were measured until then")
     return 128 + signal.Signals[result["interrupted"]].value
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or not there."""
-    write_atomic(path, text)
 
 
 def read_text(path: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from factorization_memory.cli.common import console, plain
 from factorization_memory.cli.tables import table
 from factorization_memory.experiments.processes import Watcher
+from factorization_memory.runs.names import LOG_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +78,7 @@ class Display(Watcher):
             self._ended(job)
         if failure is not None:
             said = "stopped" if failure["stopped"] else failure["message"]
-            self._say(f"{job.title}: {said}" + ("" if failure["stopped"] else f" (see {job.folder / 'log.txt'})"))
+            self._say(f"{job.title}: {said}" + ("" if failure["stopped"] else f" (see {job.folder / LOG_NAME})"))
             return
         result = job.result()
         bits = ((result or {}).get("evaluation") or {}).get("bits_per_byte")

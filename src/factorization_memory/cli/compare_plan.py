@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,10 @@ from factorization_memory.config import ConfigError
 from factorization_memory.experiments.contenders import Contender, read_contender
 
 if TYPE_CHECKING:
-    from factorization_memory.config import RunConfig
-    from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.experiments.compare import Plan
+    from factorization_memory.experiments.plan import Plan
 
 SEARCHED_FACTORS = (0.5, 1.0, 2.0)
 """Learning rates that are tried where none are given, times the contender's own."""
-CHECKED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -121,44 +116,27 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
         choose(options.match_to, known, "--match-to: contender")
     rates = learning_rates(options.learning_rates, contenders)
     seeds = training_seeds(options.seeds, contenders)
-    if any(options.search_seed in own for own in seeds.values()):
-        raise ConfigError(
-            f"--search-seed={options.search_seed}: it is one of --seeds; the learning rate must be chosen with another"
-        )
 
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.experiments.compare import Corpus, Plan, make_entries
-    from factorization_memory.training import resolve_device
+    from factorization_memory.experiments import planning
+    from factorization_memory.models.device import resolve_device
 
-    opened = PackedCorpus.open(options.corpus.resolve())
-    corpus = Corpus(opened.folder, opened.fingerprint, opened.tokenizer.fingerprint, opened.tokenizer.vocab_size)
-    entries = make_entries(
-        contenders, corpus, rates, seeds, options.parameters or options.match_to or names[0], options.own_schedules
-    )
-    first = entries[0].config
-    if options.train:
-        resolve_device(first.training.device)
-    steps = first.training.steps
-    search_steps = options.search_steps or max(1, round(options.search_fraction * steps))
-    if search_steps > steps:
-        raise ConfigError(f"--search-steps={search_steps}: use at most training.steps={steps}")
-    evaluation = {
-        "max_position": max(options.positions, default=0) * first.data.context_length,
-        "max_tokens": options.max_tokens,
-        "stretches": options.stretches,
-    }
+    corpus = PackedCorpus.open(options.corpus.resolve())
     if options.recall:
         from factorization_memory.cli.evaluate_recall import check_recall
-        from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS
+        from factorization_memory.evaluation.recall_suite import LENGTHS
 
-        check_recall(opened, LENGTHS)
-        evaluation["recall_items"] = ITEMS
-    every = dict.fromkeys(seed for own in seeds.values() for seed in own)
-    order = {str(seed): same_order(opened, {each.name: each.config for each in entries}, seed) for seed in every}
-    return Plan(
-        options.out, entries, corpus, options.search_seed, search_steps, options.alone_steps, options.positions, evaluation,
-        order,
+        check_recall(corpus, LENGTHS)
+    plan = planning.make_plan(
+        contenders, corpus, options.out, rates=rates, seeds=seeds,
+        match_to=options.parameters or options.match_to or names[0], own_schedules=options.own_schedules,
+        search_seed=options.search_seed, search_steps=options.search_steps, search_fraction=options.search_fraction,
+        alone_steps=options.alone_steps, positions=options.positions, max_tokens=options.max_tokens,
+        stretches=options.stretches, recall=options.recall,
     )  # fmt: skip
+    if options.train:
+        resolve_device(plan.entries[0].config.training.device)
+    return plan
 
 
 def learning_rates(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[float, ...]]:
@@ -218,38 +196,3 @@ def _rate(text: str) -> float:
     if not 0 < rate < 1e9:
         raise ConfigError(f"--learning-rates={text!r}: use positive numbers, or NAME=1e-3,2e-3 for one contender")
     return rate
-
-
-def same_order(corpus: PackedCorpus, configs: dict[str, RunConfig], seed: int) -> str:
-    """Digest of the text that the first steps and the last of a training with `seed` read, the same for every contender.
-
-    Raises RuntimeError if it is not.
-    """
-    from factorization_memory.data.loader import BatchLoader
-
-    digests: dict[tuple[Any, ...], str] = {}
-    found = {}
-    for name, config in configs.items():
-        steps = config.training.steps
-        # The loader knows no more of a run than this.
-        known = (config.data.__repr__(), config.sequences_per_step, config.micro_batch_size, config.training.carry_state, steps)
-        if known not in digests:
-            digest = hashlib.blake2b(digest_size=8)
-            for step in sorted({*range(min(CHECKED_STEPS, steps)), steps - 1}):
-                with BatchLoader(
-                    corpus, dataclasses.replace(config.data, read_ahead=0), sequences_per_step=config.sequences_per_step,
-                    micro_batch_size=config.micro_batch_size, carry_state=config.training.carry_state, seed=seed,
-                    start_step=step,
-                ) as loader:  # fmt: skip
-                    batches = next(loader)
-                # Packed sequences are laid out flat: the tokens in their order, however they are cut.
-                for part in ("tokens", "targets"):
-                    for batch in batches:
-                        digest.update(getattr(batch, part).numpy().tobytes())
-            digests[known] = digest.hexdigest()
-        found[name] = digests[known]
-    first, *others = found
-    for name in others:
-        if found[name] != found[first]:
-            raise RuntimeError(f"contender {name!r}: it would not read the text in the order of {first!r}; nothing was trained")
-    return found[first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ import tyro
 from factorization_memory._text import visible
 from factorization_memory.cli.common import choose, console, emit, parse, say
 from factorization_memory.config import ConfigError
+from factorization_memory.runs.names import TOKENIZER_NAME
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TokenizerOptions:
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
     """Texts: .txt, .jsonl, .jsonl.zst, .parquet, or folders of these."""
-    output: Path = Path("tokenizer.json")
+    output: Path = Path(TOKENIZER_NAME)
     """File to write."""
     vocab_size: int = 16384
     """Number of ids, the 256 bytes and 2 special tokens among them."""
@@ -154,34 +155,23 @@ def _tokenizer(arguments: list[str]) -> int:
         raise ConfigError(f"--vocab-size={options.vocab_size}: use 258 (256 bytes and 2 special tokens) or more")
     import time
 
-    from factorization_memory.data.corpora import read_documents, utf8_length
+    from factorization_memory.data.text_sample import TextSample
     from factorization_memory.data.tokenizer import Tokenizer
-
-    limit = int(options.max_megabytes * 1e6)
-    read = total = 0
-
-    def texts(keep: int) -> Iterator[str]:
-        nonlocal read
-        for path in options.inputs:
-            for number, document in enumerate(read_documents(path, skipped=lambda *_: None)):  # told of before
-                if number % keep == 0:
-                    read += utf8_length(document.text)
-                    yield document.text
 
     left_out = LeftOut()
     with console().status("reading the texts"):
-        total = sum(
-            utf8_length(document.text) for path in options.inputs for document in read_documents(path, skipped=left_out.add)
-        )
+        texts = TextSample(options.inputs, int(options.max_megabytes * 1e6), left_out.add)
     left_out.say()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with console().status("training the tokenizer"):
-        tokenizer = Tokenizer.train(texts(max(1, -(-total // max(limit, 1)))), options.vocab_size)
+        tokenizer = Tokenizer.train(texts, options.vocab_size)
     tokenizer.save(options.output)
     seconds = time.perf_counter() - start
-    say(f"{options.output}: {tokenizer.vocab_size:,} ids from {read / 1e6:.1f} of {total / 1e6:.1f} MB in {seconds:.0f} s")
-    emit({"output": str(options.output), "vocab_size": tokenizer.vocab_size, "bytes": read, "seconds": seconds}, options.json)
+    result = {"output": str(options.output), "vocab_size": tokenizer.vocab_size, "bytes": texts.read, "seconds": seconds}
+    read, total = texts.read / 1e6, texts.total / 1e6
+    say(f"{options.output}: {tokenizer.vocab_size:,} ids from {read:.1f} of {total:.1f} MB in {seconds:.0f} s")
+    emit(result, options.json)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -12,24 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factorization_memory._streams import best_effort
-from factorization_memory.cli import evaluate, generate, train
-from factorization_memory.cli.common import console, emit, interrupted_status, parse, say, write_aside
+from factorization_memory.cli.common import console, emit, interrupted_status, parse, say
+from factorization_memory.cli.evaluate import evaluation_progress, say_kept
+from factorization_memory.cli.evaluate_tables import show_evaluation
+from factorization_memory.cli.generate import stream
 from factorization_memory.config import ConfigError
+from factorization_memory.experiments.demo import PROMPTS, RECALL_STEPS, inspected_text, learn_recall, pack_books
+from factorization_memory.generation.sampling import SamplingConfig
 from factorization_memory.presets import demo
+from factorization_memory.runs.names import CORPUS_NAME, REPORT_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.evaluation import RecallProgress
 
 RUN_DIR = Path("runs/demo")
-PROMPTS = ("“My dear Watson,” said", "おれは")
-VOCABULARY = 512
-HELD_OUT = 0.1
-RECALL_STEPS = 100
-INSPECTED_CHARACTERS = {"en": 900, "ja": 450}
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,14 @@ def run(arguments: list[str]) -> int:
     run_dir = options.run_dir or (RUN_DIR if options.resume else _free_name(RUN_DIR))
     out = console()
     out.rule("[bold]1  text to tokens")
-    corpus = _packed(run_dir) if options.resume else _corpus(run_dir / "corpus")
+    corpus = _packed(run_dir) if options.resume else pack_books(run_dir / CORPUS_NAME)
     for name, source in corpus.sources.items():
         parts = ", ".join(f"{part} {len(s.tokens):,} tokens of {s.text_bytes:,} bytes" for part, s in source.splits.items())
         out.print(f"{name}: {parts}")
+
+    from factorization_memory.experiments.evaluation import keep_evaluation
+    from factorization_memory.experiments.session import Session
+    from factorization_memory.training import RichProgress
 
     out.rule("[bold]2  training")
     config = demo()
@@ -67,37 +69,31 @@ def run(arguments: list[str]) -> int:
         config.training, device=options.device, steps=config.training.steps if options.steps is None else options.steps
     )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(corpus.folder)), training=training)
-    result = train.train(config, run_dir, options.resume)
+    session = Session(config, run_dir, RichProgress(console()))
+    result = session.train(options.resume)
     if result["stopped"] == "interrupted":
         emit({"run_dir": str(run_dir), "training": result}, options.json)
         say(f"stopped by {result['signal']}; to go on: {_resume_command(run_dir, options)}")
         return interrupted_status(result)
 
-    from factorization_memory.evaluation import inspect_text
-    from factorization_memory.reports.report import REPORT_NAME
-    from factorization_memory.training import find_checkpoint, load_model, resolve_device
-
-    checkpoint = find_checkpoint(run_dir, "best")
-    model, tokenizer, config = load_model(checkpoint, resolve_device(options.device, "--device"))
     out.rule("[bold]3  evaluation on the held-out end of each book")
-    evaluation = evaluate.evaluate(model, corpus, config, checkpoint.name, stretches=4)
-    evaluate.show(evaluation)
+    with evaluation_progress() as progress:
+        evaluation = session.evaluate(stretches=4, progress=progress)
+    show_evaluation(evaluation)
 
     out.rule("[bold]4  writing")
-    samples = []
+    samples, (_, model, tokenizer, _) = [], session.trained
     for prompt in PROMPTS:
-        sampling = generate.SamplingConfig(temperature=0.7, min_p=0.05)
-        samples += generate.stream(model, tokenizer, prompt, to=best_effort(sys.stderr), max_tokens=100, sampling=sampling)
-    write_aside(run_dir / "samples.json", json.dumps(samples, ensure_ascii=False, indent=1))
-    text = "\n\n".join(_held_out_text(corpus, name)[:length] for name, length in INSPECTED_CHARACTERS.items())
-    write_aside(run_dir / "inspection.json", json.dumps(inspect_text(model, tokenizer, text), ensure_ascii=False))
+        sampling = SamplingConfig(temperature=0.7, min_p=0.05)
+        samples += stream(model, tokenizer, prompt, to=best_effort(sys.stderr), max_tokens=100, sampling=sampling)
+    session.keep_samples(samples)
+    session.inspect(inspected_text(corpus))
 
     out.rule("[bold]5  recall: two small models learn to name the value behind a key")
-    recall = _recall(out)
-    write_aside(run_dir / "recall_demo.json", json.dumps(recall, ensure_ascii=False, allow_nan=False))
+    recall = _recall(run_dir, out)
 
     out.rule("[bold]6  report")
-    evaluate.record_evaluation(run_dir, evaluation)
+    say_kept(run_dir, keep_evaluation(run_dir, evaluation))
     say("what to do next:")
     say(f"  open {run_dir / REPORT_NAME} in a browser")
     say(f"  {shlex.join(['fmem', 'generate', str(run_dir), '--prompt', PROMPTS[0]])}")
@@ -107,12 +103,12 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _recall(out: Console) -> dict[str, Any]:
+def _recall(run_dir: Path, out: Console) -> dict[str, Any]:
     """The recall demonstration's record; how far both models have come is shown as they learn."""
     from rich.live import Live
     from rich.table import Table
 
-    from factorization_memory.evaluation.recall_demo import FORMS, recall_demo
+    from factorization_memory.evaluation.recall_demo import FORMS
 
     out.print("the same sequences and sizes; they differ in update_lag alone. Share of values named right in new sequences:")
     reports: list[dict[str, RecallProgress]] = []
@@ -132,7 +128,7 @@ def _recall(out: Console) -> dict[str, Any]:
             reports.append(report)
             live.update(table(), refresh=True)
 
-        record = recall_demo(RECALL_STEPS, progress=progress)
+        record = learn_recall(run_dir, RECALL_STEPS, progress)
     out.print(table())
     out.print(f"{record['seconds']:.0f} seconds for both")
     return record
@@ -159,25 +155,6 @@ def _packed(run_dir: Path) -> PackedCorpus:
     """The corpus of a demo that was stopped."""
     from factorization_memory.data.shards import PackedCorpus
 
-    if not (run_dir / "corpus").is_dir():
+    if not (run_dir / CORPUS_NAME).is_dir():
         raise ConfigError(f"--run-dir={str(run_dir)!r}: there is no demo here to resume; start one without --resume")
-    return PackedCorpus.open(run_dir / "corpus")
-
-
-def _corpus(folder: Path) -> PackedCorpus:
-    """The two books, packed with a tokenizer trained on the part that is not held out."""
-    from factorization_memory.data.corpora import builtin_corpus, read_documents
-    from factorization_memory.data.shards import pack
-    from factorization_memory.data.tokenizer import Tokenizer
-
-    books = list(read_documents(builtin_corpus()))
-    # A little less than the training part: in these two books the held-out end begins after it.
-    texts = [book.text[: int(len(book.text) * (1 - 1.2 * HELD_OUT))] for book in books]
-    tokenizer: Tokenizer = Tokenizer.train(texts, VOCABULARY)
-    return pack([(None, builtin_corpus())], tokenizer, folder, holdout="tail", holdout_fraction=HELD_OUT)
-
-
-def _held_out_text(corpus: PackedCorpus, source: str) -> str:
-    split = corpus.sources[source].splits["validation"]
-    whole = corpus.tokenizer.stream()  # not a part of the character at the cut
-    return "".join(whole.push(token) for token in split.tokens[:4096].tolist()).strip()
+    return PackedCorpus.open(run_dir / CORPUS_NAME)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +9,6 @@ from factorization_memory.cli.common import console, emit, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-REQUIRED = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub")
-OPTIONAL = ("triton", "transformers", "datasets", "lm_eval")
 
 
 @dataclass(frozen=True)
@@ -30,73 +23,14 @@ class Doctor:
 def run(arguments: list[str]) -> int:
     """`fmem doctor` with `arguments`; returns the exit status."""
     options = parse(Doctor, arguments, "doctor")
+    from factorization_memory.benchmarks.doctor import examine
+
     people = console()
     with people.status("looking around, then running each backend"):
         findings = examine()
     _show(findings, people)
     emit(findings, options.json)
     return 0 if findings["passed"] else 1
-
-
-def examine() -> dict[str, Any]:
-    """The findings: `versions` (None if absent), `cpu`, `gpus`, `no_gpu` (why there is none, or None), `checks`, `skipped`
-    (what cannot run on a device, and why), `passed`."""
-    import torch
-
-    from factorization_memory import __version__
-    from factorization_memory.benchmarks.correctness import check_backend
-    from factorization_memory.benchmarks.timing import cpu_model
-    from factorization_memory.ops import why_unsupported
-
-    no_gpu = None
-    if not torch.cuda.is_available():
-        no_gpu = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no GPU"
-    devices = ["cpu"] if no_gpu else ["cpu", "cuda"]
-    checks, skipped = [], []
-    for backend in ("reference", "chunked", "triton"):
-        for device in devices:
-            reason = why_unsupported(torch.empty(0, device=device)) if backend == "triton" else None
-            if reason is None:
-                checks += check_backend(backend, device)
-                if backend == "triton":
-                    checks += check_backend("triton-sparse", device)
-            else:
-                skipped.append({"backend": backend, "device": device, "reason": reason})
-    return {
-        "versions": {"factorization_memory": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in REQUIRED + OPTIONAL},
-        "cpu": {"name": cpu_model(), "cores": _cores(), "threads": torch.get_num_threads()},
-        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if no_gpu is None else [],
-        "no_gpu": no_gpu,
-        "checks": checks,
-        "skipped": skipped,
-        "passed": all(result["passed"] for result in checks),
-    }
-
-
-def _version(name: str) -> str | None:
-    # A folder of that name on the path has a spec but no metadata: it is not the package.
-    try:
-        return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _gpu(index: int) -> dict[str, Any]:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-    }
 
 
 def _show(findings: dict[str, Any], people: Console) -> None:

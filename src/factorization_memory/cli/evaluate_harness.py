@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import at_least, console, emit, load, resolve, say, write_aside
+from factorization_memory.cli.common import at_least, console, emit, load, resolve, say
 
 if TYPE_CHECKING:
     from factorization_memory.cli.evaluate_options import EvaluateOptions
-
-RECORD = "harness.json"
-"""The file in a run folder."""
 
 
 def run(options: EvaluateOptions) -> int:
     """`fmem evaluate` with `--harness`."""
     at_least(options, harness_limit=1, harness_shots=0, harness_batch_size=1)
-    from factorization_memory.training import resolve_device
-    from factorization_memory.training.device import autocast
+    from factorization_memory.experiments.evaluation import BUILTIN
+    from factorization_memory.models.device import resolve_device
 
     run_dir, checkpoint = resolve(options.run)
     if checkpoint is not None and not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no such folder; give that of a run, of a checkpoint or of an exported model")
-    device = resolve_device(options.device, "--device")
+    resolve_device(options.device, "--device")
     try:
-        from factorization_memory.evaluation.harness_tasks import choose_tasks, run_tasks
+        from factorization_memory.evaluation.harness_tasks import choose_tasks
+        from factorization_memory.experiments.harness import evaluate_on_tasks, keep_results
     except ModuleNotFoundError as error:
         raise RuntimeError(str(error)) from error
 
@@ -44,21 +40,13 @@ def run(options: EvaluateOptions) -> int:
         ) as chosen,
     ):
         model, tokenizer, config = load(checkpoint, options.device)
-        # On a CPU in float32, as the harness's own adapter has it, whatever the model was trained in.
-        halved = device.type == "cuda" and config.training.precision != "float32"
-        arithmetic = replace(config.training, precision="bfloat16" if halved else "float32")
-        with autocast(arithmetic, device):
-            record = run_tasks(chosen, model, tokenizer, limit=options.harness_limit, batch_size=options.harness_batch_size)
-    result = {
-        "checkpoint": "builtin" if checkpoint is None else checkpoint.resolve().name,
-        "device": str(device),
-        "precision": arithmetic.precision,
-        **record,
-    }
+        result = evaluate_on_tasks(
+            chosen, model, tokenizer, config, BUILTIN if checkpoint is None else checkpoint.resolve().name,
+            limit=options.harness_limit, batch_size=options.harness_batch_size,
+        )  # fmt: skip
     show(result)
     if run_dir is not None:
-        write_aside(run_dir / RECORD, json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1))
-        say(f"results: {run_dir / RECORD}")
+        say(f"results: {keep_results(run_dir, result)}")
     emit(result, options.json)
     return 0
 

@@ -43,7 +43,7 @@ class ExportOptions:
 def run(arguments: list[str]) -> int:
     """`fmem export`."""
     options = parse(ExportOptions, arguments, "export")
-    from factorization_memory.training import export_run
+    from factorization_memory.runs import export_run
 
     writers = {"huggingface": export_run}
     try:

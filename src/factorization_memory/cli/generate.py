@@ -80,8 +80,8 @@ def run(arguments: list[str]) -> int:
 
 
 def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -> list[dict[str, Any]]:
-    """Generate and write as it comes: the first continuation live, others after it; returns JSON-ready results."""
-    from factorization_memory.generation import generate_batch
+    """Write continuations as they come, the first live, others after it; returns their records."""
+    from factorization_memory.experiments.samples import continue_prompts
 
     def write(text: str) -> None:
         if to is sys.stdout:
@@ -90,35 +90,27 @@ def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -
         return to.flush()
 
     write(prompts[0])
-    results = generate_batch(
+    results = continue_prompts(
         model, tokenizer, prompts, on_text=lambda number, piece: write(piece) if number == 0 else None, **options
     )
     write("\n")
-    samples = len(results) // len(prompts)
-    prompt_of = [prompts[number // samples] for number in range(len(results))]
-    for number, (prompt, result) in enumerate(zip(prompt_of[1:], results[1:], strict=True), start=2):
-        write(f"\n--- {number} ---\n{prompt}{result.text}\n")
+    for number, result in enumerate(results[1:], start=2):
+        write(f"\n--- {number} ---\n{result['prompt']}{result['text']}\n")
+    show_speeds(results, len(results) // len(prompts))
+    return results
+
+
+def show_speeds(results: list[dict[str, Any]], samples: int) -> None:
+    """How fast prompts were read and `samples` continuations of each were written, on stderr."""
     first = results[0]
-    read, written = sum(result.prompt_tokens for result in results[::samples]), sum(len(result.tokens) for result in results)
-    seconds = max(result.seconds for result in results)
-    speeds = {
-        "prefill_tokens_per_second": read / first.prefill_seconds if first.prefill_seconds > 0 else 0.0,
-        "total_tokens_per_second": written / seconds if seconds > 0 else 0.0,
-    }
-    captured = max(result.capture_seconds for result in results)
-    each = f" ({first.tokens_per_second:,.0f} of the first)" if len(results) > 1 else ""
+    read, written = sum(each["prompt_tokens"] for each in results[::samples]), sum(each["tokens"] for each in results)
+    seconds, captured = max(each["seconds"] for each in results), max(each["capture_seconds"] for each in results)
+    of_first = f" ({first['tokens_per_second']:,.0f} of the first)" if len(results) > 1 else ""
+    reading = f"{first['prefill_tokens_per_second']:,.0f} tokens/s"
     graph = f"the step captured as a CUDA graph in {captured:.2f} s; " if captured else ""
     console().print(
-        f"[dim]{read:,} prompt tokens in {first.prefill_seconds:.2f} s ({speeds['prefill_tokens_per_second']:,.0f} tokens/s); "
-        f"{graph}{written:,} tokens in {seconds:.2f} s, {speeds['total_tokens_per_second']:,.0f} tokens/s{each}; "
-        f"stopped by {first.stop_reason}[/dim]",
+        f"[dim]{read:,} prompt tokens in {first['prefill_seconds']:.2f} s ({reading}); "
+        f"{graph}{written:,} tokens in {seconds:.2f} s, {first['total_tokens_per_second']:,.0f} tokens/s{of_first}; "
+        f"stopped by {first['stop_reason']}[/dim]",
         soft_wrap=True,
     )
-    return [
-        {
-            "prompt": prompt, "text": r.text, "tokens": len(r.tokens), "stop_reason": r.stop_reason,
-            "prompt_tokens": r.prompt_tokens, "prefill_seconds": r.prefill_seconds, "capture_seconds": r.capture_seconds,
-            "seconds": r.seconds, "tokens_per_second": r.tokens_per_second, **speeds,
-        }
-        for prompt, r in zip(prompt_of, results, strict=True)
-    ]  # fmt: skip

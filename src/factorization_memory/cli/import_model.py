@@ -27,7 +27,7 @@ class ImportOptions:
 def run(arguments: list[str]) -> int:
     """`fmem import`."""
     options = parse(ImportOptions, arguments, "import")
-    from factorization_memory.training import import_model
+    from factorization_memory.runs import import_model
 
     try:
         checkpoint = import_model(options.model, options.run)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import tyro
 
-from factorization_memory.cli.common import emit, load, parse, read_text, say, write_aside
+from factorization_memory._files import write_atomic
+from factorization_memory.cli.common import emit, load, parse, read_text, say
 from factorization_memory.config import ConfigError
 
 
@@ -43,7 +44,7 @@ def run(arguments: list[str]) -> int:
 
     model, tokenizer, _ = load(options.run, options.device)
     record = inspect_text(model, tokenizer, text)
-    write_aside(options.output, inspection_html(record))
+    write_atomic(options.output, inspection_html(record))
     say(f"{len(record['tokens']):,} tokens, {len(record['layers'])} layers: {options.output}")
     emit(record, options.json)
     return 0

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from factorization_memory.cli.common import console, emit
 from factorization_memory.cli.train import preset_and_options
-from factorization_memory.config import ConfigError, RunConfig
-
-if TYPE_CHECKING:
-    from factorization_memory.data.shards import PackedCorpus
-
-ASSUMED_VOCABULARY = 16384
-"""Of a run whose corpus is not named yet; for the preset `demo`, that of `fmem demo`."""
+from factorization_memory.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -32,82 +24,12 @@ class PlanOptions:
 def run(arguments: list[str]) -> int:
     """`fmem plan`."""
     options: PlanOptions = preset_and_options(arguments, "plan", PlanOptions)
-    result = plan(options.config)
+    from factorization_memory.experiments.cost import run_cost
+
+    result = run_cost(options.config)
     _show(result)
     emit(result, options.json)
     return 0
-
-
-def plan(config: RunConfig) -> dict[str, Any]:
-    """Counts, memory and schedule of a run."""
-    from factorization_memory.models.counting import count, training_memory
-    from factorization_memory.training.schedule import learning_rate
-
-    model, corpus = config.model, None
-    if config.data.corpus:
-        from factorization_memory.data.shards import PackedCorpus
-        from factorization_memory.training.trainer import complete_config
-
-        corpus = PackedCorpus.open(Path(config.data.corpus))
-        model = complete_config(config, corpus.tokenizer.vocab_size).model
-    elif not model.vocab_size:
-        from factorization_memory.cli.demo import VOCABULARY
-
-        model = dataclasses.replace(model, vocab_size=VOCABULARY if config.name == "demo" else ASSUMED_VOCABULARY)
-    counts = count(model, config.data.context_length)
-    steps, tokens = config.training.steps, config.training.tokens_per_step
-    bfloat16 = config.training.precision == "bfloat16"
-    marks = sorted({1, config.optimizer.warmup_steps or 1, *(max(1, steps * i // 8) for i in range(1, 9))})
-    return {
-        "preset": config.name,
-        "vocab_size": model.vocab_size,
-        "vocabulary_assumed": corpus is None and not config.model.vocab_size,
-        "parameters": {"total": counts.parameters, "embedding": counts.embedding_parameters},
-        "flops_per_token": {
-            "train": counts.train_flops, "prefill": counts.prefill_flops, "decode": counts.decode_flops,
-            "of_which_recurrence": counts.recurrence_flops, "of_which_attention": counts.attention_flops,
-        },
-        "state_bytes": counts.state_bytes,
-        "state_bytes_per_token": counts.state_bytes_per_token,
-        "training_memory_bytes": training_memory(model, config.micro_batch_size, config.data.context_length, bfloat16),
-        "precision": "bfloat16" if bfloat16 else "float32",
-        "precision_assumed": config.training.precision == "auto",
-        "steps": steps,
-        "tokens": steps * tokens,
-        "tokens_per_step": tokens,
-        "micro_batches": config.sequences_per_step // config.micro_batch_size,
-        "epochs": None if corpus is None else _epochs(config, corpus),
-        "train_flops": counts.train_flops * steps * tokens,
-        "time": _time(config, counts.train_flops * steps * tokens),
-        "learning_rate": {str(step): learning_rate(config.optimizer, step, steps) for step in marks if step <= steps},
-    }  # fmt: skip
-
-
-def _epochs(config: RunConfig, corpus: PackedCorpus) -> dict[str, Any]:
-    """How often a run reads the corpus's training text: `total`, and of each source where `data.weights` sets shares."""
-    read = config.training.steps * config.training.tokens_per_step
-    sizes = {name: len(source.splits["train"].tokens) for name, source in corpus.sources.items()}
-    weights = {name: config.data.weights.get(name, 0.0) for name in sizes} if config.data.weights else {}
-    every = sum(weights.values())
-    by_source = {name: read * weight / every / sizes[name] for name, weight in weights.items() if every and sizes[name]}
-    return {"total": read / max(1, sum(sizes.values())), "training_tokens": sum(sizes.values()), "sources": by_source}
-
-
-def _time(config: RunConfig, flops: int) -> dict[str, Any] | None:
-    """`seconds` of all steps by the last `fmem bench training` on this machine, and its `date`; None where there is none."""
-    from factorization_memory.benchmarks.timing import machine
-    from factorization_memory.cli.benchmark_notes import training_rate
-    from factorization_memory.training.device import resolve_device
-
-    try:
-        device = resolve_device(config.training.device)
-    except ConfigError:
-        return None  # planned for another machine
-    precision = config.training.precision
-    bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    dtype = "bfloat16" if bfloat16 else "float32"
-    found = training_rate(device.type, machine(device)["name"], dtype, config.data.context_length)
-    return None if found is None else {"seconds": flops / found[0], "flops_per_second": found[0], "date": found[1]}
 
 
 def _show(result: dict[str, Any]) -> None:

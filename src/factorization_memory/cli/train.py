@@ -5,20 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from factorization_memory.cli.common import choose, console, emit, interrupted_status, listing, parse, say
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.presets import PRESETS
-
-if TYPE_CHECKING:
-    from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.models import LanguageModel
 
 INIT_FROM = "--training.init-from"
 
@@ -106,7 +101,7 @@ def _options(arguments: list[str]) -> TrainOptions:
     if resumed is None:
         options: TrainOptions = preset_and_options(arguments, "train", TrainOptions)
         return options
-    from factorization_memory.training.record import RunRecord
+    from factorization_memory.runs.record import RunRecord
 
     folder, rest = resumed
     config = RunRecord(folder).read_config()
@@ -121,7 +116,11 @@ def run(arguments: list[str]) -> int:
     options = _options(arguments)
     if not options.config.data.corpus:
         raise ConfigError("data.corpus='': name a packed corpus with --data.corpus DIR; `fmem data pack` makes one")
-    result = train(options.config, options.run_dir, options.resume)
+    from factorization_memory.experiments.session import Session
+    from factorization_memory.training import RichProgress
+
+    session = Session(options.config, options.run_dir, RichProgress(console()))
+    result = session.train(options.resume)
     emit(result, options.json)
     if result["stopped"] == "interrupted":
         command = shlex.join(["fmem", "train", "--resume", str(options.run_dir)])
@@ -149,51 +148,3 @@ def _last_line(result: dict[str, Any], run_dir: Path) -> str:
         f"{loss} after {result['steps']:,} steps in {clock(result['seconds'])}; next: fmem generate {run} --prompt TEXT, "
         f"fmem evaluate {run}, fmem export {run} FOLDER"
     )
-
-
-def train(config: RunConfig, run_dir: Path, resume: bool = False) -> dict[str, Any]:
-    """Train with a progress bar, evaluating and sampling as the configuration says; returns the result."""
-    from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.training import RichProgress, Trainer
-    from factorization_memory.training.pretrained import BUILTIN
-
-    # The run remembers its corpus wherever it is called from later.
-    folder = Path(config.data.corpus).resolve()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(folder)))
-    source = config.training.init_from
-    if source and source != BUILTIN:
-        training = dataclasses.replace(config.training, init_from=str(Path(source).resolve()))
-        config = dataclasses.replace(config, training=training)
-    corpus = PackedCorpus.open(folder)
-    trainer = Trainer(
-        config, corpus, run_dir, evaluate=evaluator(config, corpus), sample=sampler(config, corpus),
-        observer=RichProgress(console()),
-    )  # fmt: skip
-    return trainer.run(resume)
-
-
-def evaluator(config: RunConfig, corpus: PackedCorpus) -> Callable[[LanguageModel, int], dict[str, Any]]:
-    """The evaluation that the trainer calls: held-out loss of each source."""
-    from factorization_memory.evaluation import evaluate_corpus
-
-    def evaluate(model: LanguageModel, step: int) -> dict[str, Any]:
-        result = evaluate_corpus(
-            model, corpus, context_length=config.data.context_length, max_tokens=config.training.evaluation_tokens
-        )
-        return {"sources": result["sources"], "bits_per_byte": result["total"]["bits_per_byte"]}
-
-    return evaluate
-
-
-def sampler(config: RunConfig, corpus: PackedCorpus) -> Callable[[LanguageModel], list[dict[str, Any]]]:
-    """The samples that the trainer asks for: a short continuation of each prompt."""
-    from factorization_memory.generation import SamplingConfig, generate
-
-    def sample(model: LanguageModel) -> list[dict[str, Any]]:
-        texts = []
-        for prompt in config.training.sample_prompts:
-            (generation,) = generate(model, corpus.tokenizer, prompt, max_tokens=64, sampling=SamplingConfig(min_p=0.05))
-            texts.append({"prompt": prompt, "text": generation.text})
-        return texts
-
-    return sample

@@ -32,7 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory import __version__
+from factorization_memory._version import __version__
 from factorization_memory.config import ConfigError
 from factorization_memory.evaluation.harness import FactorizationMemoryLM
 

@@ -11,10 +11,7 @@ position         {name: loss by position, see position.py, and "beyond": {"16": 
 recall_tasks     if asked for: see recall_suite.py
 routing          use of the memory states, a list per memory layer: see RoutingHealth.summary
 
-The command line adds
-
-evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stretches}: what made it; null is the default; with
-                 recall_tasks also recall_items and, if given, recall_lengths
+and `evaluated`, which says of what and how it was made: see experiments/evaluation.py
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Trainings side by side: contenders of equal size, processes, the record of a comparison."""
+"""A run as one call (session.py), and runs compared on equal terms: contenders, plan, processes, record (comparison.py)."""

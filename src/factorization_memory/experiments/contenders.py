@@ -17,6 +17,7 @@ from typing import Any
 from factorization_memory._files import JSONError, read_json
 from factorization_memory.config import RETIRED, ConfigError, ModelConfig, RunConfig, from_dict, suggestion, to_dict
 from factorization_memory.presets import PRESETS
+from factorization_memory.runs.names import CONFIG_NAME
 
 SECTIONS = ("model", "data", "optimizer", "training")
 OWN_FIELDS = ("model.", "optimizer.", "training.micro_batch_size")
@@ -107,9 +108,9 @@ def _base(text: str) -> RunConfig:
     try:
         values = read_json(path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a run's config.json") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a run's {CONFIG_NAME}") from None
     except JSONError as error:
-        raise ConfigError(f"{error}; name a run's config.json") from None
+        raise ConfigError(f"{error}; name a run's {CONFIG_NAME}") from None
     return from_dict(RunConfig, values)
 
 

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from factorization_memory import _files
-from factorization_memory._files import JSONError, parse_json, write_atomic
+from factorization_memory._files import JSONError, parse_json, read_json_or_none, write_atomic
 from factorization_memory.config import RunConfig, to_dict
+from factorization_memory.runs.names import EVALUATION_NAME, FAILURE_NAME, JOB_NAME, LOG_NAME, METRICS_NAME, RESULT_NAME
 
-JOB_NAME, LOG_NAME, FAILURE_NAME, MEMORY_NAME = "job.json", "log.txt", "failure.json", "memory.json"
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
 """Between two looks at what a running job has written."""
@@ -49,7 +48,7 @@ class Job:
 
     def result(self) -> dict[str, Any] | None:
         """What `result.json` holds, if the training has finished."""
-        result = read_json(self.folder / "result.json")
+        result = read_json_or_none(self.folder / RESULT_NAME)
         return result if result is not None and result["stopped"] == "finished" else None
 
     @property
@@ -63,21 +62,21 @@ class Job:
 
     def failure(self) -> dict[str, Any] | None:
         """`message`, and whether it `diverged`; None where nothing went wrong."""
-        return read_json(self.folder / FAILURE_NAME)
+        return read_json_or_none(self.folder / FAILURE_NAME)
 
     def parallel(self) -> list[int]:
         """How many jobs could run at once when a process began to work on this one, each number once."""
-        return list((read_json(self.folder / JOB_NAME) or {}).get("parallel", []))
+        return list((read_json_or_none(self.folder / JOB_NAME) or {}).get("parallel", []))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The training lines of `metrics.jsonl`."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS_NAME
         return _training_lines(path.read_bytes()) if path.exists() else []
 
     def latest(self) -> dict[str, Any] | None:
         """The last training line, from the end of the file alone."""
         try:
-            with open(self.folder / "metrics.jsonl", "rb") as file:
+            with open(self.folder / METRICS_NAME, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 lines = _training_lines(file.read())
         except FileNotFoundError:
@@ -244,19 +243,11 @@ def is_evaluated(folder: Path, options: dict[str, Any] | None) -> bool:
     """Whether a run's `evaluation.json` is one with these options: somebody may have evaluated it otherwise since."""
     if options is None:
         return True
-    evaluation = read_json(folder / "evaluation.json")
+    evaluation = read_json_or_none(folder / EVALUATION_NAME)
     if not isinstance(evaluation, dict):
         return False
     evaluated = evaluation.get("evaluated", options)
     return all(evaluated.get(name) == value for name, value in options.items())
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is no such file or it was cut short."""
-    try:
-        return _files.read_json(path)
-    except (FileNotFoundError, JSONError):
-        return None
 
 
 def _training_lines(text: bytes) -> list[dict[str, Any]]:

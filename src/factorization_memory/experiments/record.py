@@ -23,11 +23,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from factorization_memory._files import read_json_or_none
 from factorization_memory.config import to_dict
 from factorization_memory.evaluation.position import beyond_context
 from factorization_memory.evaluation.recall_suite import headline
-from factorization_memory.experiments.compare import Entry, Plan
-from factorization_memory.experiments.processes import MEMORY_NAME, Job, read_json
+from factorization_memory.experiments.plan import Entry, Plan
+from factorization_memory.experiments.processes import Job
+from factorization_memory.runs.names import EVALUATION_NAME, MEMORY_NAME
 from factorization_memory.runs.recall_names import KINDS, distance_name
 
 SCHEMA_VERSION = 2
@@ -98,7 +100,7 @@ def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
 
 def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
     """The figures of one finished training."""
-    evaluation = read_json(job.folder / "evaluation.json")
+    evaluation = read_json_or_none(job.folder / EVALUATION_NAME)
     result = job.result()
     assert result is not None
     context = {**evaluation["sources"], "all": evaluation["total"]}
@@ -134,7 +136,7 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
         "by_position": by_position,
         "tokens_per_second": _tokens_per_second(job),
         "seconds": result["seconds"],
-        "memory": read_json(job.folder / MEMORY_NAME),
+        "memory": read_json_or_none(job.folder / MEMORY_NAME),
         "parallel": job.parallel(),
     }
 
@@ -142,7 +144,7 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
 def _finite(job: Job) -> bool:
     """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null. So
     are errors over stretches where only one stretch reaches, which are none of these."""
-    evaluation = read_json(job.folder / "evaluation.json")
+    evaluation = read_json_or_none(job.folder / EVALUATION_NAME)
     parts = [{unit: part[unit] for unit in UNITS} for part in (*evaluation["sources"].values(), evaluation["total"])]
     parts += [each for read in evaluation.get("position", {}).values() for each in read["bins"]]
     return all(value is not None for part in parts for name, value in part.items() if name != "gain_stretch_error")

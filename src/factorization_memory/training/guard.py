@@ -1,8 +1,7 @@
-"""What keeps a run whole: one writer per run folder, a stop that loses nothing, no step with a non-finite gradient."""
+"""What keeps a run whole: a stop that loses nothing, no step with a non-finite gradient. Its lock is in runs/lock.py."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import threading
@@ -11,55 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from factorization_memory._files import lock
-from factorization_memory.training.checkpoint_folder import CHECKPOINTS_NAME
-from factorization_memory.training.record import METRICS_NAME, refuse_link
-
-LOCK_NAME = ".lock"
-
-
-class RunLockedError(ValueError):
-    """Another process is writing this run folder: the message names its process, host and the folder."""
-
 
 class TrainingDivergedError(RuntimeError):
     """A loss, a gradient or a weight became infinite or not a number. A step of such a loss or gradient was not applied;
     earlier checkpoints are intact."""
-
-
-class RunLock:
-    """The exclusive right to write a run folder, as a context manager.
-
-    An advisory lock of the operating system on `.lock` in the folder: it goes with the process, however that ends, so no stale
-    lock needs to be cleared by hand. Raises `RunLockedError` when another process holds it, and `RunFolderError` where
-    something that a run writes into is a symbolic link: what is written would land outside the folder.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / LOCK_NAME
-        self._held = contextlib.ExitStack()
-        self._created: list[Path] = []
-
-    def __enter__(self) -> Self:
-        folder = self.path.parent
-        self._created = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (LOCK_NAME, CHECKPOINTS_NAME, METRICS_NAME):
-            refuse_link(folder / name)
-        self._held.enter_context(lock(self.path, self._locked))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-        # A run that was refused before it wrote anything leaves no folder either; one with something in it stays.
-        with contextlib.suppress(OSError):
-            for folder in self._created:
-                folder.rmdir()
-
-    def _locked(self, holder: str) -> RunLockedError:
-        return RunLockedError(
-            f"{self.path.parent}: {holder} is writing this run folder; wait for it or stop it, or choose another folder"
-        )
 
 
 class GracefulStop:

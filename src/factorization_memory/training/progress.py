@@ -99,7 +99,7 @@ class RichProgress(TrainingObserver):
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self.console = console if console is not None else Console(stderr=True)
+        self.console = console if console is not None else Console(stderr=True, highlight=False, emoji=False)
         self.console.file = best_effort(self.console.file)
         self._bar: Progress | None = None
         self._task: Any = None

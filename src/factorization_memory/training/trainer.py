@@ -1,12 +1,12 @@
 """The training loop: one model, one device, one run folder.
 
-What a run is made of lives in the files beside this one: the passes of a step (step.py), the learning rate (schedule.py),
-checkpoints (checkpoint.py), records (record.py), guards (guard.py). Evaluation and sampling are passed in as functions.
+What a run is made of lives in the files beside this one: what is seen to before (preparation.py), the passes of a step
+(step.py), the learning rate (schedule.py), guards (guard.py); checkpoints, records and the lock are in `runs`. Evaluation and
+sampling are passed in as functions.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 import statistics
@@ -20,13 +20,12 @@ import torch
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
-from factorization_memory.models.capacity import require_room
 from factorization_memory.models.compilation import compiled_loss
+from factorization_memory.models.device import autocast, resolve_device
 from factorization_memory.models.finite import not_finite
-from factorization_memory.models.language_model import parameter_count
 from factorization_memory.models.routing import RoutingHealth, memory_layers
-from factorization_memory.training.checkpoint import difference_from, load_checkpoint, model_tensors, save_checkpoint
-from factorization_memory.training.checkpoint_folder import (
+from factorization_memory.runs.checkpoint import load_checkpoint, model_tensors, save_checkpoint
+from factorization_memory.runs.checkpoint_folder import (
     CheckpointError,
     NotFiniteError,
     TrainingState,
@@ -34,14 +33,14 @@ from factorization_memory.training.checkpoint_folder import (
     find_checkpoint,
     list_checkpoints,
     prune_checkpoints,
-    read_state,
 )
-from factorization_memory.training.device import autocast, resolve_device
-from factorization_memory.training.guard import GracefulStop, RunLock, TrainingDivergedError, check_finite, diverged
+from factorization_memory.runs.lock import RunLock
+from factorization_memory.runs.record import RunFolderError, RunRecord
+from factorization_memory.training.guard import GracefulStop, TrainingDivergedError, check_finite, diverged
+from factorization_memory.training.initial import load_initial
 from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
-from factorization_memory.training.pretrained import load_initial
+from factorization_memory.training.preparation import check_same_run, complete_config, require_room_for_training
 from factorization_memory.training.progress import ShieldedObserver, TrainingObserver
-from factorization_memory.training.record import RunFolderError, RunRecord
 from factorization_memory.training.schedule import learning_rate
 from factorization_memory.training.step import accumulate_gradient, clip_gradient
 
@@ -87,7 +86,7 @@ class Trainer:
         self.sample = sample
         self.observer = ShieldedObserver(observer if observer is not None else TrainingObserver())
         self.device = resolve_device(config.training.device)
-        _require_room(self.config, self.device)
+        require_room_for_training(self.config, self.device)
         self.record = RunRecord(self.run_dir)
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -103,7 +102,7 @@ class Trainer:
             raise RunFolderError(f"{self.run_dir}: there is no run here to resume; start one without --resume")
         with RunLock(self.run_dir):
             if resume:
-                self._check_same_run()
+                check_same_run(self.record, self.config, self.corpus)
             elif self.record.exists:
                 raise RunFolderError(
                     f"{self.run_dir}: already holds a run; continue it with --resume, or choose another folder"
@@ -114,24 +113,6 @@ class Trainer:
                     return run.train(stop)
             finally:
                 self.observer.on_end()
-
-    def _check_same_run(self) -> None:
-        difference = difference_from(self.record.read_config(), self.config)
-        if difference is not None:
-            name, old, new = difference
-            same = "the same value, or a larger one" if name == "training.steps" else "the same value"
-            raise RunFolderError(
-                f"{self.run_dir}: this run was started with {name}={old!r}, not {new!r}; resume with {same}, "
-                "or start a new run in another folder"
-            )
-        if list_checkpoints(self.run_dir):
-            saved = read_state(find_checkpoint(self.run_dir, "last"))
-            for what, own in (("tokenizer", self.corpus.tokenizer.fingerprint), ("corpus", self.corpus.fingerprint)):
-                if saved[f"{what}_fingerprint"] != own:
-                    raise RunFolderError(
-                        f"data.corpus={self.config.data.corpus!r}: its {what} (fingerprint {own}) is not the one that "
-                        f"{self.run_dir} was trained on ({saved[f'{what}_fingerprint']}); give that corpus"
-                    )
 
 
 class _Run:
@@ -398,38 +379,6 @@ class _Run:
         return result
 
 
-def _require_room(config: RunConfig, device: torch.device) -> None:
-    """ConfigError for sizes that certainly pass what the machine has: the least that a step needs is counted, no more."""
-    parameters = parameter_count(config.model)
-    require_room(
-        f"model: {parameters:,} parameters with gradients and AdamW's moments", 16 * parameters,
-        "use fewer layers or a smaller width", device,
-    )  # fmt: skip
-    # Of each token its id, and in bfloat16 what enters the first block.
-    forward = config.micro_batch_size * config.data.context_length * (8 + 2 * config.model.hidden_size)
-    require_room(
-        f"training.micro_batch_size={config.training.micro_batch_size}: {config.micro_batch_size:,} sequences of "
-        f"{config.data.context_length:,} tokens at once", forward, "set it to fewer", device,
-    )  # fmt: skip
-    batches = 1 + min(config.data.read_ahead, config.training.steps)
-    require_room(
-        f"training.tokens_per_step={config.training.tokens_per_step}: {batches:,} batches of ids and targets",
-        batches * 16 * config.training.tokens_per_step, "use fewer tokens, or a smaller data.read_ahead",
-    )  # fmt: skip
-
-
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
     """Bits per byte of text that cost `nats` in all; None for no text."""
     return nats / text_bytes / math.log(2) if text_bytes else None
-
-
-def complete_config(config: RunConfig, vocab_size: int) -> RunConfig:
-    """`config` with the tokenizer's vocabulary filled in. Raises ConfigError where it names another size."""
-    size = config.model.vocab_size
-    if config.training.init_from and size > vocab_size:
-        return config  # a model may have more ids than its tokenizer
-    if size not in (0, vocab_size):
-        raise ConfigError(
-            f"model.vocab_size={size}: the corpus's tokenizer has {vocab_size} tokens; leave it 0 to take the tokenizer's"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))

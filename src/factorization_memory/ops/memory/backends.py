@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -93,8 +94,8 @@ def _whole_reference(
     return output.to(value.dtype), (state if output_final_state else None)
 
 
-def _dense(run: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The form `run`, which knows no selection, on weights over all states."""
+def _dense(form: ModuleType) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The `forward` of a form that knows no selection, on weights over all states."""
 
     def forward(
         update: Tensor,
@@ -109,7 +110,7 @@ def _dense(run: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tu
     ) -> tuple[Tensor, Tensor | None]:
         merge = over_states(merge, indices if merge_indices is None else merge_indices, num_states)
         update = over_states(update, indices, num_states)
-        return run(update, merge, value, initial_state, output_final_state, cu_seqlens)
+        return form.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
 
     return forward
 
@@ -181,10 +182,10 @@ BACKENDS = (
         step=kernels.step_in_place, undo=kernels.undo_in_place,
     ),
     MemoryBackend(
-        "triton-dense", _dense(kernels.forward), "triton", needs_gpu=True, why_unsupported=_no_kernels,
+        "triton-dense", _dense(kernels), "triton", needs_gpu=True, why_unsupported=_no_kernels,
         step=kernels.step_in_place, undo=kernels.undo_in_place,
     ),
-    MemoryBackend("chunked", _dense(chunked.forward), step=_step_reference, undo=reference.undo),
+    MemoryBackend("chunked", _dense(chunked), step=_step_reference, undo=reference.undo),
     MemoryBackend("reference", _whole_reference, step=_step_reference, undo=reference.undo),
 )  # fmt: skip
 """The fastest first."""

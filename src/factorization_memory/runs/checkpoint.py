@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from factorization_memory._files import UnreadableError, atomic_folder, require_readable
 from factorization_memory.config import RunConfig, to_dict
 from factorization_memory.models.finite import not_finite
-from factorization_memory.training.checkpoint_folder import (
+from factorization_memory.runs.checkpoint_folder import (
     FORMAT_VERSION,
-    STATE_NAME,
     CheckpointError,
     DamagedError,
     NotFiniteError,
@@ -37,12 +36,11 @@ from factorization_memory.training.checkpoint_folder import (
     read_run_config,
     read_state,
 )
-from factorization_memory.training.record import strict_json
+from factorization_memory.runs.names import CARRIED_NAME, OPTIMIZER_NAME, STATE_NAME, WEIGHTS_NAME
+from factorization_memory.runs.record import strict_json
 
 if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel, ModelState
-
-_MODEL, _OPTIMIZER, _CARRIED = "model.safetensors", "optimizer.safetensors", "carried.safetensors"
 
 MAY_CHANGE = frozenset(
     {
@@ -103,11 +101,11 @@ def save_checkpoint(
     }
     try:
         with atomic_folder(path, overwrite=True) as partial:
-            save_file(_contiguous(weights), partial / _MODEL)
+            save_file(_contiguous(weights), partial / WEIGHTS_NAME)
             if optimizer is not None:
-                save_file(_contiguous(moments), partial / _OPTIMIZER)
+                save_file(_contiguous(moments), partial / OPTIMIZER_NAME)
             if carried is not None:
-                save_file(memories, partial / _CARRIED)
+                save_file(memories, partial / CARRIED_NAME)
             (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -179,14 +177,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_tensors(model: nn.Module, path: Path) -> None:
     """Copy the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` where a name or shape differs, and
     where a weight is NaN or infinite."""
-    saved, own = _read_tensors(path / _MODEL), model_tensors(model)
+    saved, own = _read_tensors(path / WEIGHTS_NAME), model_tensors(model)
     for name in sorted(own.keys() | saved.keys()):
         if name not in saved or name not in own:
             where = "the checkpoint" if name in saved else "the model"
-            raise CheckpointError(f"{path / _MODEL}: tensor {name!r} is only in {where}; its configuration is another one")
+            raise CheckpointError(
+                f"{path / WEIGHTS_NAME}: tensor {name!r} is only in {where}; its configuration is another one"
+            )
         if saved[name].shape != own[name].shape:
             raise CheckpointError(
-                f"{path / _MODEL}: tensor {name!r} has shape {tuple(saved[name].shape)}, the model's has "
+                f"{path / WEIGHTS_NAME}: tensor {name!r} has shape {tuple(saved[name].shape)}, the model's has "
                 f"{tuple(own[name].shape)}; its configuration is another one"
             )
     with torch.no_grad():
@@ -219,12 +219,12 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    if not (path / _OPTIMIZER).exists():
+    if not (path / OPTIMIZER_NAME).exists():
         raise CheckpointError(
-            f"{path / _OPTIMIZER}: missing, as of an imported model, from which no training can go on (--init-from starts "
+            f"{path / OPTIMIZER_NAME}: missing, as of an imported model, from which no training can go on (--init-from starts "
             f"a new one from its weights); {present(path)}"
         )
-    tensors = _read_tensors(path / _OPTIMIZER)
+    tensors = _read_tensors(path / OPTIMIZER_NAME)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # The optimizer numbers its parameters in the order of its groups; loading through it puts each tensor on the right device.
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
@@ -234,7 +234,7 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Pa
         moments.setdefault(name, {})[moment] = tensor
     for name in order:
         if name not in moments:
-            raise CheckpointError(f"{path / _OPTIMIZER}: parameter {name!r} is missing; {present(path)}")
+            raise CheckpointError(f"{path / OPTIMIZER_NAME}: parameter {name!r} is missing; {present(path)}")
     optimizer.load_state_dict(
         {
             "state": {index: moments[name] for index, name in enumerate(order)},
@@ -244,7 +244,7 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Pa
 
 
 def _load_carried(model: LanguageModel, rows: int, begun: list[bool], path: Path) -> list[ModelState | None]:
-    tensors = _read_tensors(path / _CARRIED)
+    tensors = _read_tensors(path / CARRIED_NAME)
 
     def load(index: int) -> ModelState:
         numbers = itertools.count()
@@ -254,7 +254,7 @@ def _load_carried(model: LanguageModel, rows: int, begun: list[bool], path: Path
             if name not in tensors or not _fits(tensors[name], empty):
                 found = tuple(tensors[name].shape) if name in tensors else "nothing"
                 raise DamagedError(
-                    f"{path / _CARRIED}: {name} should be {tuple(empty.shape)}, there is {found}; {present(path)}"
+                    f"{path / CARRIED_NAME}: {name} should be {tuple(empty.shape)}, there is {found}; {present(path)}"
                 )
             return tensors[name].to(empty)
 

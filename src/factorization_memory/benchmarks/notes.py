@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from factorization_memory._files import JSONError, cache_folder, read_json, write_atomic
+from factorization_memory.benchmarks.training import OURS
+from factorization_memory.config import ConfigError, ModelConfig, from_dict
+from factorization_memory.models.counting import count
 
 
 def note(kind: str, dtype: str) -> Path:
@@ -25,10 +28,6 @@ def remember(record: dict[str, Any]) -> None:
 def training_rate(kind: str, name: str, dtype: str, context_length: int) -> tuple[float, str] | None:
     """FLOP/s that training reached here, by the benchmark's length nearest to `context_length`, and the date; None where there
     is no benchmark of the machine called `name`."""
-    from factorization_memory.benchmarks.training import OURS
-    from factorization_memory.config import ConfigError, ModelConfig, from_dict
-    from factorization_memory.models.counting import count
-
     try:
         kept = read_json(note(kind, dtype))
         if kept["machine"]["name"] != name:

@@ -16,10 +16,9 @@ from typing import Any
 
 from factorization_memory._files import JSONError, explain_unreadable, read_json
 from factorization_memory.config import ConfigError, RunConfig, from_dict
+from factorization_memory.runs.names import CHECKPOINTS_NAME, STATE_NAME
 
 FORMAT_VERSION = 1
-CHECKPOINTS_NAME = "checkpoints"
-STATE_NAME = "state.json"
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
 
 

@@ -1,38 +1,30 @@
-"""The run folder's records: what was run, where, and how it went, as strict JSON.
-
-config.json       the complete configuration          environment.json  versions, hardware, command line, date
-tokenizer.json    the tokenizer                       metrics.jsonl     one line per event, in the order of steps
-result.json       the outcome, once the run stopped   checkpoints/      see checkpoint.py
-"""
+"""The run folder's records: what was run, where, and how it went, as strict JSON."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from factorization_memory import __version__
 from factorization_memory._files import JSONError, read_json, read_json_lines, write_atomic
 from factorization_memory.config import RunConfig, from_dict, to_dict
+from factorization_memory.runs.environment import describe_environment
+from factorization_memory.runs.names import (
+    CHECKPOINTS_NAME,
+    CONFIG_NAME,
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    RESULT_NAME,
+    TOKENIZER_NAME,
+)
 
 if TYPE_CHECKING:
-    from factorization_memory.data.tokenizer import Tokenizer
+    import torch
 
-CONFIG_NAME = "config.json"
-ENVIRONMENT_NAME = "environment.json"
-TOKENIZER_NAME = "tokenizer.json"
-METRICS_NAME = "metrics.jsonl"
-RESULT_NAME = "result.json"
+    from factorization_memory.data.tokenizer import Tokenizer
 
 
 class RunFolderError(ValueError):
@@ -48,7 +40,7 @@ class RunRecord:
     @property
     def exists(self) -> bool:
         """Whether the folder holds a run, however far it got."""
-        return (self.run_dir / CONFIG_NAME).exists() or (self.run_dir / "checkpoints").exists()
+        return (self.run_dir / CONFIG_NAME).exists() or (self.run_dir / CHECKPOINTS_NAME).exists()
 
     def read_config(self) -> RunConfig:
         """The configuration in `config.json`. Raises RunFolderError where there is none, ConfigError where it cannot be."""
@@ -116,6 +108,7 @@ class RunRecord:
         _replace_text(self.run_dir / METRICS_NAME, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
+        """Write the outcome of a run that stopped."""
         write_json(self.run_dir / RESULT_NAME, result)
 
     def remove_result(self) -> None:
@@ -163,60 +156,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _program() -> str:
-    """The program that runs, as one would type it: `fmem` also where it was started with `python -m`."""
-    name = Path(sys.argv[0]).name
-    return "fmem" if name == "__main__.py" and Path(sys.argv[0]).parent.name == "cli" else name
-
-
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What a reader of the results needs to know of the machine, the software and the command that made them."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [_program(), *sys.argv[1:]],
-        "package": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this file is tracked in, "+changes" where it differs; None outside one."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, timeout=10)
-
-    if shutil.which("git") is None:
-        return None
-    try:
-        # An installed copy may lie inside some other project's checkout, whose commit would say nothing.
-        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
-            return None
-        commit = git("rev-parse", "HEAD")
-        if commit.returncode != 0:
-            return None
-        return commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
-    except (OSError, subprocess.TimeoutExpired):
-        return None

@@ -9,7 +9,7 @@ import torch
 
 from factorization_memory.config import RunConfig, TrainingConfig
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.training.record import RunFolderError, RunRecord, describe_environment, strict_json
+from factorization_memory.runs.record import RunFolderError, RunRecord, describe_environment, strict_json
 
 
 def test_a_begun_run_is_recorded_whole(tmp_path: Path) -> None:

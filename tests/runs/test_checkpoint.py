@@ -15,10 +15,10 @@ from factorization_memory import _files
 from factorization_memory.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig, to_dict
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel, ModelState
-from factorization_memory.training import checkpoint as checkpoint_module
-from factorization_memory.training import checkpoint_folder
-from factorization_memory.training.checkpoint import first_difference, load_checkpoint, save_checkpoint
-from factorization_memory.training.checkpoint_folder import (
+from factorization_memory.runs import checkpoint as checkpoint_module
+from factorization_memory.runs import checkpoint_folder
+from factorization_memory.runs.checkpoint import first_difference, load_checkpoint, save_checkpoint
+from factorization_memory.runs.checkpoint_folder import (
     CheckpointError,
     TrainingState,
     find_checkpoint,
@@ -26,8 +26,8 @@ from factorization_memory.training.checkpoint_folder import (
     prune_checkpoints,
     read_state,
 )
+from factorization_memory.runs.loading import load_model
 from factorization_memory.training.optimizer import make_optimizer
-from factorization_memory.training.pretrained import load_model
 
 TOKENIZER = Tokenizer.bytes_level()
 CONFIG = RunConfig(

@@ -24,8 +24,8 @@ from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.pretrained import FormatError, export
-from factorization_memory.training import CheckpointError, export_run, find_checkpoint, import_model, load_model
-from factorization_memory.training import checkpoint as checkpoint_module
+from factorization_memory.runs import CheckpointError, export_run, find_checkpoint, import_model, load_model
+from factorization_memory.runs import checkpoint as checkpoint_module
 from factorization_memory.training.trainer import Trainer
 
 pytestmark = [

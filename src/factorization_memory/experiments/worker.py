@@ -1,4 +1,4 @@
-"""`python -m factorization_memory.cli.compare_run RUN/job.json`: one training of `fmem compare`, in a process of its own.
+"""`python -m factorization_memory.experiments.worker RUN/job.json`: one training of `fmem compare`, in a process of its own.
 
 Trains in the folder of `job.json`, or goes on there, then evaluates the final model as `fmem evaluate` does. Leaves beside the
 run's own records `memory.json` (peak memory of the GPU), `evaluation.json` and, where it fails, `failure.json`.
@@ -18,7 +18,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from factorization_memory._files import read_json_or_none, write_atomic
 from factorization_memory._streams import prepare_standard_streams
+from factorization_memory.runs.names import CHECKPOINTS_NAME, EVALUATION_NAME, FAILURE_NAME, MEMORY_NAME, RESULT_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -26,48 +28,49 @@ if TYPE_CHECKING:
     from factorization_memory.config import RunConfig
 
 
+def command(job_file: Path) -> list[str]:
+    """The command line that works on a job."""
+    return [sys.executable, "-m", __name__, str(job_file)]
+
+
 def main(job_file: Path) -> int:
     """Work on a job; returns the exit status."""
-    # Late, so that a failing import stands in the log and in failure.json.
-    from factorization_memory.cli.common import write_aside
-    from factorization_memory.experiments.processes import FAILURE_NAME
-
     try:
-        return _work(job_file)
+        return _work(job_file)  # which imports what may fail, so that it stands in the log and in failure.json
     except Exception as error:
         traceback.print_exc()
         from factorization_memory.training import TrainingDivergedError
 
         message = str(error).strip() or type(error).__name__
         failure = {"message": message, "diverged": isinstance(error, TrainingDivergedError), "stopped": False}
-        write_aside(job_file.parent / FAILURE_NAME, json.dumps(failure, ensure_ascii=False))
+        write_atomic(job_file.parent / FAILURE_NAME, json.dumps(failure, ensure_ascii=False))
         return 1
 
 
 def _work(job_file: Path) -> int:
     import torch
 
-    from factorization_memory.cli import train
-    from factorization_memory.cli.common import interrupted_status
     from factorization_memory.config import RunConfig, from_dict
-    from factorization_memory.experiments.processes import is_evaluated, read_json
-    from factorization_memory.training import list_checkpoints, resolve_device
-    from factorization_memory.training.checkpoint_folder import CHECKPOINTS_NAME, prune_checkpoints
-    from factorization_memory.training.record import RESULT_NAME, RunRecord
+    from factorization_memory.experiments.processes import is_evaluated
+    from factorization_memory.experiments.session import Session
+    from factorization_memory.models.device import resolve_device
+    from factorization_memory.runs import RunRecord, list_checkpoints
+    from factorization_memory.runs.checkpoint_folder import prune_checkpoints
+    from factorization_memory.training import RichProgress
 
     folder = job_file.parent
     job = json.loads(job_file.read_text(encoding="utf-8"))
     config = from_dict(RunConfig, job["config"])
     torch.set_num_threads(job["threads"])
     end_with(job["parent"])
-    result = read_json(folder / RESULT_NAME)
+    result = read_json_or_none(folder / RESULT_NAME)
     if result is None or result["stopped"] != "finished":
-        result = train.train(config, folder, resume=RunRecord(folder).exists)
+        result = Session(config, folder, RichProgress()).train(resume=RunRecord(folder).exists)
         device = resolve_device(config.training.device)
         if device.type == "cuda":
             _record_memory(folder, device)
         if result["stopped"] == "interrupted":
-            return interrupted_status(result)
+            return 128 + signal.Signals[result["signal"]].value
     if not is_evaluated(folder, job["evaluation"]):
         _evaluate(folder, config, job["evaluation"])
     if job["kind"] == "seed":
@@ -97,10 +100,9 @@ def _record_memory(folder: Path, device: torch.device) -> None:
     """Peak memory of the training, the largest of all its parts where it was resumed."""
     import torch
 
-    from factorization_memory.experiments.processes import MEMORY_NAME, read_json
-    from factorization_memory.training.record import write_json
+    from factorization_memory.runs.record import write_json
 
-    before = read_json(folder / MEMORY_NAME) or {}
+    before = read_json_or_none(folder / MEMORY_NAME) or {}
     peaks = {
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
         "reserved_bytes": torch.cuda.max_memory_reserved(device),
@@ -109,20 +111,18 @@ def _record_memory(folder: Path, device: torch.device) -> None:
 
 
 def _evaluate(folder: Path, config: RunConfig, options: dict[str, Any]) -> None:
+    """Evaluate the last checkpoint."""
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.evaluation import evaluate_run
-    from factorization_memory.training import find_checkpoint, load_model, resolve_device
-    from factorization_memory.training.device import autocast
-    from factorization_memory.training.record import write_json
+    from factorization_memory.experiments.evaluation import evaluate_model
+    from factorization_memory.models.device import resolve_device
+    from factorization_memory.runs import find_checkpoint, load_model
+    from factorization_memory.runs.record import write_json
 
     checkpoint = find_checkpoint(folder, "last")
-    device = resolve_device(config.training.device)
-    model, _, config = load_model(checkpoint, device)
+    model, _, config = load_model(checkpoint, resolve_device(config.training.device))
     corpus = PackedCorpus.open(Path(config.data.corpus))
-    with autocast(config.training, device):
-        record = evaluate_run(model, corpus, config, ngram_orders=(), **options)
-    evaluated = {"checkpoint": checkpoint.name, "corpus_fingerprint": corpus.fingerprint, **options}
-    write_json(folder / "evaluation.json", {"evaluated": evaluated, **record})
+    record = evaluate_model(model, corpus, config, checkpoint.name, ngram_orders=(), **options)
+    write_json(folder / EVALUATION_NAME, record)
 
 
 if __name__ == "__main__":

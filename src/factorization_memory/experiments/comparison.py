@@ -1,0 +1,227 @@
+"""The folder of a comparison: its plan, its runs, and the record, table and figure that are made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from factorization_memory._files import read_json_or_none, write_atomic
+from factorization_memory.config import ConfigError
+from factorization_memory.experiments.kept_plan import first_difference, is_plan, part_to_keep, with_defaults
+from factorization_memory.experiments.plan import Plan, slug
+from factorization_memory.experiments.processes import Job, Watcher, run_jobs
+from factorization_memory.experiments.record import make_record
+from factorization_memory.experiments.worker import command
+from factorization_memory.models.device import resolve_device
+from factorization_memory.reports.comparison_table import markdown
+from factorization_memory.reports.plotting import png
+from factorization_memory.reports.position_figures import comparison_curves
+from factorization_memory.runs import RunLock
+from factorization_memory.runs.environment import describe_environment
+from factorization_memory.runs.names import ENVIRONMENT_NAME, JOB_NAME
+from factorization_memory.runs.record import strict_json
+from factorization_memory.training.guard import GracefulStop
+
+PLAN_NAME, RECORD_NAME, TABLE_NAME, FIGURE_NAME = "plan.json", "compare.json", "compare.md", "compare.png"
+
+
+class Comparison:
+    """The work on a plan, in its folder.
+
+    Args:
+        arguments: of the command, for the record.
+        parallel: runs at the same time.
+        gpus: GPUs to share out over them.
+        warn: told of what goes wrong and ends nothing.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        arguments: Sequence[str] = (),
+        *,
+        parallel: int = 1,
+        gpus: int = 1,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.plan = plan
+        self.arguments = arguments
+        self.parallel = parallel
+        self.gpus = gpus
+        self.warn = warn
+
+    def run(
+        self, show: Callable[[Callable[[Job], None]], AbstractContextManager[Watcher]]
+    ) -> tuple[dict[str, Any], str | None]:
+        """Do what is not done yet; returns the record, and the signal that stopped the work, if one did.
+
+        `show` makes the watcher of the runs, which calls what it is given when one that it saw begin has ended. Raises
+        ConfigError where the folder holds another comparison, RunLockedError where another process works in it.
+        """
+        with RunLock(self.plan.folder):
+            more = self._keep_plan()
+            started, stopped = self._work(show)
+            return self._write_record(changed=more or started > 0), stopped
+
+    def record_without_training(self) -> dict[str, Any]:
+        """The record of the runs that are done, written anew. Raises ConfigError where the folder holds no comparison."""
+        if not (self.plan.folder / PLAN_NAME).exists():
+            raise ConfigError(
+                f"out={self.plan.folder}: holds no comparison to make a record of; leave --no-train out to begin one"
+            )
+        with RunLock(self.plan.folder):
+            self._keep_plan()
+            return self._write_record(changed=True, trained=False)
+
+    def _keep_plan(self) -> bool:
+        """Write the plan, or see that the folder holds it or one that it goes on from; returns whether it was written."""
+        path = self.plan.folder / PLAN_NAME
+        # Through JSON, which knows lists alone.
+        own = json.loads(json.dumps(self.plan.description()))
+        if path.exists():
+            kept = self._begun(with_defaults(read_json_or_none(path)))
+            difference = first_difference(kept, part_to_keep(kept, own))
+            if difference is not None:
+                name, old, new = difference
+                raise ConfigError(
+                    f"out={self.plan.folder}: holds another comparison, with {name or 'a plan'} = {_brief(old)} where this one "
+                    f"has {_brief(new)}; choose another folder, or repeat its command (with more contenders or seeds, if you "
+                    "like; one whose folder in runs/ is deleted may be left out)"
+                )
+            if first_difference(kept, own) is None:
+                return False
+        write_atomic(path, json.dumps(own, ensure_ascii=False, indent=1))
+        return True
+
+    def _begun(self, kept: Any) -> Any:
+        """The plan that the folder holds without the contenders and seeds that have no folder there: of these nothing can be
+        lost."""
+        if not is_plan(kept):
+            return kept
+        contenders = {}
+        for name, contender in kept["contenders"].items():
+            runs = self.plan.folder / "runs" / slug(name)
+            if runs.exists():
+                seeds = [seed for seed in contender["seeds"] if (runs / f"seed-{seed}").exists()]
+                contenders[name] = contender | {"seeds": seeds}
+        every = {str(seed) for contender in contenders.values() for seed in contender["seeds"]}
+        order = {seed: digest for seed, digest in kept["order"].items() if seed in every}
+        return kept | {"contenders": contenders, "order": order}
+
+    def _work(self, show: Callable[[Callable[[Job], None]], AbstractContextManager[Watcher]]) -> tuple[int, str | None]:
+        """Run what is not done yet; returns the number of processes started, and the signal that stopped it. The record is
+        written whenever a training of a seed has ended, so that what is there can be read whatever happens to the others."""
+        plan, started = self.plan, 0
+        gpus = visible_gpus(self.gpus)
+        with GracefulStop() as stop, show(self._keep_record) as watcher:
+            for jobs, parallel in ((plan.jobs(), self.parallel), (plan.alone_jobs(), 1)):
+                started += run_jobs(
+                    jobs, command, parallel=parallel, threads=threads(torch.get_num_threads(), parallel), gpus=gpus,
+                    then=plan.after, stop=lambda: stop.requested, watcher=watcher,
+                )  # fmt: skip
+            return started, stop.requested
+
+    def _keep_record(self, job: Job) -> None:
+        """Write the record as it stands, where a training of a seed has ended."""
+        if job.kind != "seed" or not job.done:
+            return
+        folder = self.plan.folder
+        try:
+            for name in (TABLE_NAME, FIGURE_NAME):  # of fewer runs; made again at the end
+                (folder / name).unlink(missing_ok=True)
+            write_atomic(folder / RECORD_NAME, _as_json(self._make_record()))
+        except Exception as error:  # the others must not end with it
+            self.warn(f"{folder / RECORD_NAME}: not written yet: {error}")
+
+    def _write_record(self, changed: bool, trained: bool = True) -> dict[str, Any]:
+        """The record, written with its table and figure; the one on disk where nothing has changed since."""
+        path = self.plan.folder / RECORD_NAME
+        record, before = self._make_record(trained), read_json_or_none(path)
+        same = before is not None and all(before[part] == record[part] for part in ("schema_version", "failures"))
+        if same and not changed and _runs(before) == _runs(record):
+            write_pages(self.plan.folder, before, again=False)
+            return dict(before)
+        write_pages(self.plan.folder, record, again=True)
+        # Last: with it, the comparison is there.
+        write_atomic(path, _as_json(record))
+        return record
+
+    def _make_record(self, trained: bool = True) -> dict[str, Any]:
+        """The record as it stands, of values that JSON knows. Where nothing is trained, the machine that it names is that of
+        the run that began last."""
+        made = make_record(self.plan)
+        device, count = self.plan.entries[0].config.training.device, threads(torch.get_num_threads(), self.parallel)
+        environment = describe_environment(resolve_device(device if trained else "cpu"))
+        if not trained:
+            found = [
+                (read_json_or_none(job.folder / ENVIRONMENT_NAME), read_json_or_none(job.folder / JOB_NAME))
+                for job in self.plan.all_jobs()
+                if job.done
+            ]
+            theirs, order = max(found, key=lambda each: (each[0] or {}).get("date", ""), default=(None, None))
+            environment |= {name: value for name, value in (theirs or {}).items() if name in environment}
+            count = (order or {}).get("threads", count)
+        said = [each for each in self.arguments if each not in ("--no-train", "--no_train")]
+        environment["command"] = ["fmem", "compare", *said]
+        record = {
+            "schema_version": made.pop("schema_version"),
+            "command": shlex.join(environment["command"]),
+            "environment": environment,
+            "threads": count,
+            **made,
+        }
+        return dict(json.loads(strict_json(record)))
+
+
+def write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
+    """The record's figure, if it has one, and its table; without `again` only what is missing."""
+    page, picture = folder / TABLE_NAME, folder / FIGURE_NAME
+    curves = {each["name"]: each["summary"]["by_position"] for each in record["contenders"]}
+    drawable = any(curves.values())
+    if drawable and (again or not picture.exists()):
+        figure = comparison_curves(curves, record["shared"]["context_length"])
+        assert figure is not None
+        png(figure, picture)
+    if again or not page.exists():
+        write_atomic(page, markdown(record, figure=drawable))
+
+
+def visible_gpus(count: int) -> list[str]:
+    """The first `count` GPUs that this process sees, as CUDA_VISIBLE_DEVICES calls them; none where one is enough.
+
+    Raises ConfigError where there are fewer.
+    """
+    if count == 1:
+        return []
+    if (there := torch.cuda.device_count()) < count:
+        raise ConfigError(f"gpus={count}: this process sees {there}; use {max(1, there)}, or see to CUDA_VISIBLE_DEVICES")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(number) for number in range(there)])[:count]
+
+
+def threads(available: int, parallel: int) -> int:
+    """CPU threads of each of `parallel` processes."""
+    return max(1, available // parallel)
+
+
+def _runs(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Which runs a record tells of."""
+    return [
+        (each["name"], each.get("planned_seeds"), [seed["seed"] for seed in each["seeds"]]) for each in record["contenders"]
+    ]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1)

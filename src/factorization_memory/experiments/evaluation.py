@@ -1,0 +1,91 @@
+"""The evaluation of a trained model as `evaluation.json` of its run keeps it: what evaluation/run.py describes, and
+
+evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stretches}: what made it; null is the default; with
+                 recall_tasks also recall_items and, if given, recall_lengths
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from factorization_memory._files import read_json_or_none, write_atomic
+from factorization_memory.data.corpora import builtin_corpus
+from factorization_memory.data.shards import PackedCorpus, pack
+from factorization_memory.evaluation import evaluate_run
+from factorization_memory.models.device import autocast
+from factorization_memory.reports.report import write_report
+from factorization_memory.runs.names import EVALUATION_NAME
+
+if TYPE_CHECKING:
+    from factorization_memory.config import RunConfig
+    from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.models import LanguageModel
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and how much in all."""
+BUILTIN = "builtin"
+"""What stands in place of a checkpoint's name for the model that comes with the package."""
+
+
+def evaluate_model(
+    model: LanguageModel,
+    corpus: PackedCorpus,
+    config: RunConfig,
+    checkpoint: str,
+    *,
+    max_position: int | None = None,
+    max_tokens: int | None = None,
+    stretches: int = 8,
+    ngram_orders: tuple[int, ...] = (3, 5),
+    progress: Progress | None = None,
+    **recall: Any,
+) -> dict[str, Any]:
+    """`evaluate_run` in the precision of the run that `config` is of; `recall` are its arguments for the recall suite.
+
+    `evaluated` in the record says what was evaluated, the model by the name of its `checkpoint`, and how.
+    """
+    options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches, **recall}
+    with autocast(config.training, next(model.parameters()).device):
+        record = evaluate_run(model, corpus, config, ngram_orders=ngram_orders, progress=progress, **options)
+    return {"evaluated": {"checkpoint": checkpoint, "corpus_fingerprint": corpus.fingerprint, **options}, **record}
+
+
+def keep_evaluation(run_dir: Path, record: dict[str, Any]) -> Path | None:
+    """Keep an evaluation in its run folder and bring the report up to date; returns the report's path.
+
+    None where the run keeps one of the same checkpoint that tells all that this one does, and more.
+    """
+    path = run_dir / EVALUATION_NAME
+    kept = read_json_or_none(path)
+    if kept is not None and told_by(record, kept):
+        return None
+    write_atomic(path, json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1))
+    return write_report(run_dir)
+
+
+def told_by(record: dict[str, Any], kept: dict[str, Any]) -> bool:
+    """Whether `kept`, of the same model and text as `record`, has all that it has, of as much text, and more of something."""
+    evaluated = kept.get("evaluated", {})
+    if any(evaluated.get(name) != record["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")):
+        return False
+
+    def extent(evaluation: dict[str, Any]) -> tuple[int, ...]:
+        positions = evaluation.get("position", {}).values()
+        return (
+            evaluation["total"]["tokens"],
+            min((each["max_position"] for each in positions), default=0),
+            min((each["stretches"] for each in positions), default=0),
+            len(evaluation.keys() & {"recall", "ngram", "position", "recall_tasks"}),
+            evaluation.get("recall_tasks", {}).get("items", 0),
+        )
+
+    mine, theirs = extent(record), extent(kept)
+    return mine != theirs and all(own <= other for own, other in zip(mine, theirs, strict=True))
+
+
+def pack_books(tokenizer: Tokenizer, folder: Path) -> PackedCorpus:
+    """The two books that come with the package, nearly all of them as held-out text, packed into `folder`."""
+    return pack([(None, builtin_corpus())], tokenizer, folder / "packed", holdout="tail", holdout_fraction=0.99)

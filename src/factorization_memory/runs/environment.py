@@ -1,0 +1,76 @@
+"""What a run's records say of the machine, the software and the command that made them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from factorization_memory._version import __version__
+
+
+def _program() -> str:
+    """The program that runs, as one would type it: `fmem` also where it was started with `python -m`."""
+    name = Path(sys.argv[0]).name
+    return "fmem" if name == "__main__.py" and Path(sys.argv[0]).parent.name == "cli" else name
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What a reader of the results needs to know of the machine, the software and the command that made them."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [_program(), *sys.argv[1:]],
+        "package": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that this file is tracked in, "+changes" where it differs; None outside one."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, timeout=10)
+
+    if shutil.which("git") is None:
+        return None
+    try:
+        # An installed copy may lie inside some other project's checkout, whose commit would say nothing.
+        if git("ls-files", "--error-unmatch", here.name).returncode != 0:
+            return None
+        commit = git("rev-parse", "HEAD")
+        if commit.returncode != 0:
+            return None
+        return commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
