@@ -55,7 +55,7 @@ def test_model_and_layer(name: str, tokens: int, sequences: int) -> None:
     untouched(state, lambda: mixer.step(torch.randn(tokens, 16), state.layers[0]), rf"state\.\w+: .*takes \({tokens}")
     with torch.no_grad():
         message = rf"state\.\w+: .*takes \({tokens}"
-        untouched(state, lambda: model(torch.zeros(tokens, 4, dtype=torch.int64), state), message)
+        untouched(state, lambda: model(torch.zeros(tokens, 4, dtype=torch.int64), state=state), message)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -170,7 +170,7 @@ def test_a_state_of_inference_mode(name: str) -> None:
     with torch.inference_mode():
         _, state = model(tokens[:, :5])
         empty = model.initial_state(2)
-    model.loss(tokens[:, 5:-1], tokens[:, 6:], state)[0].backward()
+    model(tokens[:, 5:-1], tokens[:, 6:], state=state)[0].backward()
     assert all(p.grad is not None for p in model.parameters())
     empty.load(state)
     for one in (state, empty):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +78,7 @@ class Block(nn.Module):
         """
         if (reason := self._why_called()) is None:
             return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
-        if state.undo is not None:
-            raise ValueError(
-                f"state: it keeps what steps overwrite, which they do not where a block has to be called ({reason}); "
-                "remove that, or take a state without keep_undo"
-            )
+        _refuse_undo(state, reason)
         y, after = self(x[:, None], state, None, None)
         ModelState([state]).load(ModelState([after]))
         return y[:, 0]
@@ -99,6 +95,15 @@ class Block(nn.Module):
         if self.feed_forward is None or self.feed_forward_norm is None:
             return x
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def _refuse_undo(state: MixerState, reason: str) -> None:
+    """ValueError for a state that keeps what steps overwrite, where `reason` has one step read as a text."""
+    if state.undo is not None:
+        raise ValueError(
+            f"state: it keeps what steps overwrite, which they do not where a module has to be called ({reason}); "
+            "remove that, or take a state without keep_undo"
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -167,44 +172,53 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
         last_only: bool = False,
-    ) -> tuple[Tensor, ModelState]:
-        """Logits of the next token.
+        reduction: str = "mean",
+        keep_state: bool = True,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Logits of the next token, or with `targets` the loss: cross-entropy in nats per token.
+
+        The loss never holds all logits at once, unless the head has to be called (an adapter stands in its place, or a hook is
+        on it).
 
         Args:
             tokens: int64 `[B, T]`.
+            targets: int64 `[B, T]`, the token after each; -100 where there is none.
             state: where the sequences stand (N of them with `cu_seqlens`); None begins anew. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False for padding, which leaves the state as it is.
             last_only: compute the logits of the last position alone, as a prefill needs; of packed sequences, of which none may
-                then be empty, those of the last position of each.
+                then be empty, those of the last position of each. Not with `targets`.
+            reduction: of the loss: "mean" over the targets, or "none".
+            keep_state: whether to return the state; of many packed sequences it takes much memory.
 
         Returns:
-            logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` of packed sequences) and the state after the last
-            token.
+            Logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` of packed sequences); or the loss, a float32 scalar,
+            or `[B, T]` (not differentiable, 0 where there is no target) with "none". And the state after the last token, or
+            None.
 
         Raises:
             ValueError: an argument that does not fit, or an empty sequence with `last_only`.
         """
-        if last_only and tokens.shape[1] == 0:
-            raise ValueError(
-                f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or no last_only"
-            )
-        if last_only and cu_seqlens is not None and not torch.compiler.is_compiling():
-            borders = read_borders(cu_seqlens)
-            empty = [n for n, (start, stop) in enumerate(pairwise(borders)) if start == stop]
-            if empty:
-                raise ValueError(
-                    f"cu_seqlens: got {borders}, whose sequence {empty[0]} is empty and has no last position; leave it out, or "
-                    "last_only"
-                )
-        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask)
+        if isinstance(targets, ModelState):
+            raise ValueError("targets: got a ModelState, takes int64 [B, T]; give the state by name, state=...")
+        check_tensors(tokens=tokens, targets=targets, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"targets: got shape {tuple(targets.shape)}, takes that of the tokens, {tuple(tokens.shape)}")
+        if last_only:
+            self._check_last_only(tokens, targets, cu_seqlens)
+        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask, keep_state)
+        after = ModelState(final) if keep_state else None
+        if targets is not None:
+            return self._loss(self.final_norm(x), targets, reduction), after
         if last_only:
             x = x[:, -1:] if cu_seqlens is None else x[:, cu_seqlens[1:].to(x.device, torch.long) - 1]
-        return self.head(self.final_norm(x)), ModelState(final)
+        return self.head(self.final_norm(x)), after
 
     def loss(
         self,
@@ -216,26 +230,34 @@ class LanguageModel(nn.Module):
         reduction: str = "mean",
         keep_state: bool = True,
     ) -> tuple[Tensor, ModelState | None]:
-        """Cross-entropy in nats per token, without ever holding all logits, unless the head has to be called (an adapter
-        stands in its place, or a hook is on it).
+        """`self(tokens, targets, ...)`, under its former name."""
+        options: dict[str, Any] = {"state": state, "cu_seqlens": cu_seqlens, "padding_mask": padding_mask}
+        return cast(Any, self(tokens, targets, reduction=reduction, keep_state=keep_state, **options))
 
-        Args:
-            tokens, state, cu_seqlens, padding_mask: as in `forward`.
-            targets: int64 `[B, T]`, the token after each; -100 where there is none.
-            reduction: "mean" over the targets, or "none".
-            keep_state: whether to return the state; of many packed sequences it takes much memory.
-
-        Returns:
-            float32 scalar, or `[B, T]` (not differentiable, 0 where there is no target) with "none"; and the state after the
-            last token, or None.
-        """
-        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask, keep_state)
-        x, flat = self.final_norm(x), targets.flatten()
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Of what the head takes, `[B, T, d]`."""
+        flat = targets.flatten()
         if why_called(self.head) is None:
             losses = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat, reduction)
         else:
             losses = logits_cross_entropy(self.head(x).flatten(0, 1), flat, reduction)
-        return (losses.view(targets.shape) if reduction == "none" else losses), ModelState(final) if keep_state else None
+        return losses.view(targets.shape) if reduction == "none" else losses
+
+    def _check_last_only(self, tokens: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        if targets is not None:
+            raise ValueError("last_only=True: not together with targets; a loss takes all positions")
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or no last_only"
+            )
+        if cu_seqlens is not None and not torch.compiler.is_compiling():
+            borders = read_borders(cu_seqlens)
+            empty = [n for n, (start, stop) in enumerate(pairwise(borders)) if start == stop]
+            if empty:
+                raise ValueError(
+                    f"cu_seqlens: got {borders}, whose sequence {empty[0]} is empty and has no last position; leave it out, or "
+                    "last_only"
+                )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the blocks, `[..., d]`, of tokens `[...]`."""
@@ -244,9 +266,22 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned. ValueError unless it
-        is one of this model for B sequences."""
+        """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned.
+
+        Where something acts in a call of the model, such as a hook, it is called with a text of one token; and so are those
+        blocks where something acts in theirs (see `Block.step`).
+
+        Raises:
+            ValueError: `state` is not one of this model for B sequences, or keeps what steps overwrite (`keep_undo`) where the
+                model or a block has to be called.
+        """
         self.check_step(tokens, state)
+        if (reason := why_hooked(self)) is not None:
+            for layer in state:
+                _refuse_undo(layer, f"the model: {reason}")
+            logits, after = self(tokens[:, None], state=state)
+            state.load(after)
+            return logits[:, 0], state
         x = self.embed(tokens)
         for block, layer_state in zip(self.blocks, state, strict=True):
             x = block.step(x, layer_state)
@@ -301,7 +336,6 @@ class LanguageModel(nn.Module):
         keep_state: bool = True,
     ) -> tuple[Tensor, list[MixerState]]:
         """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
-        check_tensors(tokens=tokens, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
         if state is not None:
             self.check_state(state)
         x = self.embed(tokens)
