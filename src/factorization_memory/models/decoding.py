@@ -26,7 +26,8 @@ from torch import Tensor
 from factorization_memory import ops
 from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
 from factorization_memory.layers.calling import why_any_called
-from factorization_memory.models.language_model import Block, LanguageModel
+from factorization_memory.models.block import Block
+from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.ops.precision import wide_product
 
 PARTS = (4, 2)

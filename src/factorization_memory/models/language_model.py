@@ -7,7 +7,6 @@ Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequen
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,95 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from factorization_memory.config import ConfigError, ModelConfig
-from factorization_memory.layers import (
-    MIXERS,
-    FactorizationMemory,
-    FeedForward,
-    LayerState,
-    MixerState,
-    ModelState,
-)
+from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
 from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
+from factorization_memory.models.backbone import Backbone
+from factorization_memory.models.block import Block, refuse_undo
 from factorization_memory.models.capacity import require_room
 from factorization_memory.ops import check_tensors, read_borders
 from factorization_memory.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 BLOCK_BYTES = 40_000
 """Of a block's Python objects, however small its weights."""
-
-
-class Block(nn.Module):
-    """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))` unless the model has no feed-forward layers."""
-
-    def __init__(self, config: ModelConfig, mixer: str) -> None:
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[mixer].build(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.feed_forward else None
-        self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size) if config.feed_forward else None
-        self.residual_scale = ((2 if config.feed_forward else 1) * config.num_layers) ** -0.5
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initial weights: 1/sqrt(inputs) for projections, those into the residual stream smaller with depth so that its
-        variance does not grow with the number of blocks."""
-        self.mixer_norm.reset_parameters()
-        self.mixer.reset_parameters()
-        self.mixer.output.weight.mul_(self.residual_scale)
-        if self.feed_forward is None or self.feed_forward_norm is None:
-            return
-        self.feed_forward_norm.reset_parameters()
-        gate_up, down = self.feed_forward.gate_up, self.feed_forward.down
-        nn.init.normal_(gate_up.weight, std=gate_up.in_features**-0.5)
-        nn.init.normal_(down.weight, std=self.residual_scale * down.in_features**-0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: MixerState | None,
-        cu_seqlens: Tensor | None,
-        padding_mask: Tensor | None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, MixerState | None]:
-        """x `[B, T, d]` to the same shape, and the new state if asked for."""
-        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask, keep_state)
-        return self._feed(x + y), state
-
-    def step(self, x: Tensor, state: MixerState) -> Tensor:
-        """One token x `[B, d]` to the same shape; `state` is updated in place.
-
-        Where something acts in a call of the block or its mixer, such as a hook, they are called with a text of one token.
-        Steps that can be undone are then refused with a ValueError.
-        """
-        if (reason := self._why_called()) is None:
-            return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
-        _refuse_undo(state, reason)
-        y, after = self(x[:, None], state, None, None)
-        ModelState([state]).load(ModelState([after]))
-        return y[:, 0]
-
-    def _why_called(self) -> str | None:
-        """Why `step` may not pass by the calls of the block, the mixer and the parts of it; None if it may."""
-        mixer = cast(nn.Module, self.mixer)
-        for module in (self, mixer, *mixer.children()):
-            if (reason := why_hooked(module)) is not None:
-                return f"{type(module).__name__}: {reason}"
-        return None
-
-    def _feed(self, x: Tensor) -> Tensor:
-        if self.feed_forward is None or self.feed_forward_norm is None:
-            return x
-        return x + self.feed_forward(self.feed_forward_norm(x))
-
-
-def _refuse_undo(state: MixerState, reason: str) -> None:
-    """ValueError for a state that keeps what steps overwrite, where `reason` has one step read as a text."""
-    if state.undo is not None:
-        raise ValueError(
-            f"state: it keeps what steps overwrite, which they do not where a module has to be called ({reason}); "
-            "remove that, or take a state without keep_undo"
-        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -131,7 +52,7 @@ def _require_room(config: ModelConfig) -> None:
     )
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Backbone):
     """A causal language model. What it carries is constant in the length read, unless it has attention without a window.
 
     Args:
@@ -147,9 +68,7 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"model.vocab_size={config.vocab_size!r}: a model needs the number of its tokenizer's ids")
         _require_room(config)
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers)  # type: ignore[assignment]
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self._add_layers(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
@@ -212,8 +131,11 @@ class LanguageModel(nn.Module):
             raise ValueError(f"targets: got shape {tuple(targets.shape)}, takes that of the tokens, {tuple(tokens.shape)}")
         if last_only:
             self._check_last_only(tokens, targets, cu_seqlens)
-        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask, keep_state)
-        after = ModelState(final) if keep_state else None
+        if state is not None:
+            self.check_state(state)
+        before = [None] * len(self.blocks) if state is None else state.layers
+        x, layers = self.run_blocks(self.embed(tokens), before, cu_seqlens, padding_mask, keep_state)
+        after = ModelState(cast(list[MixerState], layers)) if keep_state else None
         if targets is not None:
             return self._loss(self.final_norm(x), targets, reduction), after
         if last_only:
@@ -259,11 +181,6 @@ class LanguageModel(nn.Module):
                     "last_only"
                 )
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What enters the blocks, `[..., d]`, of tokens `[...]`."""
-        x = self.embedding(tokens)
-        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
-
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned.
@@ -278,13 +195,11 @@ class LanguageModel(nn.Module):
         self.check_step(tokens, state)
         if (reason := why_hooked(self)) is not None:
             for layer in state:
-                _refuse_undo(layer, f"the model: {reason}")
+                refuse_undo(layer, f"the model: {reason}")
             logits, after = self(tokens[:, None], state=state)
             state.load(after)
             return logits[:, 0], state
-        x = self.embed(tokens)
-        for block, layer_state in zip(self.blocks, state, strict=True):
-            x = block.step(x, layer_state)
+        x, _ = self.run_blocks(self.embed(tokens), state.layers, step=True)
         state.step_done()
         return self.head(self.final_norm(x)), state
 
@@ -326,22 +241,3 @@ class LanguageModel(nn.Module):
         self.check_state(state)
         for block, layer in zip(self.blocks, state, strict=True):
             block.mixer.check_state(layer, len(tokens))
-
-    def _hidden(
-        self,
-        tokens: Tensor,
-        state: ModelState | None,
-        cu_seqlens: Tensor | None,
-        padding_mask: Tensor | None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, list[MixerState]]:
-        """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
-        if state is not None:
-            self.check_state(state)
-        x = self.embed(tokens)
-        states: list[MixerState] = []
-        for i, block in enumerate(self.blocks):
-            x, layer_state = block(x, None if state is None else state.layers[i], cu_seqlens, padding_mask, keep_state)
-            if layer_state is not None:
-                states.append(layer_state)
-        return x, states
