@@ -148,7 +148,7 @@ def test_kernels(batch: int, states: int) -> None:
     with pytest.raises(ValueError, match=rf"tail: got shape \({states}, 2, 4\), takes \({batch}, 2, 4\)"):
         decoding.convolve(torch.rand(batch, 4), torch.zeros(states, 2, 4), torch.rand(3, 4), torch.rand(4))
     with pytest.raises(ValueError, match=rf"gate: got shape \({states}, 4\), takes \({batch}, 4\)"):
-        decoding.normalise(torch.rand(batch, 4), None, torch.rand(states, 4), None, 1e-6, 1, torch.float32)
+        decoding.normalise(torch.rand(batch, 4), None, torch.rand(states, 4), None, 1e-6, torch.float32)
     last = torch.zeros(states, 1, 2, 3)
     with pytest.raises(ValueError, match=rf"last_affinity: got shape \({states}, 1, 2, 3\), takes \({batch}, 1, 2, 3\)"):
         routing_kernels.route_step(weights, weights, weights, last, last.long(), 3, 1.0)

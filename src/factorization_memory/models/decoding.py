@@ -76,7 +76,7 @@ class DecodingModel:
             parts = None
             for block, layer_state in zip(self.blocks, state, strict=True):
                 parts = block.step_many(x, parts, layer_state)
-            logits = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, head.dtype), head.T)
+            logits = wide_product(normalise(x, parts, None, norm.weight, norm.eps, head.dtype), head.T)
         state.step_done()
         return logits, state
 
@@ -154,12 +154,12 @@ class _DecodingBlock:
         from factorization_memory.ops.decoding.rows import glu, normalise
 
         norm, mixer, dtype = self.mixer_norm, self.mixer, self.weight.dtype
-        projected = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, dtype), self.weight.T)
+        projected = wide_product(normalise(x, parts, None, norm.weight, norm.eps, dtype), self.weight.T)
         y, gate, value = self._recurrence(projected, self.rate_bias, state)
-        y = normalise(y, None, gate, mixer.norm_weight, mixer.norm_eps, 1, dtype, value, mixer.skip)
+        y = normalise(y, None, gate, mixer.norm_weight, mixer.norm_eps, dtype, value, mixer.skip)
         parts = _in_parts(y, mixer.output.weight)
         norm, feed_forward = self.feed_forward_norm, self.feed_forward
-        y = normalise(x, parts, None, norm.weight, norm.eps, 1, dtype)
+        y = normalise(x, parts, None, norm.weight, norm.eps, dtype)
         return _in_parts(glu(wide_product(y, feed_forward.gate_up.weight.T), dtype), feed_forward.down.weight)
 
     def _recurrence(
