@@ -33,6 +33,7 @@ from factorization_memory.config import (
 )
 from factorization_memory.generation import prefill_batch
 from factorization_memory.generation.graph import StepGraph, Steps
+from factorization_memory.layers import UndoableMixer
 from factorization_memory.models import LanguageModel, ModelState
 from factorization_memory.models.counting import count, training_memory
 from factorization_memory.models.decoding import obstacle
@@ -246,6 +247,9 @@ def test_what_only_memory_has() -> None:
     state = model.initial_state(1)
     with pytest.raises(ValueError, match=r"block 1 of the model: steps of Attention .* snapshot\(\) or clone\(\)"):
         model.keep_undo(state, 3)
+    with pytest.raises(ValueError, match="state: got layers of"):
+        model_of(replace(BARE, mixers=("memory",))).keep_undo(state, 3)
+    assert [isinstance(block.mixer, UndoableMixer) for block in model.blocks[:2]] == [True, False]
     assert "attention, mamba2" in (obstacle(model) or "")
     assert "feed_forward=False" in (obstacle(model_of(replace(BARE, mixers=("memory",)))) or "")
     with pytest.raises(ValueError, match="attention keeps all it has read"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from factorization_memory.config import ConfigError, ModelConfig
-from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
+from factorization_memory.layers import MixerState, ModelState, UndoableMixer
 from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models.backbone import Backbone
@@ -208,15 +208,16 @@ class LanguageModel(Backbone):
         and `snapshot` and `restore`, cost as little as those steps.
 
         Raises:
-            ValueError: `steps` is not positive, or some layer is no memory layer.
+            ValueError: `steps` is not positive, `state` is not of this model, or some layer's steps cannot be taken back.
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: use 1 or more steps to keep")
+        self.check_state(state)
         with torch.inference_mode(False):
             position = torch.zeros(1, dtype=torch.int64, device=state.device)
         layers = []
         for number, (block, layer) in enumerate(zip(self.blocks, state, strict=True)):
-            if not isinstance(block.mixer, FactorizationMemory) or not isinstance(layer, LayerState):
+            if not isinstance(block.mixer, UndoableMixer):
                 raise ValueError(
                     f"block {number} of the model: steps of {type(block.mixer).__name__} cannot be rolled back; "
                     "take a snapshot() or clone() of the state before them"
