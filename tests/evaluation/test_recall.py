@@ -84,7 +84,7 @@ def test_losses_of_the_kinds_make_up_the_whole() -> None:
     assert sum(part["bytes"] for part in parts.values()) == plain["bytes"]
     assert sum(part["loss"] * part["tokens"] for part in parts.values()) == pytest.approx(plain["loss"] * plain["tokens"])
     one = evaluate_loss(model, tokens, np.array([0, len(tokens)]), tokenizer, context_length=100, recall=True)["recall"]
-    losses, _ = model.loss(*(torch.from_numpy(x.copy())[None] for x in (tokens[:-1], tokens[1:])), reduction="none")
+    losses, _ = model(*(torch.from_numpy(x.copy())[None] for x in (tokens[:-1], tokens[1:])), reduction="none")
     text = tokens.tolist()
     names = expected(text[:-2], text[1:-1])  # the last is no text
     for name in KINDS:

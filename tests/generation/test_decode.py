@@ -298,7 +298,7 @@ def test_mode_and_gradients_are_as_before(model: LanguageModel) -> None:
     generate(model, TOKENIZER, "a", max_tokens=2)
     assert model.training
     assert torch.is_grad_enabled()
-    loss, _ = model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
+    loss, _ = model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))
     loss.backward()
     model.zero_grad()
 

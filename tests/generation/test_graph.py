@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from factorization_memory.config import ModelConfig
+from factorization_memory.config import AttentionConfig, ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.generation import SamplingConfig, StepGraph, Steps, generate_batch, steps_for, with_dtype
+from factorization_memory.generation.graph import window
 from factorization_memory.models import LanguageModel, ModelState
 from factorization_memory.models.decoding import DecodingModel
 
@@ -63,6 +64,18 @@ def test_rows_are_loaded_one_by_one() -> None:
     steps.load(later, [3, 1])
     assert same(steps.state.select([0, 2]), state.select([0, 2]))
     assert same(steps.state.select([3, 1]), later)
+
+
+@pytest.mark.parametrize(("mixers", "sliding_window", "expected"), [
+    (("memory", "attention"), 6, 6), (("memory", "attention"), None, 0), (("memory",), 6, 0),
+])  # fmt: skip
+def test_a_window_has_its_size_from_the_start(mixers: tuple[Any, ...], sliding_window: int | None, expected: int) -> None:
+    attention = AttentionConfig(num_heads=2, sliding_window=sliding_window)
+    config = ModelConfig(vocab_size=9, hidden_size=8, num_layers=2, num_states=4, mixers=mixers, attention=attention)
+    model = LanguageModel(config).eval()
+    assert window(model) == expected
+    if "attention" in mixers:
+        assert Steps(model, 2).state.layers[1].capacity == expected  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("form", list(FORMS))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -120,6 +123,65 @@ def test_hooks(config: ModelConfig, place: str, before: bool) -> None:
     assert check_generate(plain) == without
 
 
+class Wrapper(nn.Module):
+    """As those of sharding and data parallelism are: its call is the model's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.module(*inputs, **options)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_hooks_on_the_model_itself(wrapped: bool) -> None:
+    """They run once for each loss, whatever it is called by, and for each text and step."""
+    model = make(PURE)
+    calls: list[str] = []
+    model.register_forward_pre_hook(lambda *_: calls.append("before"))
+    model.register_forward_hook(lambda *_: calls.append("after"))
+    text, once = tokens(2, 9), ["before", "after"]
+    for call in (Wrapper(model) if wrapped else model, model.loss):
+        loss, _ = call(text, text)
+        loss.backward()
+        assert calls == once
+        calls.clear()
+    _, state = model(text)
+    assert calls == once
+    model.step(text[:, 0], state)
+    assert calls == 2 * once
+
+
+@pytest.mark.timeout(300)
+def test_training_in_processes(tmp_path: Path) -> None:
+    """Data parallelism (DDP) and sharding (FSDP2) see the loss, and a step: gradients of two processes are those of one."""
+    script = Path(__file__).with_name("training_in_processes.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            said = process.communicate(timeout=240)[1]
+            assert process.returncode == 0, said[-2000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@MODELS
+def test_what_a_hook_on_the_model_changes_counts_in_steps(config: ModelConfig) -> None:
+    model = make(config)
+    without = check_generate(theirs(model))
+    model.register_forward_hook(lambda _module, _inputs, outputs: (0.5 * outputs[0].flip(-1), outputs[1]))
+    model.register_forward_pre_hook(lambda _, inputs: ((inputs[0] + 1) % 40, *inputs[1:]))
+    check_steps(model)
+    # The head and blocks that are shared know nothing of it.
+    assert check_generate(theirs(model)) == without
+
+
 def test_a_hook_on_every_module() -> None:
     model, seen = make(PURE), set()
     hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(type(module).__name__))
@@ -136,9 +198,15 @@ def test_steps_that_keep_undo_are_refused_with_hooks() -> None:
     model = make(PURE)
     state = model.keep_undo(model.initial_state(1), 2)
     model.step(tokens(1), state)
-    model.blocks[1].mixer.register_forward_hook(lambda *_: None)  # type: ignore[attr-defined]
+    hook = model.blocks[1].mixer.register_forward_hook(lambda *_: None)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"state: it keeps .* \(FactorizationMemory: a forward hook is on it\); remove that"):
         model.step(tokens(1), state)
+    hook.remove()
+    model.register_forward_hook(lambda *_: None)
+    before = state.clone()
+    with pytest.raises(ValueError, match=r"state: it keeps .* \(the model: a forward hook is on it\); remove that"):
+        model.step(tokens(1), state)
+    assert all(torch.equal(x, y) for x, y in zip(state.tensors(), before.tensors(), strict=True))
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------------
@@ -190,17 +258,17 @@ def test_loss_through_the_head(change: Callable[[LanguageModel], None]) -> None:
     adapter = [parameter for name, parameter in model.named_parameters() if "head" in name and parameter.requires_grad]
     logits, _ = model(text)
     expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    found, _ = model.loss(text, targets)
+    found, _ = model(text, targets)
     torch.testing.assert_close(found, expected)
     for mine, wanted in zip(torch.autograd.grad(found, adapter), torch.autograd.grad(expected, adapter), strict=True):
         assert wanted.abs().max() > 0
         torch.testing.assert_close(mine, wanted)
-    each, _ = model.loss(text, targets, reduction="none")
+    each, _ = model(text, targets, reduction="none")
     wanted = functional.cross_entropy(logits.detach().mT, targets, reduction="none")
     torch.testing.assert_close(each, wanted.float())
-    assert model.loss(text, torch.full_like(targets, -100))[0] == 0
+    assert model(text, torch.full_like(targets, -100))[0] == 0
     with pytest.raises(ValueError, match="reduction='sum'"):
-        model.loss(text, targets, reduction="sum")
+        model(text, targets, reduction="sum")
     check_steps(model.float())
 
 
@@ -273,12 +341,12 @@ def test_offloaded(config: ModelConfig, disk: bool, tmp_path: Path) -> None:
     hugging = theirs(model)
     expected, text = check_generate(hugging), tokens(2, 9)
     with torch.no_grad():
-        logits, (loss, _) = model(text)[0], model.loss(text, text)
+        logits, (loss, _) = model(text)[0], model(text, text)
     with offloaded(hugging, tmp_path if disk else None):
         assert check_generate(hugging) == expected
     with offloaded(model, tmp_path / "ours" if disk else None), torch.no_grad():
         torch.testing.assert_close(model(text)[0], logits)
-        torch.testing.assert_close(model.loss(text, text)[0], loss)
+        torch.testing.assert_close(model(text, text)[0], loss)
         check_steps(model)
 
 

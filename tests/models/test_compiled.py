@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from factorization_memory import LanguageModel
 from factorization_memory.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, ModelConfig
+from factorization_memory.models import ModelState
 
 SIZES: dict[str, Any] = {
     "vocab_size": 11, "hidden_size": 16, "num_layers": 2, "num_states": 8,
@@ -93,16 +94,16 @@ def test_packed_sequences(name: str) -> None:
 def test_reading_on(name: str) -> None:
     """From a state, several tokens and one."""
     model = make(name)
-    call, counter = compiled(lambda tokens, state: model(tokens, state))
+    call, counter = compiled(lambda tokens, state: model(tokens, state=state))
     with torch.no_grad():
         for length in LENGTHS[:3]:
             tokens = draw(length)
             _, state = model(tokens[:, :5])
             _, whole = model(tokens)
             for piece in (tokens[:, 5:-1], tokens[:, -1:], tokens[:, :3]):
-                (got, state), (expected, _) = call(piece, state), model(piece, state)
+                (got, state), (expected, _) = call(piece, state), model(piece, state=state)
                 assert_close(got, expected)
-            expected, _ = model(tokens[:, :3], whole)
+            expected, _ = model(tokens[:, :3], state=whole)
             assert_close(got, expected)
     assert counter.frame_count <= MOST_GRAPHS + 1
 
@@ -122,17 +123,21 @@ def test_steps(name: str) -> None:
     assert counter.frame_count <= MOST_GRAPHS
 
 
+def loss_of(model: LanguageModel, tokens: Tensor, targets: Tensor, state: ModelState, borders: Tensor | None) -> Any:
+    return model(tokens, targets, state=state, cu_seqlens=borders)[0]
+
+
 @pytest.mark.parametrize(("name", "packed"), [("dense", False), ("associative", True)])
 def test_gradients(name: str, packed: bool) -> None:
     """Compiled both ways."""
     model = make(name)
-    call, counter = compiled(lambda *given: model.loss(*given)[0], "aot_eager")
+    call, counter = compiled(lambda *given: loss_of(model, *given), "aot_eager")
     for length in LENGTHS[:3]:
         tokens = draw(length + 1, batch=1)
         borders = torch.tensor([0, 1, *([5] * (length % 4)), length], dtype=torch.int32) if packed else None
         _, state = model(draw(4, batch=1 if borders is None else len(borders) - 1))
         found = []
-        for loss in (call, lambda *given: model.loss(*given)[0]):
+        for loss in (call, lambda *given: loss_of(model, *given)):
             loss(tokens[:, :-1], tokens[:, 1:], state.detach(), borders).backward()
             found.append([p.grad for p in model.parameters()])
             model.zero_grad()

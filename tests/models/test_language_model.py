@@ -31,7 +31,7 @@ def tokens() -> torch.Tensor:
 def test_prefill_then_steps_equal_the_whole(model: LanguageModel, tokens: torch.Tensor) -> None:
     whole, final = model(tokens)
     first, state = model(tokens[:, :17])
-    second, state = model(tokens[:, 17:30], state)
+    second, state = model(tokens[:, 17:30], state=state)
     parts, state = [first, second], state.detach()
     for t in range(30, 40):
         logits, state = model.step(tokens[:, t], state)
@@ -56,13 +56,13 @@ def test_loss_equals_cross_entropy_of_the_logits(tokens: torch.Tensor, tied: boo
     ).double()
     targets = torch.randint(0, 30, tokens.shape)
     targets[0, :9] = -100
-    loss, _ = model.loss(tokens, targets)
+    loss, _ = model(tokens, targets)
     expected = functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, expected)
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(3 * loss, parameters), torch.autograd.grad(3 * expected, parameters), strict=True):
         torch.testing.assert_close(a, b)
-    each, _ = model.loss(tokens, targets, reduction="none")
+    each, _ = model(tokens, targets, reduction="none")
     assert each.dtype == torch.float32
     assert not each[0, :9].any()
     torch.testing.assert_close(each.double().sum() / (targets != -100).sum(), expected, rtol=1e-6, atol=0)
@@ -92,8 +92,8 @@ def test_loss_without_a_state(tokens: torch.Tensor, backend: str) -> None:
     """The same loss and gradients, and nothing else."""
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(vocab_size=30, hidden_size=8, num_layers=2, num_states=4, conv_size=3, backend=backend))
-    kept, state = model.loss(tokens, tokens)
-    alone, nothing = model.loss(tokens, tokens, keep_state=False)
+    kept, state = model(tokens, tokens)
+    alone, nothing = model(tokens, tokens, keep_state=False)
     assert len(state.layers) == 2
     assert nothing is None
     assert torch.equal(kept, alone)
@@ -120,7 +120,7 @@ def test_compiles_as_one_graph(tokens: torch.Tensor, packed: bool, form: dict[st
     cu_seqlens = torch.tensor([0, 5, tokens.numel()], device=device) if packed else None
 
     def loss() -> torch.Tensor:
-        return model.loss(tokens, tokens, cu_seqlens=cu_seqlens)[0]
+        return model(tokens, tokens, cu_seqlens=cu_seqlens)[0]
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")()
@@ -147,7 +147,7 @@ def test_needs_a_vocabulary() -> None:
 
 def test_initial_loss_is_that_of_a_uniform_guess(tokens: torch.Tensor) -> None:
     model = LanguageModel(ModelConfig(vocab_size=500, hidden_size=64, num_layers=4, num_states=8))
-    loss, _ = model.loss(tokens, tokens.roll(-1, 1))
+    loss, _ = model(tokens, tokens.roll(-1, 1))
     assert abs(loss.item() - torch.tensor(500.0).log()) < 0.3
 
 
@@ -218,9 +218,32 @@ def test_padding_is_not_counted(model: LanguageModel, tokens: torch.Tensor) -> N
     torch.testing.assert_close(padded.summary()[0]["entropy"], separate.summary()[0]["entropy"])
 
 
+def test_targets_that_do_not_fit(model: LanguageModel, tokens: torch.Tensor) -> None:
+    _, state = model(tokens)
+    with pytest.raises(ValueError, match=r"targets: got a ModelState, takes int64 \[B, T\]; give the state by name, state="):
+        model(tokens, state)
+    with pytest.raises(ValueError, match="targets: got list"):
+        model(tokens, tokens.tolist())
+    with pytest.raises(ValueError, match=r"targets: got shape \(2, 1\), takes that of the tokens, \(2, 40\)"):
+        model(tokens, tokens[:, :1])
+    with pytest.raises(ValueError, match="last_only=True: not together with targets"):
+        model(tokens, tokens, last_only=True)
+
+
+def test_the_loss_by_its_former_name(model: LanguageModel, tokens: torch.Tensor) -> None:
+    _, state = model(tokens)
+    (loss, after), (expected, wanted) = model.loss(tokens, tokens, state), model(tokens, tokens, state=state)
+    assert loss == expected
+    assert all(torch.equal(x, y) for x, y in zip(after.tensors(), wanted.tensors(), strict=True))
+    each, nothing = model.loss(tokens, tokens, reduction="none", keep_state=False)
+    assert torch.equal(each, model(tokens, tokens, reduction="none")[0])
+    assert nothing is None
+    assert model(tokens, keep_state=False)[1] is None
+
+
 def test_a_target_that_is_no_token(model: LanguageModel, tokens: torch.Tensor) -> None:
     with pytest.raises((RuntimeError, IndexError)):
-        model.loss(tokens, torch.full_like(tokens, -1))
+        model(tokens, torch.full_like(tokens, -1))
 
 
 def test_norm_takes_any_layout() -> None:
@@ -271,8 +294,8 @@ def test_losses_of_tokens_in_bfloat16_are_those_of_its_logits() -> None:
     model.embedding.weight.data.mul_(20)
     tokens = torch.randint(0, 997, (2, 50))
     with torch.no_grad():
-        each, _ = model.loss(tokens[:, :-1], tokens[:, 1:], reduction="none")
-        mean, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+        each, _ = model(tokens[:, :-1], tokens[:, 1:], reduction="none")
+        mean, _ = model(tokens[:, :-1], tokens[:, 1:])
         logits, _ = model(tokens[:, :-1])
     expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(each.flatten().double(), expected, rtol=1e-6, atol=1e-5)

@@ -110,7 +110,7 @@ def language_model(**options: Any) -> tuple[Function, list[Tensor]]:
                 self.model = model
 
             def forward(self) -> Tensor:
-                return self.model.loss(tokens, targets)[0]
+                return self.model(tokens, targets)[0]
 
         given = {f"model.{name}": weight for name, weight in zip(names, weights, strict=True)}
         return torch.func.functional_call(Loss(), given, ())

@@ -55,7 +55,7 @@ def test_model_and_layer(name: str, tokens: int, sequences: int) -> None:
     untouched(state, lambda: mixer.step(torch.randn(tokens, 16), state.layers[0]), rf"state\.\w+: .*takes \({tokens}")
     with torch.no_grad():
         message = rf"state\.\w+: .*takes \({tokens}"
-        untouched(state, lambda: model(torch.zeros(tokens, 4, dtype=torch.int64), state), message)
+        untouched(state, lambda: model(torch.zeros(tokens, 4, dtype=torch.int64), state=state), message)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -148,7 +148,7 @@ def test_kernels(batch: int, states: int) -> None:
     with pytest.raises(ValueError, match=rf"tail: got shape \({states}, 2, 4\), takes \({batch}, 2, 4\)"):
         decoding.convolve(torch.rand(batch, 4), torch.zeros(states, 2, 4), torch.rand(3, 4), torch.rand(4))
     with pytest.raises(ValueError, match=rf"gate: got shape \({states}, 4\), takes \({batch}, 4\)"):
-        decoding.normalise(torch.rand(batch, 4), None, torch.rand(states, 4), None, 1e-6, 1, torch.float32)
+        decoding.normalise(torch.rand(batch, 4), None, torch.rand(states, 4), None, 1e-6, torch.float32)
     last = torch.zeros(states, 1, 2, 3)
     with pytest.raises(ValueError, match=rf"last_affinity: got shape \({states}, 1, 2, 3\), takes \({batch}, 1, 2, 3\)"):
         routing_kernels.route_step(weights, weights, weights, last, last.long(), 3, 1.0)
@@ -170,7 +170,7 @@ def test_a_state_of_inference_mode(name: str) -> None:
     with torch.inference_mode():
         _, state = model(tokens[:, :5])
         empty = model.initial_state(2)
-    model.loss(tokens[:, 5:-1], tokens[:, 6:], state)[0].backward()
+    model(tokens[:, 5:-1], tokens[:, 6:], state=state)[0].backward()
     assert all(p.grad is not None for p in model.parameters())
     empty.load(state)
     for one in (state, empty):

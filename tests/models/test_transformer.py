@@ -33,6 +33,7 @@ from factorization_memory.config import (
 )
 from factorization_memory.generation import prefill_batch
 from factorization_memory.generation.graph import StepGraph, Steps
+from factorization_memory.layers import UndoableMixer
 from factorization_memory.models import LanguageModel, ModelState
 from factorization_memory.models.counting import count, training_memory
 from factorization_memory.models.decoding import obstacle
@@ -141,7 +142,7 @@ def test_prefill_then_steps_equal_the_whole(config: ModelConfig) -> None:
     model, tokens = model_of(config), torch.randint(0, 30, (2, 40))
     whole, _ = model(tokens)
     first, state = model(tokens[:, :17])
-    second, state = model(tokens[:, 17:30], state)
+    second, state = model(tokens[:, 17:30], state=state)
     parts = torch.cat((first, second, steps(model, tokens[:, 30:], state.detach())), 1)
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-10)
 
@@ -159,7 +160,7 @@ def test_padding_and_packing(config: ModelConfig) -> None:
     for n in range(2):
         alone, own = model(tokens[n : n + 1, mask[n]])
         torch.testing.assert_close(padded[n, mask[n]], alone[0])
-        torch.testing.assert_close(after[n : n + 1], model(more[n : n + 1], own)[0])
+        torch.testing.assert_close(after[n : n + 1], model(more[n : n + 1], state=own)[0])
     torch.testing.assert_close(steps(model, more, packed_state.detach()), after)
 
 
@@ -169,9 +170,9 @@ def test_states_are_chosen_placed_emptied_and_loaded(config: ModelConfig) -> Non
     whole, _ = model(tokens)
     state = model(tokens[:, :12])[1].detach()
     chosen = state.select([2, 0])
-    torch.testing.assert_close(model(tokens[[2, 0], 12:], chosen)[0], whole[[2, 0], 12:])
+    torch.testing.assert_close(model(tokens[[2, 0], 12:], state=chosen)[0], whole[[2, 0], 12:])
     placed = chosen.place([2, 0], 4).reset(torch.tensor([True, False, False, False]))
-    y, _ = model(tokens[[0, 1, 2, 0], 12:], placed)
+    y, _ = model(tokens[[0, 1, 2, 0], 12:], state=placed)
     torch.testing.assert_close(y[2], whole[2, 12:])
     torch.testing.assert_close(y[:2], model(tokens[:2, 12:])[0])
     # Into a smaller state that has read less, and back to a point that was left.
@@ -222,8 +223,8 @@ def test_gradient_and_loss(config: ModelConfig) -> None:
     """Packed as in training; of separate sequences the same."""
     model, tokens = model_of(config), torch.randint(0, 30, (1, 20))
     targets, borders = torch.randint(0, 30, (1, 20)), torch.tensor([0, 7, 7, 20])
-    loss, _ = model.loss(tokens, targets, cu_seqlens=borders, keep_state=False)
-    parts = [model.loss(tokens[:, a:b], targets[:, a:b])[0] * (b - a) / 20 for a, b in ((0, 7), (7, 20))]
+    loss, _ = model(tokens, targets, cu_seqlens=borders, keep_state=False)
+    parts = [model(tokens[:, a:b], targets[:, a:b])[0] * (b - a) / 20 for a, b in ((0, 7), (7, 20))]
     torch.testing.assert_close(loss, sum(parts))
     parameters = list(model.parameters())
     for mine, alone in zip(
@@ -246,6 +247,9 @@ def test_what_only_memory_has() -> None:
     state = model.initial_state(1)
     with pytest.raises(ValueError, match=r"block 1 of the model: steps of Attention .* snapshot\(\) or clone\(\)"):
         model.keep_undo(state, 3)
+    with pytest.raises(ValueError, match="state: got layers of"):
+        model_of(replace(BARE, mixers=("memory",))).keep_undo(state, 3)
+    assert [isinstance(block.mixer, UndoableMixer) for block in model.blocks[:2]] == [True, False]
     assert "attention, mamba2" in (obstacle(model) or "")
     assert "feed_forward=False" in (obstacle(model_of(replace(BARE, mixers=("memory",)))) or "")
     with pytest.raises(ValueError, match="attention keeps all it has read"):
@@ -293,7 +297,7 @@ def test_activations_of_a_transformer() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.loss(tokens, tokens)
+        model(tokens, tokens)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = sum(size for pointer, size in kept.items() if pointer not in own)
     assert abs(training_memory(config, 3, 100, bfloat16=False)["activations"] - expected) <= 0.02 * expected
@@ -314,7 +318,7 @@ def test_states_of_other_models_are_named() -> None:
         for model, other in ((attention, memory), (memory, attention), (build(("memory", "attention")), memory)):
             state = other(tokens)[1]
             with pytest.raises(ValueError, match=r"state: got layers of .*, takes .*; take one from initial_state"):
-                model(tokens, state)
+                model(tokens, state=state)
             with pytest.raises(ValueError, match="state: got layers of"):
                 model.step(tokens[:, 0], state)
         narrow, wide = build(("attention",), 4), build(("attention",), 8)
@@ -323,7 +327,7 @@ def test_states_of_other_models_are_named() -> None:
         with pytest.raises(ValueError, match="not of this model"):
             mine.load(given)
         with pytest.raises(ValueError, match="sliding_window=8, not 4"):
-            narrow(tokens, given)
+            narrow(tokens, state=given)
         assert all(torch.equal(a, b) for a, b in zip(before, mine.tensors(), strict=True))
 
 

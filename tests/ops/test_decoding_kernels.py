@@ -26,13 +26,11 @@ def random(*shape: int, dtype: torch.dtype = FULL) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "groups", "parts", "gated", "normed", "skips", "dtype"),
-    [(40, 1, 1, False, True, False, FULL), (75, 1, 3, True, True, True, LOW), (75, 5, 0, True, True, True, FULL),
-     (33, 3, 0, False, True, False, FULL), (40, 4, 0, True, False, True, LOW), (1, 1, 2, False, True, True, FULL)],
+    ("inputs", "parts", "gated", "normed", "skips", "dtype"),
+    [(40, 1, False, True, False, FULL), (75, 3, True, True, True, LOW), (75, 0, True, True, True, FULL),
+     (33, 0, False, True, False, FULL), (40, 0, True, False, True, LOW), (1, 2, False, True, True, FULL)],
 )  # fmt: skip
-def test_normalise(
-    inputs: int, groups: int, parts: int, gated: bool, normed: bool, skips: bool, dtype: torch.dtype
-) -> None:  # fmt: skip
+def test_normalise(inputs: int, parts: int, gated: bool, normed: bool, skips: bool, dtype: torch.dtype) -> None:
     """Rows of x, of the gate and of what skips the norm stand apart."""
     wide = random(5, 3 * inputs + 4)
     x, gate = wide[:, 1 : inputs + 1], wide[:, inputs + 2 : 2 * inputs + 2] if gated else None
@@ -42,12 +40,12 @@ def test_normalise(
     stream = x.clone() if added is None else x + added.sum(0)
     expected, around = stream, wide.clone()
     if weight is not None:
-        expected = rms_norm(stream.unflatten(1, (groups, -1)), (inputs // groups,), eps=0.1).flatten(1) * weight.float()
+        expected = rms_norm(stream, (inputs,), eps=0.1) * weight.float()
     if skipped is not None and skip_weight is not None:
         expected = expected + skipped * skip_weight.float()
     if gate is not None:
         expected = expected * silu(gate)
-    y = normalise(x, added, gate, weight, 0.1, groups, dtype, skipped, skip_weight)
+    y = normalise(x, added, gate, weight, 0.1, dtype, skipped, skip_weight)
     assert y.dtype == dtype
     # The interpreter cuts to bfloat16 instead of rounding.
     torch.testing.assert_close(y.float(), expected, rtol=1e-5 if dtype == FULL else 8e-3, atol=1e-5)
@@ -107,7 +105,7 @@ def test_dense_step(
 
 
 def test_no_sequences() -> None:
-    assert normalise(random(0, 8), None, None, None, 0.1, 1, LOW).shape == (0, 8)
+    assert normalise(random(0, 8), None, None, None, 0.1, LOW).shape == (0, 8)
     assert glu(random(0, 8), LOW).shape == (0, 4)
     assert convolve(random(0, 8), random(0, 1, 8), random(2, 8), random(8)).shape == (0, 8)
     logits = random(0, 1, 4)
@@ -137,9 +135,9 @@ def test_dense_step_at_real_sizes(batch: int, states: int, width: int) -> None:
 
 @pytest.mark.gpu
 def test_normalise_at_real_sizes() -> None:
-    for inputs, parts, groups in ((1024, 4, 1), (2048, 1, 8), (8190, 2, 3)):
+    for inputs, parts in ((1024, 4), (2048, 1), (8190, 2)):
         x, added, weight = random(64, inputs), random(parts, 64, inputs), random(inputs)
         stream = x.double() + added.double().sum(0)
-        expected = rms_norm(stream.unflatten(1, (groups, -1)), (inputs // groups,), eps=1e-6).flatten(1) * weight
-        y = normalise(x, added, None, weight, 1e-6, groups, FULL)
+        expected = rms_norm(stream, (inputs,), eps=1e-6) * weight
+        y = normalise(x, added, None, weight, 1e-6, FULL)
         torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)

@@ -21,9 +21,7 @@ def truth(x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
     o = {name: y.double() if isinstance(y, Tensor) else y for name, y in options.items()}
     low, (x, weight) = weight.dtype, (x.double(), weight.double())
     if o.get("norm_weight") is not None:
-        groups = x.unflatten(1, (o.get("norm_groups", 1), -1))
-        groups = groups / (groups.square().mean(-1, keepdim=True) + o["norm_eps"]).sqrt()
-        x = groups.flatten(1) * o["norm_weight"]
+        x = x / (x.square().mean(-1, keepdim=True) + o["norm_eps"]).sqrt() * o["norm_weight"]
     if o.get("skipped") is not None:
         x = x + o["skipped"] * o["skip_weight"]
     if o.get("gate") is not None:
@@ -46,9 +44,8 @@ def problem(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, form: st
     active = FULL if form == "mixed" else dtype
     rows = 2 * outputs if form in ("glu", "all") else outputs
     options: dict[str, Any] = {}
-    if form in ("norm", "groups", "mixed", "all"):
-        groups = next(n for n in (3, 5, 2, 1) if inputs % n == 0) if form in ("groups", "all") else 1
-        options |= {"norm_weight": random(inputs) + 1, "norm_eps": 0.1, "norm_groups": groups}
+    if form in ("norm", "mixed", "all"):
+        options |= {"norm_weight": random(inputs) + 1, "norm_eps": 0.1}
     if form in ("bias", "all"):
         options["bias"] = random(rows, dtype=dtype)
     if form in ("residual", "mixed", "all"):
@@ -72,7 +69,7 @@ def right(x: Tensor, weight: Tensor, options: dict[str, Any], out: Tensor) -> No
     assert error <= ((4e-3 if CUDA else 1.2e-2) if low else 2e-6), f"{error:.1e}"
 
 
-FORMS = ["plain", "norm", "groups", "bias", "residual", "skip", "gate", "glu", "mixed", "all"]
+FORMS = ["plain", "norm", "bias", "residual", "skip", "gate", "glu", "mixed", "all"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -86,7 +83,7 @@ def test_forms(tokens: int, dtype: torch.dtype, form: str) -> None:
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "form"),
     [
-        (2, 300, 5, "all"), (4, 1, 1, "norm"), (1, 1030, 9, "groups"), (4, 40, 19, "all"), (2, 130, 65, "plain"),
+        (2, 300, 5, "all"), (4, 1, 1, "norm"), (1, 1030, 9, "norm"), (4, 40, 19, "all"), (2, 130, 65, "plain"),
         (3, 17, 1, "all"), (4, 16, 16, "gate"), (2, 1, 3, "all"),
     ],
 )  # fmt: skip
@@ -116,7 +113,6 @@ def test_no_tokens() -> None:
 
 def test_most_tokens() -> None:
     assert [most_tokens(inputs) for inputs in (1, 4096, 4097, 16384, 16385)] == [4, 4, 2, 1, 0]
-    assert most_tokens(3 * 1025, 3) == 2  # groups of 2,048
 
 
 @pytest.mark.parametrize(
@@ -130,7 +126,7 @@ def test_most_tokens() -> None:
         ({"bias": torch.zeros(4).half()}, r"bias: got dtype torch\.float16, takes bfloat16 or float32"),
         ({"gate": torch.zeros(2, 8, device="meta")}, r"gate: is on meta, x on cpu"),
         ({"skipped": torch.zeros(2, 8)}, r"skip_weight: got None, takes a tensor where skipped is given"),
-        ({"norm_weight": torch.zeros(8), "norm_groups": 3}, r"norm_groups: got 3, takes a divisor of I = 8"),
+        ({"norm_weight": torch.zeros(7)}, r"norm_weight: got shape \(7,\), takes \(8,\)"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
@@ -143,7 +139,7 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1024, 6000), (2048, 1024), (1920, 5120), (8190, 333)])
 def test_large(tokens: int, inputs: int, outputs: int, form: str) -> None:
-    if tokens > most_tokens(inputs, 3 if form in ("groups", "all") and inputs % 3 == 0 else 1):
+    if tokens > most_tokens(inputs):
         pytest.skip("more than one kernel takes")
     for dtype in (FULL, LOW):
         x, weight, options = problem(tokens, inputs, outputs, dtype, form)

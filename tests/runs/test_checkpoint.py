@@ -45,7 +45,7 @@ def make(seed: int, config: RunConfig = CONFIG) -> Trained:
 
 def train(model: LanguageModel, optimizer: torch.optim.Optimizer) -> ModelState:
     tokens = torch.randint(0, 256, (1, 8))
-    loss, state = model.loss(tokens, tokens)
+    loss, state = model(tokens, tokens)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -76,7 +76,7 @@ def test_carried_memory_reads_on_and_is_cut_from_the_graph(model: LanguageModel)
     assert first.carried[0] is not None
     assert not any(tensor.requires_grad for tensor in first.carried[0].tensors())
     second, _ = gradients(model, [batch(tokens[:, 5:], targets[:, 5:], reset)], first.carried)
-    whole, _ = model.loss(tokens, targets, reduction="none")
+    whole, _ = model(tokens, targets, reduction="none")
     assert float(second.losses[0]) == pytest.approx(float(whole[:, 5:].mean()), rel=1e-6)
 
 
@@ -85,8 +85,8 @@ def test_rows_that_start_anew_forget_and_the_others_do_not(model: LanguageModel)
     first, _ = gradients(model, [batch(tokens[:, :5], targets[:, :5], torch.ones(3, dtype=torch.bool))], [None])
     reset = torch.tensor([False, True, False])
     second, _ = gradients(model, [batch(tokens[:, 5:], targets[:, 5:], reset)], first.carried)
-    expected = model.loss(tokens, targets, reduction="none")[0][:, 5:].clone()
-    expected[1] = model.loss(tokens[1:2, 5:], targets[1:2, 5:], reduction="none")[0][0]
+    expected = model(tokens, targets, reduction="none")[0][:, 5:].clone()
+    expected[1] = model(tokens[1:2, 5:], targets[1:2, 5:], reduction="none")[0][0]
     assert float(second.losses[0]) == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
@@ -102,9 +102,9 @@ def test_packed_rows_carry_the_memory_of_their_last_document(model: LanguageMode
 
     assert before.carried is not None
     assert before.carried[0] is not None
-    head, _ = model.loss(a[:1, :4], targets[:1, :4], state=before.carried[0].select([0]), reduction="none")
-    row0, _ = model.loss(tokens[:1, 4:], targets[:1, 4:], reduction="none")
-    row1, _ = model.loss(tokens[1:], targets[1:], reduction="none")
+    head, _ = model(a[:1, :4], targets[:1, :4], state=before.carried[0].select([0]), reduction="none")
+    row0, _ = model(tokens[:1, 4:], targets[:1, 4:], reduction="none")
+    row1, _ = model(tokens[1:], targets[1:], reduction="none")
     expected_first = torch.cat([head[0], row0[0, :2], row1[0, :6]]).mean()
     expected_second = torch.cat([row0[0, 2:], row1[0, 6:]]).mean()
     assert float(first.losses[0]) == pytest.approx(float(expected_first), rel=1e-6)
@@ -120,13 +120,25 @@ def test_clipping_scales_only_what_passes_the_limit(limit: float, expected: floa
     assert float(clipped.norm()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hooks_on_the_model_run_once_a_pass(model: LanguageModel, compiled: bool) -> None:
+    tokens, targets = rows(2, 6)
+    calls: list[str] = []
+    model.register_forward_pre_hook(lambda *_: calls.append("before"))
+    model.register_forward_hook(lambda *_: calls.append("after"))
+    step = torch.compile(model, backend="eager") if compiled else None
+    batches = [batch(tokens[i : i + 1], targets[i : i + 1], torch.ones(1, dtype=torch.bool)) for i in range(2)]
+    accumulate_gradient(model, batches, None, FLOAT32, CPU, step)
+    assert calls == 2 * ["before", "after"]
+
+
 def test_a_compiled_loss_takes_the_batches_it_was_made_for(model: LanguageModel) -> None:
     tokens, targets = rows(2, 6)
     calls: list[dict[str, object]] = []
 
     def compiled(*arguments: Tensor, **options: object) -> object:
         calls.append(options)
-        return model.loss(*arguments, **options)  # type: ignore[arg-type]
+        return model(*arguments, **options)
 
     new = torch.ones(2, dtype=torch.bool)
     plain = batch(tokens, targets, new)

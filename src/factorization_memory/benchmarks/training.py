@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,8 @@ def _parameters(model: nn.Module) -> int:
 def _our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
     targets = tokens.roll(-1, 1)
     targets[:, -1] = -100
-    return model.loss(tokens, targets, keep_state=False)[0]
+    loss, _ = model(tokens, targets, keep_state=False)
+    return cast(Tensor, loss)
 
 
 def _unfit(benchmark: TrainingBenchmark) -> dict[str, str]:

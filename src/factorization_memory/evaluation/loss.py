@@ -107,7 +107,7 @@ def evaluate_loss(
             rows = slice(first, first + batch_size)
             inputs, targets = _batch(tokens, starts[rows], lengths[rows], text_length)
             real = np.arange(inputs.shape[1]) < lengths[rows, None]
-            losses, _ = model.loss(
+            losses, _ = model(
                 torch.from_numpy(inputs).to(device),
                 torch.from_numpy(targets).to(device),
                 # Right padding changes no loss, but whoever observes the routing must not take it for text.

@@ -180,7 +180,7 @@ def _read(
             piece = stretch[start : start + width + 1]
             inputs[row, : len(piece) - 1] = piece[:-1]
             targets[row, : len(piece) - 1] = np.where(text_length[piece[1:]] > 0, piece[1:], IGNORED)
-        out, state = model.loss(
+        out, state = model(
             torch.from_numpy(inputs).to(device),
             torch.from_numpy(targets).to(device),
             state=state if carry else None,

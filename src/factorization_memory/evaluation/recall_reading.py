@@ -106,7 +106,7 @@ class Reader:
     def _state(self, tokens: Tensor, state: ModelState | None = None) -> ModelState:
         """The state after tokens [B, T]."""
         for piece in tokens.split(self.segment, 1) if tokens.shape[1] else ():
-            _, state = self.model(piece, state, last_only=True)
+            _, state = self.model(piece, state=state, last_only=True)
         assert state is not None
         return state
 
@@ -115,6 +115,6 @@ class Reader:
         most = MAX_LOGITS // (len(tokens) * self.model.config.vocab_size)
         start = 0
         for piece in tokens.split(max(1, min(self.segment, most)), 1):
-            logits, state = self.model(piece, state)
+            logits, state = self.model(piece, state=state)
             yield start, logits.float()
             start += piece.shape[1]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from factorization_memory.layers import MIXERS
 from factorization_memory.layers.calling import why_any_called
 from factorization_memory.models.decoding import DecodingModel, obstacle
 
@@ -32,6 +33,11 @@ def steps_for(model: LanguageModel, batch_size: int, dtype: torch.dtype | None =
 def grows(model: LanguageModel) -> bool:
     """Whether what the model carries grows with the text read."""
     return model.config.state_grows
+
+
+def window(model: LanguageModel) -> int:
+    """Tokens that the widest of its mixers with a window keeps; 0 without such a one."""
+    return max(MIXERS[name].window(model.config) for name in model.config.layer_mixers)
 
 
 def with_dtype(model: LanguageModel, dtype: torch.dtype | None) -> LanguageModel:
@@ -72,10 +78,10 @@ class Steps:
             raise ValueError(f"batch_size={batch_size}: use 1 or more sequences")
         self.model = with_dtype(model, dtype)
         self.batch_size = batch_size
-        # A sliding window has its full size from the start, so that nothing grows. Under inference mode it could not be changed
+        # A window has its full size from the start, so that nothing grows. Under inference mode the state could not be changed
         # after that has ended.
         with torch.inference_mode(False):
-            self.state: ModelState = self.model.initial_state(batch_size, self.model.config.attention.sliding_window or 0)
+            self.state: ModelState = self.model.initial_state(batch_size, window(self.model))
         if undo_steps:
             self.state = self.model.keep_undo(self.state, undo_steps)
 

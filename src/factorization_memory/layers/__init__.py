@@ -5,7 +5,7 @@ from factorization_memory.layers.factorization_memory import FactorizationMemory
 from factorization_memory.layers.feed_forward import FeedForward
 from factorization_memory.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 from factorization_memory.layers.mamba2 import Mamba2, Mamba2State
-from factorization_memory.layers.mixer import MIXERS, MixerKind, MixerWidth, SequenceMixer, register_mixer
+from factorization_memory.layers.mixer import MIXERS, MixerKind, MixerWidth, SequenceMixer, UndoableMixer, register_mixer
 from factorization_memory.layers.routing import Routing
 from factorization_memory.layers.state import GrowingState, LayerState, LayerStateBase, MixerState, ModelState
 
@@ -28,5 +28,6 @@ __all__ = [
     "ModelState",
     "Routing",
     "SequenceMixer",
+    "UndoableMixer",
     "register_mixer",
 ]

@@ -392,4 +392,8 @@ def _attended(config: ModelConfig, length: int) -> int:
     return (reach * (reach + 1) // 2 + (length - reach) * reach) * config.hidden_size
 
 
-register_mixer("attention", MixerKind(Attention.from_config, attended=_attended))
+def _window(config: ModelConfig) -> int:
+    return config.attention.sliding_window or 0
+
+
+register_mixer("attention", MixerKind(Attention.from_config, attended=_attended, window=_window))

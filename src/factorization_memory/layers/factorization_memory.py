@@ -18,6 +18,7 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, ModelConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
+from factorization_memory.layers.decoding import DecodingParts
 from factorization_memory.layers.mixer import (
     MERGE_FLOPS,
     UPDATE_FLOPS,
@@ -291,6 +292,26 @@ class FactorizationMemory(nn.Module):
             update, merge, value, state.memory, update_indices, None if indices is update_indices else indices, undo=rows,
             position=position, backend=self.backend,
         )  # fmt: skip
+
+    def decoding_parts(self) -> DecodingParts:
+        """What a step in few kernels takes from this layer, the projections of its input as they are now."""
+        rates = (self.update_rate, self.merge_rate)
+        projections = [self.affinity, *rates, self.value, *([] if self.gate is None else [self.gate])]
+        return DecodingParts(
+            num_heads=self.num_heads,
+            input_weight=torch.cat([projection.weight for projection in projections]).detach(),
+            input_sizes=tuple(projection.out_features for projection in projections),
+            rate_bias=torch.cat([rate.bias for rate in rates]).detach(),
+            has_gate=self.gate is not None,
+            convolution=None if self.convolution is None else (self.convolution.weight, self.convolution.bias),
+            dense=self.top_k is None and not self.update_lag,
+            temperature=self.temperature,
+            step_memory=self.step_memory,
+            norm_weight=self.norm_weight,
+            norm_eps=self.norm_eps,
+            skip=self.skip,
+            output_weight=self.output.weight,
+        )
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
         """The same state, keeping what the next steps overwrite; `position` as in `Undo`."""

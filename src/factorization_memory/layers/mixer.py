@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,15 @@ class SequenceMixer(Protocol):
         """Initial weights."""
 
 
+@runtime_checkable
+class UndoableMixer(Protocol):
+    """A `SequenceMixer` whose steps can be taken back."""
+
+    def keep_undo(self, state: Any, steps: int, position: Tensor) -> Any:
+        """The same state, in the same tensors, with an `undo` that takes what the next `steps` steps overwrite; see
+        `factorization_memory.layers.state.Undo`, also for `position`."""
+
+
 @dataclass(frozen=True)
 class MixerWidth:
     """A width of a mixer that may be varied to make models equally large: a ratio to another width."""
@@ -105,6 +114,8 @@ class MixerKind:
     """Of updating and reading a state of constant size, for one token, forward."""
     attended: Callable[[ModelConfig, int], int] = lambda _, __: 0
     """Pairs of tokens that see each other in a sequence of so many, times the width of a token; four FLOPs each."""
+    window: Callable[[ModelConfig], int] = lambda _: 0
+    """Tokens that its state grows to and not beyond; 0 for one that does not grow, or without end."""
     width: MixerWidth | None = None
     """What may be varied to make models equally large, where blocks have no feed-forward layer."""
 

@@ -286,10 +286,9 @@ class ModelState:
         undo = self.layers[0].undo
         if steps and undo is not None:
             for layer in self.layers:
-                assert isinstance(layer, LayerState)
-                assert layer.undo is not None
+                assert layer.undo is not None, "all layers keep what steps overwrite, or none"
                 make_writable(layer)
-                layer.undo.roll_back(layer, steps)
+                layer.undo.roll_back(cast(Any, layer), steps)
             undo.position.sub_(steps).remainder_(len(undo.rows))
             self._point = self._before[-steps]
             del self._before[-steps:]

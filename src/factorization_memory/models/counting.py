@@ -161,5 +161,5 @@ def _activations(config: ModelConfig, micro_batch_size: int, context_length: int
         tokens = torch.zeros(micro_batch_size, context_length, dtype=torch.long)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            model.loss(tokens, tokens)
+            model(tokens, tokens)
     return sum(size for storage, size in held.items() if storage not in own)

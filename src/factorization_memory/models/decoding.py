@@ -26,7 +26,8 @@ from torch import Tensor
 from factorization_memory import ops
 from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
 from factorization_memory.layers.calling import why_any_called
-from factorization_memory.models.language_model import Block, LanguageModel
+from factorization_memory.models.block import Block
+from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.ops.precision import wide_product
 
 PARTS = (4, 2)
@@ -75,7 +76,7 @@ class DecodingModel:
             parts = None
             for block, layer_state in zip(self.blocks, state, strict=True):
                 parts = block.step_many(x, parts, layer_state)
-            logits = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, head.dtype), head.T)
+            logits = wide_product(normalise(x, parts, None, norm.weight, norm.eps, head.dtype), head.T)
         state.step_done()
         return logits, state
 
@@ -108,34 +109,28 @@ class _DecodingBlock:
         assert isinstance(mixer, FactorizationMemory), "see obstacle"
         assert feed_forward is not None, "see obstacle"
         assert feed_forward_norm is not None
-        self.mixer, self.mixer_norm = mixer, block.mixer_norm
+        self.mixer, self.mixer_norm = mixer.decoding_parts(), block.mixer_norm
         self.feed_forward, self.feed_forward_norm = feed_forward, feed_forward_norm
-        rates = (mixer.update_rate, mixer.merge_rate)
-        projections = [mixer.affinity, *rates, mixer.value, *([] if mixer.gate is None else [mixer.gate])]
-        self.weight = torch.cat([projection.weight for projection in projections]).detach()
-        self.sizes = [projection.out_features for projection in projections]
-        self.rate_bias = torch.cat([rate.bias for rate in rates]).detach()
-        self.rates = slice(self.sizes[0], self.sizes[0] + len(self.rate_bias))
-        self.bias = self.weight.new_zeros(len(self.weight))
-        self.bias[self.rates] = self.rate_bias
-        self.few = min(
-            most_tokens(mixer.hidden_size), most_tokens(mixer.output.in_features), most_tokens(feed_forward.down.in_features),
-        )  # fmt: skip
+        weight, rates = self.mixer.input_weight, self.mixer.rates
+        self.bias = weight.new_zeros(len(weight))
+        self.bias[rates] = self.mixer.rate_bias
+        widths = (weight.shape[1], self.mixer.output_weight.shape[1], feed_forward.down.in_features)
+        self.few = min(most_tokens(width) for width in widths)
 
     def step_few(self, x: Tensor, state: MixerState) -> None:
         """The residual stream `[B, d]`, float32, and the state, both in place: B up to `few`."""
         from factorization_memory.ops.decoding.small_linear import small_linear
 
         norm, mixer = self.mixer_norm, self.mixer
-        projected = x.new_empty(len(x), len(self.weight))
-        small_linear(x, self.weight, projected, bias=self.bias, norm_weight=norm.weight, norm_eps=norm.eps, early=True)
+        projected = x.new_empty(len(x), len(mixer.input_weight))
+        small_linear(x, mixer.input_weight, projected, bias=self.bias, norm_weight=norm.weight, norm_eps=norm.eps, early=True)
         y, gate, value = self._recurrence(projected, None, state)
         small_linear(
-            y, mixer.output.weight, x, residual=x, gate=gate, skipped=value, skip_weight=mixer.skip,
+            y, mixer.output_weight, x, residual=x, gate=gate, skipped=value, skip_weight=mixer.skip,
             norm_weight=mixer.norm_weight, norm_eps=mixer.norm_eps, early=True,
         )  # fmt: skip
         norm, feed_forward = self.feed_forward_norm, self.feed_forward
-        hidden = x.new_empty(len(x), feed_forward.down.in_features, dtype=self.weight.dtype)
+        hidden = x.new_empty(len(x), feed_forward.down.in_features, dtype=mixer.input_weight.dtype)
         small_linear(x, feed_forward.gate_up.weight, hidden, norm_weight=norm.weight, norm_eps=norm.eps, glu=True, early=True)
         small_linear(hidden, feed_forward.down.weight, x, residual=x, early=True)
 
@@ -152,13 +147,13 @@ class _DecodingBlock:
         """
         from factorization_memory.ops.decoding.rows import glu, normalise
 
-        norm, mixer, dtype = self.mixer_norm, self.mixer, self.weight.dtype
-        projected = wide_product(normalise(x, parts, None, norm.weight, norm.eps, 1, dtype), self.weight.T)
-        y, gate, value = self._recurrence(projected, self.rate_bias, state)
-        y = normalise(y, None, gate, mixer.norm_weight, mixer.norm_eps, 1, dtype, value, mixer.skip)
-        parts = _in_parts(y, mixer.output.weight)
+        norm, mixer, dtype = self.mixer_norm, self.mixer, self.mixer.input_weight.dtype
+        projected = wide_product(normalise(x, parts, None, norm.weight, norm.eps, dtype), mixer.input_weight.T)
+        y, gate, value = self._recurrence(projected, mixer.rate_bias, state)
+        y = normalise(y, None, gate, mixer.norm_weight, mixer.norm_eps, dtype, value, mixer.skip)
+        parts = _in_parts(y, mixer.output_weight)
         norm, feed_forward = self.feed_forward_norm, self.feed_forward
-        y = normalise(x, parts, None, norm.weight, norm.eps, 1, dtype)
+        y = normalise(x, parts, None, norm.weight, norm.eps, dtype)
         return _in_parts(glu(wide_product(y, feed_forward.gate_up.weight.T), dtype), feed_forward.down.weight)
 
     def _recurrence(
@@ -171,23 +166,23 @@ class _DecodingBlock:
 
         assert isinstance(state, LayerState), "the state is of another model"
         mixer, undo = self.mixer, state.undo
-        parts = list(projected.split(self.sizes, dim=1))
-        gate = parts.pop() if mixer.gate is not None else None
+        parts = list(projected.split(mixer.input_sizes, dim=1))
+        gate = parts.pop() if mixer.has_gate else None
         value = parts.pop()
         if undo is not None:
             undo.put_aside(state)
         if mixer.convolution is not None and state.convolution is not None:
-            value = convolve(value, state.convolution, mixer.convolution.weight, mixer.convolution.bias)
+            value = convolve(value, state.convolution, *mixer.convolution)
         heads = (mixer.num_heads, -1)
         affinity, update, merge = (part.unflatten(1, heads) for part in parts)
         values = value.unflatten(1, heads)
-        if mixer.top_k is not None or mixer.update_lag:
-            if rate_bias is not None:
-                projected[:, self.rates].add_(rate_bias)
-            y = mixer.step_memory(affinity, update, merge, values, state)
-        else:
+        if mixer.dense:
             rows, position = (None, None) if undo is None else (undo.rows, undo.position)
             y = dense_step(affinity, update, merge, rate_bias, mixer.temperature, values, state.memory, rows, position)
+        else:
+            if rate_bias is not None:
+                projected[:, mixer.rates].add_(rate_bias)
+            y = mixer.step_memory(affinity, update, merge, values, state)
         return y.flatten(1), gate, None if mixer.skip is None else value
 
 

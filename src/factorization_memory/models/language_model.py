@@ -7,98 +7,24 @@ Shapes: B sequences, T tokens, d hidden size, V vocabulary size, N packed sequen
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from factorization_memory.config import ConfigError, ModelConfig
-from factorization_memory.layers import (
-    MIXERS,
-    FactorizationMemory,
-    FeedForward,
-    LayerState,
-    MixerState,
-    ModelState,
-)
+from factorization_memory.layers import MixerState, ModelState, UndoableMixer
 from factorization_memory.layers.calling import why_called, why_hooked
 from factorization_memory.layers.norm import RMSNorm
+from factorization_memory.models.backbone import Backbone
+from factorization_memory.models.block import Block, refuse_undo
 from factorization_memory.models.capacity import require_room
 from factorization_memory.ops import check_tensors, read_borders
 from factorization_memory.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 BLOCK_BYTES = 40_000
 """Of a block's Python objects, however small its weights."""
-
-
-class Block(nn.Module):
-    """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))` unless the model has no feed-forward layers."""
-
-    def __init__(self, config: ModelConfig, mixer: str) -> None:
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[mixer].build(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps) if config.feed_forward else None
-        self.feed_forward = FeedForward(config.hidden_size, config.feed_forward_size) if config.feed_forward else None
-        self.residual_scale = ((2 if config.feed_forward else 1) * config.num_layers) ** -0.5
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initial weights: 1/sqrt(inputs) for projections, those into the residual stream smaller with depth so that its
-        variance does not grow with the number of blocks."""
-        self.mixer_norm.reset_parameters()
-        self.mixer.reset_parameters()
-        self.mixer.output.weight.mul_(self.residual_scale)
-        if self.feed_forward is None or self.feed_forward_norm is None:
-            return
-        self.feed_forward_norm.reset_parameters()
-        gate_up, down = self.feed_forward.gate_up, self.feed_forward.down
-        nn.init.normal_(gate_up.weight, std=gate_up.in_features**-0.5)
-        nn.init.normal_(down.weight, std=self.residual_scale * down.in_features**-0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: MixerState | None,
-        cu_seqlens: Tensor | None,
-        padding_mask: Tensor | None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, MixerState | None]:
-        """x `[B, T, d]` to the same shape, and the new state if asked for."""
-        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask, keep_state)
-        return self._feed(x + y), state
-
-    def step(self, x: Tensor, state: MixerState) -> Tensor:
-        """One token x `[B, d]` to the same shape; `state` is updated in place.
-
-        Where something acts in a call of the block or its mixer, such as a hook, they are called with a text of one token.
-        Steps that can be undone are then refused with a ValueError.
-        """
-        if (reason := self._why_called()) is None:
-            return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
-        if state.undo is not None:
-            raise ValueError(
-                f"state: it keeps what steps overwrite, which they do not where a block has to be called ({reason}); "
-                "remove that, or take a state without keep_undo"
-            )
-        y, after = self(x[:, None], state, None, None)
-        ModelState([state]).load(ModelState([after]))
-        return y[:, 0]
-
-    def _why_called(self) -> str | None:
-        """Why `step` may not pass by the calls of the block, the mixer and the parts of it; None if it may."""
-        mixer = cast(nn.Module, self.mixer)
-        for module in (self, mixer, *mixer.children()):
-            if (reason := why_hooked(module)) is not None:
-                return f"{type(module).__name__}: {reason}"
-        return None
-
-    def _feed(self, x: Tensor) -> Tensor:
-        if self.feed_forward is None or self.feed_forward_norm is None:
-            return x
-        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 @functools.lru_cache(maxsize=256)
@@ -126,7 +52,7 @@ def _require_room(config: ModelConfig) -> None:
     )
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Backbone):
     """A causal language model. What it carries is constant in the length read, unless it has attention without a window.
 
     Args:
@@ -142,9 +68,7 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"model.vocab_size={config.vocab_size!r}: a model needs the number of its tokenizer's ids")
         _require_room(config)
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers)  # type: ignore[assignment]
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self._add_layers(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embedding.weight
@@ -167,44 +91,56 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
         last_only: bool = False,
-    ) -> tuple[Tensor, ModelState]:
-        """Logits of the next token.
+        reduction: str = "mean",
+        keep_state: bool = True,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Logits of the next token, or with `targets` the loss: cross-entropy in nats per token.
+
+        The loss never holds all logits at once, unless the head has to be called (an adapter stands in its place, or a hook is
+        on it).
 
         Args:
             tokens: int64 `[B, T]`.
+            targets: int64 `[B, T]`, the token after each; -100 where there is none.
             state: where the sequences stand (N of them with `cu_seqlens`); None begins anew. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False for padding, which leaves the state as it is.
             last_only: compute the logits of the last position alone, as a prefill needs; of packed sequences, of which none may
-                then be empty, those of the last position of each.
+                then be empty, those of the last position of each. Not with `targets`.
+            reduction: of the loss: "mean" over the targets, or "none".
+            keep_state: whether to return the state; of many packed sequences it takes much memory.
 
         Returns:
-            logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` of packed sequences) and the state after the last
-            token.
+            Logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` of packed sequences); or the loss, a float32 scalar,
+            or `[B, T]` (not differentiable, 0 where there is no target) with "none". And the state after the last token, or
+            None.
 
         Raises:
             ValueError: an argument that does not fit, or an empty sequence with `last_only`.
         """
-        if last_only and tokens.shape[1] == 0:
-            raise ValueError(
-                f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or no last_only"
-            )
-        if last_only and cu_seqlens is not None and not torch.compiler.is_compiling():
-            borders = read_borders(cu_seqlens)
-            empty = [n for n, (start, stop) in enumerate(pairwise(borders)) if start == stop]
-            if empty:
-                raise ValueError(
-                    f"cu_seqlens: got {borders}, whose sequence {empty[0]} is empty and has no last position; leave it out, or "
-                    "last_only"
-                )
-        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask)
+        if isinstance(targets, ModelState):
+            raise ValueError("targets: got a ModelState, takes int64 [B, T]; give the state by name, state=...")
+        check_tensors(tokens=tokens, targets=targets, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"targets: got shape {tuple(targets.shape)}, takes that of the tokens, {tuple(tokens.shape)}")
+        if last_only:
+            self._check_last_only(tokens, targets, cu_seqlens)
+        if state is not None:
+            self.check_state(state)
+        before = [None] * len(self.blocks) if state is None else state.layers
+        x, layers = self.run_blocks(self.embed(tokens), before, cu_seqlens, padding_mask, keep_state)
+        after = ModelState(cast(list[MixerState], layers)) if keep_state else None
+        if targets is not None:
+            return self._loss(self.final_norm(x), targets, reduction), after
         if last_only:
             x = x[:, -1:] if cu_seqlens is None else x[:, cu_seqlens[1:].to(x.device, torch.long) - 1]
-        return self.head(self.final_norm(x)), ModelState(final)
+        return self.head(self.final_norm(x)), after
 
     def loss(
         self,
@@ -216,40 +152,54 @@ class LanguageModel(nn.Module):
         reduction: str = "mean",
         keep_state: bool = True,
     ) -> tuple[Tensor, ModelState | None]:
-        """Cross-entropy in nats per token, without ever holding all logits, unless the head has to be called (an adapter
-        stands in its place, or a hook is on it).
+        """`self(tokens, targets, ...)`, under its former name."""
+        options: dict[str, Any] = {"state": state, "cu_seqlens": cu_seqlens, "padding_mask": padding_mask}
+        return cast(Any, self(tokens, targets, reduction=reduction, keep_state=keep_state, **options))
 
-        Args:
-            tokens, state, cu_seqlens, padding_mask: as in `forward`.
-            targets: int64 `[B, T]`, the token after each; -100 where there is none.
-            reduction: "mean" over the targets, or "none".
-            keep_state: whether to return the state; of many packed sequences it takes much memory.
-
-        Returns:
-            float32 scalar, or `[B, T]` (not differentiable, 0 where there is no target) with "none"; and the state after the
-            last token, or None.
-        """
-        x, final = self._hidden(tokens, state, cu_seqlens, padding_mask, keep_state)
-        x, flat = self.final_norm(x), targets.flatten()
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Of what the head takes, `[B, T, d]`."""
+        flat = targets.flatten()
         if why_called(self.head) is None:
             losses = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat, reduction)
         else:
             losses = logits_cross_entropy(self.head(x).flatten(0, 1), flat, reduction)
-        return (losses.view(targets.shape) if reduction == "none" else losses), ModelState(final) if keep_state else None
+        return losses.view(targets.shape) if reduction == "none" else losses
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What enters the blocks, `[..., d]`, of tokens `[...]`."""
-        x = self.embedding(tokens)
-        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
+    def _check_last_only(self, tokens: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        if targets is not None:
+            raise ValueError("last_only=True: not together with targets; a loss takes all positions")
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or no last_only"
+            )
+        if cu_seqlens is not None and not torch.compiler.is_compiling():
+            borders = read_borders(cu_seqlens)
+            empty = [n for n, (start, stop) in enumerate(pairwise(borders)) if start == stop]
+            if empty:
+                raise ValueError(
+                    f"cu_seqlens: got {borders}, whose sequence {empty[0]} is empty and has no last position; leave it out, or "
+                    "last_only"
+                )
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned. ValueError unless it
-        is one of this model for B sequences."""
+        """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned.
+
+        Where something acts in a call of the model, such as a hook, it is called with a text of one token; and so are those
+        blocks where something acts in theirs (see `Block.step`).
+
+        Raises:
+            ValueError: `state` is not one of this model for B sequences, or keeps what steps overwrite (`keep_undo`) where the
+                model or a block has to be called.
+        """
         self.check_step(tokens, state)
-        x = self.embed(tokens)
-        for block, layer_state in zip(self.blocks, state, strict=True):
-            x = block.step(x, layer_state)
+        if (reason := why_hooked(self)) is not None:
+            for layer in state:
+                refuse_undo(layer, f"the model: {reason}")
+            logits, after = self(tokens[:, None], state=state)
+            state.load(after)
+            return logits[:, 0], state
+        x, _ = self.run_blocks(self.embed(tokens), state.layers, step=True)
         state.step_done()
         return self.head(self.final_norm(x)), state
 
@@ -258,15 +208,16 @@ class LanguageModel(nn.Module):
         and `snapshot` and `restore`, cost as little as those steps.
 
         Raises:
-            ValueError: `steps` is not positive, or some layer is no memory layer.
+            ValueError: `steps` is not positive, `state` is not of this model, or some layer's steps cannot be taken back.
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: use 1 or more steps to keep")
+        self.check_state(state)
         with torch.inference_mode(False):
             position = torch.zeros(1, dtype=torch.int64, device=state.device)
         layers = []
         for number, (block, layer) in enumerate(zip(self.blocks, state, strict=True)):
-            if not isinstance(block.mixer, FactorizationMemory) or not isinstance(layer, LayerState):
+            if not isinstance(block.mixer, UndoableMixer):
                 raise ValueError(
                     f"block {number} of the model: steps of {type(block.mixer).__name__} cannot be rolled back; "
                     "take a snapshot() or clone() of the state before them"
@@ -291,23 +242,3 @@ class LanguageModel(nn.Module):
         self.check_state(state)
         for block, layer in zip(self.blocks, state, strict=True):
             block.mixer.check_state(layer, len(tokens))
-
-    def _hidden(
-        self,
-        tokens: Tensor,
-        state: ModelState | None,
-        cu_seqlens: Tensor | None,
-        padding_mask: Tensor | None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, list[MixerState]]:
-        """What the blocks make of the tokens, `[B, T, d]`, and their states (none unless kept)."""
-        check_tensors(tokens=tokens, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
-        if state is not None:
-            self.check_state(state)
-        x = self.embed(tokens)
-        states: list[MixerState] = []
-        for i, block in enumerate(self.blocks):
-            x, layer_state = block(x, None if state is None else state.layers[i], cu_seqlens, padding_mask, keep_state)
-            if layer_state is not None:
-                states.append(layer_state)
-        return x, states

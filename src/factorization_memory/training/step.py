@@ -40,7 +40,7 @@ def accumulate_gradient(
 
     Each micro-batch counts by its number of targets, so that any split of the rows gives the same gradient up to rounding.
     `carried` holds the memory before each micro-batch (None: it begins), or is None when each step starts from empty memory.
-    `compiled` stands in for the model's loss where no sequences are packed and no memory is carried: of those the borders, and
+    `compiled` stands in for the model where no sequences are packed and no memory is carried: of those the borders, and
     so the graphs, differ from step to step.
     """
     counts = [int((batch.targets >= 0).sum()) for batch in batches]
@@ -53,7 +53,7 @@ def accumulate_gradient(
     finals: list[ModelState | None] = []
     for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
         state = None if carried is None else initial_state(carried[index], batch)
-        loss_of = model.loss if compiled is None or batch.cu_seqlens is not None or carried is not None else compiled
+        loss_of = model if compiled is None or batch.cu_seqlens is not None or carried is not None else compiled
         with autocast:
             loss, final = loss_of(
                 batch.tokens.to(device),

@@ -131,7 +131,7 @@ class _Run:
         self.compiled: Callable[..., Any] | None = None
         if training.compile:
             # In pieces where it must be: the plain PyTorch form of the recurrence cannot become one graph.
-            self.compiled = compiled_loss(self.model.loss, False, training.activation_memory_budget)
+            self.compiled = compiled_loss(self.model, False, training.activation_memory_budget)
         self.byte_lengths = torch.tensor([len(token) for token in trainer.corpus.tokenizer.token_bytes])
         self.state = TrainingState()
         self.carried: list[ModelState | None] | None = None
@@ -309,7 +309,7 @@ class _Run:
             return
         health = RoutingHealth(self.model)
         with health.observe():
-            self.model.loss(
+            self.model(
                 batch.tokens.to(self.device),
                 batch.targets.to(self.device),
                 cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.device),

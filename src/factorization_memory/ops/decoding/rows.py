@@ -3,7 +3,7 @@
 Launched by themselves, a norm, a cast, a gate and a sum each take as long as the reading of thousands of rows; here they are
 one. All kernels take part in programmatic dependent launch (`launcher.dependent`), and nothing waits for the host.
 
-Shapes: B sequences, I numbers of each, G numbers of a group of the normalisation, P parts of a product.
+Shapes: B sequences, I numbers of each, P parts of a product.
 """
 
 from __future__ import annotations
@@ -45,22 +45,17 @@ def normalise_kernel(
     x_row,
     gate_row,
     skipped_row,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
+    INPUTS: tl.constexpr,
+    INPUTS_PADDED: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     HAS_GATE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A row: the parts added to it, normalised by groups, what skips that added, times a gate. Groups are padded to powers of
-    two."""
-    INPUTS: tl.constexpr = GROUPS * GROUP
-    group, place = tl.arange(0, GROUPS_PADDED)[:, None], tl.arange(0, GROUP_PADDED)[None, :]
-    column = group * GROUP + place
-    there = (group < GROUPS) & (place < GROUP)
+    """A row, padded to a power of two: the parts added to it, normalised, what skips that added, times a gate."""
+    column = tl.arange(0, INPUTS_PADDED)
+    there = column < INPUTS
     if HAS_NORM:
         scale = tl.load(norm_weight + column, mask=there, other=0.0).to(tl.float32)
     if HAS_SKIP:
@@ -75,14 +70,14 @@ def normalise_kernel(
     if HAS_SKIP:
         skip = tl.load(skipped + row * skipped_row + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if PARTS:
-        added = tl.zeros([GROUPS_PADDED, GROUP_PADDED], tl.float32)
+        added = tl.zeros([INPUTS_PADDED], tl.float32)
         for part in tl.static_range(PARTS):
             at = (part * batch + row) * INPUTS + column
             added += tl.load(parts + at, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
         y += added
         tl.store(x + row * x_row + column, y.to(x.dtype.element_ty), mask=there)
     if HAS_NORM:
-        y *= tl.rsqrt(tl.sum(y * y, 1) / GROUP + eps)[:, None] * scale
+        y *= tl.rsqrt(tl.sum(y * y, 0) / INPUTS + eps) * scale
     if HAS_SKIP:
         y += skip * skip_scale
     if HAS_GATE:
@@ -148,7 +143,6 @@ def normalise(
     gate: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
-    groups: int,
     dtype: torch.dtype,
     skipped: Tensor | None = None,
     skip_weight: Tensor | None = None,
@@ -162,7 +156,6 @@ def normalise(
         gate: `[B, I]`, or None for none.
         norm_weight: `[I]`, the weight of the RMS normalisation; None for no normalisation.
         eps: its epsilon.
-        groups: equal parts of the inputs that are normalised each on its own.
         dtype: of the result.
         skipped: `[B, I]`, or None for nothing that skips the norm.
         skip_weight: `[I]`, by which it is multiplied; with `skipped` alone.
@@ -175,18 +168,14 @@ def normalise(
     }  # fmt: skip
     check_shapes(shapes, "x", x)
     out = x.new_empty(batch, inputs, dtype=dtype)
-    if norm_weight is None:
-        groups = 1
-    group = inputs // groups
-    sizes = triton.next_power_of_2(groups), triton.next_power_of_2(group)
+    padded = triton.next_power_of_2(inputs)
     if batch:
         launch(
             normalise_kernel, (batch,), x, parts, gate, norm_weight, skipped, skip_weight, out, batch, float(eps),
             x.stride(0), 0 if gate is None else gate.stride(0), 0 if skipped is None else skipped.stride(0),
-            GROUPS=groups, GROUP=group, GROUPS_PADDED=sizes[0], GROUP_PADDED=sizes[1],
-            PARTS=0 if parts is None else len(parts), HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None,
-            HAS_GATE=gate is not None, **dependent(early=True),
-            num_warps=max(1, min(WARPS, sizes[0] * sizes[1] // (32 * THREAD_NUMBERS))),
+            INPUTS=inputs, INPUTS_PADDED=padded, PARTS=0 if parts is None else len(parts), HAS_NORM=norm_weight is not None,
+            HAS_SKIP=skipped is not None, HAS_GATE=gate is not None, **dependent(early=True),
+            num_warps=max(1, min(WARPS, padded // (32 * THREAD_NUMBERS))),
         )  # fmt: skip
     return out
 

@@ -3,7 +3,7 @@
 A program multiplies some rows of the weight by the whole input and sums, so that its time is that of reading the weights. It
 takes up to `FEW` tokens: with kernels of ours for more, a step of 64 sequences was no faster than the plain one.
 
-Shapes: B tokens, I inputs, O outputs, G inputs of a group of the normalisation.
+Shapes: B tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from factorization_memory.ops.runtime.launcher import dependent, launch
 FEW = 4
 """Tokens at most: weights are multiplied by each in turn."""
 MOST_INPUTS = 16384
-"""Inputs of all tokens, with groups padded to powers of two, that `few_kernel` takes: it holds them all."""
+"""Inputs of all tokens, each number padded to a power of two, that `few_kernel` takes: it holds them all."""
 THREAD_BYTES = 256
 """Weights of a thread of `few_kernel` at most: sixteen loads of 16 bytes."""
 PROCESSORS = 132
@@ -62,18 +62,38 @@ def _finished(y, up, first, second, after, GLU: tl.constexpr):
 
 @triton.jit
 def few_kernel(
-    x, weight, bias, norm_weight, skipped, skip_weight, residual, gate, out, eps, x_row, skipped_row, gate_row, residual_row,
+    x,  # [B, I], rows `x_row` apart
+    weight,  # [O, I], with GLU [2 O, I]
+    bias,  # [O], with GLU [2 O]
+    norm_weight,  # [I]
+    skipped,  # [B, I], rows `skipped_row` apart
+    skip_weight,  # [I]
+    residual,  # [B, O], rows `residual_row` apart
+    gate,  # [B, I], rows `gate_row` apart
+    out,  # out: [B, O], rows `out_row` apart
+    eps,
+    x_row,
+    skipped_row,
+    gate_row,
+    residual_row,
     out_row,
-    TOKENS: tl.constexpr, TOKENS_PADDED: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, BO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_SKIP: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, GLU: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """BO outputs of all tokens. Inputs stand as groups, each padded to a power of two."""
-    INPUTS: tl.constexpr = GROUPS * GROUP
-    BI: tl.constexpr = GROUPS_PADDED * GROUP_PADDED
-    place = tl.arange(0, BI)
-    column = place // GROUP_PADDED * GROUP + place % GROUP_PADDED
-    inside = (place % GROUP_PADDED < GROUP) & (place // GROUP_PADDED < GROUPS)
+    TOKENS: tl.constexpr,
+    TOKENS_PADDED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    INPUTS_PADDED: tl.constexpr,
+    BO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    GLU: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """BO outputs of all tokens. Inputs are padded to a power of two."""
+    column = tl.arange(0, INPUTS_PADDED)
+    inside = column < INPUTS
     index = tl.program_id(0) * BO + tl.arange(0, BO)
     known = index < OUTPUTS
     both = known[:, None] & inside[None, :]
@@ -101,9 +121,7 @@ def few_kernel(
     )
     if HAS_NORM:
         scale = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        grouped = tl.reshape(rows, [TOKENS_PADDED, GROUPS_PADDED, GROUP_PADDED])
-        inverse = tl.rsqrt(tl.sum(grouped * grouped, 2) / GROUP + eps)[:, :, None]
-        rows = tl.reshape(grouped * inverse, [TOKENS_PADDED, BI]) * scale
+        rows = rows * tl.rsqrt(tl.sum(rows * rows, 1) / INPUTS + eps)[:, None] * scale
     if HAS_SKIP:
         rows += skip
     if HAS_GATE:
@@ -122,9 +140,9 @@ def few_kernel(
 
 
 @lru_cache(maxsize=1024)
-def most_tokens(inputs: int, norm_groups: int = 1) -> int:
+def most_tokens(inputs: int) -> int:
     """Tokens of so many inputs that `small_linear` takes at most; 0 if it takes none."""
-    padded = triton.next_power_of_2(norm_groups) * triton.next_power_of_2(inputs // norm_groups)
+    padded = triton.next_power_of_2(inputs)
     return max((tokens for tokens in range(1, FEW + 1) if triton.next_power_of_2(tokens) * padded <= MOST_INPUTS), default=0)
 
 
@@ -136,7 +154,6 @@ def small_linear(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
-    norm_groups: int = 1,
     skipped: Tensor | None = None,
     skip_weight: Tensor | None = None,
     residual: Tensor | None = None,
@@ -148,7 +165,7 @@ def small_linear(
     rows) * linear of the others + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
 
     Args:
-        x: `[B, I]`, B up to `most_tokens(I, norm_groups)`, bfloat16 or float32; so are the others, each of its own
+        x: `[B, I]`, B up to `most_tokens(I)`, bfloat16 or float32; so are the others, each of its own
             dtype. Rows may stand apart, numbers of a row not.
         weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as by
             autocast; sums are float32.
@@ -156,7 +173,6 @@ def small_linear(
         bias: as many numbers as `weight` has rows; None for none.
         norm_weight: `[I]`, the weight of an RMS normalisation of x before all else; None for none.
         norm_eps: epsilon of the normalisation.
-        norm_groups: equal parts of the inputs that are normalised each on its own.
         skipped: `[B, I]`, added to the normalised inputs; None for nothing.
         skip_weight: `[I]`, by which it is multiplied; with `skipped` alone.
         residual: `[B, O]`, added to the outputs; None for none.
@@ -171,21 +187,18 @@ def small_linear(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or layout, or more tokens than it takes.
     """
-    _check(x, weight, out, bias, norm_weight, norm_groups, skipped, skip_weight, residual, gate, glu)
+    _check(x, weight, out, bias, norm_weight, skipped, skip_weight, residual, gate, glu)
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return small_linear(
-                x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps, norm_groups=norm_groups,
+                x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps,
                 skipped=skipped, skip_weight=skip_weight, residual=residual, gate=gate, glu=glu, early=early,
             )  # fmt: skip
     tokens, inputs = x.shape
     outputs = out.shape[1]
     if tokens == 0 or outputs == 0:
         return out
-    group = inputs // norm_groups if norm_weight is not None else inputs
-    groups = inputs // group
-    group_padded, groups_padded = triton.next_power_of_2(group), triton.next_power_of_2(groups)
-    padded = groups_padded * group_padded
+    padded = triton.next_power_of_2(inputs)
     tokens_padded = triton.next_power_of_2(tokens)
     halves = 2 if glu else 1
     row_bytes = inputs * weight.element_size() * halves
@@ -198,10 +211,9 @@ def small_linear(
         few_kernel, (triton.cdiv(outputs, rows),), x, weight, bias, norm_weight, skipped, skip_weight, residual, gate, out,
         float(norm_eps), x.stride(0), *(0 if each is None else each.stride(0) for each in (skipped, gate, residual)),
         out.stride(0),
-        TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, GROUPS=groups, GROUP=group,
-        GROUPS_PADDED=groups_padded, GROUP_PADDED=group_padded, BO=rows, HAS_BIAS=bias is not None,
-        HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None, HAS_RESIDUAL=residual is not None,
-        HAS_GATE=gate is not None, GLU=glu, **dependent(early), num_warps=warps,
+        TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, INPUTS=inputs, INPUTS_PADDED=padded, BO=rows,
+        HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None,
+        HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu, **dependent(early), num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -215,7 +227,7 @@ def _rows(most: int, outputs: int, row_bytes: int, input_bytes: int) -> int:
 
 
 def _check(
-    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_groups: int,
+    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
     skipped: Tensor | None, skip_weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, glu: bool,
 ) -> None:  # fmt: skip
     if x.dim() != 2 or weight.dim() != 2 or out.dim() != 2 or x.shape[1] == 0:
@@ -246,7 +258,5 @@ def _check(
         raise ValueError(f"{missing}: got None, takes a tensor where {given} is given")
     if not weight.is_contiguous():
         raise ValueError("weight: is not contiguous; take weight.contiguous()")
-    if norm_groups < 1 or inputs % norm_groups:
-        raise ValueError(f"norm_groups: got {norm_groups}, takes a divisor of I = {inputs}")
-    if tokens > (most := most_tokens(inputs, 1 if norm_weight is None else norm_groups)):
+    if tokens > (most := most_tokens(inputs)):
         raise ValueError(f"x: got {tokens} tokens of {inputs} inputs, takes up to {most}; give fewer at a time")
