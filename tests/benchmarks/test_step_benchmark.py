@@ -94,7 +94,7 @@ def test_what_is_timed_takes_steps_back() -> None:
 
 @pytest.mark.parametrize("fault", ["output", "change", "not finite", "not back", "raises"])
 def test_a_wrong_step_is_not_timed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, back = step_contenders.step_unchecked, step.undo_unchecked
+    right, back = step_contenders.recurrence_step, step.recurrence_undo
 
     def wrong(update: Any, merge: Any, value: Any, state: Any, *rest: Any, **named: Any) -> Any:
         if fault == "raises":
@@ -111,8 +111,8 @@ def test_a_wrong_step_is_not_timed(fault: str, monkeypatch: pytest.MonkeyPatch) 
     def timed(*arguments: Any) -> Any:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(step_contenders, "step_unchecked", wrong)
-    monkeypatch.setattr(step, "undo_unchecked", not_back)
+    monkeypatch.setattr(step_contenders, "recurrence_step", wrong)
+    monkeypatch.setattr(step, "recurrence_undo", not_back)
     monkeypatch.setattr(step, "_measure", timed)
     wanted = {"raises": "RuntimeError: no such kernel", "not back": "does not restore"}.get(fault, fault)
     with pytest.raises(IncorrectBackendError, match=rf"gate is red.* at 1x1x1x8x4.*{wanted}"):

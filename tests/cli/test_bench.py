@@ -194,8 +194,8 @@ def test_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def test_a_wrong_step_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = step_contenders.step_unchecked
-    monkeypatch.setattr(step_contenders, "step_unchecked", lambda update, *rest, **named: right(update * 0.99, *rest, **named))
+    right = step_contenders.recurrence_step
+    monkeypatch.setattr(step_contenders, "recurrence_step", lambda update, *rest, **named: right(update * 0.99, *rest, **named))
     assert dispatch(STEP.split()) == 1
     shown = capsys.readouterr()
     assert shown.out == ""

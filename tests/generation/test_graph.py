@@ -219,7 +219,7 @@ def test_generation_with_graphs_is_generation_without(monkeypatch: pytest.Monkey
     options: dict[str, Any] = {
         "max_tokens": 40, "sampling": SamplingConfig(temperature=3), "num_samples": 6, "stop": ["e", "t", "\x00"],
     }  # fmt: skip
-    monkeypatch.setattr("factorization_memory.generation.graph.obstacle", lambda model: "its bits are other ones")
+    monkeypatch.setattr("factorization_memory.generation.graph.why_unsupported", lambda model: "its bits are other ones")
     graphs = generate_batch(model, TOKENIZER, prompts, **options)
     monkeypatch.setattr("factorization_memory.generation.decode.steps_for", Steps)
     eager = generate_batch(model, TOKENIZER, prompts, **options)

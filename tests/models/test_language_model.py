@@ -220,8 +220,11 @@ def test_padding_is_not_counted(model: LanguageModel, tokens: torch.Tensor) -> N
 
 def test_targets_that_do_not_fit(model: LanguageModel, tokens: torch.Tensor) -> None:
     _, state = model(tokens)
-    with pytest.raises(ValueError, match=r"targets: got a ModelState, takes int64 \[B, T\]; give the state by name, state="):
-        model(tokens, state)
+    assert torch.equal(model(tokens, state)[0], model(tokens, state=state)[0])
+    with pytest.raises(
+        ValueError, match=r"targets: got a ModelState, and state another; give the targets, int64 \[B, T\], first"
+    ):
+        model(tokens, state, state=state)
     with pytest.raises(ValueError, match="targets: got list"):
         model(tokens, tokens.tolist())
     with pytest.raises(ValueError, match=r"targets: got shape \(2, 1\), takes that of the tokens, \(2, 40\)"):

@@ -36,7 +36,7 @@ from factorization_memory.generation.graph import StepGraph, Steps
 from factorization_memory.layers import UndoableMixer
 from factorization_memory.models import LanguageModel, ModelState
 from factorization_memory.models.counting import count, training_memory
-from factorization_memory.models.decoding import obstacle
+from factorization_memory.models.decoding import why_unsupported
 from factorization_memory.models.huggingface import CACHE_NAME
 from factorization_memory.models.pretrained.conversion import from_llama, from_mamba2
 from factorization_memory.models.routing import RoutingHealth, observe_routing
@@ -250,8 +250,8 @@ def test_what_only_memory_has() -> None:
     with pytest.raises(ValueError, match="state: got layers of"):
         model_of(replace(BARE, mixers=("memory",))).keep_undo(state, 3)
     assert [isinstance(block.mixer, UndoableMixer) for block in model.blocks[:2]] == [True, False]
-    assert "attention, mamba2" in (obstacle(model) or "")
-    assert "feed_forward=False" in (obstacle(model_of(replace(BARE, mixers=("memory",)))) or "")
+    assert "attention, mamba2" in (why_unsupported(model) or "")
+    assert "feed_forward=False" in (why_unsupported(model_of(replace(BARE, mixers=("memory",)))) or "")
     with pytest.raises(ValueError, match="attention keeps all it has read"):
         StepGraph(model, 1)
 

@@ -338,7 +338,7 @@ def test_fla_is_not_taken_where_it_would_refuse(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: str, refused: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(ssd_kernels.metadata, "version", lambda name: version)
+    monkeypatch.setattr(ssd_kernels.runtime, "triton_version", lambda: version)
     reason = ssd_kernels.fla_refusal("cuda:0")
     assert (reason is not None) == refused
     assert reason is None or f"Triton {version}" in reason

@@ -14,8 +14,8 @@ from factorization_memory.ops import (
     factorization_memory,
     factorization_memory_step,
     factorization_memory_undo,
-    step_unchecked,
-    undo_unchecked,
+    recurrence_step,
+    recurrence_undo,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,7 +176,7 @@ def test_undo_is_exact_in_any_order_of_steps(data: st.DataObject, backend: str, 
     for _ in range(data.draw(st.integers(1, 8))):
         back = data.draw(st.integers(0, known))
         if back:
-            undo_unchecked(state, aside, rows, None, position, back, backend)
+            recurrence_undo(state, aside, rows, None, position, back, backend)
             position.sub_(back).remainder_(depth)
             del history[-back:]
             known -= back
@@ -184,7 +184,7 @@ def test_undo_is_exact_in_any_order_of_steps(data: st.DataObject, backend: str, 
         update, merge, value, indices = tokens_of(2, 1, 1, states, width, chosen)
         if rows is not None and indices is not None:
             rows.index_copy_(0, position, indices[None])
-        step_unchecked(update, merge, value, state, indices, None, None, aside, position, backend=backend)
+        recurrence_step(update, merge, value, state, indices, None, None, aside, position, backend=backend)
         position.add_(1).remainder_(depth)
         history.append(state.clone())
         known = min(depth, known + 1)

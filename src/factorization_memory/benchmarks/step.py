@@ -35,7 +35,7 @@ from factorization_memory.benchmarks.timing import (
     release,
     summary,
 )
-from factorization_memory.ops import undo_unchecked
+from factorization_memory.ops import recurrence_undo
 from factorization_memory.ops.memory import reference
 
 GATE_STEPS = 3
@@ -187,7 +187,7 @@ def _gate(contender: Contender, dtype: torch.dtype, device: torch.device) -> tup
         "change": _relative_error(state[some].double() - start, truth - start),
     }
     if aside:
-        undo_unchecked(state, aside["undo"], torch.stack(chosen)[:, :, None], None, aside["position"], GATE_STEPS)
+        recurrence_undo(state, aside["undo"], torch.stack(chosen)[:, :, None], None, aside["position"], GATE_STEPS)
     return errors, not aside or torch.equal(state, before)
 
 
@@ -303,7 +303,7 @@ def _taking_back(contender: Contender, tokens: Tokens, memories: Tensor, aside: 
 
     def back() -> None:
         for state, rows, chosen in parts:
-            undo_unchecked(state, rows, chosen, None, position, count)
+            recurrence_undo(state, rows, chosen, None, position, count)
 
     return back
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.timing import FLUSH_BYTES
-from factorization_memory.ops import step_unchecked, why_unsupported
+from factorization_memory.ops import recurrence_step, why_unsupported
 
 MOST_STEPS = 2048
 """Steps in rotation at most: where rows are few and narrow, a cache may hold what these touch."""
@@ -97,7 +97,7 @@ class Tokens:
         """The step of that number on `state` `[B, H, M, D]`, in place; y `[B, H, D]`."""
         chosen = None if self.indices is None else self.indices[number]
         weights = self.update[number], self.merge[number]
-        return step_unchecked(*weights, self.value[number], state, chosen, seed=seed, backend=backend, **undo)
+        return recurrence_step(*weights, self.value[number], state, chosen, seed=seed, backend=backend, **undo)
 
 
 def rounds_at_random(dtype: torch.dtype, device: torch.device) -> bool:

@@ -6,7 +6,8 @@ naming the field, its value and what to do.
 """
 
 from factorization_memory.config.checks import ConfigError
-from factorization_memory.config.model import AttentionConfig, Backend, GatedDeltaNetConfig, Mamba2Config, ModelConfig
+from factorization_memory.config.memory import Backend, MemoryConfig
+from factorization_memory.config.model import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.config.plain import from_dict, suggestion, to_dict
 from factorization_memory.config.retired import RETIRED, is_neutral, without_retired
 from factorization_memory.config.run import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
@@ -19,6 +20,7 @@ __all__ = [
     "DataConfig",
     "GatedDeltaNetConfig",
     "Mamba2Config",
+    "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",

@@ -41,3 +41,8 @@ def require_finite(config: Any, section: str) -> None:
         numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
         finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
         require(finite, f"{section}.{f.name}", value, "use a finite number")
+
+
+def require_width(field: str, value: object, width: float) -> None:
+    """Raise ConfigError unless a weight may be as wide as `value` of `field` makes it."""
+    require(width <= LARGEST_WIDTH, field, value, f"makes a weight of width {width:,.0f}; use one of {LARGEST_WIDTH:,} or less")

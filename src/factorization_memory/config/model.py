@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass, field
-from typing import Literal
 
 from factorization_memory.config.checks import (
     LARGEST,
@@ -15,11 +13,10 @@ from factorization_memory.config.checks import (
     require,
     require_at_most,
     require_finite,
+    require_width,
 )
+from factorization_memory.config.memory import MemoryConfig
 from factorization_memory.config.mixers import MixerChoice, add_mixer_choice, mixer_choice, mixer_names
-
-Rates = Literal["head", "state"]
-Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
 
 
 @dataclass(frozen=True)
@@ -114,14 +111,11 @@ class GatedDeltaNetConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A language model. Fields that the paper leaves open are marked "silent"; docs/method.md says how each
-    was settled."""
+class ModelConfig(MemoryConfig):
+    """A language model: the fields of its memory layers, and those below."""
 
     vocab_size: int = 0
     """Number of token ids; 0 takes the tokenizer's when a run starts."""
-    hidden_size: int = 256
-    """Width d of the residual stream."""
     num_layers: int = 4
     """Number of blocks, each a layer that mixes tokens (see `mixers`) and, unless told otherwise, a feed-forward layer."""
     intermediate_size: int = 0
@@ -137,96 +131,25 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     """Multiplies the embeddings where they enter the blocks, not in a tied output head. They start at a standard deviation of
     0.02, what blocks add to them near 1: a multiplier of 50 makes both of one size."""
-    norm_eps: float = 1e-6
-    """Added to the mean square under every RMSNorm's root."""
-
-    num_states: int = 64
-    """M: memory states of each head."""
-    top_k: int | None = None
-    """K: states each token updates and reads; None is the dense form (all M)."""
-    num_heads: int = 1
-    """H: independent memories side by side, each with its own affinities over M states; the paper has 1."""
-    expand: float = 2.0
-    """D / d: total width of the memory's values over hidden_size (silent)."""
-    temperature: float = 1.0
-    """Divides the affinity logits before the softmax (silent)."""
-    affinity_init: float = 1.0
-    """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
-    update_lag: int = 0
-    """How many tokens back a token takes the affinities it writes with: 0, its own (the paper); 1, the previous token's, so
-    that a later occurrence of that token finds what followed it (the associative form, see docs/method.md)."""
-    rates: Rates = "state"
-    """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
-    update_rate_init: tuple[float, float] = (0.05, 0.95)
-    """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
-    conv_size: int = 0
-    """Taps of a causal depthwise convolution of the values, followed by SiLU; 0 for none (an addition to the paper)."""
-    value_skip: bool = False
-    """Whether each token's own values, each times a learned number, are added to the normalised merged vector, as Mamba-2 adds
-    them (an addition to the paper)."""
-    output_gate: bool = False
-    """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """The attention layers, if `mixers` has any."""
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
     """The Mamba-2 layers, if `mixers` has any."""
     gated_deltanet: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
     """The Gated DeltaNet layers, if `mixers` has any."""
-    backend: Backend = "auto"
-    """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
 
     def __post_init__(self) -> None:
-        for name in ("mixers", "update_rate_init"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        require_finite(self, "model")
-        require_at_most(self, "model", LARGEST, "hidden_size", "intermediate_size", "num_heads", "conv_size")
-        require_at_most(self, "model", LARGEST_WIDTH, "num_states")
+        if isinstance(self.mixers, list):
+            object.__setattr__(self, "mixers", tuple(self.mixers))
+        super().__post_init__()
+        require_at_most(self, "model", LARGEST, "intermediate_size")
         require_at_most(self, "model", MOST_LAYERS, "num_layers")
         require_at_most(self, "model", MOST_TOKENS, "vocab_size")
-        backends = typing.get_args(Backend)
-        require(self.backend in backends, "model.backend", self.backend, f"use one of {', '.join(map(repr, backends))}")
-        rates = typing.get_args(Rates)
-        require(self.rates in rates, "model.rates", self.rates, f"use one of {', '.join(map(repr, rates))}")
         require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "use 0 (the tokenizer's size) or more")
-        for name in ("hidden_size", "num_layers", "num_states", "num_heads"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
+        require(self.num_layers >= 1, "model.num_layers", self.num_layers, "use 1 or more")
         require(self.intermediate_size >= 0, "model.intermediate_size", self.intermediate_size, "use 0 (automatic) or more")
-        require(self.expand > 0, "model.expand", self.expand, "use a positive ratio")
-        width = self.expand * self.hidden_size
-        require(
-            float(width).is_integer() and int(width) % self.num_heads == 0,
-            "model.num_heads",
-            self.num_heads,
-            f"must divide the value width expand * hidden_size = {width:g}",
-        )
-        for name, value, width in (
-            ("num_states", self.num_states, self.num_heads * self.num_states),
-            ("expand", self.expand, self.expand * self.hidden_size),
-            ("mamba2.expand", self.mamba2.expand, self.mamba2.expand * self.hidden_size),
-        ):
-            remedy = f"makes a weight of width {width:,.0f}; use one of {LARGEST_WIDTH:,} or less"
-            require(width <= LARGEST_WIDTH, f"model.{name}", value, remedy)
-        if self.top_k is not None:
-            require(
-                1 <= self.top_k <= self.num_states,
-                "model.top_k",
-                self.top_k,
-                f"use 1 to num_states={self.num_states}, or none for the dense form",
-            )
-        lag = self.update_lag
-        whole = isinstance(lag, int) and not isinstance(lag, bool)
-        require(
-            whole and lag >= 0, "model.update_lag", lag, "use 0 (the paper's form), 1 (the associative form), or more tokens"
-        )
-        require_at_most(self, "model", LARGEST, "update_lag")
-        require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
-        require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")
-        low, high = self.update_rate_init
-        require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
-        require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
+        require_width("model.mamba2.expand", self.mamba2.expand, self.mamba2.expand * self.hidden_size)
         require(self.embedding_multiplier > 0, "model.embedding_multiplier", self.embedding_multiplier, "use a positive number")
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
         require(len(self.mixers) > 0, "model.mixers", self.mixers, f"use one or more of {', '.join(map(repr, mixer_names()))}")
         for place, mixer in enumerate(self.mixers):
             choice = mixer_choice(mixer)
@@ -260,11 +183,6 @@ class ModelConfig:
         sizes = self.gated_deltanet
         heads = sizes.num_heads or max(1, round(0.75 * self.hidden_size / sizes.head_size))
         return heads, sizes.num_value_heads or heads
-
-    @property
-    def value_size(self) -> int:
-        """D: total width of the values over all heads."""
-        return int(self.expand * self.hidden_size)
 
     @property
     def feed_forward_size(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from factorization_memory.layers import MIXERS
 from factorization_memory.layers.calling import why_any_called
-from factorization_memory.models.decoding import DecodingModel, obstacle
+from factorization_memory.models.decoding import DecodingModel, why_unsupported
 
 if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel, ModelState
@@ -144,7 +144,7 @@ class StepGraph(Steps):
         autocast = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
-        self.fused = fused and not torch.is_autocast_enabled("cuda") and obstacle(self.model) is None
+        self.fused = fused and not torch.is_autocast_enabled("cuda") and why_unsupported(self.model) is None
         # Kept: the graph reads the weights that a DecodingModel has copied.
         self._step = step = DecodingModel(self.model).step if self.fused else self.model.step
         stream = torch.cuda.Stream(device)

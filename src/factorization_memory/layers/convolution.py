@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from factorization_memory.layers.calling import device_of
-from factorization_memory.ops.convolution import convolution_unchecked, last_inputs, window_convolution
+from factorization_memory.ops.convolution import convolve, last_inputs, window_convolution
 
 
 class CausalConvolution(nn.Module):
@@ -70,12 +70,12 @@ class CausalConvolution(nn.Module):
         if tail is not None:
             self.check_tail(tail, "tail", len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
         if padding_mask is None:
-            y = convolution_unchecked(x, self.weight, self.bias, tail, cu_seqlens, backend)
+            y = convolve(x, self.weight, self.bias, tail, cu_seqlens, backend)
             return y, last_inputs(x, self.taps, tail, cu_seqlens) if keep_tail else None
         # Real tokens first, in their order; the padding behind them is convolved too, but goes nowhere.
         places = (~padding_mask).to(torch.int8).argsort(dim=1, stable=True)[..., None].expand_as(x)
         x = x.gather(1, places)
-        y = convolution_unchecked(x, self.weight, self.bias, tail, None, backend)
+        y = convolve(x, self.weight, self.bias, tail, None, backend)
         y = torch.zeros_like(y).scatter(1, places, y)
         if not keep_tail:
             return y, None

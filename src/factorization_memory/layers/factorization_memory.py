@@ -6,6 +6,7 @@ head, L lag of updates, N packed sequences.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from factorization_memory import ops
-from factorization_memory.config import Backend, ModelConfig
+from factorization_memory.config import Backend, MemoryConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.decoding import DecodingParts
@@ -76,9 +77,9 @@ class FactorizationMemory(nn.Module):
         *,
         update_lag: int = 0,
         temperature: float = 1.0,
-        affinity_init: float = ModelConfig.affinity_init,
+        affinity_init: float = MemoryConfig.affinity_init,
         rates: Literal["head", "state"] = "state",
-        update_rate_init: tuple[float, float] = ModelConfig.update_rate_init,
+        update_rate_init: tuple[float, float] = MemoryConfig.update_rate_init,
         conv_size: int = 0,
         value_skip: bool = False,
         output_gate: bool = False,
@@ -86,8 +87,7 @@ class FactorizationMemory(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        # One place checks these fields, for the layer alone as for a whole model.
-        config = ModelConfig(
+        self.config = config = MemoryConfig(
             hidden_size=hidden_size, num_states=num_states, top_k=top_k, num_heads=num_heads, expand=expand,
             update_lag=update_lag, temperature=temperature, affinity_init=affinity_init, rates=rates,
             update_rate_init=update_rate_init, conv_size=conv_size, value_skip=value_skip, output_gate=output_gate,
@@ -96,10 +96,8 @@ class FactorizationMemory(nn.Module):
         self.hidden_size, self.num_states, self.num_heads = hidden_size, num_states, num_heads
         self.top_k = None if top_k == num_states else top_k
         self.head_size = config.value_size // num_heads
-        self.update_lag, self.temperature = update_lag, temperature
         self.rates_per_head = num_states if rates == "state" else 1
-        self.affinity_init, self.update_rate_init = affinity_init, update_rate_init
-        self.norm_eps, self.backend = norm_eps, backend
+        self.update_lag, self.backend = update_lag, backend
 
         self.affinity = nn.Linear(hidden_size, num_heads * num_states, bias=False)
         self.update_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head)
@@ -123,21 +121,16 @@ class FactorizationMemory(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> FactorizationMemory:
-        """The layer of a model's configuration."""
-        return cls(
-            config.hidden_size, config.num_states, config.top_k, config.num_heads, config.expand,
-            update_lag=config.update_lag, temperature=config.temperature, affinity_init=config.affinity_init,
-            rates=config.rates, update_rate_init=config.update_rate_init, conv_size=config.conv_size,
-            value_skip=config.value_skip, output_gate=config.output_gate, norm_eps=config.norm_eps, backend=config.backend,
-        )  # fmt: skip
+    def from_config(cls, config: MemoryConfig) -> FactorizationMemory:
+        """The layer of a configuration, which may be a whole model's."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MemoryConfig)})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial weights. Routing starts as sharp as `affinity_init` says, and update rates spread over the states, so that
         memory has many time scales from the first step (docs/method.md has the measurements)."""
         scale = self.hidden_size**-0.5
-        nn.init.normal_(self.affinity.weight, std=self.affinity_init * scale)
+        nn.init.normal_(self.affinity.weight, std=self.config.affinity_init * scale)
         for projection in (self.value, self.gate):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=scale)
@@ -145,7 +138,7 @@ class FactorizationMemory(nn.Module):
         for rate in (self.update_rate, self.merge_rate):
             nn.init.normal_(rate.weight, std=0.1 * scale)
             nn.init.zeros_(rate.bias)
-        low, high = (math.log(rate / (1 - rate)) for rate in self.update_rate_init)
+        low, high = (math.log(rate / (1 - rate)) for rate in self.config.update_rate_init)
         count = self.rates_per_head if self.rates_per_head > 1 else self.num_heads
         spread = torch.linspace(low, high, count) if count > 1 else torch.tensor([(low + high) / 2])
         self.update_rate.bias.copy_(spread if self.rates_per_head == 1 else spread.repeat(self.num_heads))
@@ -188,7 +181,7 @@ class FactorizationMemory(nn.Module):
         logits, update_logits, merge_logits = project(x, self.num_heads, self.affinity, self.update_rate, self.merge_rate)
         own_update = None if self.update_lag else update_logits
         affinity, update, merge, indices = route(
-            logits, own_update, merge_logits, self.top_k, self.temperature, self._backend_beside()
+            logits, own_update, merge_logits, self.top_k, self.config.temperature, self._backend_beside()
         )
         update_indices, last_affinity, last_indices = indices, None, None
         if self.update_lag:
@@ -247,7 +240,7 @@ class FactorizationMemory(nn.Module):
         if self.observer is not None:
             self.observer(routing)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
-        y, memory = ops.recurrence_unchecked(
+        y, memory = ops.recurrence(
             routing.update, routing.merge, value, routing.update_indices, routing.merge_indices, self.num_states,
             None if state is None else state.memory, keep_state, cu_seqlens, self.backend,
         )  # fmt: skip
@@ -274,7 +267,7 @@ class FactorizationMemory(nn.Module):
     ) -> Tensor:
         """One token's routing and recurrence, from logits `[B, H, M]` (of rates `[B, H, R]`) and values `[B, H, D]` to its
         merged vectors `[B, H, D]`; `state` is updated in place."""
-        backend, options = self._backend_beside(), (self.top_k, self.temperature)
+        backend, options = self._backend_beside(), (self.top_k, self.config.temperature)
         if self.update_lag:
             assert state.affinity is not None, "see check_state"
             update, merge, update_indices, indices = route_step(
@@ -288,7 +281,7 @@ class FactorizationMemory(nn.Module):
         if state.undo is not None:
             state.undo.put_aside_selection(update_indices)
             rows, position = state.undo.rows, state.undo.position
-        return ops.step_unchecked(
+        return ops.recurrence_step(
             update, merge, value, state.memory, update_indices, None if indices is update_indices else indices, undo=rows,
             position=position, backend=self.backend,
         )  # fmt: skip
@@ -305,10 +298,10 @@ class FactorizationMemory(nn.Module):
             has_gate=self.gate is not None,
             convolution=None if self.convolution is None else (self.convolution.weight, self.convolution.bias),
             dense=self.top_k is None and not self.update_lag,
-            temperature=self.temperature,
+            temperature=self.config.temperature,
             step_memory=self.step_memory,
             norm_weight=self.norm_weight,
-            norm_eps=self.norm_eps,
+            norm_eps=self.config.norm_eps,
             skip=self.skip,
             output_weight=self.output.weight,
         )
@@ -362,7 +355,7 @@ class FactorizationMemory(nn.Module):
     def _output(self, y: Tensor, x: Tensor, value: Tensor) -> Tensor:
         """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, with the token's own values
         `[..., H, D]` added, gated, projected."""
-        y = rms_norm(y.flatten(-2), self.norm_weight.to(y.dtype), self.norm_eps)
+        y = rms_norm(y.flatten(-2), self.norm_weight.to(y.dtype), self.config.norm_eps)
         if self.skip is not None:
             y = y + value.flatten(-2) * self.skip.to(y.dtype)
         if self.gate is not None:

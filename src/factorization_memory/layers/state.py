@@ -127,7 +127,7 @@ class Undo:
     def roll_back(self, state: LayerState, steps: int) -> None:
         """Take the last steps back; `position` still stands after them."""
         chosen = None if self.indices is None else self.indices[:, :, None]
-        ops.undo_unchecked(state.memory, self.rows[:, :, None], chosen, None, self.position, steps)
+        ops.recurrence_undo(state.memory, self.rows[:, :, None], chosen, None, self.position, steps)
         place = (self.position - steps) % len(self.rows)
         for ring, tensor in zip(self.rest, state.rest(), strict=True):
             tensor.copy_(ring.index_select(0, place)[0])

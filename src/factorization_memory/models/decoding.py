@@ -48,7 +48,7 @@ class DecodingModel:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        if (reason := obstacle(model)) is not None:
+        if (reason := why_unsupported(model)) is not None:
             raise ValueError(f"model: {reason}; use LanguageModel.step")
         from factorization_memory.ops.decoding.small_linear import most_tokens
 
@@ -81,7 +81,7 @@ class DecodingModel:
         return logits, state
 
 
-def obstacle(model: LanguageModel) -> str | None:
+def why_unsupported(model: LanguageModel) -> str | None:
     """Why a model has no such form, or not on its device; None if it has."""
     config = model.config
     others = sorted({mixer for mixer in config.layer_mixers if mixer != "memory"})
@@ -106,8 +106,8 @@ class _DecodingBlock:
         from factorization_memory.ops.decoding.small_linear import most_tokens
 
         mixer, feed_forward, feed_forward_norm = block.mixer, block.feed_forward, block.feed_forward_norm
-        assert isinstance(mixer, FactorizationMemory), "see obstacle"
-        assert feed_forward is not None, "see obstacle"
+        assert isinstance(mixer, FactorizationMemory), "see why_unsupported"
+        assert feed_forward is not None, "see why_unsupported"
         assert feed_forward_norm is not None
         self.mixer, self.mixer_norm = mixer.decoding_parts(), block.mixer_norm
         self.feed_forward, self.feed_forward_norm = feed_forward, feed_forward_norm

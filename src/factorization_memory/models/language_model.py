@@ -91,7 +91,7 @@ class LanguageModel(Backbone):
     def forward(
         self,
         tokens: Tensor,
-        targets: Tensor | None = None,
+        targets: Tensor | ModelState | None = None,
         *,
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
@@ -107,7 +107,8 @@ class LanguageModel(Backbone):
 
         Args:
             tokens: int64 `[B, T]`.
-            targets: int64 `[B, T]`, the token after each; -100 where there is none.
+            targets: int64 `[B, T]`, the token after each; -100 where there is none. A state in its place, as layers take
+                theirs, is `state`.
             state: where the sequences stand (N of them with `cu_seqlens`); None begins anew. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False for padding, which leaves the state as it is.
@@ -125,7 +126,9 @@ class LanguageModel(Backbone):
             ValueError: an argument that does not fit, or an empty sequence with `last_only`.
         """
         if isinstance(targets, ModelState):
-            raise ValueError("targets: got a ModelState, takes int64 [B, T]; give the state by name, state=...")
+            if state is not None:
+                raise ValueError("targets: got a ModelState, and state another; give the targets, int64 [B, T], first")
+            targets, state = None, targets
         check_tensors(tokens=tokens, targets=targets, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(f"targets: got shape {tuple(targets.shape)}, takes that of the tokens, {tuple(tokens.shape)}")

@@ -3,13 +3,13 @@ What other rooms use of the recurrence can be had from here.
 """
 
 from factorization_memory.ops.arguments import check_borders, check_state, check_tensors, read_borders
-from factorization_memory.ops.memory import factorization_memory, recurrence_unchecked
+from factorization_memory.ops.memory import factorization_memory, recurrence
 from factorization_memory.ops.memory.backends import BACKEND_NAMES, BACKENDS, over_states
 from factorization_memory.ops.memory.step import (
     factorization_memory_step,
     factorization_memory_undo,
-    step_unchecked,
-    undo_unchecked,
+    recurrence_step,
+    recurrence_undo,
 )
 from factorization_memory.ops.runtime import why_unsupported
 
@@ -24,8 +24,8 @@ __all__ = [
     "factorization_memory_undo",
     "over_states",
     "read_borders",
-    "recurrence_unchecked",
-    "step_unchecked",
-    "undo_unchecked",
+    "recurrence",
+    "recurrence_step",
+    "recurrence_undo",
     "why_unsupported",
 ]

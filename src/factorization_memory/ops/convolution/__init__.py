@@ -15,7 +15,7 @@ from factorization_memory.ops.arguments import check_borders
 from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.runtime.backends import Backend, choose
 
-MOST_TAPS = 4
+MAX_TAPS = 4
 """Taps that the kernels are written for, or fewer."""
 
 
@@ -47,12 +47,10 @@ def causal_convolution(
             here; names the argument, what it got and what it takes.
     """
     _check(x, weight, bias, tail, cu_seqlens)
-    return convolution_unchecked(x, weight, bias, tail, cu_seqlens, backend)
+    return convolve(x, weight, bias, tail, cu_seqlens, backend)
 
 
-def convolution_unchecked(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, backend: str
-) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, backend: str) -> Tensor:
     """`causal_convolution` of arguments that are known to fit: of borders in particular, which a GPU would be waited for."""
     if tail is not None:
         tail = tail.to(x.dtype)
@@ -60,10 +58,10 @@ def convolution_unchecked(
 
 
 def _by_kernels(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    from factorization_memory.ops.convolution.kernels import convolve
+    from factorization_memory.ops.convolution import kernels
 
     positions, sequences = (None, None) if cu_seqlens is None else _places(x, cu_seqlens, tail is not None)
-    return convolve(x, weight, bias, tail, positions, sequences)
+    return kernels.convolve(x, weight, bias, tail, positions, sequences)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -167,8 +165,8 @@ def _shifted(x: Tensor, taps: int) -> list[Tensor]:
 
 def _why_unsupported(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
     """Why the kernels cannot compute; None if they can."""
-    if len(weight) > MOST_TAPS:
-        return f"weight has {len(weight)} taps, the kernels take up to {MOST_TAPS}"
+    if len(weight) > MAX_TAPS:
+        return f"weight has {len(weight)} taps, the kernels take up to {MAX_TAPS}"
     if tail is not None and tail.requires_grad and torch.is_grad_enabled():
         return "tail requires a gradient, which the kernels do not compute"
     return runtime.why_unsupported(x, "x")

@@ -1,7 +1,7 @@
 """A linear layer of few tokens, as in decoding, with what stands around it, in one kernel.
 
 A program multiplies some rows of the weight by the whole input and sums, so that its time is that of reading the weights. It
-takes up to `FEW` tokens: with kernels of ours for more, a step of 64 sequences was no faster than the plain one.
+takes up to `MAX_TOKENS` tokens: with kernels of ours for more, a step of 64 sequences was no faster than the plain one.
 
 Shapes: B tokens, I inputs, O outputs.
 """
@@ -16,16 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from factorization_memory.ops.runtime import processor_count
 from factorization_memory.ops.runtime.launcher import dependent, launch
 
-FEW = 4
+MAX_TOKENS = 4
 """Tokens at most: weights are multiplied by each in turn."""
-MOST_INPUTS = 16384
+MAX_INPUTS = 16384
 """Inputs of all tokens, each number padded to a power of two, that `few_kernel` takes: it holds them all."""
-THREAD_BYTES = 256
+MAX_THREAD_BYTES = 256
 """Weights of a thread of `few_kernel` at most: sixteen loads of 16 bytes."""
-PROCESSORS = 132
-"""Of the GPU over which outputs are spread (H100, H200)."""
 
 
 @triton.jit
@@ -143,7 +142,9 @@ def few_kernel(
 def most_tokens(inputs: int) -> int:
     """Tokens of so many inputs that `small_linear` takes at most; 0 if it takes none."""
     padded = triton.next_power_of_2(inputs)
-    return max((tokens for tokens in range(1, FEW + 1) if triton.next_power_of_2(tokens) * padded <= MOST_INPUTS), default=0)
+    return max(
+        (tokens for tokens in range(1, MAX_TOKENS + 1) if triton.next_power_of_2(tokens) * padded <= MAX_INPUTS), default=0
+    )
 
 
 def small_linear(
@@ -205,8 +206,8 @@ def small_linear(
     token_bytes = inputs * sum(each.element_size() for each in (x, skipped, gate) if each is not None)
     norm_bytes = inputs * sum(each.element_size() for each in (norm_weight, skip_weight) if each is not None)
     warps = min(8, max(1, padded // 256))
-    most = max(1, THREAD_BYTES * 32 * warps // (padded * weight.element_size() * halves))
-    rows = _rows(most, outputs, row_bytes, tokens * token_bytes + norm_bytes)
+    most = max(1, MAX_THREAD_BYTES * 32 * warps // (padded * weight.element_size() * halves))
+    rows = _rows(most, outputs, row_bytes, tokens * token_bytes + norm_bytes, processor_count(x.device))
     launch(
         few_kernel, (triton.cdiv(outputs, rows),), x, weight, bias, norm_weight, skipped, skip_weight, residual, gate, out,
         float(norm_eps), x.stride(0), *(0 if each is None else each.stride(0) for each in (skipped, gate, residual)),
@@ -219,11 +220,11 @@ def small_linear(
 
 
 @lru_cache(maxsize=1024)
-def _rows(most: int, outputs: int, row_bytes: int, input_bytes: int) -> int:
+def _rows(most: int, outputs: int, row_bytes: int, input_bytes: int, processors: int) -> int:
     """Outputs of a program, a power of two up to `most`, so that the busiest processor reads the fewest bytes: few
     are spread unevenly and read the input often, many leave processors idle."""
     choices = [1 << i for i in range(most.bit_length())]
-    return min(choices, key=lambda rows: -(-outputs // (rows * PROCESSORS)) * (rows * row_bytes + input_bytes))
+    return min(choices, key=lambda rows: -(-outputs // (rows * processors)) * (rows * row_bytes + input_bytes))
 
 
 def _check(

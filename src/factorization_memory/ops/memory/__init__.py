@@ -67,12 +67,12 @@ def factorization_memory(
     for name, chosen in (("indices", indices), ("merge_indices", merge_indices)):
         if chosen is not None and not torch.compiler.is_compiling() and not _capturing(chosen):
             check_indices(chosen, states, name)
-    return recurrence_unchecked(
+    return recurrence(
         update, merge, value, indices, merge_indices, states, initial_state, output_final_state, cu_seqlens, backend
     )
 
 
-def recurrence_unchecked(
+def recurrence(
     update: Tensor,
     merge: Tensor,
     value: Tensor,

@@ -90,7 +90,7 @@ def factorization_memory_step(
         raise ValueError(f"seed: got {got}, takes int64 (1,) on {state.device}")
     if seed is not None and _choose(backend, value, indices, merge_indices, states).family != "triton":
         raise ValueError("seed: only Triton kernels round at random, and they do not run here; use a float32 state")
-    y = step_unchecked(update, merge, value, state, indices, merge_indices, places, undo, seed=seed, backend=backend)
+    y = recurrence_step(update, merge, value, state, indices, merge_indices, places, undo, seed=seed, backend=backend)
     return y, state
 
 
@@ -139,7 +139,7 @@ def factorization_memory_undo(
         raise ValueError(f"undo: got {batch} sequences, takes those of state, {state.shape[0]}, or the step's places")
     rows = undo if undo.dim() == 5 else undo[:, None]
     chosen_states = None if indices is None else indices.reshape(rows.shape[:-1])[None]
-    undo_unchecked(state, rows[None], chosen_states, places, state.new_zeros(1, dtype=torch.int64), 1, backend)
+    recurrence_undo(state, rows[None], chosen_states, places, state.new_zeros(1, dtype=torch.int64), 1, backend)
     return state
 
 
@@ -150,7 +150,7 @@ def _choose(
 
 
 @torch.no_grad()
-def step_unchecked(
+def recurrence_step(
     update: Tensor,
     merge: Tensor,
     value: Tensor,
@@ -180,7 +180,7 @@ def step_unchecked(
 
 
 @torch.no_grad()
-def undo_unchecked(
+def recurrence_undo(
     state: Tensor,
     undo: Tensor,
     indices: Tensor | None,

@@ -23,9 +23,9 @@ from torch import Tensor
 from factorization_memory.ops import runtime
 from factorization_memory.ops.runtime.backends import Backend, choose
 
-FEW = 2048
-"""Logits that are sorted faster than they are made into keys."""
-MOST_STATES, MOST_SELECTED = 16384, 256
+MAX_SORTED_LOGITS = 2048
+"""Logits up to which sorting them is faster than making them into keys."""
+MAX_STATES, MAX_SELECTED = 16384, 256
 """M and K up to which the kernels route."""
 
 
@@ -172,7 +172,7 @@ def _plain(
 
 def _largest(logits: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest logits of the last dimension, the lower index first among equals."""
-    few = not torch.compiler.is_compiling() and logits.numel() <= FEW  # one graph serves few and many
+    few = not torch.compiler.is_compiling() and logits.numel() <= MAX_SORTED_LOGITS  # one graph serves few and many
     if logits.dtype == torch.float64 or few:
         logits = (logits + 0.0).masked_fill(logits.isnan(), torch.nan)  # zero has one sign, and so has NaN
         return torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :count]
@@ -190,8 +190,8 @@ def _why_unsupported(
     """Why the kernels cannot route; None if they can."""
     if top_k is None:
         return "top_k is None, and the kernels are for a selection"
-    if affinity_logits.shape[-1] > MOST_STATES or top_k > MOST_SELECTED:
-        return f"M = {affinity_logits.shape[-1]} and top_k = {top_k}, the kernels take up to {MOST_STATES} and {MOST_SELECTED}"
+    if affinity_logits.shape[-1] > MAX_STATES or top_k > MAX_SELECTED:
+        return f"M = {affinity_logits.shape[-1]} and top_k = {top_k}, the kernels take up to {MAX_STATES} and {MAX_SELECTED}"
     named = {"affinity_logits": affinity_logits, "update_logits": update_logits, "merge_logits": merge_logits}
     for name, logits in named.items():
         if logits is not None and (reason := runtime.why_unsupported(logits, name)) is not None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = (3, 6)
+H200_PROCESSORS = 132
+OLDEST_TRITON = (3, 6)
 """The oldest Triton that compiles the kernels."""
 CAPABILITIES = (9, 10)
 """Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
@@ -44,11 +45,11 @@ def _why_not_on(argument: str, name: str) -> str | None:
 @lru_cache(maxsize=64)
 def _why_not(argument: str, name: str, in_python: bool) -> str | None:
     device = torch.device(name)
-    version = _version()
+    version = triton_version()
     if version is None:
         return "Triton is not installed (pip install triton)"
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < VERSION:
-        return f"Triton is {version}, the kernels need {'.'.join(map(str, VERSION))} or newer"
+    if version_numbers(version) < OLDEST_TRITON:
+        return f"Triton is {version}, the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
     if device.type == "cpu":
         if in_python:
             return None
@@ -62,7 +63,8 @@ def _why_not(argument: str, name: str, in_python: bool) -> str | None:
     return None
 
 
-def _version() -> str | None:
+def triton_version() -> str | None:
+    """The version of Triton that is installed; None if none is."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -72,6 +74,17 @@ def _version() -> str | None:
     import triton  # a build of another name
 
     return getattr(triton, "__version__", None)
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare: `(3, 7, 1)` of "3.7.1+git"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+@lru_cache(maxsize=64)
+def processor_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; those of an H200 where kernels are interpreted on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else H200_PROCESSORS
 
 
 def on_device_of(operator: Callable[..., Any]) -> Callable[..., Any]:

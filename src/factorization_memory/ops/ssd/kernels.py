@@ -7,16 +7,15 @@ Under `torch.compile` they are an operator, as neither can be traced; its backwa
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from factorization_memory.ops import runtime
 from factorization_memory.ops.autograd import call_once_differentiable, once_differentiable
 from factorization_memory.ops.precision import no_autocast
 from factorization_memory.ops.ssd.chunked import log_decays
@@ -53,12 +52,8 @@ def fla_refusal(device: str) -> str | None:
     """Why fla would refuse to run, which it says only when it computes gradients; None if it does not."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return None
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if (3, 4, 0) <= numbers < FLA_HOPPER_TRITON:
+    version = runtime.triton_version()
+    if version is not None and (3, 4, 0) <= runtime.version_numbers(version) < FLA_HOPPER_TRITON:
         return f"its gradients are wrong on this GPU with Triton {version}; pip install 'triton>=3.7.1'"
     return None
 

@@ -1,0 +1,104 @@
+"""The choices of a memory layer."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+from factorization_memory.config.checks import (
+    LARGEST,
+    LARGEST_WIDTH,
+    require,
+    require_at_most,
+    require_finite,
+    require_width,
+)
+
+Rates = Literal["head", "state"]
+Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """A memory layer. Fields that the paper leaves open are marked "silent"; docs/method.md says how each was settled."""
+
+    hidden_size: int = 256
+    """Width d of the residual stream."""
+    num_states: int = 64
+    """M: memory states of each head."""
+    top_k: int | None = None
+    """K: states each token updates and reads; None is the dense form (all M)."""
+    num_heads: int = 1
+    """H: independent memories side by side, each with its own affinities over M states; the paper has 1."""
+    expand: float = 2.0
+    """D / d: total width of the memory's values over hidden_size (silent)."""
+    temperature: float = 1.0
+    """Divides the affinity logits before the softmax (silent)."""
+    affinity_init: float = 1.0
+    """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
+    update_lag: int = 0
+    """How many tokens back a token takes the affinities it writes with: 0, its own (the paper); 1, the previous token's, so
+    that a later occurrence of that token finds what followed it (the associative form, see docs/method.md)."""
+    rates: Rates = "state"
+    """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
+    update_rate_init: tuple[float, float] = (0.05, 0.95)
+    """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
+    conv_size: int = 0
+    """Taps of a causal depthwise convolution of the values, followed by SiLU; 0 for none (an addition to the paper)."""
+    value_skip: bool = False
+    """Whether each token's own values, each times a learned number, are added to the normalised merged vector, as Mamba-2 adds
+    them (an addition to the paper)."""
+    output_gate: bool = False
+    """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square under every RMSNorm's root."""
+    backend: Backend = "auto"
+    """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.update_rate_init, list):
+            object.__setattr__(self, "update_rate_init", tuple(self.update_rate_init))
+        require_finite(self, "model")
+        require_at_most(self, "model", LARGEST, "hidden_size", "num_heads", "conv_size")
+        require_at_most(self, "model", LARGEST_WIDTH, "num_states")
+        backends = typing.get_args(Backend)
+        require(self.backend in backends, "model.backend", self.backend, f"use one of {', '.join(map(repr, backends))}")
+        rates = typing.get_args(Rates)
+        require(self.rates in rates, "model.rates", self.rates, f"use one of {', '.join(map(repr, rates))}")
+        for name in ("hidden_size", "num_states", "num_heads"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
+        require(self.expand > 0, "model.expand", self.expand, "use a positive ratio")
+        width = self.expand * self.hidden_size
+        require(
+            float(width).is_integer() and int(width) % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"must divide the value width expand * hidden_size = {width:g}",
+        )
+        require_width("model.num_states", self.num_states, self.num_heads * self.num_states)
+        require_width("model.expand", self.expand, width)
+        if self.top_k is not None:
+            require(
+                1 <= self.top_k <= self.num_states,
+                "model.top_k",
+                self.top_k,
+                f"use 1 to num_states={self.num_states}, or none for the dense form",
+            )
+        lag = self.update_lag
+        whole = isinstance(lag, int) and not isinstance(lag, bool)
+        require(
+            whole and lag >= 0, "model.update_lag", lag, "use 0 (the paper's form), 1 (the associative form), or more tokens"
+        )
+        require_at_most(self, "model", LARGEST, "update_lag")
+        require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
+        require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")
+        low, high = self.update_rate_init
+        require(0 < low <= high < 1, "model.update_rate_init", self.update_rate_init, "use 0 < first <= last < 1")
+        require(self.conv_size >= 0, "model.conv_size", self.conv_size, "use 0 (none) or a number of taps")
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "use a small positive number")
+
+    @property
+    def value_size(self) -> int:
+        """D: total width of the values over all heads."""
+        return int(self.expand * self.hidden_size)
