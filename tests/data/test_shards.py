@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from factorization_memory.data import shards, verification
+from factorization_memory.data import manifest, packer, verification
 from factorization_memory.data.corpora import CorpusError, builtin_corpus
+from factorization_memory.data.manifest import fingerprint_of
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
 
@@ -158,7 +159,7 @@ class TestPack:
             assert len(corpus.sources) == 60
             read = [text for name in corpus.sources for split in ("train", "validation") for text in texts(corpus, name, split)]
             assert sum(map(len, read)) == sum(len(row["text"]) for row in rows)
-            monkeypatch.setattr(shards, "_MAPPED_BYTES", 0)
+            monkeypatch.setattr(manifest, "MAPPED_BYTES", 0)
             with pytest.raises(CorpusError, match=r"more sources than files may be open; raise the limit"):
                 PackedCorpus.open(tmp_path / "out")
         finally:
@@ -225,7 +226,7 @@ class TestInterrupted:
         ],
     )
     def test_nothing_is_left(self, jsonl: Path, tmp_path: Path, monkeypatch, failure, raised, message: str) -> None:
-        write, calls = shards._SplitWriter.write, []
+        write, calls = packer._SplitWriter.write, []
 
         def failing(self, ids):
             calls.append(ids)
@@ -234,7 +235,7 @@ class TestInterrupted:
             write(self, ids)
 
         with monkeypatch.context() as patched:
-            patched.setattr(shards._SplitWriter, "write", failing)
+            patched.setattr(packer._SplitWriter, "write", failing)
             with pytest.raises(raised, match=message):
                 pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
         assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
@@ -375,7 +376,7 @@ class TestOpen:
         np.save(places[1], starts)
         for kind, place in zip(("tokens_file", "documents_file"), places, strict=True):
             files[kind] |= {"size": place.stat().st_size, "sha256": hashlib.sha256(place.read_bytes()).hexdigest()}
-        manifest["fingerprint"] = shards._fingerprint(manifest)
+        manifest["fingerprint"] = fingerprint_of(manifest)
         (packed / "manifest.json").write_text(json.dumps(manifest))
         return self.error_of(packed)
 

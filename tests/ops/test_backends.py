@@ -13,7 +13,7 @@ from torch import Tensor
 
 from factorization_memory.config import Backend
 from factorization_memory.ops import BACKEND_NAMES, factorization_memory, factorization_memory_step
-from factorization_memory.ops.memory import backends, chunked
+from factorization_memory.ops.memory import backends, layout
 from factorization_memory.ops.memory.backends import MemoryBackend
 
 
@@ -137,7 +137,7 @@ def test_odd_lengths(length: int, kind: str) -> None:
 
 def test_many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """States kept for backward cross group borders."""
-    monkeypatch.setattr(chunked, "GROUP_TOKENS", 64)
+    monkeypatch.setattr(layout, "GROUP_TOKENS", 64)
     for borders in (None, [0, 3, 3, 400, 401, 700]):
         case = make(1, 700, 2, 5, 3, kind="adversarial", borders=borders)
         assert_close(case.run("chunked"), case.run("reference"), 1e-10)
@@ -296,8 +296,8 @@ def test_no_sequences_and_no_tokens(backend: str, batch: int, length: int) -> No
 
 def test_many_short_sequences_waste_little() -> None:
     """Chunks fit the sequences, so that packing many short ones beside a long one stays near their sum."""
-    layout = chunked._Layout.plan([64, *[3] * 300], (301, 1, 4, 4), torch.float32)
-    assert layout.num_chunks * layout.chunk <= 1.5 * (64 + 900)
+    plan = layout.Layout.plan([64, *[3] * 300], (301, 1, 4, 4), torch.float32)
+    assert plan.num_chunks * plan.chunk <= 1.5 * (64 + 900)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing

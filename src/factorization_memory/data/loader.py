@@ -15,7 +15,8 @@ from torch import Tensor
 
 from factorization_memory.config import ConfigError, DataConfig, suggestion
 from factorization_memory.data import order
-from factorization_memory.data.shards import TRAIN, PackedCorpus
+from factorization_memory.data.manifest import TRAIN
+from factorization_memory.data.shards import PackedCorpus
 
 IGNORED_TARGET = -100
 

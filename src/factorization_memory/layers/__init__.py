@@ -1,13 +1,15 @@
 """The layers that models are built from."""
 
-from factorization_memory.layers.attention import Attention, AttentionState
+from factorization_memory.layers.attention import Attention
+from factorization_memory.layers.attention_state import AttentionState
 from factorization_memory.layers.factorization_memory import FactorizationMemory
 from factorization_memory.layers.feed_forward import FeedForward
 from factorization_memory.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 from factorization_memory.layers.mamba2 import Mamba2, Mamba2State
 from factorization_memory.layers.mixer import MIXERS, MixerKind, MixerWidth, SequenceMixer, UndoableMixer, register_mixer
+from factorization_memory.layers.model_state import ModelState
 from factorization_memory.layers.routing import Routing
-from factorization_memory.layers.state import GrowingState, LayerState, LayerStateBase, MixerState, ModelState
+from factorization_memory.layers.state import GrowingState, LayerState, LayerStateBase, MixerState
 
 __all__ = [
     "MIXERS",

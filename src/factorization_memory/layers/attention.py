@@ -7,81 +7,20 @@ places of the cache, N packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from factorization_memory import ops
 from factorization_memory.config import AttentionConfig, ModelConfig
+from factorization_memory.layers.attention_state import AttentionState, Stretch
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.mixer import MixerKind, begin_forward, begin_step, register_mixer
-from factorization_memory.layers.state import GrowingState
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
 FIRST_ROOM = 16
 """Places that a step makes first; from then on it doubles them."""
-
-
-@dataclass(repr=False)
-class AttentionState(GrowingState):
-    """The keys and values that tokens to come may attend to. The token at position p, counted from 1, lies in place p - 1, in a
-    window of W tokens in place (p - 1) modulo W, of which there are at most W.
-
-    Attributes:
-        keys: rotated, `[B, G, C, P]`.
-        values: `[B, G, C, P]`.
-        positions: of what lies in each place, int64 `[B, C]`; 0 where nothing does.
-        length: tokens read, int64 `[B]`.
-        most: places that there may be, W; None where the cache grows.
-        room: steps that fit without a look at `length`; 0 if that is not known.
-        undo: None: steps cannot be taken back.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    length: Tensor
-    most: int | None = None
-    room: int = 0
-    undo: None = None
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> AttentionState:
-        """The state with `function` applied to each tensor."""
-        keys, values, positions, length = map(function, self.tensors())
-        return AttentionState(keys, values, positions, length, self.most)
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that make up the state."""
-        return [self.keys, self.values, self.positions, self.length]
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.length.shape[0]
-
-    @property
-    def capacity(self) -> int:
-        """C."""
-        return self.positions.shape[1]
-
-    def resized(self, capacity: int) -> AttentionState:
-        """The same tokens with so many places, not fewer than now."""
-        more = capacity - self.capacity
-        if more == 0:
-            return self
-        keys, values = (functional.pad(tensor, (0, 0, 0, more)) for tensor in (self.keys, self.values))
-        return AttentionState(keys, values, functional.pad(self.positions, (0, more)), self.length, self.most)
-
-    def reserve(self, capacity: int) -> None:
-        """Have at least so many places."""
-        if capacity > self.capacity:
-            larger = self.resized(capacity)
-            self.keys, self.values, self.positions = larger.keys, larger.values, larger.positions
-        self.room = 0
 
 
 class Attention(nn.Module):
@@ -169,7 +108,7 @@ class Attention(nn.Module):
             ValueError: an argument of the wrong shape or dtype, or two that do not go together.
         """
         x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask, self.sliding_window)
-        stretch = _Stretch.of(x, state, cu_seqlens, padding_mask)
+        stretch = Stretch.of(x, state, cu_seqlens, padding_mask)
         q, k, v = self._heads(self.query_key_value(x), stretch.position)
         y = self.output(self._attend(q, k, v, state, stretch).transpose(1, 2).flatten(2))
         if broken is not None:
@@ -244,7 +183,7 @@ class Attention(nn.Module):
         heads = turned.unflatten(-1, (sum(self.heads), self.head_size))
         return [part.transpose(1, 2) for part in heads.split(self.heads, dim=-2)]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, stretch: _Stretch) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, stretch: Stretch) -> Tensor:
         """What queries `[B, H, T, P]` find in the cache and in the new keys and values `[B, G, T, P]`: `[B, H, T, P]`."""
         window = self.sliding_window
         if q.shape[2] == 0:
@@ -284,7 +223,7 @@ class Attention(nn.Module):
         keys, values = (torch.cat((x[:, :, first:], x[:, :, : first - 1]), dim=2) for x in (state.keys, state.values))
         return keys, values
 
-    def _final(self, k: Tensor, v: Tensor, state: AttentionState | None, stretch: _Stretch) -> AttentionState:
+    def _final(self, k: Tensor, v: Tensor, state: AttentionState | None, stretch: Stretch) -> AttentionState:
         """The cache after new keys and values `[B, G, T, P]`."""
         window = self.sliding_window
         before = self.initial_state(len(stretch.count)) if state is None else state
@@ -325,66 +264,6 @@ class Attention(nn.Module):
         else:  # copies: the state that was given is not that which comes back
             keys, values = keys.clone(), values.clone()
         return AttentionState(keys.contiguous(), values.contiguous(), position, length, window)
-
-
-@dataclass
-class _Stretch:
-    """Where the tokens of a stretch stand.
-
-    Attributes:
-        position: of each token in its sequence, from 1, int64 `[B or 1, T]`.
-        count: tokens of each sequence, int64 `[B]` or `[N]`.
-        even: whether all sequences are known to have read equally many tokens before.
-        longest: the most tokens that one has read before, or a number not below that.
-        most: the most tokens of one sequence, or a number not below that.
-        borders: of packed sequences, int64 `[N + 1]`.
-        cuts: the same as numbers, if they may be read.
-        sequence: the packed sequence that each token is of, `[T]`.
-        padding_mask: bool `[B, T]`.
-    """
-
-    position: Tensor
-    count: Tensor
-    even: bool
-    longest: int
-    most: int
-    borders: Tensor | None = None
-    cuts: list[int] | None = None
-    sequence: Tensor | None = None
-    padding_mask: Tensor | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether there is neither padding nor packing."""
-        return self.borders is None and self.padding_mask is None
-
-    @classmethod
-    def of(cls, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> _Stretch:
-        """Of the input x `[B, T, d]` of sequences that stand at `state`."""
-        batch, length = x.shape[:2]
-        token = torch.arange(length, device=x.device)
-        even, longest = True, 0
-        if state is not None and torch.compiler.is_compiling():
-            even, longest = False, state.capacity  # not looked at, which would split the graph
-        elif state is not None and state.batch_size:
-            shortest, longest = torch.stack(state.length.aminmax()).tolist()
-            even = shortest == longest
-        if cu_seqlens is not None:
-            borders = cu_seqlens.to(x.device, torch.long)
-            sequence = torch.bucketize(token, borders[1:], right=True)
-            position = token + 1 - borders[sequence]
-            if state is not None:
-                position = position + state.length[sequence]
-            cuts = None if torch.compiler.is_compiling() else ops.read_borders(cu_seqlens)
-            most = length if cuts is None else max(stop - start for start, stop in pairwise(cuts))
-            return cls(position[None], borders.diff(), even, longest, most, borders, cuts, sequence)
-        if padding_mask is not None:
-            position, count = padding_mask.cumsum(1), padding_mask.sum(1)
-        else:
-            position, count = token[None] + 1, token.new_full((batch,), length)
-        if state is not None:
-            position = position + state.length[:, None]
-        return cls(position, count, even, longest, length, padding_mask=padding_mask)
 
 
 def _attended(config: ModelConfig, length: int) -> int:

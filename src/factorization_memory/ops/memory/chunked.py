@@ -7,7 +7,7 @@ Time is cut into chunks of C tokens. Within a chunk, with `decay_j(s -> t) = pro
                                                               K[s, j] = theta_sj decay_j(s -> end),  G_j = decay_j(start -> end)
 
 so that everything of width D is a matrix product, and only one state per chunk follows another. P, Q, K and G come from a
-binary tree over the chunk (`_Tree`): two neighbouring blocks of w tokens meet in one product for the part of P that reaches
+binary tree over the chunk (`DecayTree`): two neighbouring blocks of w tokens meet in one product for the part of P that reaches
 from the left block into the right, then Q of the right block is multiplied by the decay over the left one, and K of the left
 block by the decay over the right one. Only products of numbers in [0, 1]: no logarithm, no division, nothing that overflows
 or loses digits when theta comes near 1 or is exactly 0 or 1; the gradient runs back through the same products.
@@ -20,7 +20,6 @@ Shapes: L = B * H lanes, n chunks of C tokens, M memory states, D value width of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -29,186 +28,9 @@ from torch import Tensor
 
 from factorization_memory.ops.arguments import read_borders
 from factorization_memory.ops.autograd import once_differentiable
+from factorization_memory.ops.memory.decay_tree import DecayTree
+from factorization_memory.ops.memory.layout import Layout, Packing
 from factorization_memory.ops.precision import no_autocast, outside_autocast, state_dtype
-
-MAX_CHUNK = 64
-"""Longest chunk: within it work grows with C, across chunks one state follows another."""
-GROUP_TOKENS = 4096
-"""Tokens (over all lanes) that a group of chunks aims at: enough for full matrix products, few enough to stay in cache.
-Backward keeps one state per group, and recomputes those of one group at a time."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How time is cut into chunks and groups of chunks, and where sequences begin and end."""
-
-    chunk: int
-    group: int
-    num_chunks: int
-    starts: dict[int, int]
-    """Chunk -> sequence that begins with it."""
-    ends: dict[int, int]
-    """Chunk -> sequence that ends with it."""
-    empty: list[int]
-    """Sequences of no tokens: their final state is the initial one."""
-    lengths: list[int]
-    state_shape: tuple[int, int, int, int]
-    """`[N, L, M, D]`."""
-    dtype: torch.dtype
-    """Of rates, states and arithmetic."""
-
-    @classmethod
-    def plan(cls, lengths: list[int], state_shape: tuple[int, int, int, int], dtype: torch.dtype) -> _Layout:
-        """The layout of sequences of `lengths`, one after the other in each lane."""
-        _, lanes, num_states, _ = state_shape
-        chunk = min(MAX_CHUNK, 1 << (max(max(lengths, default=1), 1) - 1).bit_length())
-        # Every sequence fills whole chunks: with many short ones a smaller chunk wastes less than it costs.
-        while chunk > 1 and sum(-(-length // chunk) for length in lengths) * chunk > 1.5 * sum(lengths):
-            chunk //= 2
-        starts, ends, empty, cursor = {}, {}, [], 0
-        for sequence, length in enumerate(lengths):
-            if length == 0:
-                empty.append(sequence)
-                continue
-            starts[cursor] = sequence
-            cursor += -(-length // chunk)
-            ends[cursor - 1] = sequence
-        # At least 4 M tokens, so that the states kept for backward weigh no more than a quarter of the values.
-        group = min(max(GROUP_TOKENS // max(lanes * chunk, 1), 4 * num_states // chunk, 1), max(cursor, 1))
-        return cls(chunk, group, cursor, starts, ends, empty, lengths, state_shape, dtype)
-
-    def positions(self, cu_seqlens: list[int]) -> Tensor:
-        """For packed sequences: each chunk slot's token, -1 where a sequence's last chunk is not full."""
-        slots = [torch.empty(0, dtype=torch.long)]
-        for start, length in zip(cu_seqlens, self.lengths, strict=False):
-            slots.append(torch.full((-(-length // self.chunk) * self.chunk,), -1))
-            slots[-1][:length] = torch.arange(start, start + length)
-        return torch.cat(slots)
-
-    def slots(self, x: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
-        """The place in x `[B, T, H, W]` of each of `count` chunks from `first` on: views `[B, H, C, W]`, the last one perhaps
-        shorter."""
-        return x[:, first * self.chunk : (first + count) * self.chunk].transpose(1, 2).split(self.chunk, dim=2)
-
-    def cut(self, x: Tensor, first: int, count: int) -> list[Tensor]:
-        """`count` chunks from `first` on of x `[B, T, H, W]`, each `[L, C, W]` in the layout's dtype, a view where that can be,
-        zero-filled behind the end."""
-        chunks = [slot.to(self.dtype).flatten(0, 1) for slot in self.slots(x, first, count)]
-        missing = self.chunk - chunks[-1].shape[1]
-        if missing:
-            chunks[-1] = torch.nn.functional.pad(chunks[-1], (0, 0, 0, missing))
-        return chunks
-
-    def groups(self) -> list[tuple[int, int]]:
-        """First chunk and number of chunks of each group."""
-        return [(first, min(self.group, self.num_chunks - first)) for first in range(0, self.num_chunks, self.group)]
-
-    def initial_state(self, initial: Tensor | None, buffer: Tensor, chunk: int) -> Tensor:
-        """`buffer` `[L, M, D]`, filled with the state that the sequence beginning with `chunk` starts from."""
-        return buffer.zero_() if initial is None else buffer.copy_(initial[self.starts[chunk]])
-
-
-@dataclass
-class _Tree:
-    """P, Q, K, G of every chunk, with what the way back needs.
-
-    Attributes:
-        inner: P `[n, C, C]`, zero above the diagonal.
-        read: Q `[n, C, M]`.
-        write: K `[n, C, M]`.
-        total: G `[n, M]`.
-        levels: per level, Q of the right blocks, K of the left ones before they met, and both blocks' total decays.
-    """
-
-    inner: Tensor
-    read: Tensor
-    write: Tensor
-    total: Tensor
-    levels: list[tuple[Tensor, Tensor, Tensor, Tensor]]
-
-    @classmethod
-    def build(cls, update: Tensor, merge: Tensor, keep_levels: bool) -> _Tree:
-        """The tree of `update`, `merge` `[n, C, M]`, C a power of two."""
-        n, chunk, num_states = update.shape
-        total = 1 - update
-        read, write = merge * total, update.clone()
-        inner = update.new_zeros(n, chunk, chunk)
-        inner.diagonal(dim1=1, dim2=2).copy_((merge * update).sum(-1))
-        levels = []
-        form = torch.contiguous_format
-        width = 1
-        while width < chunk:
-            blocks = chunk // (2 * width)
-            pairs = (n, blocks, 2, width, num_states)
-            reads, writes = read.view(pairs)[:, :, 1], write.view(pairs)[:, :, 0]
-            totals = total.view(n, blocks, 2, num_states)
-            left, right = totals[:, :, 0], totals[:, :, 1]
-            if keep_levels:
-                # Copies: what the way back needs is about to be overwritten.
-                levels.append((reads.clone(memory_format=form), writes.clone(memory_format=form), left, right))
-            meet = _outer(reads.flatten(0, 1), writes.flatten(0, 1))
-            _corners(inner, width).copy_(meet.view(n, blocks, width, width))
-            reads.mul_(left[:, :, None])
-            writes.mul_(right[:, :, None])
-            total = (left * right).reshape(n, blocks * num_states)
-            width *= 2
-        return cls(inner, read, write, total.view(n, num_states), levels)
-
-    def chunks(self, count: int) -> tuple[tuple[Tensor, ...], ...]:
-        """P `[L, C, C]`, Q, K `[L, C, M]` and G `[L, M, 1]`, each of all the `count` chunks that the tree was built of."""
-        parts = (self.inner, self.read, self.write, self.total[..., None])
-        return tuple(x.unflatten(0, (count, -1)).unbind() for x in parts)
-
-    def empty_like(self) -> _Tree:
-        """Room for the gradients of P, Q, K, G."""
-        inner, read, write, total = (torch.empty_like(x) for x in (self.inner, self.read, self.write, self.total))
-        return _Tree(inner, read, write, total, levels=[])
-
-    def backward(self, update: Tensor, merge: Tensor, gradients: _Tree) -> tuple[Tensor, Tensor]:
-        """Gradients of `update` and `merge` from those of P, Q, K, G, of which Q's and K's are overwritten."""
-        n, chunk, num_states = update.shape
-        d_inner, d_read, d_write, d_total = gradients.inner, gradients.read, gradients.write, gradients.total
-        width = chunk // 2
-        for right_reads, left_writes, left, right in reversed(self.levels):
-            blocks = chunk // (2 * width)
-            pairs = (n, blocks, 2, width, num_states)
-            d_reads, d_writes = d_read.view(pairs)[:, :, 1], d_write.view(pairs)[:, :, 0]
-            d_total = d_total.view(n, blocks, num_states)
-            d_left = torch.addcmul((d_reads * right_reads).sum(2), d_total, right)
-            d_right = torch.addcmul((d_writes * left_writes).sum(2), d_total, left)
-            d_meet = _corners(d_inner, width).reshape(-1, width, width)
-            through_writes = _inner(d_meet, left_writes.view(-1, width, num_states)).view(right_reads.shape)
-            through_reads = _inner(d_meet.transpose(1, 2), right_reads.view(-1, width, num_states)).view(right_reads.shape)
-            torch.addcmul(through_writes, d_reads, left[:, :, None], out=d_reads)
-            torch.addcmul(through_reads, d_writes, right[:, :, None], out=d_writes)
-            d_total = torch.stack((d_left, d_right), dim=2)
-            width //= 2
-        diagonal = d_inner.diagonal(dim1=1, dim2=2)[..., None]
-        d_decay = d_total.view(n, chunk, num_states).addcmul(d_read, merge)
-        d_update = torch.addcmul(d_write, diagonal, merge).sub_(d_decay)
-        d_merge = (d_read * (1 - update)).addcmul_(diagonal, update)
-        return d_update, d_merge
-
-
-def _corners(inner: Tensor, width: int) -> Tensor:
-    """Lower left corners `[n, C / 2w, w, w]` of the blocks of 2w tokens on the diagonal of `inner` `[n, C, C]`, as a view."""
-    n, chunk, _ = inner.shape
-    blocks = chunk // (2 * width)
-    return inner.view(n, blocks, 2, width, blocks, 2, width)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
-
-
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """`a b^T` of `[N, w, M]` each; for tiny w a sum of products is faster than as many tiny matrix products."""
-    return (a * b).sum(-1, keepdim=True) if a.shape[1] == 1 else torch.bmm(a, b.transpose(1, 2))
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` of `[N, w, w]` and `[N, w, M]`; for tiny w element by element, likewise."""
-    width = a.shape[1]
-    if width > 2:
-        return torch.bmm(a, b)
-    result = a[:, :, :1] * b[:, :1]
-    return result if width == 1 else result.addcmul_(a[:, :, 1:], b[:, 1:])
 
 
 def _put(chunk: Tensor, slot: Tensor) -> None:
@@ -217,7 +39,7 @@ def _put(chunk: Tensor, slot: Tensor) -> None:
 
 
 def _walk(
-    update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, layout: _Layout, keep_final: bool,
+    update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, layout: Layout, keep_final: bool,
     keep_snapshots: bool, keep_output: bool = True,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """The recurrence over sequences that begin and end at chunk borders (the last chunk of a lane may be short).
@@ -242,7 +64,7 @@ def _walk(
     state = value.new_zeros(shape[1:], dtype=layout.dtype)
     for first, count in layout.groups():
         theta, phi = (torch.cat(layout.cut(x, first, count)) for x in (update, merge))
-        tree = _Tree.build(theta, phi, keep_levels=False)
+        tree = DecayTree.build(theta, phi, keep_levels=False)
         values = layout.cut(value, first, count)
         slots = layout.slots(output, first, count) if keep_output else ()
         for i, inner, read, write, total in zip(range(first, first + count), *tree.chunks(count), strict=True):
@@ -261,7 +83,7 @@ def _walk(
 
 def _walk_back(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
-    snapshots: list[Tensor], layout: _Layout,
+    snapshots: list[Tensor], layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of update, merge, value and initial states (None without), given those of `_walk`'s y and final states (None
     for zero), and its arguments and snapshots."""
@@ -272,7 +94,7 @@ def _walk_back(
     d_state = value.new_zeros(layout.state_shape[1:], dtype=layout.dtype)
     for (first, count), snapshot in reversed(list(zip(layout.groups(), snapshots, strict=True))):
         theta, phi = (torch.cat(layout.cut(x, first, count)) for x in (update, merge))
-        tree = _Tree.build(theta, phi, keep_levels=True)
+        tree = DecayTree.build(theta, phi, keep_levels=True)
         chunks = list(zip(*tree.chunks(count), strict=True))
         values, d_outputs = layout.cut(value, first, count), layout.cut(d_output, first, count)
         d_tree = tree.empty_like()
@@ -310,7 +132,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, layout: _Layout, keep_final: bool
+        ctx: Any, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, layout: Layout, keep_final: bool
     ) -> tuple[Tensor, Tensor]:
         keep_snapshots = any(ctx.needs_input_grad)
         output, final, snapshots = _walk(update, merge, value, initial, layout, keep_final, keep_snapshots)
@@ -327,32 +149,6 @@ class _Chunked(torch.autograd.Function):
         d_final = d_final if ctx.keep_final else None  # type: ignore[assignment]
         found = _walk_back(d_output, d_final, update, merge, value, initial, snapshots, ctx.layout)
         return *found, None, None
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Packed sequences, each moved to chunks of its own.
-
-    Attributes:
-        position: each chunk slot's token, 0 where there is none; int64 `[S]`.
-        unused: whether there is none, bool `[S, 1, 1]`.
-        slot: each token's slot, int64 `[T]`.
-    """
-
-    position: Tensor
-    unused: Tensor
-    slot: Tensor
-
-    @classmethod
-    def of(cls, layout: _Layout, cu_seqlens: list[int], device: torch.device) -> _Packing:
-        """Of sequences with these borders."""
-        position = layout.positions(cu_seqlens).to(device)
-        return cls(position.clamp(min=0), (position < 0)[:, None, None], (position >= 0).nonzero()[:, 0])
-
-    def gather(self, x: Tensor) -> Tensor:
-        """x of tokens `[1, T, ...]` in slots `[1, S, ...]`, zero where there is none."""
-        # Filled, not multiplied: what stands in another sequence must not come through, not even as inf * 0.
-        return x[:, self.position].masked_fill(self.unused, 0)
 
 
 def forward(
@@ -386,19 +182,19 @@ def forward(
 
 def _prepare(
     update: Tensor, value: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[_Layout, _Packing | None, Tensor | None]:
+) -> tuple[Layout, Packing | None, Tensor | None]:
     """The layout of `forward`'s arguments, where packed sequences go, and the initial states `[N, L, M, D]`."""
     batch, length, heads, num_states = update.shape
     value_size, packing = value.shape[-1], None
     if cu_seqlens is None:
         lengths, shape = [length], (1, batch * heads, num_states, value_size)
-        layout = _Layout.plan(lengths, shape, state_dtype(value))
+        layout = Layout.plan(lengths, shape, state_dtype(value))
     else:
         borders = read_borders(cu_seqlens)
         lengths = [stop - start for start, stop in pairwise(borders)]
         shape = (len(lengths), heads, num_states, value_size)
-        layout = _Layout.plan(lengths, shape, state_dtype(value))
-        packing = _Packing.of(layout, borders, value.device)
+        layout = Layout.plan(lengths, shape, state_dtype(value))
+        packing = Packing.of(layout, borders, value.device)
     return layout, packing, None if state is None else state.to(layout.dtype).reshape(shape)
 
 

@@ -1,4 +1,4 @@
-"""The binary tree of `ops/memory/chunked.py` in registers: what `gates` and `gate_gradients` share.
+"""The binary tree of `ops/memory/decay_tree.py` in registers: what `gates` and `gate_gradients` share.
 
 Blocks of numbers are `[states, tokens]`. Their columns hold tokens in an order of its own (`token_of`), chosen so that two
 halves that meet at a level of the tree lie in registers of the same thread. Only SPREAD parts of a block, of consecutive
