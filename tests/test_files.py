@@ -196,9 +196,10 @@ class TestJSON:
             (b'{"a": ["\\ud800"]}', r"lone surrogate U\+D800"),
             (b'{"\\uDC00": 1}', r"lone surrogate U\+DC00"),
             (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+            (b'{"a": ' + b"[" * 501 + b"]" * 501 + b"}", "nested too deeply"),
             (b"9" * 5000, "digits"),
         ],
-        ids=["empty", "cut", "bytes", "value", "key", "deep", "digits"],
+        ids=["empty", "cut", "bytes", "value", "key", "very deep", "deep", "digits"],
     )
     def test_damaged(self, tmp_path: Path, data: bytes, message: str) -> None:
         (tmp_path / "a.json").write_bytes(data)
@@ -210,5 +211,7 @@ class TestJSON:
         write_atomic(tmp_path / "a.json", '{"a": "\\ud83d\\ude00", "b": [1.5, null]}')
         assert read_json(tmp_path / "a.json") == {"a": "😀", "b": [1.5, None]}
         assert parse_json('"\\\\ud800"') == "\\ud800"
+        assert parse_json("[" * 499 + "[1], [2]" + "]" * 499)
+        assert len(parse_json("[" + "[], " * 2000 + "{}]")) == 2001
         with pytest.raises(FileNotFoundError):
             read_json(tmp_path / "b.json")

@@ -27,6 +27,8 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
+MAX_DEPTH = 500
+"""Objects and lists within each other in JSON that is read. From Python 3.12 on `json` itself reads deeper than it writes."""
 _TRIES = 100
 """To have a new file to oneself, which another writer may remove before it is locked."""
 
@@ -218,6 +220,8 @@ def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = json.loads(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+            raise RecursionError
         # An escape is the only way in for a surrogate without its other half.
         if not any_text and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -232,6 +236,21 @@ def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
     except ValueError as error:  # an integer of thousands of digits
         raise JSONError(f"JSON that cannot be read ({error})") from None
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects stand within each other more than `MAX_DEPTH` times."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (list, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 @contextmanager

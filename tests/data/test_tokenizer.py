@@ -210,7 +210,7 @@ class TestFile:
         ("change", "message"),
         [
             (lambda d: "{", "not a tokenizer definition"),
-            (lambda d: "[" * 5000, "not a tokenizer definition: JSON nested too deeply"),
+            (lambda d: "[" * 100_000, "not a tokenizer definition: JSON nested too deeply"),
             (lambda d: "[1]", "not a tokenizer definition"),
             (lambda d: json.dumps(d | {"normalizer": None}), "normalizer"),
             (lambda d: json.dumps(d | {"pre_tokenizer": None}), "pre_tokenizer"),

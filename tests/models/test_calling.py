@@ -336,6 +336,7 @@ def offloaded(model: nn.Module, folder: Path | None) -> Iterator[None]:
 
 @MODELS
 @pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device type:UserWarning")
 def test_offloaded(config: ModelConfig, disk: bool, tmp_path: Path) -> None:
     model = make(config)
     hugging = theirs(model)

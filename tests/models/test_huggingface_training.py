@@ -149,6 +149,7 @@ def test_loaded_in_shards(model: FactorizationMemoryForCausalLM, tmp_path: Path)
     save_file(kept, tmp_path / "parts" / "model.safetensors", {"format": "pt"})
     script = Path(__file__).with_name("loading_in_shards.py")
     environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two processes would shard over one GPU
     processes = [
         subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)

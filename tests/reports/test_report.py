@@ -183,11 +183,11 @@ def test_no_run_and_broken_records(tmp_path: Path, records: dict[str, Any]) -> N
     (tmp_path / "evaluation.json").write_text('{"sources": ', encoding="utf-8")
     with pytest.raises(ReportError, match=r"evaluation\.json: not JSON"):
         write_report(tmp_path)
-    (tmp_path / "evaluation.json").write_text("[" * 5000, encoding="utf-8")
+    (tmp_path / "evaluation.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(ReportError, match=r"evaluation\.json: JSON nested too deeply"):
         write_report(tmp_path)
     (tmp_path / "evaluation.json").unlink()
-    for line, message in (("[" * 5000, "line 1: JSON nested too deeply"), ('{"step": 1}', "without 'kind' and 'step'")):
+    for line, message in (("[" * 100_000, "line 1: JSON nested too deeply"), ('{"step": 1}', "without 'kind' and 'step'")):
         (tmp_path / "metrics.jsonl").write_text(line + "\n")
         with pytest.raises(ReportError, match=rf"metrics\.jsonl(,|:) .*{message}"):
             write_report(tmp_path)

@@ -163,7 +163,7 @@ def test_a_damaged_file_is_named_and_others_are_listed(tmp_path: Path, trained: 
     if damage == "gone":
         (path / name).unlink()
     else:
-        (path / name).write_bytes(b"[" * 5000 if damage == "deep" else whole[: len(whole) - 5 if damage == "cut" else 0])
+        (path / name).write_bytes(b"[" * 100_000 if damage == "deep" else whole[: len(whole) - 5 if damage == "cut" else 0])
     model, optimizer = make(1)
     with pytest.raises(CheckpointError, match=rf"{name}.*step-00000001"):
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)

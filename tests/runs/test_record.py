@@ -65,7 +65,7 @@ def test_metrics_past_a_step_are_cut_and_a_torn_line_goes(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[" * 5000 + "]" * 5000, "line 2: JSON nested too deeply to be read; remove that line"),
+        ("[" * 100_000 + "]" * 100_000, "line 2: JSON nested too deeply to be read; remove that line"),
         ('{"kind": "train", "step": 2, "name": "\\ud800"}', r"line 2: holds the lone surrogate U\+D800"),
         ("[1]", "line 2: a list, not an object; remove that line"),
         ('{"step": 2}', "a line without 'kind' and 'step'.*; remove it"),
@@ -84,7 +84,7 @@ def test_a_line_that_no_run_writes_is_named(tmp_path: Path, line: str, message: 
 
 
 def test_a_deep_configuration_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("[" * 5000)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(RunFolderError, match=r"config\.json: not a configuration \(JSON nested too deeply"):
         RunRecord(tmp_path).read_config()
 
