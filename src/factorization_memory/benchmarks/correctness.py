@@ -70,9 +70,16 @@ class Problem:
         )
         initial, d_final = (torch.randn(states, generator=random, dtype=wide, device=drawn_on) for _ in range(2))
         return cls(
-            update, merge, value, indices, shape.num_states, initial if initial_state else None,
-            None if borders is None else torch.tensor(borders, dtype=torch.int32), d_output, d_final,
-        ).to(device)  # fmt: skip
+            update,
+            merge,
+            value,
+            indices,
+            shape.num_states,
+            initial if initial_state else None,
+            None if borders is None else torch.tensor(borders, dtype=torch.int32),
+            d_output,
+            d_final,
+        ).to(device)
 
     def adversarial(self) -> Problem:
         """The problem with update weights at and next to 0 and 1, and merge weights anywhere, some of them 0."""

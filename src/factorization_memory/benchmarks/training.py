@@ -95,8 +95,11 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
                 raise RuntimeError(f"a step of our model at T={length} failed: {failures[OURS]}{remedy}")
             for name, step in steps.items():
                 record: dict[str, Any] = {
-                    "model": name, "parameters": _parameters(step.model), "batch": benchmark.batch, "length": length,
-                }  # fmt: skip
+                    "model": name,
+                    "parameters": _parameters(step.model),
+                    "batch": benchmark.batch,
+                    "length": length,
+                }
                 names = ("error", "seconds", "tokens_per_second", "mfu", "held_bytes", "peak_bytes", "total_bytes")
                 record |= dict.fromkeys(names)
                 if name in failures:

@@ -80,9 +80,14 @@ def _show(records: list[dict[str, Any]], people: Any) -> None:
         for mode, figures in record["decode"].items():
             seconds = figures["seconds"]
             shown.add_row(
-                *size, *read, mode, number(1000 * seconds["median"]), number(1000 * seconds["p99"]),
-                f"{figures['tokens_per_second']:,.0f}", number(figures["ratio_to_floor"], "x"),
-            )  # fmt: skip
+                *size,
+                *read,
+                mode,
+                number(1000 * seconds["median"]),
+                number(1000 * seconds["p99"]),
+                f"{figures['tokens_per_second']:,.0f}",
+                number(figures["ratio_to_floor"], "x"),
+            )
             size, read = ["", "", ""], ["", ""]
     people.print(shown)
     if any(record["state"] == "random" for record in records):

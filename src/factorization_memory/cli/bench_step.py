@@ -64,10 +64,15 @@ def _show_steps(records: list[dict[str, Any]], people: Any) -> None:
             people.print(f"[yellow]{where}: {record['error']}[/]", soft_wrap=True)
             continue
         shown.add_row(
-            chosen, record["state"], number(1e6 * record["seconds"]["median"]), number(record["step_bytes"] / 1e6),
-            number(record["bytes_per_second"] / 1e9), f"{100 * record['copy_share']:,.0f} %",
-            number(record["touched_bytes"] / 1e6), number(record["speedup"], "x"),
-        )  # fmt: skip
+            chosen,
+            record["state"],
+            number(1e6 * record["seconds"]["median"]),
+            number(record["step_bytes"] / 1e6),
+            number(record["bytes_per_second"] / 1e9),
+            f"{100 * record['copy_share']:,.0f} %",
+            number(record["touched_bytes"] / 1e6),
+            number(record["speedup"], "x"),
+        )
     if shown.row_count:
         people.print(shown)
 
@@ -82,9 +87,12 @@ def _show_rollbacks(records: list[dict[str, Any]], people: Any) -> None:
             people.print(f"[yellow]{where}: {record['error']}[/]", soft_wrap=True)
             continue
         shown.add_row(
-            f"{record['top_k']:,}", f"{record['count']:,}", number(1e6 * record["seconds"]["median"]),
-            number(1e6 * record["copy_seconds"]["median"]), number(record["copy_over_rollback"], "x"),
-        )  # fmt: skip
+            f"{record['top_k']:,}",
+            f"{record['count']:,}",
+            number(1e6 * record["seconds"]["median"]),
+            number(1e6 * record["copy_seconds"]["median"]),
+            number(record["copy_over_rollback"], "x"),
+        )
     if shown.row_count:
         people.print(shown)
 

@@ -37,9 +37,12 @@ def run(arguments: list[str]) -> int:
     from factorization_memory.experiments.comparison import TABLE_NAME, Comparison
 
     comparison = Comparison(
-        plan, arguments, parallel=options.parallel, gpus=options.gpus,
+        plan,
+        arguments,
+        parallel=options.parallel,
+        gpus=options.gpus,
         warn=lambda message: people.print(message, markup=False, soft_wrap=True),
-    )  # fmt: skip
+    )
     stopped = None
     if options.train:
         record, stopped = comparison.run(lambda ended: Display(people, ended, plan.total_steps))

@@ -128,12 +128,22 @@ def make_plan(options: CompareOptions, overrides: dict[str, str]) -> Plan:
 
         check_recall(corpus, LENGTHS)
     plan = planning.make_plan(
-        contenders, corpus, options.out, rates=rates, seeds=seeds,
-        match_to=options.parameters or options.match_to or names[0], own_schedules=options.own_schedules,
-        search_seed=options.search_seed, search_steps=options.search_steps, search_fraction=options.search_fraction,
-        alone_steps=options.alone_steps, positions=options.positions, max_tokens=options.max_tokens,
-        stretches=options.stretches, recall=options.recall,
-    )  # fmt: skip
+        contenders,
+        corpus,
+        options.out,
+        rates=rates,
+        seeds=seeds,
+        match_to=options.parameters or options.match_to or names[0],
+        own_schedules=options.own_schedules,
+        search_seed=options.search_seed,
+        search_steps=options.search_steps,
+        search_fraction=options.search_fraction,
+        alone_steps=options.alone_steps,
+        positions=options.positions,
+        max_tokens=options.max_tokens,
+        stretches=options.stretches,
+        recall=options.recall,
+    )
     if options.train:
         resolve_device(plan.entries[0].config.training.device)
     return plan

@@ -212,8 +212,10 @@ def _pack(arguments: list[str]) -> int:
             size += split.text_bytes
             numbers = {"documents": split.num_documents, "tokens": len(split.tokens), "bytes": split.text_bytes}
             result["sources"][name][part] = numbers
-            say(f"{visible(name):>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
-                f"{numbers['bytes']:>14,} bytes")  # fmt: skip
+            say(
+                f"{visible(name):>8} {part:<11}{numbers['documents']:>8,} documents {numbers['tokens']:>14,} tokens "
+                f"{numbers['bytes']:>14,} bytes"
+            )
     result["megabytes_per_second"] = size / 1e6 / seconds
     result["left_out"] = left_out.paths
     left_out.say()

@@ -41,9 +41,14 @@ def run(options: EvaluateOptions) -> int:
     ):
         model, tokenizer, config = load(checkpoint, options.device)
         result = evaluate_on_tasks(
-            chosen, model, tokenizer, config, BUILTIN if checkpoint is None else checkpoint.resolve().name,
-            limit=options.harness_limit, batch_size=options.harness_batch_size,
-        )  # fmt: skip
+            chosen,
+            model,
+            tokenizer,
+            config,
+            BUILTIN if checkpoint is None else checkpoint.resolve().name,
+            limit=options.harness_limit,
+            batch_size=options.harness_batch_size,
+        )
     show(result)
     if run_dir is not None:
         say(f"results: {keep_results(run_dir, result)}")

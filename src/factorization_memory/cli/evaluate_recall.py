@@ -66,10 +66,11 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
     if copies:
         out.print("recall: a stretch of tokens twice; how much of the second is likeliest, and nats per token (of the first)")
         _grid(
-            out, "tokens of the stretch",
+            out,
+            "tokens of the stretch",
             {name: {str(row["length"]): row for row in parts["by_length"]} for name, parts in copies.items()},
             lambda row: f"{row['accuracy']:.0%}, {row['loss']:.2f} ({row['first_loss']:.2f})",
-        )  # fmt: skip
+        )
     for reason in record["left_out"]:
         out.print(f"left out: {reason}", markup=False)
 

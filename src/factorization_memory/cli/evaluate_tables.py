@@ -33,9 +33,12 @@ def _show_losses(result: dict[str, Any], out: Console) -> None:
     for name, row in [*result["sources"].items(), ("all", result["total"])]:
         yardstick = (result["ngram"]["sources"].get(name) or result["ngram"]["total"]) if orders else {}
         table.add_row(
-            plain(name), f"{row['loss']:.3f}", f"{row['perplexity']:.1f}", f"{row['bits_per_byte']:.3f}",
+            plain(name),
+            f"{row['loss']:.3f}",
+            f"{row['perplexity']:.1f}",
+            f"{row['bits_per_byte']:.3f}",
             *(f"{yardstick[n]:.3f}" for n in orders),
-        )  # fmt: skip
+        )
     out.print(table)
 
 
@@ -78,9 +81,13 @@ def _show_positions(result: dict[str, Any], out: Console) -> None:
     )
     for name, multiple, row in rows:
         table.add_row(
-            plain(name), f"{multiple}x", f"{row['start']:,} to {row['end'] - 1:,}", f"{row['bits_per_byte']:.3f}",
-            f"{row['restarted_bits_per_byte']:.3f}", f"{row['bits_per_byte'] - row['restarted_bits_per_byte']:+.3f}",
-        )  # fmt: skip
+            plain(name),
+            f"{multiple}x",
+            f"{row['start']:,} to {row['end'] - 1:,}",
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['restarted_bits_per_byte']:.3f}",
+            f"{row['bits_per_byte'] - row['restarted_bits_per_byte']:+.3f}",
+        )
     out.print("bits per byte of the same tokens, memory carried from the beginning against emptied each training context")
     out.print(table)
 

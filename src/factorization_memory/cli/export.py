@@ -48,9 +48,15 @@ def run(arguments: list[str]) -> int:
     writers = {"huggingface": export_run}
     try:
         name = writers[options.to](
-            options.run, options.output, name=options.name, license=options.license, data=options.data, dtype=options.dtype,
-            max_shard_size=options.max_shard_size, overwrite=options.overwrite,
-        )  # fmt: skip
+            options.run,
+            options.output,
+            name=options.name,
+            license=options.license,
+            data=options.data,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
+        )
     except FileExistsError as error:
         raise ConfigError(str(error).replace("or overwrite it", "or give --overwrite")) from None
     size = sum(path.stat().st_size for path in options.output.iterdir())

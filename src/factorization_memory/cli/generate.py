@@ -69,10 +69,16 @@ def run(arguments: list[str]) -> int:
             console().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
     model = with_dtype(model, weights_dtype(options.precision, next(model.parameters()).device))
     results = stream(
-        model, tokenizer, *prompts,
-        to=best_effort(sys.stderr) if options.json else sys.stdout, max_tokens=options.max_tokens, sampling=options.sampling,
-        num_samples=options.num_samples, stop=options.stop, prefill_chunk=options.prefill_chunk or None,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        *prompts,
+        to=best_effort(sys.stderr) if options.json else sys.stdout,
+        max_tokens=options.max_tokens,
+        sampling=options.sampling,
+        num_samples=options.num_samples,
+        stop=options.stop,
+        prefill_chunk=options.prefill_chunk or None,
+    )
     if not options.json and any(lacks(sys.stdout, result["text"]) for result in results):
         say(f"stdout is in {sys.stdout.encoding}, which lacks some characters (written as \\u...); set PYTHONIOENCODING=utf-8")
     emit(results, options.json)

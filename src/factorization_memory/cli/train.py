@@ -141,8 +141,10 @@ def _last_line(result: dict[str, Any], run_dir: Path) -> str:
     loss = (
         f"held-out {held_out['bits_per_byte']:.3f} bits/byte"
         if held_out is not None and held_out["bits_per_byte"] is not None
-        else "done" if train is None else f"training loss {train['loss']:.3f} nats/token"
-    )  # fmt: skip
+        else "done"
+        if train is None
+        else f"training loss {train['loss']:.3f} nats/token"
+    )
     run = shlex.quote(str(run_dir))
     return (
         f"{loss} after {result['steps']:,} steps in {clock(result['seconds'])}; next: fmem generate {run} --prompt TEXT, "

@@ -42,13 +42,21 @@ if TYPE_CHECKING:
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "english": (
-        "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa", "boolq", "lambada_openai", "mmlu",
+        "hellaswag",
+        "arc_easy",
+        "arc_challenge",
+        "piqa",
+        "winogrande",
+        "openbookqa",
+        "boolq",
+        "lambada_openai",
+        "mmlu",
     ),
     "japanese": tuple(
         f"ja_leaderboard_{name}"
         for name in ("jcommonsenseqa", "jnli", "marc_ja", "jsquad", "jaqket_v2", "xlsum", "xwinograd", "mgsm")
     ),
-}  # fmt: skip
+}
 """Names of ours for several tasks of the harness."""
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Kinds of data files, and what the `datasets` library calls them."""

@@ -76,9 +76,12 @@ def inspect_text(
         ]
         layers.append({"layer": index, "heads": heads})
     return {
-        "tokens": tokens, "pieces": pieces, "num_states": model.config.num_states, "update_lag": model.config.update_lag,
+        "tokens": tokens,
+        "pieces": pieces,
+        "num_states": model.config.num_states,
+        "update_lag": model.config.update_lag,
         "layers": layers,
-    }  # fmt: skip
+    }
 
 
 def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]]:
@@ -105,9 +108,7 @@ def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:
     }
 
 
-def _states(
-    update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]], count: int, lag: int
-) -> list[dict[str, Any]]:  # fmt: skip
+def _states(update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]], count: int, lag: int) -> list[dict[str, Any]]:
     """Each state's part in one head, from update and merge weights [T, M]."""
     write_share = update.sum(axis=0) / max(update.sum(), 1e-30)
     read_share = merge.sum(axis=0) / max(merge.sum(), 1e-30)

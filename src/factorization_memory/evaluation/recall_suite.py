@@ -100,9 +100,14 @@ def evaluate_recall(
     Raises ValueError for an argument out of range, and when no source has text enough for any haystack.
     """
     for name, values in {
-        "items": [items], "lengths": lengths, "needles": needles, "pairs": pairs, "copies": copies, "segment": [segment],
+        "items": [items],
+        "lengths": lengths,
+        "needles": needles,
+        "pairs": pairs,
+        "copies": copies,
+        "segment": [segment],
         "batch_size": [batch_size],
-    }.items():  # fmt: skip
+    }.items():
         if not values or min(values) < 1:
             raise ValueError(f"{name}={values[0] if len(values) == 1 else tuple(values)}: use 1 or more")
     vocabulary = np.flatnonzero(token_lengths(tokenizer))
@@ -119,8 +124,13 @@ def evaluate_recall(
         drawn |= {f"text: {name}" if name == "random" else name: partial(text_stretch, text) for name, text in texts.items()}
         copy = _copying(read, drawn, separator, 2 * items, copies, report, left_out, split)
     return {
-        "version": VERSION, "items": items, "associative": associative, "needle": needle, "copy": copy, "left_out": left_out,
-    }  # fmt: skip
+        "version": VERSION,
+        "items": items,
+        "associative": associative,
+        "needle": needle,
+        "copy": copy,
+        "left_out": left_out,
+    }
 
 
 def headline(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -138,9 +148,14 @@ def headline(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _associative(
-    read: Reader, vocabulary: np.ndarray, count: int, pairs: Sequence[int], split: Split,
-    report: Callable[[str, int, int], None], left_out: list[str],
-) -> dict[str, Any]:  # fmt: skip
+    read: Reader,
+    vocabulary: np.ndarray,
+    count: int,
+    pairs: Sequence[int],
+    split: Split,
+    report: Callable[[str, int, int], None],
+    left_out: list[str],
+) -> dict[str, Any]:
     possible = [number for number in sorted(set(pairs)) if 2 * number <= len(vocabulary)]
     for number in sorted(set(pairs) - set(possible)):
         left_out.append(f"{number} pairs: need {2 * number} different tokens, the vocabulary has {len(vocabulary)}")
@@ -154,13 +169,17 @@ def _associative(
                 right = item.tokens[item.asked + 1]
                 queries += [
                     {
-                        "sequence": (number, first + row), "pairs": number, "distance": int(distance), "chance": 1 / number,
-                        "choice": bool(choice), "exact": bool(exact),
+                        "sequence": (number, first + row),
+                        "pairs": number,
+                        "distance": int(distance),
+                        "chance": 1 / number,
+                        "choice": bool(choice),
+                        "exact": bool(exact),
                     }
                     for distance, choice, exact in zip(
                         item.distances, chosen[row] == right, likeliest[row] == right, strict=True
                     )
-                ]  # fmt: skip
+                ]
             report("keys and values", done * count + indices.stop, len(possible) * count)
     most = [query for query in queries if query["pairs"] == max(possible)]
     return {
@@ -170,9 +189,16 @@ def _associative(
 
 
 def _needles(
-    read: Reader, tokenizer: Tokenizer, texts: Mapping[str, np.ndarray], items: int, lengths: Sequence[int],
-    needles: Sequence[int], split: Split, report: Callable[[str, int, int], None], left_out: list[str],
-) -> dict[str, Any]:  # fmt: skip
+    read: Reader,
+    tokenizer: Tokenizer,
+    texts: Mapping[str, np.ndarray],
+    items: int,
+    lengths: Sequence[int],
+    needles: Sequence[int],
+    split: Split,
+    report: Callable[[str, int, int], None],
+    left_out: list[str],
+) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, text in texts.items():
         language = language_of(text, tokenizer)
@@ -194,11 +220,16 @@ def _needles(
                 for row, needle, choice, exact in read.ask(group):
                     queries.append(
                         {
-                            "sequence": (length, number, first + row), "length": length, "needles": number,
-                            "depth": needle.depth, "distance": needle.distance, "chance": 1 / NUM_CANDIDATES,
-                            "choice": choice, "exact": exact,
+                            "sequence": (length, number, first + row),
+                            "length": length,
+                            "needles": number,
+                            "depth": needle.depth,
+                            "distance": needle.distance,
+                            "chance": 1 / NUM_CANDIDATES,
+                            "choice": choice,
+                            "exact": exact,
                         }
-                    )  # fmt: skip
+                    )
                 done += length * len(group)
                 report(f"needles, {name}", done, total)
         if queries:
@@ -219,9 +250,15 @@ def _needles(
 
 
 def _copying(
-    read: Reader, drawn: Mapping[str, Callable[[int, Split, int], np.ndarray]], separator: Sequence[int], count: int,
-    copies: Sequence[int], report: Callable[[str, int, int], None], left_out: list[str], split: Split,
-) -> dict[str, Any]:  # fmt: skip
+    read: Reader,
+    drawn: Mapping[str, Callable[[int, Split, int], np.ndarray]],
+    separator: Sequence[int],
+    count: int,
+    copies: Sequence[int],
+    report: Callable[[str, int, int], None],
+    left_out: list[str],
+    split: Split,
+) -> dict[str, Any]:
     result: dict[str, Any] = {}
     total, done = count * len(drawn) * len(set(copies)), 0
     for name, draw in drawn.items():
@@ -245,11 +282,15 @@ def _copying(
                 report("copies", done, total)
             rows.append(
                 {
-                    "length": length, "sequences": count, "tokens": count * length,
-                    "accuracy": sum(right) / (count * length), "accuracy_error": _error(right, [length] * count),
-                    "loss": float(np.mean(losses)), "first_loss": float(np.mean(first_losses)),
+                    "length": length,
+                    "sequences": count,
+                    "tokens": count * length,
+                    "accuracy": sum(right) / (count * length),
+                    "accuracy_error": _error(right, [length] * count),
+                    "loss": float(np.mean(losses)),
+                    "first_loss": float(np.mean(first_losses)),
                 }
-            )  # fmt: skip
+            )
         if rows:
             result[name] = {"by_length": rows}
     return result

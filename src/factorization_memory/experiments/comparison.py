@@ -123,9 +123,15 @@ class Comparison:
         with GracefulStop() as stop, show(self._keep_record) as watcher:
             for jobs, parallel in ((plan.jobs(), self.parallel), (plan.alone_jobs(), 1)):
                 started += run_jobs(
-                    jobs, command, parallel=parallel, threads=threads(torch.get_num_threads(), parallel), gpus=gpus,
-                    then=plan.after, stop=lambda: stop.requested, watcher=watcher,
-                )  # fmt: skip
+                    jobs,
+                    command,
+                    parallel=parallel,
+                    threads=threads(torch.get_num_threads(), parallel),
+                    gpus=gpus,
+                    then=plan.after,
+                    stop=lambda: stop.requested,
+                    watcher=watcher,
+                )
             return started, stop.requested
 
     def _keep_record(self, job: Job) -> None:

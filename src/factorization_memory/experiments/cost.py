@@ -38,8 +38,11 @@ def run_cost(config: RunConfig) -> dict[str, Any]:
         "vocabulary_assumed": corpus is None and not config.model.vocab_size,
         "parameters": {"total": counts.parameters, "embedding": counts.embedding_parameters},
         "flops_per_token": {
-            "train": counts.train_flops, "prefill": counts.prefill_flops, "decode": counts.decode_flops,
-            "of_which_recurrence": counts.recurrence_flops, "of_which_attention": counts.attention_flops,
+            "train": counts.train_flops,
+            "prefill": counts.prefill_flops,
+            "decode": counts.decode_flops,
+            "of_which_recurrence": counts.recurrence_flops,
+            "of_which_attention": counts.attention_flops,
         },
         "state_bytes": counts.state_bytes,
         "state_bytes_per_token": counts.state_bytes_per_token,
@@ -54,7 +57,7 @@ def run_cost(config: RunConfig) -> dict[str, Any]:
         "train_flops": counts.train_flops * steps * tokens,
         "time": _time(config, counts.train_flops * steps * tokens),
         "learning_rate": {str(step): learning_rate(config.optimizer, step, steps) for step in marks if step <= steps},
-    }  # fmt: skip
+    }
 
 
 def _epochs(config: RunConfig, corpus: PackedCorpus) -> dict[str, Any]:

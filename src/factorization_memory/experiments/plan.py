@@ -238,8 +238,10 @@ def make_entries(
         try:
             training = dataclasses.replace(
                 first.training,
-                micro_batch_size=contender.config.training.micro_batch_size, sample_every=0, keep_checkpoints=1,
-            )  # fmt: skip
+                micro_batch_size=contender.config.training.micro_batch_size,
+                sample_every=0,
+                keep_checkpoints=1,
+            )
             config = dataclasses.replace(
                 contender.config,
                 name=contender.name,

@@ -195,9 +195,13 @@ class _Process:
         try:
             # In a session of its own: Ctrl-C reaches it through us alone, once, and it has time for its checkpoint.
             self._process = subprocess.Popen(
-                command(job.folder / JOB_NAME), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+                command(job.folder / JOB_NAME),
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=environment,
+                start_new_session=True,
+            )
         except BaseException:
             self._log.close()
             raise

@@ -31,10 +31,14 @@ def same_order(corpus: PackedCorpus, configs: dict[str, RunConfig], seed: int) -
             digest = hashlib.blake2b(digest_size=8)
             for step in sorted({*range(min(CHECKED_STEPS, steps)), steps - 1}):
                 with BatchLoader(
-                    corpus, dataclasses.replace(config.data, read_ahead=0), sequences_per_step=config.sequences_per_step,
-                    micro_batch_size=config.micro_batch_size, carry_state=config.training.carry_state, seed=seed,
+                    corpus,
+                    dataclasses.replace(config.data, read_ahead=0),
+                    sequences_per_step=config.sequences_per_step,
+                    micro_batch_size=config.micro_batch_size,
+                    carry_state=config.training.carry_state,
+                    seed=seed,
                     start_step=step,
-                ) as loader:  # fmt: skip
+                ) as loader:
                     batches = next(loader)
                 # Packed sequences are laid out flat: the tokens in their order, however they are cut.
                 for part in ("tokens", "targets"):

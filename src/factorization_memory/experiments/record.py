@@ -83,7 +83,9 @@ def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
         "text": entry.text,
         "config": to_dict(jobs[0].config if jobs else entry.config),
         "parameters": {
-            "total": entry.match.parameters + embedding, "embedding": embedding, "non_embedding": entry.match.parameters,
+            "total": entry.match.parameters + embedding,
+            "embedding": embedding,
+            "non_embedding": entry.match.parameters,
         },
         "matching": {
             "varied": {name: {"from": old, "to": new} for name, (old, new) in entry.match.varied.items()},
@@ -95,7 +97,7 @@ def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
         "seeds": seeds,
         "summary": _summary(seeds),
         "tokens_per_second_alone": None if alone is None or not alone.done else _tokens_per_second(alone),
-    }  # fmt: skip
+    }
 
 
 def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:

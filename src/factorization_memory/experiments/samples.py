@@ -35,10 +35,16 @@ def continue_prompts(
     }
     return [
         {
-            "prompt": prompts[number // samples], "text": result.text, "tokens": len(result.tokens),
-            "stop_reason": result.stop_reason, "prompt_tokens": result.prompt_tokens,
-            "prefill_seconds": result.prefill_seconds, "capture_seconds": result.capture_seconds, "seconds": result.seconds,
-            "tokens_per_second": result.tokens_per_second, **speeds,
+            "prompt": prompts[number // samples],
+            "text": result.text,
+            "tokens": len(result.tokens),
+            "stop_reason": result.stop_reason,
+            "prompt_tokens": result.prompt_tokens,
+            "prefill_seconds": result.prefill_seconds,
+            "capture_seconds": result.capture_seconds,
+            "seconds": result.seconds,
+            "tokens_per_second": result.tokens_per_second,
+            **speeds,
         }
         for number, result in enumerate(results)
-    ]  # fmt: skip
+    ]

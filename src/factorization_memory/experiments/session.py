@@ -72,9 +72,13 @@ class Session:
         """Train, evaluating and sampling as the configuration says; returns what `result.json` holds."""
         self.__dict__.pop("trained", None)  # another checkpoint may be the best now
         trainer = Trainer(
-            self.config, self.corpus, self.run_dir, evaluate=evaluator(self.config, self.corpus),
-            sample=sampler(self.config, self.corpus), observer=self.observer,
-        )  # fmt: skip
+            self.config,
+            self.corpus,
+            self.run_dir,
+            evaluate=evaluator(self.config, self.corpus),
+            sample=sampler(self.config, self.corpus),
+            observer=self.observer,
+        )
         return trainer.run(resume)
 
     @cached_property

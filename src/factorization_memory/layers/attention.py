@@ -65,9 +65,12 @@ class Attention(nn.Module):
         """The layer of a model's configuration."""
         options = config.attention
         return cls(
-            config.hidden_size, options.num_heads, options.num_key_value_heads, rope_theta=options.rope_theta,
+            config.hidden_size,
+            options.num_heads,
+            options.num_key_value_heads,
+            rope_theta=options.rope_theta,
             sliding_window=options.sliding_window,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

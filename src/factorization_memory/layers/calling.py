@@ -20,8 +20,11 @@ _HOOKS = {
     "_backward_hooks": "a backward hook",
 }
 _GLOBAL_HOOKS = (
-    "_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks",
-)  # fmt: skip
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
 _OWN_MODULES = ("torch.nn.modules.", "factorization_memory.")
 _WEIGHTS = (torch.Tensor, nn.Parameter)
 

@@ -88,11 +88,22 @@ class FactorizationMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = MemoryConfig(
-            hidden_size=hidden_size, num_states=num_states, top_k=top_k, num_heads=num_heads, expand=expand,
-            update_lag=update_lag, temperature=temperature, affinity_init=affinity_init, rates=rates,
-            update_rate_init=update_rate_init, conv_size=conv_size, value_skip=value_skip, output_gate=output_gate,
-            norm_eps=norm_eps, backend=backend,
-        )  # fmt: skip
+            hidden_size=hidden_size,
+            num_states=num_states,
+            top_k=top_k,
+            num_heads=num_heads,
+            expand=expand,
+            update_lag=update_lag,
+            temperature=temperature,
+            affinity_init=affinity_init,
+            rates=rates,
+            update_rate_init=update_rate_init,
+            conv_size=conv_size,
+            value_skip=value_skip,
+            output_gate=output_gate,
+            norm_eps=norm_eps,
+            backend=backend,
+        )
         self.hidden_size, self.num_states, self.num_heads = hidden_size, num_states, num_heads
         self.top_k = None if top_k == num_states else top_k
         self.head_size = config.value_size // num_heads
@@ -115,9 +126,14 @@ class FactorizationMemory(nn.Module):
     def extra_repr(self) -> str:
         """Sizes."""
         sizes = {
-            "hidden_size": self.hidden_size, "num_states": self.num_states, "top_k": self.top_k, "num_heads": self.num_heads,
-            "head_size": self.head_size, "update_lag": self.update_lag, "backend": self.backend,
-        }  # fmt: skip
+            "hidden_size": self.hidden_size,
+            "num_states": self.num_states,
+            "top_k": self.top_k,
+            "num_heads": self.num_heads,
+            "head_size": self.head_size,
+            "update_lag": self.update_lag,
+            "backend": self.backend,
+        }
         return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
 
     @classmethod
@@ -241,9 +257,17 @@ class FactorizationMemory(nn.Module):
             self.observer(routing)
         value = value.unflatten(-1, (self.num_heads, self.head_size))
         y, memory = ops.recurrence(
-            routing.update, routing.merge, value, routing.update_indices, routing.merge_indices, self.num_states,
-            None if state is None else state.memory, keep_state, cu_seqlens, self.backend,
-        )  # fmt: skip
+            routing.update,
+            routing.merge,
+            value,
+            routing.update_indices,
+            routing.merge_indices,
+            self.num_states,
+            None if state is None else state.memory,
+            keep_state,
+            cu_seqlens,
+            self.backend,
+        )
         final = None if memory is None else LayerState(memory, tail, affinity, indices)
         return end_forward(self._output(y, x, value), final, broken)
 
@@ -282,9 +306,16 @@ class FactorizationMemory(nn.Module):
             state.undo.put_aside_selection(update_indices)
             rows, position = state.undo.rows, state.undo.position
         return ops.recurrence_step(
-            update, merge, value, state.memory, update_indices, None if indices is update_indices else indices, undo=rows,
-            position=position, backend=self.backend,
-        )  # fmt: skip
+            update,
+            merge,
+            value,
+            state.memory,
+            update_indices,
+            None if indices is update_indices else indices,
+            undo=rows,
+            position=position,
+            backend=self.backend,
+        )
 
     def decoding_parts(self) -> DecodingParts:
         """What a step in few kernels takes from this layer, the projections of its input as they are now."""

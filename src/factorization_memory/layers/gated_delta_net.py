@@ -164,9 +164,17 @@ class GatedDeltaNet(nn.Module):
         )
         query, key, value = self._parts(mixed)
         y, memory = gated_delta_rule(
-            query, key, value, log_decay, strength, None, None if state is None else state.memory, keep_state, cu_seqlens,
+            query,
+            key,
+            value,
+            log_decay,
+            strength,
+            None,
+            None if state is None else state.memory,
+            keep_state,
+            cu_seqlens,
             self.backend,
-        )  # fmt: skip
+        )
         final = None if memory is None or tail is None else GatedDeltaNetState(memory, tail)
         return end_forward(self._output(y, gate), final, broken)
 

@@ -154,9 +154,17 @@ class Mamba2(nn.Module):
         )
         value, input_map, output_map = self._parts(mixed)
         y, memory = ssd(
-            value, dt, self._decay_rate(), input_map, output_map, self.chunk_size, None if state is None else state.memory,
-            keep_state, cu_seqlens, self.backend,
-        )  # fmt: skip
+            value,
+            dt,
+            self._decay_rate(),
+            input_map,
+            output_map,
+            self.chunk_size,
+            None if state is None else state.memory,
+            keep_state,
+            cu_seqlens,
+            self.backend,
+        )
         final = None if memory is None or tail is None else Mamba2State(memory, tail)
         return end_forward(self._output(y, value, gate), final, broken)
 

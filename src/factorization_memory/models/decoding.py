@@ -126,9 +126,17 @@ class _DecodingBlock:
         small_linear(x, mixer.input_weight, projected, bias=self.bias, norm_weight=norm.weight, norm_eps=norm.eps, early=True)
         y, gate, value = self._recurrence(projected, None, state)
         small_linear(
-            y, mixer.output_weight, x, residual=x, gate=gate, skipped=value, skip_weight=mixer.skip,
-            norm_weight=mixer.norm_weight, norm_eps=mixer.norm_eps, early=True,
-        )  # fmt: skip
+            y,
+            mixer.output_weight,
+            x,
+            residual=x,
+            gate=gate,
+            skipped=value,
+            skip_weight=mixer.skip,
+            norm_weight=mixer.norm_weight,
+            norm_eps=mixer.norm_eps,
+            early=True,
+        )
         norm, feed_forward = self.feed_forward_norm, self.feed_forward
         hidden = x.new_empty(len(x), feed_forward.down.in_features, dtype=mixer.input_weight.dtype)
         small_linear(x, feed_forward.gate_up.weight, hidden, norm_weight=norm.weight, norm_eps=norm.eps, glu=True, early=True)

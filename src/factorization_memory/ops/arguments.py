@@ -28,9 +28,15 @@ def check_tensors(**arguments: object) -> None:
 
 
 def check_weights(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
-    num_states: int | None, *, time: bool,
-) -> int:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    merge_indices: Tensor | None,
+    num_states: int | None,
+    *,
+    time: bool,
+) -> int:
     """Checks what both functions share; returns M."""
     check_tensors(update=update, merge=merge, value=value, indices=indices, merge_indices=merge_indices)
     letters = "B, T, H" if time else "B, H"

@@ -160,9 +160,14 @@ def attend_packed(
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     y = attend(
-        *flat, borders.to(torch.int32), key_borders.to(torch.int32), most, most_keys,
-        window_size=(-1 if window is None else window - 1, 0), **options,
-    )  # fmt: skip
+        *flat,
+        borders.to(torch.int32),
+        key_borders.to(torch.int32),
+        most,
+        most_keys,
+        window_size=(-1 if window is None else window - 1, 0),
+        **options,
+    )
     return y.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 

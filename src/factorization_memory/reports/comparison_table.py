@@ -27,9 +27,14 @@ def tables(record: dict[str, Any]) -> list[Table]:
     """Losses; what the models are; differences to the first contender that has seeds; recall, also by distance, and its
     tasks; searches of the learning rate."""
     made = (
-        _losses(record), _models(record), _differences(record), _recall(record), _distances(record), _tasks(record),
+        _losses(record),
+        _models(record),
+        _differences(record),
+        _recall(record),
+        _distances(record),
+        _tasks(record),
         _searches(record),
-    )  # fmt: skip
+    )
     return [each for each in made if each.rows and len(each.columns) > 1]
 
 

@@ -84,9 +84,13 @@ def recall_curves(record: dict[str, Any] | None) -> Figure | None:
         axes.axhline(guess, color=SOFT, linewidth=1, linestyle=(0, (4, 2)))
         last = record["models"][0]["step"][-1]
         axes.annotate(
-            f"guessing among the {record['pairs']} values in the sequence", (0.1 * last, guess), xytext=(0, 4),
-            textcoords="offset points", color=SOFT, fontsize=9,
-        )  # fmt: skip
+            f"guessing among the {record['pairs']} values in the sequence",
+            (0.1 * last, guess),
+            xytext=(0, 4),
+            textcoords="offset points",
+            color=SOFT,
+            fontsize=9,
+        )
         axes.set_ylim(-3, 106)
         axes.set_xlim(0, last)
         label_ends(axes, ends, "{:.0f} %")
@@ -120,9 +124,13 @@ def recall_reads(record: dict[str, Any] | None) -> Figure | None:
                 answer = model["answers"][y]
                 right = answer == tokens[2 * y + 1]
                 axes.annotate(
-                    f"answers {answer} {'✓' if right else '✗'}", (len(tokens) - 0.3, y), va="center", fontsize=9.5,
-                    color=INK if right else BAD, annotation_clip=False,
-                )  # fmt: skip
+                    f"answers {answer} {'✓' if right else '✗'}",
+                    (len(tokens) - 0.3, y),
+                    va="center",
+                    fontsize=9.5,
+                    color=INK if right else BAD,
+                    annotation_clip=False,
+                )
             axes.set_yticks(range(rows), [f"{tokens[place]}?" for place in asked])
             axes.set_xticks(range(len(tokens)), tokens)
             axes.tick_params(axis="both", length=0, labelcolor=INK)

@@ -132,9 +132,17 @@ def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[flo
         errors.append(2 * error * bins[i]["tokens"] / math.log(2) / bins[i]["bytes"])
     at = [x[i] for i in beyond]
     axes.errorbar(
-        at, difference, yerr=errors, color=colour, ecolor=colour, elinewidth=1.4, capsize=3, linewidth=1.6, marker="o",
+        at,
+        difference,
+        yerr=errors,
+        color=colour,
+        ecolor=colour,
+        elinewidth=1.4,
+        capsize=3,
+        linewidth=1.6,
+        marker="o",
         markersize=4.5,
-    )  # fmt: skip
+    )
     low = min(d - e for d, e in zip(difference, errors, strict=True))
     high = max(d + e for d, e in zip(difference, errors, strict=True))
     room = 0.12 * max(high - low, 0.02)

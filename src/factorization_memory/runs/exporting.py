@@ -110,10 +110,16 @@ def export_run(
         precision=config.training.precision.replace("auto", ""),
     )
     return save_pretrained(
-        model, folder, definition,
-        card=model_card(facts), dtype=DTYPES[dtype], context_length=config.data.context_length,
-        training=json.loads(strict_json(training)), max_shard_size=max_shard_size, overwrite=overwrite,
-    )  # fmt: skip
+        model,
+        folder,
+        definition,
+        card=model_card(facts),
+        dtype=DTYPES[dtype],
+        context_length=config.data.context_length,
+        training=json.loads(strict_json(training)),
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
 
 
 def _evaluation(run_dir: Path, path: Path, record: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -37,9 +37,14 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
     with atomic_folder(run_dir) as aside:
         try:
             checkpoint = save_checkpoint(
-                aside, model=model, optimizer=None, config=config, state=TrainingState(**record.get("state", {})),
-                tokenizer_fingerprint=tokenizer.fingerprint, corpus_fingerprint=record.get("corpus_fingerprint", ""),
-            )  # fmt: skip
+                aside,
+                model=model,
+                optimizer=None,
+                config=config,
+                state=TrainingState(**record.get("state", {})),
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                corpus_fingerprint=record.get("corpus_fingerprint", ""),
+            )
         except CheckpointError as error:
             raise CheckpointError(
                 f"{run_dir}: the model could not be written there ({error.__cause__}); nothing was kept: make room or give "

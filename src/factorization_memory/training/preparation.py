@@ -34,20 +34,26 @@ def require_room_for_training(config: RunConfig, device: torch.device) -> None:
     """ConfigError for sizes that certainly pass what the machine has: the least that a step needs is counted, no more."""
     parameters = parameter_count(config.model)
     require_room(
-        f"model: {parameters:,} parameters with gradients and AdamW's moments", 16 * parameters,
-        "use fewer layers or a smaller width", device,
-    )  # fmt: skip
+        f"model: {parameters:,} parameters with gradients and AdamW's moments",
+        16 * parameters,
+        "use fewer layers or a smaller width",
+        device,
+    )
     # Of each token its id, and in bfloat16 what enters the first block.
     forward = config.micro_batch_size * config.data.context_length * (8 + 2 * config.model.hidden_size)
     require_room(
         f"training.micro_batch_size={config.training.micro_batch_size}: {config.micro_batch_size:,} sequences of "
-        f"{config.data.context_length:,} tokens at once", forward, "set it to fewer", device,
-    )  # fmt: skip
+        f"{config.data.context_length:,} tokens at once",
+        forward,
+        "set it to fewer",
+        device,
+    )
     batches = 1 + min(config.data.read_ahead, config.training.steps)
     require_room(
         f"training.tokens_per_step={config.training.tokens_per_step}: {batches:,} batches of ids and targets",
-        batches * 16 * config.training.tokens_per_step, "use fewer tokens, or a smaller data.read_ahead",
-    )  # fmt: skip
+        batches * 16 * config.training.tokens_per_step,
+        "use fewer tokens, or a smaller data.read_ahead",
+    )
 
 
 def check_same_run(record: RunRecord, config: RunConfig, corpus: PackedCorpus) -> None:

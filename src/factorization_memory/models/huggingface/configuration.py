@@ -29,8 +29,10 @@ class FactorizationMemoryConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     # What FSDP2 shards together, and whether it keeps the whole weights after a forward.
     base_model_fsdp_plan = {  # noqa: RUF012
-        "embedding": "free_full_weight", "blocks.*": "free_full_weight", "final_norm": "keep_full_weight",
-    }  # fmt: skip
+        "embedding": "free_full_weight",
+        "blocks.*": "free_full_weight",
+        "final_norm": "keep_full_weight",
+    }
 
     vocab_size: int = 32000
     hidden_size: int = _DEFAULT["hidden_size"]

@@ -171,9 +171,16 @@ def _find() -> Callable[..., Any] | str:
 
 @torch.compiler.disable
 def _fla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, keep_final: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    keep_final: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """fla's kernels, which take queries, keys and values of one dtype, and int64 borders."""
     kernels: Any = _find()
     with no_autocast(v.device):
@@ -182,9 +189,17 @@ def _fla(
 
         def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor | None) -> Any:
             return kernels(
-                q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=initial, output_final_state=keep_final,
-                use_qk_l2norm_in_kernel=False, cu_seqlens=borders,
-            )  # fmt: skip
+                q=q,
+                k=k,
+                v=v,
+                g=g,
+                beta=beta,
+                scale=scale,
+                initial_state=initial,
+                output_final_state=keep_final,
+                use_qk_l2norm_in_kernel=False,
+                cu_seqlens=borders,
+            )
 
         y, final = call_once_differentiable(run, q.to(v.dtype), k.to(v.dtype), v, g.float(), beta.float(), initial)
     assert y is not None
@@ -192,9 +207,16 @@ def _fla(
 
 
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, keep_final: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    keep_final: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """The formula as a loop over tokens, one sequence after the other where they are packed."""
     dtype, result = state_dtype(v), v.dtype
     borders = [0, v.shape[1]] if cu_seqlens is None else read_borders(cu_seqlens)

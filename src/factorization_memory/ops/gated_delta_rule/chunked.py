@@ -70,9 +70,16 @@ class _Packing:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, keep_final: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    keep_final: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """The recurrence over whole sequences; arguments and results as of `gated_delta_rule`, but of as many key heads as value
     heads, and with the scale given."""
     # PyTorch 2.11's compiler fails on packed sequences for GPUs (NotImplementedError: SliceView): there a graph break.
@@ -83,9 +90,16 @@ def forward(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, keep_final: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial: Tensor | None,
+    keep_final: bool,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     batch, length, heads, width = v.shape
     wide, packing = state_dtype(v), None
     if cu_seqlens is None:

@@ -35,7 +35,7 @@ class MemoryBackend(Backend):
 
 def choose_backend(
     name: str, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, num_states: int, alone: bool, packed: bool
-) -> MemoryBackend:  # fmt: skip
+) -> MemoryBackend:
     """The backend of that name, or for "auto" and "triton" the fastest, as `choose` has it.
 
     Args:
@@ -178,15 +178,26 @@ def _sparse_pays(value: Tensor, touched: int, num_states: int, alone: bool, pack
 
 BACKENDS = (
     MemoryBackend(
-        "triton-sparse", _sparse, "triton", needs_gpu=True, why_unsupported=_no_sparse_kernels, pays=_sparse_pays,
-        step=kernels.step_in_place, undo=kernels.undo_in_place,
+        "triton-sparse",
+        _sparse,
+        "triton",
+        needs_gpu=True,
+        why_unsupported=_no_sparse_kernels,
+        pays=_sparse_pays,
+        step=kernels.step_in_place,
+        undo=kernels.undo_in_place,
     ),
     MemoryBackend(
-        "triton-dense", _dense(kernels), "triton", needs_gpu=True, why_unsupported=_no_kernels,
-        step=kernels.step_in_place, undo=kernels.undo_in_place,
+        "triton-dense",
+        _dense(kernels),
+        "triton",
+        needs_gpu=True,
+        why_unsupported=_no_kernels,
+        step=kernels.step_in_place,
+        undo=kernels.undo_in_place,
     ),
     MemoryBackend("chunked", _dense(chunked), step=_step_reference, undo=reference.undo),
     MemoryBackend("reference", _whole_reference, step=_step_reference, undo=reference.undo),
-)  # fmt: skip
+)
 """The fastest first."""
 BACKEND_NAMES = backend_names(BACKENDS)

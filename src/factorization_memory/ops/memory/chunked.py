@@ -39,9 +39,15 @@ def _put(chunk: Tensor, slot: Tensor) -> None:
 
 
 def _walk(
-    update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None, layout: Layout, keep_final: bool,
-    keep_snapshots: bool, keep_output: bool = True,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    initial: Tensor | None,
+    layout: Layout,
+    keep_final: bool,
+    keep_snapshots: bool,
+    keep_output: bool = True,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The recurrence over sequences that begin and end at chunk borders (the last chunk of a lane may be short).
 
     Args:
@@ -82,9 +88,15 @@ def _walk(
 
 
 def _walk_back(
-    d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
-    snapshots: list[Tensor], layout: Layout,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    d_output: Tensor,
+    d_final: Tensor | None,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    initial: Tensor | None,
+    snapshots: list[Tensor],
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of update, merge, value and initial states (None without), given those of `_walk`'s y and final states (None
     for zero), and its arguments and snapshots."""
     d_update, d_merge, d_value = torch.empty_like(update), torch.empty_like(merge), torch.empty_like(value)
@@ -223,21 +235,22 @@ def _fake_forward(
 
 
 def _backward(
-    d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, state: Tensor | None,
+    d_output: Tensor,
+    d_final: Tensor | None,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of update, merge, value and the initial state (empty without), given those of the results (None for zero)."""
     layout, packing, initial = _prepare(update, value, state, cu_seqlens)
     if packing is not None:
         d_output, update, merge, value = map(packing.gather, (d_output, update, merge, value))
     d_final = None if d_final is None else d_final.reshape(layout.state_shape)
     with no_autocast(value.device):
-        *_, snapshots = _walk(
-            update, merge, value, initial, layout, keep_final=False, keep_snapshots=True, keep_output=False
-        )  # fmt: skip
-        d_update, d_merge, d_value, d_initial = _walk_back(
-            d_output, d_final, update, merge, value, initial, snapshots, layout
-        )  # fmt: skip
+        *_, snapshots = _walk(update, merge, value, initial, layout, keep_final=False, keep_snapshots=True, keep_output=False)
+        d_update, d_merge, d_value, d_initial = _walk_back(d_output, d_final, update, merge, value, initial, snapshots, layout)
     if packing is not None:
         d_update, d_merge, d_value = (x[:, packing.slot] for x in (d_update, d_merge, d_value))
     d_state = value.new_empty(0) if d_initial is None or state is None else d_initial.view(state.shape).to(state.dtype)
@@ -245,9 +258,14 @@ def _backward(
 
 
 def _fake_backward(
-    d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, state: Tensor | None,
+    d_output: Tensor,
+    d_final: Tensor | None,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_update, d_merge, d_value = (x.new_empty(x.shape) for x in (update, merge, value))
     return d_update, d_merge, d_value, value.new_empty(0) if state is None else state.new_empty(state.shape)
 

@@ -64,9 +64,16 @@ def step(
 
 
 def steps(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor,
-    places: Tensor | None, undo: Tensor | None, position: Tensor | None,
-) -> Tensor:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    merge_indices: Tensor | None,
+    state: Tensor,
+    places: Tensor | None,
+    undo: Tensor | None,
+    position: Tensor | None,
+) -> Tensor:
     """T tokens of each sequence one after the other, `state` updated in place.
 
     Args:

@@ -145,7 +145,7 @@ def factorization_memory_undo(
 
 def _choose(
     backend: str, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, num_states: int
-) -> MemoryBackend:  # fmt: skip
+) -> MemoryBackend:
     return choose_backend(backend, value, indices, merge_indices, num_states, alone=False, packed=False)
 
 

@@ -186,7 +186,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
 
 def _why_unsupported(
     affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, top_k: int | None
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Why the kernels cannot route; None if they can."""
     if top_k is None:
         return "top_k is None, and the kernels are for a selection"

@@ -125,9 +125,16 @@ def _check(x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_
 
 
 def _reference(
-    x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, chunk_size: int,
-    initial: Tensor | None, keep_final: bool, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    decay_rate: Tensor,
+    input_map: Tensor,
+    output_map: Tensor,
+    chunk_size: int,
+    initial: Tensor | None,
+    keep_final: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """The formula as a loop over tokens, one sequence after the other where they are packed."""
     dtype = state_dtype(x)
     borders = [0, x.shape[1]] if cu_seqlens is None else read_borders(cu_seqlens)
@@ -165,10 +172,12 @@ def _of_package(package: str) -> Backend:
         return kernels.forward(package, x, dt, decay_rate, input_map, output_map, *more)
 
     return Backend(
-        package, forward, needs_gpu=True,
+        package,
+        forward,
+        needs_gpu=True,
         why_unsupported=lambda x, packed_states: kernels.why_unsupported(package, x, packed_states),
         pays=lambda x, packed_states: x.dtype in (torch.bfloat16, torch.float16),
-    )  # fmt: skip
+    )
 
 
 BACKENDS = (*map(_of_package, kernels.PACKAGES), Backend("chunked", _chunked), Backend("reference", _reference))

@@ -101,9 +101,16 @@ def log_decays(dt: Tensor, decay_rate: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(
-    x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, chunk_size: int,
-    initial: Tensor | None, keep_final: bool, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    decay_rate: Tensor,
+    input_map: Tensor,
+    output_map: Tensor,
+    chunk_size: int,
+    initial: Tensor | None,
+    keep_final: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     batch, length, heads, width = x.shape
     groups, size = input_map.shape[2:]
     wide, packing = state_dtype(x), None
