@@ -33,8 +33,8 @@ from factorization_memory.layers.mixer import (
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
 from factorization_memory.layers.routing import Routing, delayed
-from factorization_memory.layers.state import LayerState, Undo
-from factorization_memory.ops.precision import state_dtype
+from factorization_memory.layers.state import LayerState
+from factorization_memory.layers.state_sizes import StateSizes
 from factorization_memory.ops.routing import route, route_step, weigh
 
 
@@ -109,6 +109,8 @@ class FactorizationMemory(nn.Module):
         self.head_size = config.value_size // num_heads
         self.rates_per_head = num_states if rates == "state" else 1
         self.update_lag, self.backend = update_lag, backend
+        self.temperature, self.norm_eps = temperature, norm_eps
+        self.state_sizes = StateSizes(num_heads, num_states, self.head_size, self.top_k, update_lag)
 
         self.affinity = nn.Linear(hidden_size, num_heads * num_states, bias=False)
         self.update_rate = nn.Linear(hidden_size, num_heads * self.rates_per_head)
@@ -125,16 +127,8 @@ class FactorizationMemory(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes."""
-        sizes = {
-            "hidden_size": self.hidden_size,
-            "num_states": self.num_states,
-            "top_k": self.top_k,
-            "num_heads": self.num_heads,
-            "head_size": self.head_size,
-            "update_lag": self.update_lag,
-            "backend": self.backend,
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+        names = ("hidden_size", "num_states", "top_k", "num_heads", "head_size", "update_lag", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @classmethod
     def from_config(cls, config: MemoryConfig) -> FactorizationMemory:
@@ -166,18 +160,8 @@ class FactorizationMemory(nn.Module):
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> LayerState:
         """The empty memory of `batch_size` sequences, whatever `capacity`: it does not grow."""
-        shape = (batch_size, self.num_heads, self.num_states, self.head_size)
-        memory = torch.zeros(shape, dtype=state_dtype(self.value.weight), device=device_of(self))
         tail = None if self.convolution is None else self.convolution.initial_tail(batch_size)
-        return LayerState(memory, tail, *self._no_selection(batch_size))
-
-    def _no_selection(self, batch_size: int) -> tuple[Tensor | None, Tensor | None]:
-        """`affinity` and `indices` of the state of `batch_size` sequences before their first token."""
-        if not self.update_lag:
-            return None, None
-        shape = (batch_size, self.update_lag, self.num_heads, self.top_k or self.num_states)
-        affinity = torch.zeros(shape, dtype=state_dtype(self.value.weight), device=device_of(self))
-        return affinity, None if self.top_k is None else affinity.new_zeros(shape, dtype=torch.int64)
+        return self.state_sizes.empty(batch_size, tail, self.value.weight, device_of(self))
 
     def route(
         self,
@@ -197,12 +181,14 @@ class FactorizationMemory(nn.Module):
         logits, update_logits, merge_logits = project(x, self.num_heads, self.affinity, self.update_rate, self.merge_rate)
         own_update = None if self.update_lag else update_logits
         affinity, update, merge, indices = route(
-            logits, own_update, merge_logits, self.top_k, self.config.temperature, self._backend_beside()
+            logits, own_update, merge_logits, self.top_k, self.temperature, self._backend_beside()
         )
         update_indices, last_affinity, last_indices = indices, None, None
         if self.update_lag:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            before = (state.affinity, state.indices) if state is not None else self._no_selection(sequences)
+            before = self.state_sizes.no_selection(sequences, self.value.weight, device_of(self))
+            if state is not None:
+                before = state.affinity, state.indices
             assert before[0] is not None, "see check_state"
             updated, last_affinity = delayed(affinity, before[0].to(affinity.dtype), cu_seqlens, padding_mask)
             if indices is not None and before[1] is not None:
@@ -291,7 +277,7 @@ class FactorizationMemory(nn.Module):
     ) -> Tensor:
         """One token's routing and recurrence, from logits `[B, H, M]` (of rates `[B, H, R]`) and values `[B, H, D]` to its
         merged vectors `[B, H, D]`; `state` is updated in place."""
-        backend, options = self._backend_beside(), (self.top_k, self.config.temperature)
+        backend, options = self._backend_beside(), (self.top_k, self.temperature)
         if self.update_lag:
             assert state.affinity is not None, "see check_state"
             update, merge, update_indices, indices = route_step(
@@ -329,64 +315,30 @@ class FactorizationMemory(nn.Module):
             has_gate=self.gate is not None,
             convolution=None if self.convolution is None else (self.convolution.weight, self.convolution.bias),
             dense=self.top_k is None and not self.update_lag,
-            temperature=self.config.temperature,
+            temperature=self.temperature,
             step_memory=self.step_memory,
             norm_weight=self.norm_weight,
-            norm_eps=self.config.norm_eps,
+            norm_eps=self.norm_eps,
             skip=self.skip,
             output_weight=self.output.weight,
         )
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
         """The same state, keeping what the next steps overwrite; `position` as in `Undo`."""
-        memory = state.memory
-        batch, heads, _, width = memory.shape
-        selected = (steps, batch, heads, self.top_k or self.num_states)
-        with torch.inference_mode(False):  # steps outside of it write here too
-            undo = Undo(
-                memory.new_empty(*selected, width),
-                None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),
-                [tensor.new_empty(steps, *tensor.shape) for tensor in state.rest()],
-                position,
-            )
-        return LayerState(memory, state.convolution, state.affinity, state.indices, undo)
+        return self.state_sizes.keep_undo(state, steps, position)
 
     def check_state(self, state: LayerState, sequences: int) -> None:
         """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
-        weight, lag, remedy = self.value.weight, self.update_lag, "take one from initial_state or forward of this layer"
-        shape = (sequences, self.num_heads, self.num_states, self.head_size)
-        ops.check_state(state.memory, "state.memory", shape, weight)
+        self.state_sizes.check(state, sequences, self.value.weight)
         if (state.convolution is None) != (self.convolution is None):
             raise ValueError("state.convolution: the state is not of this layer; take one from initial_state or forward")
         if state.convolution is not None and self.convolution is not None:
             self.convolution.check_tail(state.convolution, "state.convolution", sequences)
-        found = 0 if state.affinity is None else state.affinity.shape[1]
-        if found != lag:
-            raise ValueError(
-                f"state.affinity: the state is of update_lag={found}, the layer has update_lag={lag}; read the text again from "
-                "initial_state"
-            )
-        if (state.indices is None) != (self.top_k is None or not lag):
-            said = "no selection" if state.indices is None else f"a selection of {state.indices.shape[-1]}"
-            raise ValueError(f"state.indices: the state has {said}, the layer has top_k={self.top_k}; {remedy}")
-        selected = (sequences, lag, self.num_heads, self.top_k or self.num_states)
-        tails = (("affinity", state.affinity, state.memory.dtype), ("indices", state.indices, torch.int64))
-        for name, tensor, dtype in tails:
-            if tensor is None:
-                continue
-            if tensor.shape != selected or tensor.dtype != dtype or tensor.device != state.memory.device:
-                got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-                raise ValueError(f"state.{name}: got {got}, takes {dtype} {selected} on {state.memory.device}; {remedy}")
-        if state.undo is not None:
-            rows = state.undo.rows
-            wanted = (len(rows), sequences, self.num_heads, self.top_k or self.num_states, self.head_size)
-            if rows.shape != wanted:
-                raise ValueError(f"state.undo: got rows {tuple(rows.shape)}, takes {wanted}; take a state from keep_undo")
 
     def _output(self, y: Tensor, x: Tensor, value: Tensor) -> Tensor:
         """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, with the token's own values
         `[..., H, D]` added, gated, projected."""
-        y = rms_norm(y.flatten(-2), self.norm_weight.to(y.dtype), self.config.norm_eps)
+        y = rms_norm(y.flatten(-2), self.norm_weight.to(y.dtype), self.norm_eps)
         if self.skip is not None:
             y = y + value.flatten(-2) * self.skip.to(y.dtype)
         if self.gate is not None:

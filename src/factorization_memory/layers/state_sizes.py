@@ -1,0 +1,99 @@
+"""The sizes of a memory layer's state: by them it is made, checked, and made to keep what steps overwrite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from factorization_memory import ops
+from factorization_memory.layers.state import LayerState, Undo
+from factorization_memory.ops.precision import state_dtype
+
+REMEDY = "take one from initial_state or forward of this layer"
+
+
+@dataclass(frozen=True)
+class StateSizes:
+    """Sizes of the state of a memory layer."""
+
+    num_heads: int
+    """H."""
+    num_states: int
+    """M."""
+    head_size: int
+    """D: value width of a head."""
+    top_k: int | None
+    """K; None in the dense form."""
+    update_lag: int
+    """L."""
+
+    @property
+    def selected(self) -> int:
+        """States that a token updates: K, or M in the dense form."""
+        return self.top_k or self.num_states
+
+    def empty(self, batch_size: int, tail: Tensor | None, weight: Tensor, device: torch.device) -> LayerState:
+        """The state of sequences that have not begun.
+
+        Args:
+            batch_size: B.
+            tail: what the convolution needs of them; None without convolution.
+            weight: of the layer; its dtype decides that of the memory.
+            device: where the state is to be.
+        """
+        shape = (batch_size, self.num_heads, self.num_states, self.head_size)
+        memory = torch.zeros(shape, dtype=state_dtype(weight), device=device)
+        return LayerState(memory, tail, *self.no_selection(batch_size, weight, device))
+
+    def no_selection(self, batch_size: int, weight: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """`affinity` and `indices` of `empty`."""
+        if not self.update_lag:
+            return None, None
+        shape = (batch_size, self.update_lag, self.num_heads, self.selected)
+        affinity = torch.zeros(shape, dtype=state_dtype(weight), device=device)
+        return affinity, None if self.top_k is None else affinity.new_zeros(shape, dtype=torch.int64)
+
+    def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
+        """The same state, keeping what the next `steps` steps overwrite; `position` as in `Undo`."""
+        memory = state.memory
+        selected = (steps, memory.shape[0], self.num_heads, self.selected)
+        with torch.inference_mode(False):  # steps outside of it write here too
+            undo = Undo(
+                memory.new_empty(*selected, self.head_size),
+                None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),
+                [tensor.new_empty(steps, *tensor.shape) for tensor in state.rest()],
+                position,
+            )
+        return LayerState(memory, state.convolution, state.affinity, state.indices, undo)
+
+    def check(self, state: LayerState, sequences: int, weight: Tensor) -> None:
+        """ValueError unless all of `state` but the convolution's part is of these sizes, for so many sequences, in the dtype
+        and on the device that go with `weight`; looks at no values."""
+        shape = (sequences, self.num_heads, self.num_states, self.head_size)
+        ops.check_state(state.memory, "state.memory", shape, weight)
+        found = 0 if state.affinity is None else state.affinity.shape[1]
+        if found != self.update_lag:
+            raise ValueError(
+                f"state.affinity: the state is of update_lag={found}, the layer has update_lag={self.update_lag}; read the "
+                "text again from initial_state"
+            )
+        if (state.indices is None) != (self.top_k is None or not self.update_lag):
+            said = "no selection" if state.indices is None else f"a selection of {state.indices.shape[-1]}"
+            raise ValueError(f"state.indices: the state has {said}, the layer has top_k={self.top_k}; {REMEDY}")
+        takes = (sequences, self.update_lag, self.num_heads, self.selected)
+        for name, tensor, dtype in (
+            ("affinity", state.affinity, state.memory.dtype),
+            ("indices", state.indices, torch.int64),
+        ):
+            if tensor is None:
+                continue
+            if tensor.shape != takes or tensor.dtype != dtype or tensor.device != state.memory.device:
+                got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                raise ValueError(f"state.{name}: got {got}, takes {dtype} {takes} on {state.memory.device}; {REMEDY}")
+        if state.undo is not None:
+            rows = state.undo.rows
+            wanted = (len(rows), sequences, self.num_heads, self.selected, self.head_size)
+            if rows.shape != wanted:
+                raise ValueError(f"state.undo: got rows {tuple(rows.shape)}, takes {wanted}; take a state from keep_undo")
