@@ -6,13 +6,42 @@ import os
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 
+
+def patch_language_once_a_launch() -> None:
+    """Triton's interpreter patches its language anew at each call of a device function, which took a third of the tests' time.
+    Once a launch is enough."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    patch, launch, language = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter.tl
+    patched: set[tuple[bool, bool]] = set()
+
+    def patch_once(fn: Any) -> Any:
+        known = fn.__globals__.values()
+        seen = (any(value is language for value in known), any(value is core for value in known))
+        if seen in patched:
+            return None
+        patched.add(seen)
+        return patch(fn)
+
+    def launch_anew(self: Any, *arguments: Any, **options: Any) -> Any:
+        patched.clear()
+        return launch(self, *arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are interpreted where there is no GPU.
     os.environ["TRITON_INTERPRET"] = "1"
+
+    if find_spec("triton"):
+        patch_language_once_a_launch()
 
 # Where there is no Triton, as on a Mac, there are no kernels to test.
 collect_ignore = (

@@ -78,16 +78,15 @@ def test_equals_the_plain_step(config: ModelConfig, batch: int, undo: bool) -> N
         assert all(torch.equal(a, b) for a, b in zip(state.tensors(), kept, strict=True))
 
 
-@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[5], CONFIGS[8]], ids=["1", "5", "8"])
-@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize(("config", "batch"), [(CONFIGS[1], 5), (CONFIGS[5], 2), (CONFIGS[8], 2)], ids=["1", "5", "8"])
 def test_bfloat16_weights(config: ModelConfig, batch: int) -> None:
     model = LanguageModel(config).to(DEVICE).eval()
-    tokens = torch.randint(0, 11, (batch, 3), device=DEVICE)
+    tokens = torch.randint(0, 11, (batch, 2), device=DEVICE)
     expected, _ = model(tokens)
     low = LanguageModel(config).to(DEVICE, torch.bfloat16).eval()
     low.load_state_dict(model.state_dict())
     decoding, state = DecodingModel(low), low.initial_state(batch)
-    for t in range(3):
+    for t in range(2):
         logits, _ = decoding.step(tokens[:, t], state)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected[:, -1], rtol=0.1, atol=0.05)

@@ -45,10 +45,10 @@ def close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float,
     ("shape", "borders"),
     [
         (Shape(1, 70, 1, 5, 9), None),
-        (Shape(2, 37, 2, 20, 40), None),
+        (Shape(2, 37, 1, 20, 40), None),
         (Shape(3, 1, 1, 16, 16), None),
         (Shape(1, 17, 1, 130, 33), None),
-        (Shape(1, 60, 2, 5, 9), [0, 3, 3, 30, 60]),
+        (Shape(1, 40, 2, 5, 9), [0, 3, 3, 20, 40]),
         (Shape(1, 20, 1, 130, 16), [0, 0, 17, 20]),
     ],
 )
@@ -60,7 +60,7 @@ def test_shapes(shape: Shape, borders: list[int] | None, kind: str) -> None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    lengths = draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))
+    lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=3))
     lengths[-1] = max(lengths[-1], 1)
     packed = draw(st.booleans())
     borders = [0, *torch.tensor(lengths).cumsum(0).tolist()] if packed else None
@@ -72,7 +72,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return problem.adversarial() if draw(st.booleans()) else problem
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(problems())
 def test_equals_reference(problem: Problem) -> None:
     right(problem)
@@ -97,7 +97,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_segments_and_slices(borders: list[int] | None, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not resident:
         monkeypatch.setattr(plan.Plan, "resident", False)
-    shape = Shape(1 if borders else 2, 260, 1, 5, 16)
+    shape = Shape(1, 260, 1, 5, 16)
     problem = Problem.random(shape, device=DEVICE, initial_state=True, borders=borders).adversarial()
     made = plan.plan(problem.update, problem.value, problem.cu_seqlens, backward=False)
     assert made.layout.segments > 1
@@ -115,7 +115,7 @@ def chunks_of_128(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
 
 @pytest.mark.usefixtures("chunks_of_128")
 def test_chunks_of_128() -> None:
-    right(Problem.random(Shape(1, 200, 1, 5, 9), device=DEVICE, initial_state=True).adversarial())
+    right(Problem.random(Shape(1, 140, 1, 5, 9), device=DEVICE, initial_state=True).adversarial())
 
 
 @pytest.mark.usefixtures("small_pieces", "chunks_of_128")
@@ -387,8 +387,8 @@ def test_compiled_at_other_lengths(packed: bool) -> None:
         return factorization_memory(update, merge, value, cu_seqlens=borders, backend="triton-dense")[0]
 
     compiled = torch.compile(call, fullgraph=True, backend=counter)
-    for length, inner in ((9, [4]), (13, [2, 2, 7]), (21, [1, 5, 8, 8]), (34, [])):
-        problem = Problem.random(Shape(1, length, 1, 3, 40), device=DEVICE)
+    for length, inner in ((9, [4]), (13, [2, 2, 7]), (34, [])):
+        problem = Problem.random(Shape(1, length, 1, 3, 16), device=DEVICE)
         borders = torch.tensor([0, *inner, length], dtype=torch.int32) if packed else None
         found = []
         for function in (compiled, call):
