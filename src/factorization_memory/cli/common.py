@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import signal
 import sys
@@ -15,6 +17,7 @@ import tyro
 
 from factorization_memory._streams import best_effort, lacks
 from factorization_memory._text import visible
+from factorization_memory.cli.help import tidy, without_boxes
 from factorization_memory.config import ConfigError, suggestion
 
 if TYPE_CHECKING:
@@ -40,7 +43,16 @@ def parse(options: type[T], arguments: list[str], verb: str, default: T | None =
         elif equals and flag.replace("_", "-") in may_be_none and value.lower() == "none":
             word = f"{flag}=None"
         words.append(word)
-    return tyro.cli(options, prog=f"fmem {verb}", args=words, **extra)
+    if not {"-h", "--help"} & {*words}:
+        return tyro.cli(options, prog=f"fmem {verb}", args=words, **extra)
+    page = io.TextIOWrapper(io.BytesIO(), "utf-8")  # tyro draws boxes for UTF-8 alone
+    try:
+        with contextlib.redirect_stdout(page):
+            return tyro.cli(options, prog=f"fmem {verb}", args=words, **extra)
+    finally:
+        page.seek(0)
+        text = tidy(page.read())
+        print(without_boxes(text) if lacks(sys.stdout, text) else text, end="")
 
 
 def flags_that_may_be_none(options: type[Any], prefix: str = "--") -> set[str]:
