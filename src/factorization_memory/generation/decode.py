@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from factorization_memory.generation.graph import Steps, steps_for
+from factorization_memory.generation.prefill import prefill_batch
 from factorization_memory.generation.sampling import SamplingConfig, Uniforms, sample, sample_generators
+from factorization_memory.generation.text import StopReason, TextStream, barred_tokens
 from factorization_memory.layers.calling import device_of
 from factorization_memory.models.capacity import require_room
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
-    from factorization_memory.models import LanguageModel, ModelState
+    from factorization_memory.models import LanguageModel
 
-StopReason = Literal["length", "document_end", "stop_string"]
 SMALL_BATCH = 8
 """A CUDA graph of up to this many sequences is kept as they end: it takes about as long as one of fewer."""
 
@@ -132,7 +131,7 @@ def generate_batch(
         # Not inference mode: what the model caches here must stay usable by a training that goes on.
         with torch.no_grad():
             samples = [
-                _Sample(tokenizer, stop, on_text, index, len(prompt_ids[index // num_samples]))
+                TextStream(tokenizer, stop, on_text, index, len(prompt_ids[index // num_samples]))
                 for index in range(num_samples * len(prompts))
             ]
             return _decode(model, tokenizer, prompt_ids, samples, max_tokens, sampling, prefill_chunk)
@@ -144,7 +143,7 @@ def _decode(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt_ids: list[list[int]],
-    samples: list[_Sample],
+    samples: list[TextStream],
     max_tokens: int,
     sampling: SamplingConfig,
     prefill_chunk: int | None,
@@ -159,7 +158,7 @@ def _decode(
     num_samples = len(samples) // len(prompt_ids)
     prompt_of = [index // num_samples for index in range(len(samples))]
     uniforms = Uniforms([one for _ in prompt_ids for one in sample_generators(sampling.seed, num_samples)], device)
-    barred = _barred(tokenizer, logits.shape[-1]).to(device)
+    barred = barred_tokens(tokenizer, logits.shape[-1]).to(device)
     history = None
     if sampling.repetition_penalty != 1:
         history = torch.zeros(logits.shape, dtype=torch.bool, device=device)
@@ -223,17 +222,6 @@ def _decode(
             logits = steps.step(drawn.new_zeros(steps.batch_size).index_copy(0, place, drawn))[place]
 
 
-def note_on_prompt(tokenizer: Tokenizer, prompt: str) -> str | None:
-    """What to say of a prompt that ends in a space, where the tokenizer has the space before a word in the word's token; None
-    for other prompts. In texts so encoded hardly any word stands behind a space that is a token of its own."""
-    if not prompt.endswith(" ") or not any(piece.startswith(b" ") and len(piece) > 1 for piece in tokenizer.token_bytes):
-        return None
-    return (
-        f"prompt {prompt[-20:]!r} ends in a space, which this model's tokenizer has in the token of the next word; the text "
-        "goes on better without it"
-    )
-
-
 def _outgrown(steps: Steps, live: int) -> bool:
     """Whether a batch for `live` sequences alone is worth making."""
     if not steps.captured:
@@ -241,125 +229,7 @@ def _outgrown(steps: Steps, live: int) -> bool:
     return steps.batch_size > SMALL_BATCH and live <= steps.batch_size // 2
 
 
-def default_chunk(device: torch.device) -> int:
-    """Prompt tokens to read at a time: on a GPU enough to fill it, on a CPU few enough for its caches."""
-    return 16384 if device.type == "cuda" else 1024
-
-
-def prefill(model: LanguageModel, tokens: Tensor, chunk: int | None = None) -> tuple[Tensor, ModelState]:
-    """Logits [1, V] after the last of `tokens` (int64 [T], T >= 1) and the state of one row; `chunk` tokens in one forward."""
-    return prefill_batch(model, [tokens], chunk)
-
-
-@torch.no_grad()
-def prefill_batch(model: LanguageModel, prompts: Sequence[Tensor], chunk: int | None = None) -> tuple[Tensor, ModelState]:
-    """Logits [N, V] after the last token of each of N prompts, and the state of N rows.
-
-    The prompts are packed one behind the other and cut every `chunk` tokens (None takes `default_chunk`): each forward is full,
-    and a prompt that is cut goes on from its state in the next one.
-
-    Args:
-        model: in evaluation mode.
-        prompts: int64 [T] each, T >= 1.
-        chunk: tokens in one forward.
-    """
-    device = prompts[0].device
-    packed = torch.cat(list(prompts))
-    borders = [0, *accumulate(len(prompt) for prompt in prompts)]
-    chunk = chunk or default_chunk(device)
-    last_logits: list[Tensor] = []
-    final: ModelState | None = None
-    carried: ModelState | None = None
-    for start in range(0, borders[-1], chunk):
-        stop = min(start + chunk, borders[-1])
-        # Prompts with tokens in this piece: from `first` up to, not with, `end`. The last of them may be cut.
-        first, end = bisect_right(borders, start) - 1, bisect_left(borders, stop)
-        whole = end if borders[end] == stop else end - 1
-        cu_seqlens = None
-        if end - first > 1:  # one sequence needs no borders, and costs less without
-            cuts = [0, *(border - start for border in borders[first + 1 : end]), stop - start]
-            cu_seqlens = torch.tensor(cuts, dtype=torch.int32, device=device)
-            carried = None if carried is None else carried.place([0], end - first)
-        logits, state = model(packed[None, start:stop], state=carried, cu_seqlens=cu_seqlens, last_only=True)
-        last_logits.append(logits[0, : whole - first])
-        carried = None if whole == end else state if end - first == 1 else state.select([whole - first])
-        if first == 0 and whole == len(prompts):
-            final = state
-        elif whole > first:
-            # Into one state of all prompts, so that none is held twice.
-            final = model.initial_state(len(prompts)) if final is None else final
-            # Views: the last of the piece may not be at its end.
-            final.load(state.apply(lambda tensor, ended=whole - first: tensor[:ended]), list(range(first, whole)))
-    assert final is not None, "there is no prompt without tokens"
-    return torch.cat(last_logits), final
-
-
 def _wait_for(device: torch.device) -> None:
     """Wait for what runs on a GPU, so that the clock tells what it took."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _barred(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """Tokens never drawn, bool [V]: special ones but the end of the document, and ids that no token has."""
-    barred = torch.ones(vocab_size, dtype=torch.bool)
-    barred[: len(tokenizer.token_bytes)] = torch.tensor([not piece for piece in tokenizer.token_bytes])
-    barred[tokenizer.document_end] = False
-    return barred
-
-
-class _Sample:
-    """Text of one continuation, let out piece by piece, never a part of a stop string."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Sequence[str],
-        on_text: Callable[[int, str], None] | None,
-        index: int,
-        prompt_tokens: int,
-    ) -> None:
-        self.tokens: list[int] = []
-        self.text = ""
-        self._held = ""
-        self._document_end = tokenizer.document_end
-        self._stream = tokenizer.stream()
-        self._stop = stop
-        self._on_text = on_text
-        self._index = index
-        self.prompt_tokens = prompt_tokens
-
-    def push(self, token: int, last: bool) -> StopReason | None:
-        """Take the next token; the reason to end here, if there is one."""
-        self.tokens.append(token)
-        if token == self._document_end:
-            return self._end("document_end")
-        if self._take(self._stream.push(token)):
-            return self._end("stop_string")
-        return self._end("length") if last else None
-
-    def _take(self, piece: str) -> bool:
-        """Add whole characters; True when they complete a stop string, which is cut off."""
-        self._held += piece
-        found = [index for index in map(self._held.find, self._stop) if index >= 0]
-        if found:
-            self._held = self._held[: min(found)]
-            return True
-        keep = max((_overlap(self._held, one) for one in self._stop), default=0)
-        self._release(len(self._held) - keep)
-        return False
-
-    def _release(self, length: int) -> None:
-        piece, self._held = self._held[:length], self._held[length:]
-        self.text += piece
-        if piece and self._on_text is not None:
-            self._on_text(self._index, piece)
-
-    def _end(self, reason: StopReason) -> StopReason:
-        self._release(len(self._held))
-        return reason
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, short of the whole."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
