@@ -35,25 +35,26 @@ def barred_tokens(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 
 
 class TextStream:
-    """Text of one continuation, let out piece by piece, never a part of a stop string."""
+    """Text of one continuation, let out piece by piece, never a part of a stop string.
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Sequence[str],
-        on_text: Callable[[int, str], None] | None,
-        index: int,
-        prompt_tokens: int,
-    ) -> None:
+    Args:
+        tokenizer: of the tokens.
+        stop: strings that end it and are cut off.
+        on_piece: is called with each piece as it is let out.
+
+    Attributes:
+        tokens: all that were pushed.
+        text: all that was let out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_piece: Callable[[str], None] | None = None) -> None:
         self.tokens: list[int] = []
         self.text = ""
         self._held = ""
         self._document_end = tokenizer.document_end
         self._stream = tokenizer.stream()
         self._stop = stop
-        self._on_text = on_text
-        self._index = index
-        self.prompt_tokens = prompt_tokens
+        self._on_piece = on_piece
 
     def push(self, token: int, last: bool) -> StopReason | None:
         """Take the next token; the reason to end here, if there is one."""
@@ -78,8 +79,8 @@ class TextStream:
     def _release(self, length: int) -> None:
         piece, self._held = self._held[:length], self._held[length:]
         self.text += piece
-        if piece and self._on_text is not None:
-            self._on_text(self._index, piece)
+        if piece and self._on_piece is not None:
+            self._on_piece(piece)
 
     def _end(self, reason: StopReason) -> StopReason:
         self._release(len(self._held))
