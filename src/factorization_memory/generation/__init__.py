@@ -8,7 +8,7 @@ from factorization_memory.generation.graph import StepGraph, Steps, steps_for, w
 from factorization_memory.generation.prefill import default_chunk, prefill, prefill_batch
 from factorization_memory.generation.requests import Prefilled, Request
 from factorization_memory.generation.sampling import SamplingConfig, sample, sample_generators
-from factorization_memory.generation.text import note_on_prompt
+from factorization_memory.generation.text import TextStream, barred_tokens, note_on_prompt
 
 __all__ = [
     "Engine",
@@ -19,6 +19,8 @@ __all__ = [
     "SamplingConfig",
     "StepGraph",
     "Steps",
+    "TextStream",
+    "barred_tokens",
     "default_chunk",
     "generate",
     "generate_batch",
