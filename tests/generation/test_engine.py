@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -164,6 +165,39 @@ def test_a_request_of_one_token_takes_no_pool(monkeypatch: pytest.MonkeyPatch) -
     engine.release(0)
     assert engine.step() == {}
     assert not pools
+
+
+def test_the_state_of_a_prompt_goes_when_it_is_copied() -> None:
+    engine = Engine(build("memory"), 2)
+    engine.admit([REQUESTS[0]])
+    engine.step()
+    read = engine.prefill([[1, 2, 3]])
+    state = weakref.ref(read[0].state)
+    engine.admit([Request(read[0])])
+    del read
+    engine.step()
+    assert state() is not None
+    engine.step()
+    assert state() is None
+
+
+@pytest.mark.parametrize("form", ["sparse, associative", "growing"])
+def test_inside_and_outside_of_inference_mode(form: str) -> None:
+    """What is made in one can be changed in the other."""
+    model = build(form)
+    for first in (True, False):
+        with torch.inference_mode(first):
+            engine = Engine(model, 3)
+            engine.admit([REQUESTS[0], REQUESTS[1], REQUESTS[4]])
+        found = []
+        for number in range(6):
+            with torch.inference_mode((number % 2 == 0) == first):
+                found.append(engine.step())
+                if number == 2:
+                    engine.release(0)
+                    assert engine.compact() == [1, 2]
+        tokens = [alone(form, number)[:6] for number in (1, 4)]
+        assert [[drawn[slot + (t < 3)] for t, drawn in enumerate(found)] for slot in range(2)] == tokens
 
 
 def test_slots_are_given_up_where_steps_get_cheaper() -> None:

@@ -158,6 +158,7 @@ def _continue(
     begin = time.perf_counter()
     barred = barred_tokens(tokenizer, model.config.vocab_size).to(device)
     engine.admit([Request(prompts[n // num_samples], sampling, n % num_samples, barred) for n in range(len(streams))])
+    del prompts  # their state, which is copied into the slots
     going = list(range(len(streams)))  # by slot, which continuation runs there
     finished: dict[int, Generation] = {}
     while engine.running:

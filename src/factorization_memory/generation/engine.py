@@ -73,6 +73,7 @@ class Engine:
         >>> engine.release(slot)
     """
 
+    @torch.inference_mode(False)
     def __init__(self, model: LanguageModel, slots: int, prefill_chunk: int | None = None) -> None:
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
             if value is not None and value < 1:
@@ -106,6 +107,7 @@ class Engine:
         """On a GPU, time that captures of the step as a CUDA graph took so far."""
         return self._pool.capture_seconds
 
+    @torch.inference_mode(False)
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Prefilled]:
         """Read prompts, packed one behind the other, for requests to go on from. No slot is needed.
 
@@ -114,6 +116,7 @@ class Engine:
         """
         return self._prefill([token_ids(f"prompts[{i}]", prompt, self.model) for i, prompt in enumerate(prompts)])
 
+    @torch.inference_mode(False)
     def admit(self, requests: Sequence[Request]) -> list[int]:
         """Read those prompts that have not been read, packed one behind the other, and give each request a slot.
 
@@ -154,6 +157,7 @@ class Engine:
         self._pool.remove(slot)
         self._sampler.end(slot)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self) -> dict[int, int]:
         """Draw the next token of every request; returns them by slot.
@@ -178,6 +182,7 @@ class Engine:
         """Whether so few slots are in use that `compact` pays: on a GPU it costs another capture."""
         return self._pool.worth_compacting()
 
+    @torch.inference_mode(False)
     def compact(self) -> list[int]:
         """Give up the free slots, for good: the requests move to slots 0, 1, ... in their order. One slot at least is kept.
 

@@ -82,8 +82,8 @@ class StatePool:
         self._waiting, self._held, self.slots = waiting, set(), len(kept)
 
     def step(self, tokens: Tensor, reading: list[int]) -> Tensor:
-        """Logits `[S, V]`, which the next step may overwrite, after `tokens` int64 `[S]`. Only those of the slots `reading` are
-        to be looked at: free slots are fed anything, and sequences that wait stay where they are."""
+        """Logits `[S, V]`, which the next step may overwrite, after `tokens` int64 `[S]`. Only those of the slots `reading`
+        mean anything: free slots are fed anything, and sequences of others that wait stay where they are."""
         steps = self._allocated()
         self._load(steps, [slot for slot in reading if slot in self._waiting])
         if grows(self._model) and self._forwards % FREE_SLOT_TOKENS == 0:

@@ -51,7 +51,7 @@ class Request:
 
 
 def token_ids(name: str, prompt: Sequence[int], model: LanguageModel) -> Tensor:
-    """The prompt as int64 `[T]` on the model's device. ValueError, by this name, unless it is one id or more of the model's."""
+    """The prompt as int64 `[T]` on the model's device. ValueError, by this name, unless it has ids of the model alone."""
     size = model.config.vocab_size
     if len(prompt) == 0:
         raise ValueError(f"{name}={prompt!r}: it holds no token to start from; give one id or more")

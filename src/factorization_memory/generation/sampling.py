@@ -61,8 +61,8 @@ def sample_generators(seed: int, num_samples: int) -> list[torch.Generator]:
 
 
 class Uniforms:
-    """Uniform random numbers for many slots, each with a generator of its own. They are drawn for many tokens at a time: one by
-    one they would cost as much as a step of a large batch.
+    """Uniform random numbers for many slots, each with a generator of its own. They are drawn for many tokens at a time: one
+    by one they would cost as much as a step of a large batch.
 
     Args:
         slots: how many.

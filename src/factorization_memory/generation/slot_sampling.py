@@ -56,7 +56,7 @@ class SlotSampler:
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
         self._slots, self._vocab_size, self._device = slots, vocab_size, device
-        self._requests: dict[int, Request] = {}
+        self._ways: dict[int, tuple[SamplingConfig, Tensor | None]] = {}  # by slot: sampling but for the seed, tokens barred
         self._uniforms = Uniforms(slots, device)
         self._history: Tensor | None = None  # bool [S, V], tokens held against a slot; None: against none
         self._groups: list[_Group] | None = None  # None: requests have come or gone
@@ -68,19 +68,20 @@ class SlotSampler:
                 self._history = torch.zeros(self._slots, self._vocab_size, dtype=torch.bool, device=self._device)
             self._history[slot] = False
             self._history[slot, tokens] = True
-        self._requests[slot] = request
+        # Not the request, whose prompt may hold a large state.
+        self._ways[slot] = (replace(request.sampling, seed=0), request.barred)
         self._uniforms.begin(slot, sample_generator(request.sampling.seed, request.sample))
         self._groups = None
 
     def end(self, slot: int) -> None:
         """The slot is free."""
-        del self._requests[slot]
+        del self._ways[slot]
         self._uniforms.end(slot)
         self._groups = None
 
     def compact(self, kept: list[int]) -> None:
         """Slot i becomes what `kept[i]` was; there are no others any more."""
-        self._requests = {new: self._requests[old] for new, old in enumerate(kept) if old in self._requests}
+        self._ways = {new: self._ways[old] for new, old in enumerate(kept) if old in self._ways}
         self._uniforms.select(kept)
         self._history = None if self._history is None else self._history[kept]
         self._groups, self._slots = None, len(kept)
@@ -104,16 +105,14 @@ class SlotSampler:
 
     def _grouped(self) -> list[_Group]:
         alike: dict[tuple[SamplingConfig, int], list[int]] = {}
-        for slot, request in sorted(self._requests.items()):
-            key = (replace(request.sampling, seed=0), id(request.barred))
-            alike.setdefault(key, []).append(slot)
-        return [
-            _Group(
-                sampling, self._requests[slots[0]].barred, slots, torch.tensor(slots, device=self._device),
-                len(slots) == self._slots,
-            )
-            for (sampling, _), slots in alike.items()
-        ]  # fmt: skip
+        for slot, (sampling, barred) in sorted(self._ways.items(), key=lambda way: way[0]):
+            alike.setdefault((sampling, id(barred)), []).append(slot)
+        groups = []
+        for (sampling, _), slots in alike.items():
+            barred = self._ways[slots[0]][1]
+            index = torch.tensor(slots, device=self._device)
+            groups.append(_Group(sampling, barred, slots, index, whole=len(slots) == self._slots))
+        return groups
 
     def _draw(self, group: _Group, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         allowed = group.of(logits)
