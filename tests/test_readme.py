@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
@@ -36,6 +37,16 @@ def test_python_snippets(number: int) -> None:
     shapes = {"y": (2, 1000), "logits": (1, 512), "written": (2,)}
     (found,) = shapes.keys() & names.keys()
     assert tuple(names[found].shape)[: len(shapes[found])] == shapes[found]
+
+
+def test_the_engine_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "integration.md").read_text(encoding="utf-8")
+    (snippet,) = (block for block in blocks("python", page) if "Engine(" in block)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert [len(names["texts"][slot]) for slot in names["slots"]] == [40, 40, 30]
+    assert names["engine"].running == []
+    assert len(capsys.readouterr().out) > 100
 
 
 def commands() -> list[list[str]]:

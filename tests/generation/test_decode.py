@@ -11,10 +11,10 @@ from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.generation import (
     SamplingConfig,
     Steps,
-    decode,
     generate,
     generate_batch,
     note_on_prompt,
+    pool,
     prefill,
     prefill_batch,
 )
@@ -170,7 +170,7 @@ def test_where_a_new_size_costs_a_capture_the_ended_stay_until_half_are(
             assert len(tokens) == self.batch_size
             return self.logits.copy_(super().step(tokens))
 
-    monkeypatch.setattr(decode, "steps_for", Costly)
+    monkeypatch.setattr(pool, "steps_for", Costly)
     results = generate_batch(model, TOKENIZER, ["a", "bc"], **options)
     assert [one.tokens for one in results] == [one.tokens for one in expected]
     assert made[0] > 12
@@ -341,3 +341,14 @@ def test_logits_that_are_not_finite_are_an_error(model: LanguageModel) -> None:
 def test_more_samples_than_the_machine_can_hold(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match=r"num_samples=1000000000: .*would take .*ask for fewer"):
         generate(model, TOKENIZER, "It was", num_samples=10**9)
+
+
+def test_room_for_what_growing_attention_will_keep() -> None:
+    config = ModelConfig(
+        vocab_size=TOKENIZER.vocab_size, hidden_size=8, num_layers=2, num_states=2, mixers=("memory", "attention")
+    )
+    growing = LanguageModel(config)
+    with pytest.raises(ValueError, match=r"keeps up to 1,000,000,000,006 tokens each, would take .*, or for fewer max_tokens"):
+        generate(growing, TOKENIZER, "It was", max_tokens=10**12)
+    (one,) = generate(growing, TOKENIZER, "It was", max_tokens=2)
+    assert len(one.tokens) <= 2

@@ -221,7 +221,7 @@ def test_generation_with_graphs_is_generation_without(monkeypatch: pytest.Monkey
     }  # fmt: skip
     monkeypatch.setattr("factorization_memory.generation.graph.why_unsupported", lambda model: "its bits are other ones")
     graphs = generate_batch(model, TOKENIZER, prompts, **options)
-    monkeypatch.setattr("factorization_memory.generation.decode.steps_for", Steps)
+    monkeypatch.setattr("factorization_memory.generation.pool.steps_for", Steps)
     eager = generate_batch(model, TOKENIZER, prompts, **options)
     # Batches of another size may round otherwise, and a draw at the very border fall otherwise.
     agreeing = sum(a.tokens == b.tokens for a, b in zip(graphs, eager, strict=True))

@@ -88,9 +88,31 @@ def test_a_barred_token_is_never_drawn(
 
 def test_numbers_drawn_in_blocks_are_those_drawn_one_by_one() -> None:
     config, logits = SamplingConfig(temperature=1.0), torch.randn(3, 50)
-    generators, uniforms = sample_generators(7, 3), Uniforms(sample_generators(7, 3), torch.device("cpu"))
+    generators, uniforms = sample_generators(7, 3), Uniforms(3, torch.device("cpu"))
+    for slot, generator in enumerate(sample_generators(7, 3)):
+        uniforms.begin(slot, generator)
     for _ in range(2 * Uniforms.block + 3):
-        assert torch.equal(sample(logits, config, generators), sample(logits, config, uniforms.take()))
+        assert torch.equal(sample(logits, config, generators), sample(logits, config, uniforms.peek()))
+        uniforms.advance()
+
+
+def test_numbers_of_a_slot_begin_with_its_generator_and_go_where_it_goes() -> None:
+    first, second, third = (torch.rand(200, generator=one, dtype=torch.float64) for one in sample_generators(7, 3))
+    generators, uniforms = sample_generators(7, 3), Uniforms(3, torch.device("cpu"))
+    uniforms.begin(1, generators[0])
+    for t in range(50):
+        assert uniforms.peek()[1] == uniforms.peek()[1] == first[t]
+        uniforms.advance()
+    uniforms.begin(2, generators[1])
+    for t in range(70):
+        assert uniforms.peek()[1:].tolist() == [first[50 + t], second[t]]
+        uniforms.advance()
+    uniforms.end(1)
+    uniforms.begin(0, generators[2])
+    uniforms.select([2, 0])
+    for t in range(70):
+        assert uniforms.peek().tolist() == [second[70 + t], third[t]]
+        uniforms.advance()
 
 
 def test_a_sample_depends_on_the_seed_and_its_index_only() -> None:

@@ -1,23 +1,26 @@
 """Text from a trained model: `generate` continues a prompt, `generate_batch` many, `SamplingConfig` says how the next token is
-chosen, `steps_for` gives one step of a batch (on a GPU as a CUDA graph)."""
+chosen. Below them `Engine` continues token ids, of requests that come and go, and `steps_for` gives one step of a batch (on a
+GPU as a CUDA graph)."""
 
-from factorization_memory.generation.decode import (
-    Generation,
-    default_chunk,
-    generate,
-    generate_batch,
-    note_on_prompt,
-    prefill,
-    prefill_batch,
-)
+from factorization_memory.generation.decode import Generation, generate, generate_batch
+from factorization_memory.generation.engine import Engine, LogitsError
 from factorization_memory.generation.graph import StepGraph, Steps, steps_for, weights_dtype, with_dtype
+from factorization_memory.generation.prefill import default_chunk, prefill, prefill_batch
+from factorization_memory.generation.requests import Prefilled, Request
 from factorization_memory.generation.sampling import SamplingConfig, sample, sample_generators
+from factorization_memory.generation.text import TextStream, barred_tokens, note_on_prompt
 
 __all__ = [
+    "Engine",
     "Generation",
+    "LogitsError",
+    "Prefilled",
+    "Request",
     "SamplingConfig",
     "StepGraph",
     "Steps",
+    "TextStream",
+    "barred_tokens",
     "default_chunk",
     "generate",
     "generate_batch",

@@ -47,39 +47,67 @@ class SamplingConfig:
         require(0 <= self.seed < 1 << 64, "seed", "use a number from 0 to 2**64 - 1")
 
 
+def sample_generator(seed: int, number: int) -> torch.Generator:
+    """The random generator of sample `number` of a prompt, a function of (seed, number)."""
+    # Neighbouring seeds of the Mersenne twister start alike; a prime stride and a warm-up draw keep samples apart.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 63))
+    torch.rand(8, generator=generator)
+    return generator
+
+
 def sample_generators(seed: int, num_samples: int) -> list[torch.Generator]:
     """One random generator for each sample, the i-th a function of (seed, i)."""
-    # Neighbouring seeds of the Mersenne twister start alike; a prime stride and a warm-up draw keep samples apart.
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % (1 << 63)) for i in range(num_samples)]
-    for generator in generators:
-        torch.rand(8, generator=generator)
-    return generators
+    return [sample_generator(seed, i) for i in range(num_samples)]
 
 
 class Uniforms:
-    """The numbers that generators give one after the other, drawn for many tokens at a time: one by one they would cost as
-    much as a step of a large batch.
+    """Uniform random numbers for many slots, each with a generator of its own. They are drawn for many tokens at a time: one
+    by one they would cost as much as a step of a large batch.
 
     Args:
-        generators: CPU generators, one for each sample.
+        slots: how many.
         device: where the numbers are wanted.
     """
 
     block = 64
     """Tokens that numbers are drawn for at a time."""
 
-    def __init__(self, generators: Sequence[torch.Generator], device: torch.device) -> None:
-        self._generators, self._device = generators, device
-        self._drawn = torch.empty(0, len(generators), dtype=torch.float64, device=device)
-        self._used = 0
+    def __init__(self, slots: int, device: torch.device) -> None:
+        # A ring in time: row `t % block` has the numbers of draw t, so that a draw of all slots is one row.
+        self._drawn = torch.zeros(self.block, slots, dtype=torch.float64, device=device)
+        self._time = 0
+        self._generators: dict[int, torch.Generator] = {}
+        self._due: dict[int, int] = {}  # the draw for which a slot's next block is needed
 
-    def take(self) -> Tensor:
-        """The next number of every sample, float64 `[N]`."""
-        if self._used == len(self._drawn):
-            drawn = [torch.rand(self.block, generator=generator, dtype=torch.float64) for generator in self._generators]
-            self._drawn, self._used = torch.stack(drawn, dim=1).to(self._device), 0
-        self._used += 1
-        return self._drawn[self._used - 1]
+    def begin(self, slot: int, generator: torch.Generator) -> None:
+        """From the next draw on the slot's numbers are those of this CPU generator, from its first."""
+        self._generators[slot], self._due[slot] = generator, self._time
+
+    def end(self, slot: int) -> None:
+        """The slot needs no numbers any more."""
+        del self._generators[slot], self._due[slot]
+
+    def peek(self) -> Tensor:
+        """The numbers of the draw to come, float64 `[slots]`; of slots without a generator any."""
+        due = [slot for slot, time in self._due.items() if time == self._time]
+        if due:
+            blocks = [torch.rand(self.block, generator=self._generators[slot], dtype=torch.float64) for slot in due]
+            device = self._drawn.device
+            numbers = torch.stack(blocks, dim=1).roll(self._time % self.block, dims=0).to(device)
+            self._drawn.index_copy_(1, torch.tensor(due, device=device), numbers)
+            self._due.update((slot, self._time + self.block) for slot in due)
+        return self._drawn[self._time % self.block]
+
+    def advance(self) -> None:
+        """The draw is done."""
+        self._time += 1
+
+    def select(self, slots: list[int]) -> None:
+        """Slot i becomes what `slots[i]` was; there are no others any more."""
+        self._drawn = self._drawn[:, slots]
+        used = [(new, old) for new, old in enumerate(slots) if old in self._generators]
+        self._generators = {new: self._generators[old] for new, old in used}
+        self._due = {new: self._due[old] for new, old in used}
 
 
 def sample(

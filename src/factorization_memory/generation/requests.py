@@ -1,0 +1,89 @@
+"""What is asked of the engine: a prompt as token ids, or one that has been read, and how its continuation is drawn.
+
+Shapes: T tokens, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from factorization_memory.generation.sampling import SamplingConfig
+from factorization_memory.layers.calling import device_of
+
+if TYPE_CHECKING:
+    from factorization_memory.models import LanguageModel, ModelState
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """A prompt that has been read (`Engine.prefill`). Any number of requests can go on from it, each from its own copy of the
+    state."""
+
+    model: LanguageModel
+    """The model that has read it."""
+    tokens: Tensor
+    """The prompt, int64 `[T]`."""
+    logits: Tensor
+    """After its last token, `[V]`."""
+    state: ModelState
+    """Of all prompts that were read together; never changed."""
+    row: int
+    """Which of them this one is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to continue. The tokens drawn depend on nothing but what stands here, and the model."""
+
+    prompt: Sequence[int] | Prefilled
+    """Token ids, at least one; or a prompt that has been read."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the next token is chosen."""
+    sample: int = 0
+    """Which sample of the prompt this is: the random numbers are a function of (`sampling.seed`, `sample`)."""
+    barred: Tensor | None = None
+    """Tokens that are never drawn, bool `[V]` on the model's device. Requests that share one tensor are drawn together."""
+
+
+def token_ids(name: str, prompt: Sequence[int], model: LanguageModel) -> Tensor:
+    """The prompt as int64 `[T]` on the model's device. ValueError, by this name, unless it has ids of the model alone."""
+    size = model.config.vocab_size
+    if len(prompt) == 0:
+        raise ValueError(f"{name}={prompt!r}: it holds no token to start from; give one id or more")
+    try:
+        tokens = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        tokens = torch.empty(0)
+    if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"{name}: got {_short(prompt)}, takes token ids, integers from 0 to {size - 1}")
+    outside = tokens[(tokens < 0) | (tokens >= size)]
+    if len(outside):
+        raise ValueError(f"{name}: it has the id {int(outside[0])}; use ids of the model, from 0 to {size - 1}")
+    return tokens.to(device_of(model), torch.int64)
+
+
+def check_request(name: str, request: Request, model: LanguageModel) -> None:
+    """ValueError, by this name, for a request that cannot be served. The token ids of a prompt are left to `token_ids`."""
+    size, device, barred = model.config.vocab_size, device_of(model), request.barred
+    if isinstance(request.prompt, Prefilled) and request.prompt.model is not model:
+        raise ValueError(f"{name}.prompt: another model has read it; prefill it with this engine")
+    if not isinstance(request.sample, int) or request.sample < 0:
+        raise ValueError(f"{name}.sample={request.sample!r}: use the number of the sample, 0 or more")
+    if barred is None:
+        return
+    if barred.dtype != torch.bool or tuple(barred.shape) != (size,):
+        raise ValueError(f"{name}.barred: got {barred.dtype} of shape {tuple(barred.shape)}, takes torch.bool of ({size},)")
+    if barred.device != device:
+        raise ValueError(f"{name}.barred: is on {barred.device}, the model on {device}; move it there")
+    if barred.all():
+        raise ValueError(f"{name}.barred: it leaves none of the {size} ids to draw; leave at least one")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
