@@ -15,13 +15,13 @@ from factorization_memory.config import AttentionConfig, GatedDeltaNetConfig, Ma
 from factorization_memory.models import ModelState
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 11, "hidden_size": 16, "num_layers": 2, "num_states": 8,
+    "vocab_size": 11, "hidden_size": 16, "num_layers": 1, "num_states": 8,
     "mamba2": Mamba2Config(8, 8), "gated_deltanet": GatedDeltaNetConfig(head_size=8),
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "associative": {"top_k": 3, "conv_size": 3, "update_lag": 1},
-    "attention": {"mixers": ("memory", "attention")},
+    "attention": {"mixers": ("memory", "attention"), "num_layers": 2},
     "window": {"mixers": ("attention",), "attention": AttentionConfig(2, 1, sliding_window=4)},
     "mamba2": {"mixers": ("mamba2",)},
 }
@@ -47,7 +47,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 
 def make(name: str, **options: Any) -> LanguageModel:
-    return LanguageModel(ModelConfig(**SIZES, **MODELS[name], **options)).eval()
+    return LanguageModel(ModelConfig(**(SIZES | MODELS[name]), **options)).eval()
 
 
 def draw(length: int, batch: int = 2) -> Tensor:
