@@ -352,5 +352,6 @@ def test_a_new_backend_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["forward"] * 2
     with pytest.raises(ValueError, match=r"backend='mine': it is for one head; use 'auto', or 'chunked', which"):
         factorization_memory(wide.update, wide.merge, wide.value, backend="mine")
-    with pytest.raises(ValueError, match=r"backend='yours': use one of auto, reference, chunked, triton, .*, mine$"):
-        factorization_memory(wide.update, wide.merge, wide.value, backend="yours")
+    for name in ("yours", ""):
+        with pytest.raises(ValueError, match=rf"backend='{name}': use one of auto, reference, chunked, triton, .*, mine$"):
+            factorization_memory(wide.update, wide.merge, wide.value, backend=name)

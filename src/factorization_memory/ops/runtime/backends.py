@@ -52,7 +52,7 @@ def choose(backends: Sequence[AnyBackend], name: str, *request: Any) -> AnyBacke
     Raises:
         ValueError: an unknown name, or a backend that cannot run here; says why and what can.
     """
-    asked = [one for one in backends if name in ("auto", one.name, one.family)]
+    asked = [one for one in backends if name in ("auto", one.name, one.family or one.name)]
     if not asked:
         raise ValueError(f"backend={name!r}: use one of {', '.join(backend_names(backends))}")
     reason = None
