@@ -1,6 +1,11 @@
-"""Training on one device: the loop, its optimizer, its guards. What it leaves on disk is in `runs`."""
+"""Training on one device: the loop, its optimizer, its guards. What it leaves on disk is in `runs`, whose names can be had from
+here too, as in version 0.1."""
 
-from factorization_memory.runs.checkpoint_folder import CheckpointError
+from factorization_memory.models.device import resolve_device
+from factorization_memory.runs.checkpoint import load_checkpoint, save_checkpoint
+from factorization_memory.runs.checkpoint_folder import CheckpointError, find_checkpoint, list_checkpoints
+from factorization_memory.runs.exporting import export_run
+from factorization_memory.runs.importing import import_model
 from factorization_memory.runs.loading import load_model
 from factorization_memory.runs.lock import RunLockedError
 from factorization_memory.runs.record import RunFolderError
@@ -18,7 +23,14 @@ __all__ = [
     "Trainer",
     "TrainingDivergedError",
     "TrainingObserver",
+    "export_run",
+    "find_checkpoint",
+    "import_model",
     "initial_config",
     "learning_rate",
+    "list_checkpoints",
+    "load_checkpoint",
     "load_model",
+    "resolve_device",
+    "save_checkpoint",
 ]
