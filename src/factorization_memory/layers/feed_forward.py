@@ -34,8 +34,8 @@ class FeedForward(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` of the two halves of `[..., 2 I]`. Keeps its input alone, and writes both halves' gradients to their
-    place in one tensor."""
+    """`silu(gate) * up` of the two halves of `[..., 2 I]`. Saves only its input for backward, and writes the gradients of both
+    halves into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

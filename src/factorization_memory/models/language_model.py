@@ -109,7 +109,7 @@ class LanguageModel(Backbone):
             tokens: int64 `[B, T]`.
             targets: int64 `[B, T]`, the token after each; -100 where there is none. A state in its place, as layers take
                 theirs, is `state`.
-            state: where the sequences stand (N of them with `cu_seqlens`); None begins anew. Not modified.
+            state: state to continue from (of N sequences with `cu_seqlens`); None starts from the initial state. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False for padding, which leaves the state as it is.
             last_only: compute the logits of the last position alone, as a prefill needs; of packed sequences, of which none may
