@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., hidden_size]` to the same shape."""
         gate_up = self.gate_up(x)
-        if torch.compiler.is_compiling():  # the compiler fuses better than we do
+        if torch.compiler.is_compiling():  # the compiler fuses it better
             gate, up = gate_up.chunk(2, dim=-1)
             return self.down(functional.silu(gate) * up)
         return self.down(_SwiGLU.apply(gate_up))

@@ -71,7 +71,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seql
 def window_convolution(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`causal_convolution` in PyTorch of x `[B, taps - 1 + T, C]`, its tail first, as `[B, T, C]`."""
     weight, bias = weight.to(window.dtype), bias.to(window.dtype)
-    if torch.compiler.is_compiling():  # the compiler fuses better than we do
+    if torch.compiler.is_compiling():  # the compiler fuses it better
         shifted = _shifted(window, len(weight))
         return torch.nn.functional.silu(bias + sum(x * tap for x, tap in zip(shifted, weight, strict=True)))
     return _Convolution.apply(window, weight, bias)
@@ -173,7 +173,7 @@ def _why_unsupported(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | No
 
 
 BACKENDS = (Backend("triton", _by_kernels, needs_gpu=True, why_unsupported=_why_unsupported), Backend("plain", _plain))
-"""The fastest first."""
+"""Fastest first."""
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -181,7 +181,7 @@ BACKENDS = (
     Backend("triton", _by_kernels, needs_gpu=True, why_unsupported=lambda x: runtime.why_unsupported(x, "hidden")),
     Backend("plain", _plain),
 )
-"""The fastest first."""
+"""Fastest first."""
 
 
 def _fake_mean_loss(

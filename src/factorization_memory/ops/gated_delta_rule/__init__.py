@@ -1,5 +1,5 @@
-"""The recurrence of Gated DeltaNet (arXiv 2412.06464, equation 10) as functions of tensors: arguments are checked here, and a
-backend is chosen.
+"""The recurrence of Gated DeltaNet (arXiv 2412.06464, equation 10) as functions of tensors: checks arguments and picks a
+backend.
 
 For each token t and head, with query q, key k, value v, log decay g <= 0 and write strength beta:
 
@@ -56,17 +56,17 @@ def gated_delta_rule(
         scale: multiplies the outputs; None takes `K ** -0.5`.
         initial_state: S_0, `[B, H, K, V]`, or `[N, H, K, V]` for N sequences of `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state starts anew at each.
-        backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch), "fla" (the kernels of
-            flash-linear-attention, for GPUs; a graph break under `torch.compile`), or "auto": fla where it is installed, for
-            bfloat16 and float16 v on a GPU; chunked elsewhere.
+        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state is reset at each.
+        backend: "reference" (a plain loop, the ground truth), "chunked" (parallel over time, in plain PyTorch), "fla" (the
+            kernels of flash-linear-attention, for GPUs; a graph break under `torch.compile`), or "auto": fla where it is
+            installed, for bfloat16 and float16 v on a GPU; chunked elsewhere.
 
     Returns:
         o `[B, T, H, V]` in v's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 v), or None.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, an unknown backend, or one that cannot run here; names the
-            argument, what it got and what it takes.
+        ValueError: an argument of the wrong shape, dtype or device, an unknown backend, or one that cannot run here; the
+            message names the argument, the value and what is accepted.
     """
     _check(q, k, v, g, beta)
     if cu_seqlens is not None:
@@ -217,7 +217,7 @@ def _reference(
     keep_final: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The formula as a loop over tokens, one sequence after the other where they are packed."""
+    """The formula as a loop over tokens, sequence by sequence if packed."""
     dtype, result = state_dtype(v), v.dtype
     borders = [0, v.shape[1]] if cu_seqlens is None else read_borders(cu_seqlens)
     with no_autocast(v.device):
@@ -244,4 +244,4 @@ BACKENDS = (
     Backend("chunked", chunked.forward),
     Backend("reference", _reference),
 )
-"""The fastest first."""
+"""Fastest first."""

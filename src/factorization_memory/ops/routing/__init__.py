@@ -203,7 +203,7 @@ BACKENDS = (
     RoutingBackend("triton", _by_kernels, needs_gpu=True, why_unsupported=_why_unsupported, step=_step_by_kernels),
     RoutingBackend("plain", _plain, step=_plain_step),
 )
-"""The fastest first."""
+"""Fastest first."""
 
 
 def _check_last(logits: Tensor, affinity: Tensor, indices: Tensor | None, top_k: int | None) -> None:

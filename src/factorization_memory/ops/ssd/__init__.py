@@ -1,5 +1,5 @@
-"""The recurrence of Mamba-2 (state space duality, arXiv 2405.21060) as functions of tensors: arguments are checked here, and a
-backend is chosen.
+"""The recurrence of Mamba-2 (state space duality, arXiv 2405.21060) as functions of tensors: checks arguments and picks a
+backend.
 
 For each token t and head, with value x, step size dt, decay rate A < 0, input map B and output map C:
 
@@ -45,17 +45,17 @@ def ssd(
         chunk_size: tokens that "chunked" takes at once; a matter of speed alone.
         initial_state: S_0, `[B, H, P, N]`, or `[N, H, P, N]` for N sequences of `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state starts anew at each.
-        backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch; on a GPU never compiled),
-            "mamba-ssm" or "fla" (the kernels of these packages, for GPUs), or "auto": of the kernels the first that are
-            installed, for bfloat16 and float16 x; chunked elsewhere, as the kernels take float32 with fewer digits.
+        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state is reset at each.
+        backend: "reference" (a plain loop, the ground truth), "chunked" (parallel over time, in plain PyTorch; on a GPU never
+            compiled), "mamba-ssm" or "fla" (the kernels of these packages, for GPUs), or "auto": of the kernels the first that
+            are installed, for bfloat16 and float16 x; chunked elsewhere, as the kernels take float32 with fewer digits.
 
     Returns:
         y `[B, T, H, P]` in x's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 x), or None.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, an unknown backend, or one that cannot run here; names the
-            argument, what it got and what it takes.
+        ValueError: an argument of the wrong shape, dtype or device, an unknown backend, or one that cannot run here; the
+            message names the argument, the value and what is accepted.
     """
     _check(x, dt, decay_rate, input_map, output_map)
     if cu_seqlens is not None:
@@ -135,7 +135,7 @@ def _reference(
     keep_final: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The formula as a loop over tokens, one sequence after the other where they are packed."""
+    """The formula as a loop over tokens, sequence by sequence if packed."""
     dtype = state_dtype(x)
     borders = [0, x.shape[1]] if cu_seqlens is None else read_borders(cu_seqlens)
     batch, _, heads, width = x.shape
