@@ -160,7 +160,7 @@ def _tilelang() -> bool:
 
 @lru_cache(maxsize=1)
 def _find() -> Callable[..., Any] | str:
-    """fla's kernels, or why there are none."""
+    """fla's kernels, or why they are missing."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # emitted by another package's imports
