@@ -1,4 +1,4 @@
-"""Training on one device: the loop, its optimizer, its guards. What it leaves on disk is in `runs`."""
+"""Training on one device: the loop, the optimizer and guards. Files on disk are handled by `runs`."""
 
 from factorization_memory.runs.checkpoint_folder import CheckpointError
 from factorization_memory.runs.loading import load_model
