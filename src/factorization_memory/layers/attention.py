@@ -132,7 +132,7 @@ class Attention(nn.Module):
             kept.scatter_(2, place[..., None, None].expand_as(new), new.to(kept.dtype))
         state.length.add_(1)
         keys, values = (kept[:, :, used].to(q.dtype) for kept in (state.keys, state.values))
-        # The query heads that share keys are queries of one head.
+        # Fold query heads that share keys into queries of one head.
         q = q.reshape(len(x), self.num_key_value_heads, self.num_heads // self.num_key_value_heads, self.head_size)
         y = functional.scaled_dot_product_attention(q, keys, values, (state.positions[:, used] > 0)[:, None, None])
         return self.output(y.flatten(1))
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         for name, (tensor, shape) in shapes.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, takes {shape}")
-            if tensor.device != device and device.type != "meta":  # weights that are offloaded are on meta
+            if tensor.device != device and device.type != "meta":  # offloaded weights are on meta
                 raise ValueError(f"state.{name}: is on {tensor.device}, the layer on {device}; move them to one device")
         if state.most != self.sliding_window:
             raise ValueError(
@@ -221,7 +221,7 @@ class Attention(nn.Module):
         window = self.sliding_window
         if window is None or length <= window:
             return state.keys[:, :, :length], state.values[:, :, :length]
-        first = length % window + 1  # the oldest is out of reach
+        first = length % window + 1  # the oldest is outside the window
         keys, values = (torch.cat((x[:, :, first:], x[:, :, : first - 1]), dim=2) for x in (state.keys, state.values))
         return keys, values
 
@@ -245,12 +245,12 @@ class Attention(nn.Module):
         if window is None:
             position = (place + 1).expand(len(length), -1)
             position = position * (position <= length[:, None])
-        else:  # the last one that goes to this place
+        else:  # the last one that maps to this entry
             position = length[:, None] - (length[:, None] - 1 - place) % window
             position = position * (position > 0)
         new = position > start[:, None]
         index = (position - start[:, None] - 1).clamp(min=0, max=max(k.shape[2] - 1, 0))
-        if stretch.padding_mask is not None and k.shape[2]:  # the real tokens first, in their order
+        if stretch.padding_mask is not None and k.shape[2]:  # real tokens first, in order
             index = (~stretch.padding_mask).to(torch.int8).argsort(dim=1, stable=True).gather(1, index)
         before = before.resized(capacity)
         keys, values = before.keys.to(k.dtype), before.values.to(v.dtype)
@@ -263,7 +263,7 @@ class Attention(nn.Module):
                 torch.where(new[:, None, :, None], x.transpose(1, 2)[row, index].transpose(1, 2), old)
                 for x, old in ((k, keys), (v, values))
             )
-        else:  # copies: the state that was given is not that which comes back
+        else:  # copies: the given state must not share tensors with the returned one
             keys, values = keys.clone(), values.clone()
         return AttentionState(keys.contiguous(), values.contiguous(), position, length, window)
 

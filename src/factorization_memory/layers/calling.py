@@ -30,7 +30,7 @@ _WEIGHTS = (torch.Tensor, nn.Parameter)
 
 
 def why_hooked(module: nn.Module) -> str | None:
-    """The reason that the module must be called, whatever its class: a hook or offloading; None if there is none."""
+    """Why the module must be called, whatever its class: a hook or offloading; None if it need not be."""
     if "forward" in vars(module):
         return "its forward was replaced, as Accelerate does to offload weights"
     for name, kind in _HOOKS.items():

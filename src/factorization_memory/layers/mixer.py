@@ -255,7 +255,7 @@ def set_aside(x: Tensor, cu_seqlens: Tensor | None, window: int | None = None) -
     # Checking on a GPU would synchronize, and each pass over x costs time in every layer.
     if x.device.type != "cpu":
         return x, None
-    # Nor is it worth a graph break.
+    # Compiled, skip the checks: reading values would break the graph.
     may_look = not torch.compiler.is_compiling()
     if may_look and isinstance(x, FakeTensor):
         return x, None

@@ -59,7 +59,7 @@ class StateSizes:
         """The same state, recording what the next `steps` steps overwrite; `position` as in `Undo`."""
         memory = state.memory
         selected = (steps, memory.shape[0], self.num_heads, self.selected)
-        with torch.inference_mode(False):  # steps outside of it write here too
+        with torch.inference_mode(False):  # steps outside inference mode write to these tensors too
             undo = Undo(
                 memory.new_empty(*selected, self.head_size),
                 None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),

@@ -1,5 +1,5 @@
-"""The operators, one package each: `__init__` checks arguments and picks a backend, beside it the plain PyTorch form and the
-kernels. The public functions of the recurrence are re-exported here.
+"""The operators, one package each: `__init__` checks arguments and picks a backend, other modules have the plain PyTorch form
+and the kernels. The public functions of the recurrence are re-exported here.
 """
 
 from factorization_memory.ops.arguments import check_borders, check_state, check_tensors, read_borders

@@ -70,7 +70,7 @@ def export_run(
     record = read_state(path)
     config = read_run_config(record, path)
     definition = tokenizer_file(path)
-    tokenizer_of(path, record)  # raises unless it is this model's
+    tokenizer_of(path, record)  # raises if it is not this model's
     model = model_of(path, config)
     run_dir = path.resolve().parent.parent
     environment = _published(read_object(run_dir / ENVIRONMENT_NAME))

@@ -1,7 +1,7 @@
 """The gated delta rule parallel over time in plain PyTorch (arXiv 2412.06464, section 3.3), for CPU and GPU.
 
-Time is cut into chunks of L tokens. In a chunk that begins with the state S, with `decay(s -> t) = exp(g_{s+1} + ... + g_t)`,
-what token t writes along its key, u_t, depends on the writes before it:
+Time is split into chunks of L tokens. In a chunk that begins with the state S, with
+`decay(s -> t) = exp(g_{s+1} + ... + g_t)`, what token t writes along its key, u_t, depends on the writes before it:
 
     u_t = beta_t (v_t - decay(start -> t) S^T k_t - sum_{s < t} decay(s -> t) (k_t . k_s) u_s)
 

@@ -1,6 +1,6 @@
 """The recurrence parallel over time in plain PyTorch, for CPU and GPU.
 
-Time is cut into chunks of C tokens. Within a chunk, with `decay_j(s -> t) = prod_{r = s+1..t} (1 - theta_rj)`,
+Time is split into chunks of C tokens. Within a chunk, with `decay_j(s -> t) = prod_{r = s+1..t} (1 - theta_rj)`,
 
     y_t = sum_{s <= t} P[t, s] v_s + sum_j Q[t, j] h_j        P[t, s] = sum_j phi_tj theta_sj decay_j(s -> t)
     h'_j = G_j h_j + sum_s K[s, j] v_s                        Q[t, j] = phi_tj decay_j(start -> t)

@@ -1,6 +1,6 @@
 """Mamba-2's recurrence parallel over time in plain PyTorch (arXiv 2405.21060, section 6), for CPU and GPU.
 
-Time is cut into chunks of L tokens. With `a_t = dt_t A` and `decay(s -> t) = exp(a_{s+1} + ... + a_t)`,
+Time is split into chunks of L tokens. With `a_t = dt_t A` and `decay(s -> t) = exp(a_{s+1} + ... + a_t)`,
 
     y_t = sum_{s <= t} (C_t . B_s) decay(s -> t) dt_s x_s + decay(start -> t) S C_t      within a chunk that begins with S
     S'  = decay(start -> end) S + sum_s decay(s -> end) dt_s x_s B_s^T                    from chunk to chunk

@@ -114,7 +114,7 @@ def plan(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward: boo
     does not compute their table yet."""
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     exact = value.dtype == torch.bfloat16 or _exact_products()
-    shape = tuple(int(size) for size in update.shape)  # a traced size becomes a fixed one
+    shape = tuple(int(size) for size in update.shape)  # turns traced sizes into constants
     return _plan(shape, int(value.shape[3]), value.dtype, exact, value.device, sequences, backward)
 
 

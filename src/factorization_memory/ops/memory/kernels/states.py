@@ -148,10 +148,10 @@ def carry_kernel(
         state = tl.load(enter + (row * heads + head) * num_states * width + tile, mask=kept, other=0.0).to(tl.float32)
     for i in range(segments):
         at = (row * segments + (segments - 1 - i if REVERSE else i)) * heads + head
-        # What the last segment leaves is not known, nor asked for.
+        # The state after the last segment is neither known nor needed.
         follows = i < segments - 1
         end = tl.load(local + at * MP * width + tile, mask=inside & follows, other=0.0)
         g = tl.load(decay + at * MP + j, mask=(j < MP) & follows, other=0.0)
         tl.store(local + at * MP * width + tile, state, mask=inside)
-        # Where a sequence begins within the segment, nothing comes through, not even what is not finite.
+        # If a sequence begins within the segment, no earlier state passes, not even a non-finite one.
         state = tl.where((g == 0)[:, None], end, end + g[:, None] * state)
