@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ OUTSIDE = {
 }
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Full names of the modules that a file imports anywhere in it."""
     found = set()
