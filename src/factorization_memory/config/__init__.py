@@ -1,8 +1,8 @@
-"""Every choice of a run as frozen, typed dataclasses. Standard library only, so that reading a configuration costs nothing.
+"""All options of a run as frozen, typed dataclasses. Standard library only, so that importing configurations is cheap.
 
-A run is one `RunConfig`: the model, the data, the optimizer, the training loop. `presets.py` holds named ones; the command
-line overrides any field by its flag (`--model.top-k 8`). Each class checks itself when it is made and raises `ConfigError`
-naming the field, its value and what to do.
+A run is one `RunConfig`: the model, the data, the optimizer, the training loop. `presets.py` has named ones; the command line
+overrides any field by its flag (`--model.top-k 8`). Each class validates itself on construction and raises `ConfigError`
+naming the field, its value and the remedy.
 """
 
 from factorization_memory.config.checks import ConfigError

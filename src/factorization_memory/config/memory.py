@@ -1,4 +1,4 @@
-"""The choices of a memory layer."""
+"""Options of a memory layer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "tri
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """A memory layer. Fields that the paper leaves open are marked "silent"; docs/method.md says how each was settled."""
+    """A memory layer. "(silent)" marks fields that the paper leaves open; docs/method.md says how each was chosen."""
 
     hidden_size: int = 256
     """Width d of the residual stream."""
     num_states: int = 64
-    """M: memory states of each head."""
+    """M: memory states per head."""
     top_k: int | None = None
     """K: states each token updates and reads; None is the dense form (all M)."""
     num_heads: int = 1
@@ -38,23 +38,23 @@ class MemoryConfig:
     affinity_init: float = 1.0
     """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
     update_lag: int = 0
-    """How many tokens back a token takes the affinities it writes with: 0, its own (the paper); 1, the previous token's, so
+    """A token writes with the affinities of the token this many before it: 0, its own (the paper); 1, the previous token's, so
     that a later occurrence of that token finds what followed it (the associative form, see docs/method.md)."""
     rates: Rates = "state"
-    """Whether the update and merge rates are one number a head or one a state (the paper allows both)."""
+    """Whether there is one update and merge rate per head or per state (the paper allows both)."""
     update_rate_init: tuple[float, float] = (0.05, 0.95)
     """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
     conv_size: int = 0
     """Taps of a causal depthwise convolution of the values, followed by SiLU; 0 for none (an addition to the paper)."""
     value_skip: bool = False
-    """Whether each token's own values, each times a learned number, are added to the normalised merged vector, as Mamba-2 adds
-    them (an addition to the paper)."""
+    """Whether a token's own values, scaled by a learned weight per channel, are added to the normalised merged vector, as in
+    Mamba-2 (an addition to the paper)."""
     output_gate: bool = False
     """Whether a SiLU gate computed from the input multiplies the merged vector (an addition to the paper)."""
     norm_eps: float = 1e-6
-    """Added to the mean square under every RMSNorm's root."""
+    """Epsilon of every RMSNorm, added to the mean square under the root."""
     backend: Backend = "auto"
-    """Backend of the recurrence: the fastest that runs here, the plain loop, parallel over time in PyTorch, or GPU kernels."""
+    """Backend of the recurrence: the fastest available, the plain loop, parallel over time in PyTorch, or GPU kernels."""
 
     def __post_init__(self) -> None:
         if isinstance(self.update_rate_init, list):

@@ -1,8 +1,7 @@
-"""The layers that mix tokens, by name, as far as configurations know them: what else they ask of one, and whether their state
-grows with the text.
+"""The token mixers by name, as configurations see them: their checks, and whether their state grows with the length read.
 
-A package may add its own with `factorization_memory.layers.register_mixer`. Where it names the module that does so as an entry
-point of the group `ENTRY_POINTS`, by the mixer's name, the command line finds it too.
+A package may add its own with `factorization_memory.layers.register_mixer`. If it declares the module that does so as an entry
+point of the group `ENTRY_POINTS`, under the mixer's name, the command line finds it too.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ ENTRY_POINTS = "factorization_memory.mixers"
 
 
 def _nothing(_: Any) -> None:
-    """Asks nothing."""
+    """Checks nothing."""
 
 
 def _never(_: Any) -> bool:
@@ -27,19 +26,19 @@ def _never(_: Any) -> bool:
 
 @dataclass(frozen=True)
 class MixerChoice:
-    """What a configuration knows of one mixer."""
+    """One mixer as configurations see it."""
 
     check: Callable[[Any], None] = _nothing
-    """Raises ConfigError where a whole `ModelConfig` does not suit the mixer."""
+    """Raises ConfigError if a `ModelConfig` does not suit the mixer."""
     grows: Callable[[Any], bool] = _never
-    """Of a `ModelConfig`: whether what the mixer keeps of a text grows with it, without end."""
+    """Whether, for a `ModelConfig`, the mixer's state grows with the length read without limit."""
 
 
 _CHOICES: dict[str, MixerChoice] = {}
 
 
 def add_mixer_choice(name: str, choice: MixerChoice) -> None:
-    """Make a mixer's name one that `ModelConfig.mixers` takes.
+    """Makes `ModelConfig.mixers` accept a mixer's name.
 
     Raises:
         ValueError: the name is taken.
@@ -50,17 +49,17 @@ def add_mixer_choice(name: str, choice: MixerChoice) -> None:
 
 
 def mixer_names() -> tuple[str, ...]:
-    """All names, in the order in which they were added."""
+    """All names, in order of registration."""
     return tuple(_CHOICES)
 
 
 def mixer_choice(name: str) -> MixerChoice | None:
-    """What is known of a mixer; one that a package installed here offers is loaded for it. None for no such name."""
+    """The `MixerChoice` of a mixer, loading the installed package that provides it if necessary; None for an unknown name."""
     if name not in _CHOICES:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             try:
                 entry.load()
-            except Exception as error:  # of another package's code, whatever it is
+            except Exception as error:  # another package's code may raise anything
                 reason = f"{type(error).__name__}: {error}"
                 raise ConfigError(f"model.mixers: {name!r} of {entry.value} could not be loaded ({reason})") from error
     return _CHOICES.get(name)

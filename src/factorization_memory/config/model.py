@@ -1,4 +1,4 @@
-"""The choices of a model."""
+"""Options of a model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from factorization_memory.config.mixers import MixerChoice, add_mixer_choice, mi
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Causal self-attention with rotary positions, as Llama has it, in the blocks that `ModelConfig.mixers` gives it."""
+    """Causal self-attention with rotary positions, as in Llama, in the blocks selected by `ModelConfig.mixers`."""
 
     num_heads: int = 0
-    """Query heads; 0 takes heads of width 64 (one head if hidden_size is not a multiple)."""
+    """Query heads; 0 means heads of width 64 (one head if hidden_size is not a multiple of 64)."""
     num_key_value_heads: int = 0
-    """Key and value heads, each shared by as many query heads; 0 takes num_heads."""
+    """Key and value heads, each shared by the same number of query heads; 0 means num_heads."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
     sliding_window: int | None = None
-    """Tokens that each token attends to, itself included; None: all before it."""
+    """Tokens that each token attends to, itself included; None means all before it."""
 
     def __post_init__(self) -> None:
         require_finite(self, "model.attention")
@@ -45,20 +45,20 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class Mamba2Config:
-    """Mamba-2 (arXiv 2405.21060), in the blocks that `ModelConfig.mixers` gives it."""
+    """Mamba-2 (arXiv 2405.21060), in the blocks selected by `ModelConfig.mixers`."""
 
     state_size: int = 128
-    """N: width of the state of each value."""
+    """N: state size per channel."""
     head_size: int = 64
-    """P: values of one head."""
+    """P: width of one head's values."""
     expand: float = 2.0
-    """Inner width, all heads' values, over hidden_size."""
+    """Total width of the values of all heads over hidden_size."""
     num_groups: int = 1
-    """Groups of heads, each of which has its own input and output maps (B and C)."""
+    """Groups of heads, each with its own input and output maps (B and C)."""
     conv_size: int = 4
     """Taps of the causal convolution."""
     chunk_size: int = 64
-    """Tokens that the parallel form takes at once; a matter of speed alone."""
+    """Tokens per chunk of the parallel form; affects only speed."""
 
     def __post_init__(self) -> None:
         require_finite(self, "model.mamba2")
@@ -74,12 +74,12 @@ class Mamba2Config:
 
 @dataclass(frozen=True)
 class GatedDeltaNetConfig:
-    """Gated DeltaNet (arXiv 2412.06464), in the blocks that `ModelConfig.mixers` gives it."""
+    """Gated DeltaNet (arXiv 2412.06464), in the blocks selected by `ModelConfig.mixers`."""
 
     num_heads: int = 0
-    """Heads of queries and keys; 0 takes as many as bring their total width to about 3/4 of hidden_size, as in fla."""
+    """Heads of queries and keys; 0 means a total width of about 3/4 of hidden_size, as in fla."""
     num_value_heads: int = 0
-    """Heads of values, a multiple of num_heads: neighbours share a key head, as in Qwen3-Next; 0 takes num_heads."""
+    """Heads of values, a multiple of num_heads: neighbours share a key head, as in Qwen3-Next; 0 means num_heads."""
     head_size: int = 128
     """K: width of one head's queries and keys."""
     expand_v: float = 2.0
@@ -112,25 +112,24 @@ class GatedDeltaNetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(MemoryConfig):
-    """A language model: the fields of its memory layers, and those below."""
+    """A language model: the fields of its memory layers and those below."""
 
     vocab_size: int = 0
-    """Number of token ids; 0 takes the tokenizer's when a run starts."""
+    """Number of token ids; 0 means the tokenizer's, filled in when a run starts."""
     num_layers: int = 4
-    """Number of blocks, each a layer that mixes tokens (see `mixers`) and, unless told otherwise, a feed-forward layer."""
+    """Number of blocks, each a token mixer (see `mixers`) and, by default, a feed-forward layer."""
     intermediate_size: int = 0
-    """Width of the SwiGLU feed-forward; 0 takes 8/3 of hidden_size, rounded up to a multiple of 32."""
+    """Width of the SwiGLU feed-forward; 0 means 8/3 of hidden_size, rounded up to a multiple of 32."""
     feed_forward: bool = True
-    """Whether blocks have a feed-forward layer behind the mixer; Mamba-2's own layout has none, and twice the blocks."""
+    """Whether blocks have a feed-forward layer after the mixer; Mamba-2's own layout has none, and twice the blocks."""
     mixers: tuple[str, ...] = ("memory",)
-    """What mixes tokens in each block, from the first on, repeated over the depth: memory, attention, mamba2, gated_deltanet,
-    or one that an installed package adds. Three memory layers to one of attention are ("memory", "memory", "memory",
-    "attention")."""
+    """Token mixer of each block, from the first on, repeated over the depth: memory, attention, mamba2, gated_deltanet, or one
+    that an installed package adds. Three memory layers per attention layer are ("memory", "memory", "memory", "attention")."""
     tie_word_embeddings: bool = True
     """Whether the output head shares the embedding's weights."""
     embedding_multiplier: float = 1.0
-    """Multiplies the embeddings where they enter the blocks, not in a tied output head. They start at a standard deviation of
-    0.02, what blocks add to them near 1: a multiplier of 50 makes both of one size."""
+    """Multiplies the embeddings at the input of the blocks, not in a tied output head. Embeddings start at a standard
+    deviation of 0.02, the outputs of blocks near 1: a multiplier of 50 puts both on the same scale."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """The attention layers, if `mixers` has any."""
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
@@ -166,27 +165,27 @@ class ModelConfig(MemoryConfig):
 
     @property
     def state_grows(self) -> bool:
-        """Whether what the model keeps of a text grows with it, without end."""
+        """Whether the model's state grows with the length read without limit."""
         choices = (mixer_choice(mixer) for mixer in set(self.layer_mixers))
         return any(choice is not None and choice.grows(self) for choice in choices)
 
     @property
     def attention_heads(self) -> tuple[int, int]:
-        """Query heads, and key and value heads, of an attention layer, the automatic choices resolved."""
+        """Query heads, and key and value heads, of an attention layer, with automatic choices resolved."""
         automatic = self.hidden_size // 64 if self.hidden_size % 64 == 0 else 1
         heads = self.attention.num_heads or automatic
         return heads, self.attention.num_key_value_heads or heads
 
     @property
     def gated_deltanet_heads(self) -> tuple[int, int]:
-        """Key heads and value heads of a Gated DeltaNet layer, the automatic choices resolved."""
+        """Key heads and value heads of a Gated DeltaNet layer, with automatic choices resolved."""
         sizes = self.gated_deltanet
         heads = sizes.num_heads or max(1, round(0.75 * self.hidden_size / sizes.head_size))
         return heads, sizes.num_value_heads or heads
 
     @property
     def feed_forward_size(self) -> int:
-        """Width of the feed-forward layer, the automatic choice resolved."""
+        """Width of the feed-forward layer, with the automatic choice resolved."""
         return self.intermediate_size or 32 * -(-8 * self.hidden_size // (3 * 32))
 
 

@@ -20,10 +20,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
-    """The configuration of class `cls` that `to_dict` (through JSON or not) came from.
+    """The inverse of `to_dict`: a configuration of class `cls`, also after a round trip through JSON.
 
-    Fields that are retired may be there with their neutral value. Raises `ConfigError` for one with another value, for an
-    unknown field (naming the nearest valid one) or a value of the wrong type.
+    Retired fields may be present with their neutral value. Raises `ConfigError` for one with another value, for an unknown
+    field (naming the nearest valid one) or a value of the wrong type.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{path.rstrip('.') or 'configuration'}={values!r}: expected an object of fields")

@@ -1,7 +1,7 @@
-"""Fields that configurations once had, so that what was saved with them loads or is refused, never misread.
+"""Fields that configurations once had, so that files saved with them either load or are refused, but are never misread.
 
-A field is retired when measurements show no benefit (docs/experiments.md has the figures). A saved configuration that holds the
-value which means "without it" loads; any other is refused, with the last version that had the field.
+A field is retired when measurements show no benefit (docs/experiments.md has the figures). A saved configuration with the
+field's neutral value, "without it", loads; any other is refused, naming the last version that had the field.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def without_retired(section: str, values: dict[str, Any], path: str = "") -> dic
     Args:
         section: name of its class.
         values: its fields.
-        path: where it stands, as "model.", for the message.
+        path: its prefix for the message, such as "model.".
 
     Raises:
-        ConfigError: a retired field holds another value than the neutral one.
+        ConfigError: a retired field has a value other than the neutral one.
     """
     for name, value in values.items():
         if name in RETIRED.get(section, {}) and not is_neutral(section, name, value):
@@ -48,5 +48,5 @@ def without_retired(section: str, values: dict[str, Any], path: str = "") -> dic
 
 
 def is_neutral(section: str, name: str, value: Any) -> bool:
-    """Whether a retired field of a section's class holds the value that means without it."""
+    """Whether a retired field of a section's class has its neutral value."""
     return name in RETIRED.get(section, {}) and bool(value == RETIRED[section][name][0])

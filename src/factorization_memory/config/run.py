@@ -1,4 +1,4 @@
-"""The choices of a training run: data, optimizer, training loop, and with a model the run as a whole."""
+"""Options of a training run: data, optimizer, training loop, and with a model the complete run."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from factorization_memory.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where batches come from and how they are cut."""
+    """The source of batches and how they are formed."""
 
     corpus: str = ""
-    """Folder of a packed corpus, as `fmem data pack` writes it."""
+    """Folder of a packed corpus, as written by `fmem data pack`."""
     context_length: int = 512
     """Tokens of one training sequence."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Share of each of the corpus's sources in a batch, by name; empty takes shares in proportion to their tokens."""
+    """Share of each of the corpus's sources in a batch, by name; empty means in proportion to their tokens."""
     document_boundary: Literal["reset", "continue"] = "reset"
-    """Whether the memory starts anew where a new document begins inside a sequence, or goes on."""
+    """Whether the memory is reset or continues where a new document begins inside a sequence."""
     read_ahead: int = 4
-    """Batches prepared ahead of the training step by a thread; 0 reads in the step itself."""
+    """Batches that a thread prepares ahead of the training step; 0 reads in the step itself."""
 
     def __post_init__(self) -> None:
         require_finite(self, "data")
@@ -46,7 +46,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    """Decoupled weight decay of the weight matrices; norms, biases and embeddings have none."""
+    """Decoupled weight decay of the weight matrices, not of norms, biases and embeddings."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a cosine to the final ratio; warm-up-stable-decay (linear decay at the end); or constant."""
     warmup_steps: int = 100
@@ -54,9 +54,9 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
     """Share of all steps that the wsd schedule decays over."""
     final_ratio: float = 0.1
-    """Learning rate at the last step over the peak."""
+    """Learning rate at the last step, relative to the peak."""
     clip_norm: float = 1.0
-    """Gradients whose global norm passes this are scaled down to it; 0 clips nothing."""
+    """Global norm that gradients are clipped to; 0 disables clipping."""
 
     def __post_init__(self) -> None:
         require_finite(self, "optimizer")
@@ -76,28 +76,30 @@ class TrainingConfig:
     """The training loop on one device."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run. A run that is resumed may have more than before; the schedule is then that of the new
-    number from there on."""
+    """Optimizer steps of the whole run. A resumed run may have more than before; from there on the schedule is that of the new
+    number."""
     tokens_per_step: int = 8192
-    """Tokens of one optimizer step, over all gradient accumulation."""
+    """Tokens per optimizer step, over all accumulated micro-batches."""
     micro_batch_size: int = 0
-    """Sequences of one forward and backward; 0 takes the whole step at once."""
+    """Sequences per forward and backward pass; 0 means the whole step at once."""
     carry_state: bool = False
-    """Truncated backpropagation: each row of the batch reads on where it stopped, from the detached memory of the last step."""
+    """Truncated backpropagation: each row of the batch continues its text, from the detached memory of the last step."""
     seed: int = 0
     """Seeds weights and batch order."""
     init_from: str = ""
-    """Model to start from instead of random weights (fine-tuning): a run folder, a checkpoint's, one in Hugging Face's layout,
-    or "builtin", the one that comes with the package. `fmem train` takes the fields of `model` from it; or --init-from."""
+    """Model to start from instead of random weights (fine-tuning): the folder of a run, of a checkpoint or in Hugging Face's
+    layout, or "builtin", the one that comes with the package. `fmem train` copies the fields of `model` from it; same as
+    --init-from."""
     device: str = "auto"
-    """"auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N"."""
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of matrix products: bfloat16 is autocast over float32 weights; "auto" takes it on a GPU, float32 on a CPU."""
+    """Precision of matrix products: bfloat16 is autocast over float32 weights; "auto" means bfloat16 on a GPU, float32 on a
+    CPU."""
     compile: bool = False
-    """Compile the loss with torch.compile: on a GPU training gets faster after a minute or so. Steps whose rows hold a
-    document's border run uncompiled (see data.document_boundary)."""
+    """Compile the loss with torch.compile: on a GPU, training gets faster after about a minute. Steps with a document border
+    in their rows run uncompiled (see data.document_boundary)."""
     activation_memory_budget: float = 1.0
-    """With compile: share of the bytes kept for the backward pass; below 1 the rest is computed again, for less memory."""
+    """With compile: share of the activation bytes saved for backward; below 1 the rest is recomputed, to use less memory."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 250
@@ -105,13 +107,13 @@ class TrainingConfig:
     evaluation_tokens: int = 65536
     """Held-out tokens of each source that an evaluation during training reads."""
     sample_every: int = 0
-    """Steps between generated samples; 0 for none."""
+    """Steps between generated samples; 0 disables them."""
     sample_prompts: tuple[str, ...] = ("It was", "それは")
     """Prompts of those samples."""
     checkpoint_every: int = 250
     """Steps between checkpoints; 0 writes only the last."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, besides the best one."""
+    """Number of newest checkpoints kept, in addition to the best one."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens_per_step", "log_every", "evaluation_tokens", "keep_checkpoints"):
@@ -139,7 +141,7 @@ class RunConfig:
     """One training run, complete."""
 
     name: str = "run"
-    """Name of the preset that the run started from."""
+    """Name of the preset that the run is based on."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -176,10 +178,10 @@ class RunConfig:
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences of one optimizer step."""
+        """Sequences per optimizer step."""
         return self.training.tokens_per_step // self.data.context_length
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences of one forward and backward, the automatic choice resolved."""
+        """Sequences per forward and backward pass, with the automatic choice resolved."""
         return self.training.micro_batch_size or self.sequences_per_step

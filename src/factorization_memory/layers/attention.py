@@ -1,8 +1,7 @@
-"""Causal self-attention with rotary positions, as Llama has it (arXiv 2302.13971), with shared key and value heads and a
-sliding window.
+"""Causal self-attention with rotary positions, as in Llama (arXiv 2302.13971), with grouped-query heads and a sliding window.
 
-Shapes: B sequences, T tokens, S tokens attended to, d hidden size, H query heads, G key and value heads, P width of a head, C
-places of the cache, N packed sequences.
+Shapes: B sequences, T tokens, S tokens attended to, d hidden size, H query heads, G key and value heads, P head width, C cache
+entries, N packed sequences.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from factorization_memory.layers.mixer import MixerKind, begin_forward, begin_st
 from factorization_memory.ops.attention import attend_evenly, attend_masked, attend_packed, has_packed, rotate
 
 FIRST_ROOM = 16
-"""Places that a step makes first; from then on it doubles them."""
+"""Cache entries that the first step allocates; later steps double them."""
 
 
 class Attention(nn.Module):
-    """Each token attends to those before it and itself. Gradients of gradients are refused, by an error.
+    """Each token attends to itself and all tokens before it. Double backward raises an error.
 
     Args:
         hidden_size: d, width of input and output.
-        num_heads: H; 0 takes heads of width 64 (one head if `hidden_size` is not a multiple).
-        num_key_value_heads: G, heads of keys and values, each shared by H / G query heads; 0 takes `num_heads`.
+        num_heads: H; 0 means heads of width 64 (one head if `hidden_size` is not a multiple of 64).
+        num_key_value_heads: G, key and value heads, each shared by H / G query heads; 0 means `num_heads`.
         rope_theta: base of the rotary wavelengths.
-        sliding_window: tokens that each token attends to, itself included; None: all before it. No more are kept.
+        sliding_window: tokens that each token attends to, itself included, and that the cache keeps; None: all.
 
     Raises:
-        ConfigError: a value that cannot be, named with its remedy.
+        ConfigError: an invalid value; the message names the field and the remedy.
     """
 
     state_type = AttentionState
@@ -49,7 +48,7 @@ class Attention(nn.Module):
         sliding_window: int | None = None,
     ) -> None:
         super().__init__()
-        # One place checks these fields, for the layer alone as for a whole model.
+        # ModelConfig checks these fields, for a layer alone as for a whole model.
         options = AttentionConfig(num_heads, num_key_value_heads, rope_theta, sliding_window)
         config = ModelConfig(hidden_size=hidden_size, mixers=("attention",), attention=options)
         self.num_heads, self.num_key_value_heads = config.attention_heads
@@ -62,7 +61,7 @@ class Attention(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Attention:
-        """The layer of a model's configuration."""
+        """Builds the layer from a model's configuration."""
         options = config.attention
         return cls(
             config.hidden_size,
@@ -79,7 +78,7 @@ class Attention(nn.Module):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> AttentionState:
-        """The empty cache of `batch_size` sequences, with room for `capacity` tokens; it grows when they are more."""
+        """The empty cache of `batch_size` sequences with room for `capacity` tokens; it grows as needed."""
         places, device = self._places(capacity), device_of(self)
         shape, dtype = (batch_size, self.num_key_value_heads, places, self.head_size), self.output.weight.dtype
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -94,21 +93,21 @@ class Attention(nn.Module):
         padding_mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, AttentionState | None]:
-        """A stretch of whole sequences, from their beginning or from a carried state. Positions start anew at each border.
+        """Runs the layer over whole sequences, from the initial state or from `state`. Positions restart at each border.
 
         Args:
             x: `[B, T, d]`, normalised.
-            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            state: state to continue from (of N sequences with `cu_seqlens`); None starts from the initial state. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
-            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token is not counted and not
-                attended to, and its output is to be ignored. Not with `cu_seqlens`.
-            keep_state: whether to return the state; without, its memory is not taken either.
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: padding has no position and is never
+                attended to; ignore its output. Not with `cu_seqlens`.
+            keep_state: whether to return the state; if not, none is allocated.
 
         Returns:
             y `[B, T, d]`, and the state after the last token or None.
 
         Raises:
-            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+            ValueError: an argument of the wrong shape or dtype, or two arguments that exclude each other.
         """
         x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask, self.sliding_window)
         stretch = Stretch.of(x, state, cu_seqlens, padding_mask)
@@ -120,8 +119,8 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is changed in place, with larger tensors when it is full. ValueError
-        unless x fits and `state` is one of this layer for B sequences."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place, reallocated when full. Raises ValueError unless x
+        and `state` fit this layer and each other."""
         begin_step(self, x, state)
         used = slice(self._make_room(state))
         place, position = state.length[:, None], state.length[:, None] + 1
@@ -133,13 +132,13 @@ class Attention(nn.Module):
             kept.scatter_(2, place[..., None, None].expand_as(new), new.to(kept.dtype))
         state.length.add_(1)
         keys, values = (kept[:, :, used].to(q.dtype) for kept in (state.keys, state.values))
-        # The query heads that share keys are queries of one head.
+        # Fold query heads that share keys into queries of one head.
         q = q.reshape(len(x), self.num_key_value_heads, self.num_heads // self.num_key_value_heads, self.head_size)
         y = functional.scaled_dot_product_attention(q, keys, values, (state.positions[:, used] > 0)[:, None, None])
         return self.output(y.flatten(1))
 
     def check_state(self, state: AttentionState, sequences: int) -> None:
-        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        """Raises ValueError unless `state` fits this layer and holds `sequences` sequences; reads no values."""
         heads, places, device = self.num_key_value_heads, state.positions.shape[-1], self.output.weight.device
         shapes = {
             "keys": (state.keys, (sequences, heads, places, self.head_size)),
@@ -150,7 +149,7 @@ class Attention(nn.Module):
         for name, (tensor, shape) in shapes.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"state.{name}: got shape {tuple(tensor.shape)}, takes {shape}")
-            if tensor.device != device and device.type != "meta":  # weights that are offloaded are on meta
+            if tensor.device != device and device.type != "meta":  # offloaded weights are on meta
                 raise ValueError(f"state.{name}: is on {tensor.device}, the layer on {device}; move them to one device")
         if state.most != self.sliding_window:
             raise ValueError(
@@ -159,12 +158,12 @@ class Attention(nn.Module):
             )
 
     def _make_room(self, state: AttentionState) -> int:
-        """Makes room for one more token, and says how many places are taken with it, at most. A GPU is asked only when the room
-        known of is used up, and a full window never."""
+        """Makes room for one more token and returns an upper bound of the entries then in use. Synchronizes with a GPU only
+        when the known room is used up, and never once a window is full."""
         if state.capacity == self.sliding_window:
             return state.capacity
         if torch.compiler.is_compiling():
-            # How much is taken is not looked at, which would split the graph: one place more is always enough.
+            # Reading the lengths would break the graph; one more entry is always enough.
             state.reserve(self._places(state.capacity + 1))
             return state.capacity
         if state.room == 0:
@@ -176,18 +175,18 @@ class Attention(nn.Module):
         return state.capacity - state.room
 
     def _places(self, tokens: int) -> int:
-        """Places of a cache for so many tokens."""
+        """Cache entries for `tokens` tokens."""
         return tokens if self.sliding_window is None else min(tokens, self.sliding_window)
 
     def _heads(self, projected: Tensor, position: Tensor) -> list[Tensor]:
-        """Projections `[B, T, (H + 2 G) P]`, which are written to, of tokens at `position` `[B or 1, T]`, to queries
-        `[B, H, T, P]`, keys and values `[B, G, T, P]`, queries and keys rotated."""
+        """Splits projections `[B, T, (H + 2 G) P]`, which it may overwrite, of tokens at `position` `[B or 1, T]` into queries
+        `[B, H, T, P]`, keys and values `[B, G, T, P]`; queries and keys are rotated."""
         turned = rotate(projected, position, self.heads[0] + self.heads[1], self.head_size, self.rope_theta)
         heads = turned.unflatten(-1, (sum(self.heads), self.head_size))
         return [part.transpose(1, 2) for part in heads.split(self.heads, dim=-2)]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, stretch: Stretch) -> Tensor:
-        """What queries `[B, H, T, P]` find in the cache and in the new keys and values `[B, G, T, P]`: `[B, H, T, P]`."""
+        """Attention of queries `[B, H, T, P]` over the cache and the new keys and values `[B, G, T, P]`: `[B, H, T, P]`."""
         window = self.sliding_window
         if q.shape[2] == 0:
             return q
@@ -217,12 +216,12 @@ class Attention(nn.Module):
         return attend_masked(q, k, v, stretch.position, key_position, window, stretch.sequence, stretch.padding_mask)
 
     def _in_order(self, state: AttentionState, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, G, S, P]` of the last tokens that the next one may attend to, in order, of sequences that have
-        all read `length` tokens."""
+        """Cached keys and values `[B, G, S, P]` that the next token may attend to, oldest first; every sequence has read
+        `length` tokens."""
         window = self.sliding_window
         if window is None or length <= window:
             return state.keys[:, :, :length], state.values[:, :, :length]
-        first = length % window + 1  # the oldest is out of reach
+        first = length % window + 1  # the oldest is outside the window
         keys, values = (torch.cat((x[:, :, first:], x[:, :, : first - 1]), dim=2) for x in (state.keys, state.values))
         return keys, values
 
@@ -232,7 +231,7 @@ class Attention(nn.Module):
         before = self.initial_state(len(stretch.count)) if state is None else state
         start, length = before.length, before.length + stretch.count
         capacity = self._places(stretch.longest + stretch.most)
-        if not torch.compiler.is_compiling() or window is not None:  # compiled, it is not less, which no graph need ask
+        if not torch.compiler.is_compiling() or window is not None:  # compiled, it is never less, and a graph need not check
             capacity = max(before.capacity, capacity)
         if stretch.whole and window is None and stretch.even:
             end = stretch.longest + stretch.most
@@ -246,12 +245,12 @@ class Attention(nn.Module):
         if window is None:
             position = (place + 1).expand(len(length), -1)
             position = position * (position <= length[:, None])
-        else:  # the last one that goes to this place
+        else:  # the last one that maps to this entry
             position = length[:, None] - (length[:, None] - 1 - place) % window
             position = position * (position > 0)
         new = position > start[:, None]
         index = (position - start[:, None] - 1).clamp(min=0, max=max(k.shape[2] - 1, 0))
-        if stretch.padding_mask is not None and k.shape[2]:  # the real tokens first, in their order
+        if stretch.padding_mask is not None and k.shape[2]:  # real tokens first, in order
             index = (~stretch.padding_mask).to(torch.int8).argsort(dim=1, stable=True).gather(1, index)
         before = before.resized(capacity)
         keys, values = before.keys.to(k.dtype), before.values.to(v.dtype)
@@ -264,7 +263,7 @@ class Attention(nn.Module):
                 torch.where(new[:, None, :, None], x.transpose(1, 2)[row, index].transpose(1, 2), old)
                 for x, old in ((k, keys), (v, values))
             )
-        else:  # copies: the state that was given is not that which comes back
+        else:  # copies: the given state must not share tensors with the returned one
             keys, values = keys.clone(), values.clone()
         return AttentionState(keys.contiguous(), values.contiguous(), position, length, window)
 

@@ -1,6 +1,6 @@
-"""What attention keeps of the tokens read, and where the tokens of a stretch stand.
+"""The key-value cache of attention, and the positions of the tokens of a call.
 
-Shapes: B sequences, T tokens, G key and value heads, P width of a head, C places of the cache, N packed sequences.
+Shapes: B sequences, T tokens, G key and value heads, P head width, C cache entries, N packed sequences.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from factorization_memory.layers.state import GrowingState
 
 @dataclass(repr=False)
 class AttentionState(GrowingState):
-    """The keys and values that tokens to come may attend to. The token at position p, counted from 1, lies in place p - 1, in a
-    window of W tokens in place (p - 1) modulo W, of which there are at most W.
+    """Key-value cache. The token at position p, counted from 1, is in entry p - 1; with a window of W tokens, in entry (p - 1)
+    modulo W, and C is at most W.
 
     Attributes:
         keys: rotated, `[B, G, C, P]`.
         values: `[B, G, C, P]`.
-        positions: of what lies in each place, int64 `[B, C]`; 0 where nothing does.
+        positions: position of the token in each entry, int64 `[B, C]`; 0 marks an empty entry.
         length: tokens read, int64 `[B]`.
-        most: places that there may be, W; None where the cache grows.
-        room: steps that fit without a look at `length`; 0 if that is not known.
-        undo: None: steps cannot be taken back.
+        most: limit W of C; None if the cache grows without limit.
+        room: steps that fit without reading `length`; 0 if unknown.
+        undo: always None; steps cannot be undone.
     """
 
     keys: Tensor
@@ -60,7 +60,7 @@ class AttentionState(GrowingState):
         return self.positions.shape[1]
 
     def resized(self, capacity: int) -> AttentionState:
-        """The same tokens with so many places, not fewer than now."""
+        """The same tokens in a cache of `capacity` entries, at least the current number."""
         more = capacity - self.capacity
         if more == 0:
             return self
@@ -68,7 +68,7 @@ class AttentionState(GrowingState):
         return AttentionState(keys, values, functional.pad(self.positions, (0, more)), self.length, self.most)
 
     def reserve(self, capacity: int) -> None:
-        """Have at least so many places."""
+        """Grows the cache to at least `capacity` entries."""
         if capacity > self.capacity:
             larger = self.resized(capacity)
             self.keys, self.values, self.positions = larger.keys, larger.values, larger.positions
@@ -77,17 +77,17 @@ class AttentionState(GrowingState):
 
 @dataclass
 class Stretch:
-    """Where the tokens of a stretch stand.
+    """Positions of the tokens of one call.
 
     Attributes:
         position: of each token in its sequence, from 1, int64 `[B or 1, T]`.
         count: tokens of each sequence, int64 `[B]` or `[N]`.
-        even: whether all sequences are known to have read equally many tokens before.
-        longest: the most tokens that one has read before, or a number not below that.
-        most: the most tokens of one sequence, or a number not below that.
+        even: whether all sequences are known to have read the same number of tokens before.
+        longest: upper bound of the tokens that a sequence has read before.
+        most: upper bound of the new tokens of a sequence.
         borders: of packed sequences, int64 `[N + 1]`.
-        cuts: the same as numbers, if they may be read.
-        sequence: the packed sequence that each token is of, `[T]`.
+        cuts: `borders` as Python integers, if they can be read without synchronizing.
+        sequence: packed sequence of each token, `[T]`.
         padding_mask: bool `[B, T]`.
     """
 
@@ -108,12 +108,12 @@ class Stretch:
 
     @classmethod
     def of(cls, x: Tensor, state: AttentionState | None, cu_seqlens: Tensor | None, padding_mask: Tensor | None) -> Stretch:
-        """Of the input x `[B, T, d]` of sequences that stand at `state`."""
+        """Positions of the input x `[B, T, d]`, continuing from `state`."""
         batch, length = x.shape[:2]
         token = torch.arange(length, device=x.device)
         even, longest = True, 0
         if state is not None and torch.compiler.is_compiling():
-            even, longest = False, state.capacity  # not looked at, which would split the graph
+            even, longest = False, state.capacity  # reading the lengths would break the graph
         elif state is not None and state.batch_size:
             shortest, longest = torch.stack(state.length.aminmax()).tolist()
             even = shortest == longest

@@ -1,8 +1,8 @@
-"""Whether a module may be passed by: its weights used, or another method called, instead of the module itself.
+"""Whether a module may be bypassed: its weights read, or another method called, instead of its `forward`.
 
-Adapters, hooks and offloading act in a module's call: an adapter (PEFT) stands in the module's place, a hook (steering,
-logging, sharding) runs around it, and offloading (Accelerate) brings the weights before its forward and takes them away after
-it. What would pass by one of them steps aside.
+Adapters, hooks and offloading act in a module's call: an adapter (PEFT) replaces the module, a hook (steering, logging,
+sharding) wraps it, and offloading (Accelerate) loads the weights before its forward and unloads them after it. A fast
+path that would bypass one of them is not taken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WEIGHTS = (torch.Tensor, nn.Parameter)
 
 
 def why_hooked(module: nn.Module) -> str | None:
-    """What acts in a call of the module alone, whatever its class; None if nothing does."""
+    """Why the module must be called, whatever its class: a hook or offloading; None if it need not be."""
     if "forward" in vars(module):
         return "its forward was replaced, as Accelerate does to offload weights"
     for name, kind in _HOOKS.items():
@@ -42,16 +42,16 @@ def why_hooked(module: nn.Module) -> str | None:
 
 
 def why_called(module: nn.Module) -> str | None:
-    """Why a module that is to be a plain one, such as a linear layer, has to be called instead of having its weights read; None
-    if it has not."""
+    """Why a module expected to be plain, such as a linear layer, must be called instead of having its weights read; None if it
+    need not be."""
     if not type(module).__module__.startswith(_OWN_MODULES):
         return f"{type(module).__name__} stands in its place"
     return why_hooked(module)
 
 
 def why_any_called(model: nn.Module) -> str | None:
-    """The same of the first module in the whole model that has to be called, by its name; and of weights that are no plain
-    tensors, as quantised and sharded ones. The mixers of other packages are called in any case, with all that they hold."""
+    """The same for the first module of the model that must be called, with its name; and for weights that are not plain
+    tensors, such as quantised or sharded ones. Mixers of other packages, with all their submodules, are always called."""
     foreign: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if hasattr(module, "state_type") and why_called(module) is not None:
@@ -67,7 +67,8 @@ def why_any_called(model: nn.Module) -> str | None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a call of the module computes: where its weights are or, if they are offloaded, where Accelerate brings them."""
+    """Device that a call of the module computes on: that of its weights or, if they are offloaded, the one Accelerate loads
+    them to."""
     weight = next(module.parameters())
     if not weight.is_meta:
         return weight.device

@@ -1,4 +1,4 @@
-"""A causal depthwise convolution over time that carries its tail, also over packed sequences and past padding."""
+"""A causal depthwise convolution over time that carries its tail, across packed sequences and padding too."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class CausalConvolution(nn.Module):
         nn.init.zeros_(self.bias)
 
     def initial_tail(self, batch_size: int) -> Tensor:
-        """The tail of sequences that have not begun, `[batch_size, taps - 1, channels]`."""
+        """The tail of the initial state: zeros `[batch_size, taps - 1, channels]`."""
         shape = (batch_size, self.taps - 1, self.weight.shape[1])
         return torch.zeros(shape, dtype=self.weight.dtype, device=device_of(self))
 
     def check_tail(self, tail: Tensor, name: str, sequences: int) -> None:
-        """ValueError, which names it, unless `tail` is one of so many sequences."""
+        """Raises ValueError naming `name` unless `tail` fits this layer and holds `sequences` sequences."""
         shape = (sequences, self.taps - 1, self.weight.shape[1])
         if tail.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(tail.shape)}, takes {shape}")
@@ -49,22 +49,21 @@ class CausalConvolution(nn.Module):
         keep_tail: bool = True,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor | None]:
-        """The convolution of whole sequences.
+        """Convolves whole sequences.
 
         Args:
             x: `[B, T, channels]`.
-            tail: the inputs before the first, `[B, taps - 1, channels]` (`[N, ...]` with `cu_seqlens`), None for zeros.
+            tail: the inputs before the first, `[B, taps - 1, channels]` (`[N, ...]` with `cu_seqlens`), None means zeros.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1), checked by the layer around this one.
-            padding_mask: bool `[B, T]`, False where a token is padding, which the convolution then does not see; not with
-                `cu_seqlens`.
+            padding_mask: bool `[B, T]`, False for padding, which the convolution skips; not with `cu_seqlens`.
             keep_tail: whether to return the new tail.
-            backend: as of `factorization_memory.ops.convolution.causal_convolution`.
+            backend: see `factorization_memory.ops.convolution.causal_convolution`.
 
         Returns:
             y `[B, T, channels]`, and the new tail, shaped as `tail`, or None; both in x's dtype.
 
         Raises:
-            ValueError: x or a tail of other channels than these, an unknown backend or one that cannot run here.
+            ValueError: x or a tail with the wrong number of channels, an unknown backend, or one that cannot run here.
         """
         self._check_channels(x)
         if tail is not None:
@@ -72,7 +71,7 @@ class CausalConvolution(nn.Module):
         if padding_mask is None:
             y = convolve(x, self.weight, self.bias, tail, cu_seqlens, backend)
             return y, last_inputs(x, self.taps, tail, cu_seqlens) if keep_tail else None
-        # Real tokens first, in their order; the padding behind them is convolved too, but goes nowhere.
+        # Real tokens first, in order; padding after them is convolved too, but its output is dropped.
         places = (~padding_mask).to(torch.int8).argsort(dim=1, stable=True)[..., None].expand_as(x)
         x = x.gather(1, places)
         y = convolve(x, self.weight, self.bias, tail, None, backend)
@@ -84,8 +83,8 @@ class CausalConvolution(nn.Module):
         return y, torch.cat((before, x), dim=1).gather(1, last[..., None].expand(-1, -1, x.shape[2]))
 
     def step(self, x: Tensor, tail: Tensor) -> Tensor:
-        """One token x `[B, channels]` to y, shaped as it; `tail` `[B, taps - 1, channels]` is updated in place. ValueError for
-        other channels, or a tail of another B."""
+        """One token x `[B, channels]` to y of the same shape; `tail` `[B, taps - 1, channels]` is updated in place. Raises
+        ValueError for the wrong number of channels or a tail of another B."""
         self._check_channels(x)
         self.check_tail(tail, "tail", len(x))
         window = torch.cat((tail.to(x.dtype), x[:, None]), dim=1)

@@ -1,4 +1,4 @@
-"""What a step in few kernels takes from a memory layer: the only facts of it that such a step knows.
+"""Everything that the fused decoding step reads from a memory layer.
 
 Shapes: B sequences, d hidden size, H heads, M memory states, D value width of a head, R rates of a head (M or 1).
 """
@@ -13,43 +13,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DecodingParts:
-    """Weights and sizes of a memory layer in the order in which a step uses them, from its input x `[B, d]` to its output:
+    """Weights and sizes of a memory layer in the order in which a step uses them, from input x `[B, d]` to output:
 
-    1. `x @ input_weight.T`, in parts: logits of the affinities, of the update rates and of the merge rates, the values and, if
-       there is a gate, the gate's logits. `rate_bias` belongs to those of the rates.
+    1. `x @ input_weight.T`, split into affinity logits, update rate logits, merge rate logits, values and, with a gate, gate
+       logits. `rate_bias` is added to the rate logits.
     2. The values through the convolution, if there is one.
-    3. Routing and recurrence, to the merged vectors y: `step_memory`, or one kernel where the layer is `dense`.
+    3. Routing and recurrence, which return the merged vectors y: `step_memory`, or one kernel if the layer is `dense`.
     4. `(rms_norm(y) * norm_weight + value * skip) * silu(gate) @ output_weight.T`.
     """
 
     num_heads: int
     """H."""
     input_weight: Tensor
-    """`[sum of input_sizes, d]`, a copy: all projections of the input as one."""
+    """`[sum of input_sizes, d]`, a copy: all input projections concatenated."""
     input_sizes: tuple[int, ...]
     """Outputs of each: H M, H R, H R, H D, and H D with a gate."""
     rate_bias: Tensor
     """`[2 H R]`, a copy: of the update rates, then of the merge rates."""
     has_gate: bool
-    """Whether the gate is the last of the projections."""
+    """Whether the last projection is the gate."""
     convolution: tuple[Tensor, Tensor] | None
-    """Weight `[taps, H D]` and bias `[H D]`; None without."""
+    """Weight `[taps, H D]` and bias `[H D]`; None without a convolution."""
     dense: bool
     """Whether a token updates and merges all states by its own affinities."""
     temperature: float
     """Divides the affinity logits."""
     step_memory: Callable[..., Tensor]
-    """`FactorizationMemory.step_memory` of the layer."""
+    """The layer's `FactorizationMemory.step_memory`."""
     norm_weight: Tensor
     """`[H D]`."""
     norm_eps: float
     """Epsilon of the normalisation."""
     skip: Tensor | None
-    """`[H D]`; None where values do not skip the memory."""
+    """`[H D]`; None without a value skip."""
     output_weight: Tensor
     """`[d, H D]`."""
 
     @property
     def rates(self) -> slice:
-        """Which of the projections' outputs are logits of rates."""
+        """Slice of the rate logits in the projections' outputs."""
         return slice(self.input_sizes[0], self.input_sizes[0] + len(self.rate_bias))

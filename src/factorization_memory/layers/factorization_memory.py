@@ -1,7 +1,7 @@
-"""The Factorization Memory layer (arXiv 2511.00315): routing, the recurrence, and what stands around it.
+"""The Factorization Memory layer (arXiv 2511.00315): projections, routing, recurrence and output.
 
-Shapes: B sequences, T tokens, d hidden size, H heads, M memory states of each head, K selected states, D value width of a
-head, L lag of updates, N packed sequences.
+Shapes: B sequences, T tokens, d hidden size, H heads, M memory states of each head, K selected states, D value width per head,
+L update lag, N packed sequences.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from factorization_memory.ops.routing import route, route_step, weigh
 
 
 class FactorizationMemory(nn.Module):
-    """A recurrent mixing layer with a memory of M states per head, all (dense) or K (sparse) of which each token updates and
-    merges. The input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are refused, by an error.
+    """A recurrent mixing layer with a memory of M states per head, of which each token updates and merges all (dense) or K
+    (sparse). The input is expected RMS-normalised, as in a pre-norm block. Double backward raises an error.
 
     Args:
         hidden_size: d, width of input and output.
@@ -48,21 +48,22 @@ class FactorizationMemory(nn.Module):
         top_k: K, states that each token selects by affinity; the kept affinities sum to 1. None selects all.
         num_heads: H; each head has its own affinities and rates. The paper has 1.
         expand: total value width H * D over hidden_size.
-        update_lag: L, how many tokens back the affinities lie that a token updates by. 0 is the paper: a token updates the
-            states that it merges. 1 is the associative form: it updates those that the token before it merges, so that a
-            token finds what has followed it before. The first L tokens of a sequence update nothing.
+        update_lag: L: a token updates with the affinities of the token L before it. 0 is the paper: a token updates the states
+            that it merges. 1 is the associative form: a token updates the states that the previous token merges, so that a
+            token later retrieves what followed it. The first L tokens of a sequence update nothing.
         temperature: divides the affinity logits.
         affinity_init: standard deviation of the affinity logits at initialisation, for normalised input.
-        rates: "state": an update and a merge rate for each memory state; "head": one of each for a head.
+        rates: "state": an update and a merge rate per memory state; "head": one of each per head.
         update_rate_init: first and last update rate at initialisation, spread evenly in logit over the states (or heads).
         conv_size: taps of a causal convolution of the values, with SiLU; 0 for none.
-        value_skip: whether a token's own values, each times a learned number, are added to the normalised merged vector.
+        value_skip: whether a token's own values, scaled by a learned weight per channel, are added to the normalised merged
+            vector.
         output_gate: whether a SiLU gate of the input multiplies the merged vector.
         norm_eps: epsilon of the normalisation of the merged vector, over the width of all heads.
         backend: backend of the recurrence, see `factorization_memory.ops.factorization_memory`.
 
     Raises:
-        ConfigError: a value that cannot be, named with its remedy.
+        ConfigError: an invalid value; the message names the field and the remedy.
     """
 
     state_type = LayerState
@@ -122,7 +123,7 @@ class FactorizationMemory(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(config.value_size))
         self.output = nn.Linear(config.value_size, hidden_size, bias=False)
         self.observer: Callable[[Routing], None] | None = None
-        """Called with the routing of each forward pass, for diagnosis."""
+        """Called with the routing of each forward pass, for diagnostics."""
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -132,13 +133,13 @@ class FactorizationMemory(nn.Module):
 
     @classmethod
     def from_config(cls, config: MemoryConfig) -> FactorizationMemory:
-        """The layer of a configuration, which may be a whole model's."""
+        """Builds the layer from a configuration, of a layer or of a model."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MemoryConfig)})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial weights. Routing starts as sharp as `affinity_init` says, and update rates spread over the states, so that
-        memory has many time scales from the first step (docs/method.md has the measurements)."""
+        """Initial weights. `affinity_init` sets how sharp routing starts; update rates are spread over the states, so that the
+        memory has many time scales from the first step (measurements in docs/method.md)."""
         scale = self.hidden_size**-0.5
         nn.init.normal_(self.affinity.weight, std=self.config.affinity_init * scale)
         for projection in (self.value, self.gate):
@@ -159,7 +160,7 @@ class FactorizationMemory(nn.Module):
                 nn.init.ones_(weight)
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> LayerState:
-        """The empty memory of `batch_size` sequences, whatever `capacity`: it does not grow."""
+        """The initial state of `batch_size` sequences; `capacity` is ignored, since the state does not grow."""
         tail = None if self.convolution is None else self.convolution.initial_tail(batch_size)
         return self.state_sizes.empty(batch_size, tail, self.value.weight, device_of(self))
 
@@ -170,13 +171,13 @@ class FactorizationMemory(nn.Module):
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Routing, Tensor | None, Tensor | None]:
-        """The memory states that each token updates and merges, and how strongly.
+        """Routes each token: which memory states it updates and merges, and with which weights.
 
         Args:
-            x, state, cu_seqlens, padding_mask: as of `forward`.
+            x, state, cu_seqlens, padding_mask: as in `forward`.
 
         Returns:
-            The routing; and `affinity` and `indices` of the state after the last token.
+            The routing, and `affinity` and `indices` of the state after the last token.
         """
         logits, update_logits, merge_logits = project(x, self.num_heads, self.affinity, self.update_rate, self.merge_rate)
         own_update = None if self.update_lag else update_logits
@@ -192,7 +193,7 @@ class FactorizationMemory(nn.Module):
             assert before[0] is not None, "see check_state"
             updated, last_affinity = delayed(affinity, before[0].to(affinity.dtype), cu_seqlens, padding_mask)
             if indices is not None and before[1] is not None:
-                # Before the first token there is no selection: take any distinct states, their weights are zero.
+                # There is no selection before the first token: use any distinct states, with zero weights.
                 none = (before[0] == 0).all(-1, keepdim=True)
                 selected = torch.where(none, torch.arange(indices.shape[-1], device=x.device), before[1])
                 update_indices, last_indices = delayed(indices, selected, cu_seqlens, padding_mask)
@@ -204,7 +205,7 @@ class FactorizationMemory(nn.Module):
         return routing, last_affinity, last_indices
 
     def _backend_beside(self) -> str:
-        """The backend of what stands around the recurrence, routing and convolution."""
+        """The backend of routing and convolution."""
         return "plain" if self.backend in ("reference", "chunked") else "auto"
 
     def forward(
@@ -215,21 +216,21 @@ class FactorizationMemory(nn.Module):
         padding_mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, LayerState | None]:
-        """A stretch of whole sequences, from their beginning or from a carried state.
+        """Runs the layer over whole sequences, from the initial state or from `state`.
 
         Args:
             x: `[B, T, d]`, normalised.
-            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            state: state to continue from (of N sequences with `cu_seqlens`); None starts from the initial state. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
-            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is,
-                and its output is to be ignored. Not with `cu_seqlens`.
-            keep_state: whether to return the state; without, its memory is not taken either.
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: padding leaves the state unchanged;
+                ignore its output. Not with `cu_seqlens`.
+            keep_state: whether to return the state; if not, none is allocated.
 
         Returns:
             y `[B, T, d]`, and the state after the last token or None.
 
         Raises:
-            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+            ValueError: an argument of the wrong shape or dtype, or two arguments that exclude each other.
         """
         x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask)
         value, tail = self.value(x), None
@@ -259,8 +260,8 @@ class FactorizationMemory(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: LayerState) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
-        layer for B sequences."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. Raises ValueError unless x and `state` fit this
+        layer and each other."""
         begin_step(self, x, state)
         if state.undo is not None:
             state.undo.put_aside(state)
@@ -275,8 +276,8 @@ class FactorizationMemory(nn.Module):
     def step_memory(
         self, affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, value: Tensor, state: LayerState
     ) -> Tensor:
-        """One token's routing and recurrence, from logits `[B, H, M]` (of rates `[B, H, R]`) and values `[B, H, D]` to its
-        merged vectors `[B, H, D]`; `state` is updated in place."""
+        """Routing and recurrence of one token: logits `[B, H, M]` (rate logits `[B, H, R]`) and values `[B, H, D]` to merged
+        vectors `[B, H, D]`; `state` is updated in place."""
         backend, options = self._backend_beside(), (self.top_k, self.temperature)
         if self.update_lag:
             assert state.affinity is not None, "see check_state"
@@ -304,7 +305,7 @@ class FactorizationMemory(nn.Module):
         )
 
     def decoding_parts(self) -> DecodingParts:
-        """What a step in few kernels takes from this layer, the projections of its input as they are now."""
+        """What the fused decoding step reads from this layer; the input projections are copies."""
         rates = (self.update_rate, self.merge_rate)
         projections = [self.affinity, *rates, self.value, *([] if self.gate is None else [self.gate])]
         return DecodingParts(
@@ -324,11 +325,11 @@ class FactorizationMemory(nn.Module):
         )
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
-        """The same state, keeping what the next steps overwrite; `position` as in `Undo`."""
+        """The same state, recording what the next `steps` steps overwrite; `position` as in `Undo`."""
         return self.state_sizes.keep_undo(state, steps, position)
 
     def check_state(self, state: LayerState, sequences: int) -> None:
-        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        """Raises ValueError unless `state` fits this layer and holds `sequences` sequences; reads no values."""
         self.state_sizes.check(state, sequences, self.value.weight)
         if (state.convolution is None) != (self.convolution is None):
             raise ValueError("state.convolution: the state is not of this layer; take one from initial_state or forward")
@@ -336,8 +337,8 @@ class FactorizationMemory(nn.Module):
             self.convolution.check_tail(state.convolution, "state.convolution", sequences)
 
     def _output(self, y: Tensor, x: Tensor, value: Tensor) -> Tensor:
-        """The merged vectors y `[..., H, D]` of the layer input x `[..., d]`, normalised, with the token's own values
-        `[..., H, D]` added, gated, projected."""
+        """Output of merged vectors y `[..., H, D]` and layer input x `[..., d]`: normalise, add the token's own values
+        `[..., H, D]`, gate, project."""
         y = rms_norm(y.flatten(-2), self.norm_weight.to(y.dtype), self.norm_eps)
         if self.skip is not None:
             y = y + value.flatten(-2) * self.skip.to(y.dtype)

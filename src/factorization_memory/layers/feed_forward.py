@@ -27,15 +27,15 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., hidden_size]` to the same shape."""
         gate_up = self.gate_up(x)
-        if torch.compiler.is_compiling():  # the compiler fuses better than we do
+        if torch.compiler.is_compiling():  # the compiler fuses it better
             gate, up = gate_up.chunk(2, dim=-1)
             return self.down(functional.silu(gate) * up)
         return self.down(_SwiGLU.apply(gate_up))
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` of the two halves of `[..., 2 I]`. Keeps its input alone, and writes both halves' gradients to their
-    place in one tensor."""
+    """`silu(gate) * up` of the two halves of `[..., 2 I]`. Saves only its input for backward, and writes the gradients of both
+    halves into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Gated DeltaNet's layer (arXiv 2412.06464) behind the interface of the memory layer, as the model to compare with and to mix
-in.
+"""The Gated DeltaNet layer (arXiv 2412.06464) with the interface of the memory layer, for comparisons and hybrid models.
 
-Shapes: B sequences, T tokens, d hidden size, G key heads, H value heads, K width of a key, V width of a head's values.
+Shapes: B sequences, T tokens, d hidden size, G key heads, H value heads, K width of a key, V width of a value.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ from factorization_memory.ops.gated_delta_rule import gated_delta_rule, gated_de
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
 DECAY_RATES = (0.01, 16.0)
-"""Least and largest decay rate at initialisation, drawn evenly; the authors draw from 0, whose log is infinite."""
+"""Range of decay rates at initialisation, drawn uniformly; the authors draw from 0, whose log is -inf."""
 STEP_SIZES = (1e-3, 1e-1)
-"""Least and largest step size at initialisation, drawn evenly in their logarithm."""
+"""Range of step sizes at initialisation, drawn log-uniformly."""
 KEY_EPS = 1e-6
-"""Added to the squared norm under the root by which queries and keys are divided."""
+"""Added to the squared norm, under the root, when queries and keys are normalised."""
 
 
 @dataclass(repr=False)
 class GatedDeltaNetState(LayerStateBase):
-    """The state of one Gated DeltaNet layer; an all-zero one is the initial state.
+    """The state of one Gated DeltaNet layer; all zeros initially.
 
     Attributes:
         memory: `[B, H, K, V]`, float32 (float64 in a float64 model).
-        convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, 2 G K + H V]`.
+        convolution: tail of the causal convolution: its last inputs, oldest first, `[B, taps - 1, 2 G K + H V]`.
     """
 
     memory: Tensor
@@ -54,22 +53,22 @@ class GatedDeltaNetState(LayerStateBase):
 
 
 class GatedDeltaNet(nn.Module):
-    """A linear attention layer whose memory decays and is written to by the delta rule, as in the authors' implementation.
+    """A linear attention layer whose memory decays and is updated by the delta rule, as in the authors' implementation.
 
     The input is projected to queries, keys and values, which pass through a causal convolution with SiLU; queries and keys are
-    then scaled to norm 1. It is also projected to a write strength `sigmoid(b)` and a log decay `-A softplus(a + bias)` for
-    each value head. The output of the recurrence (see `ops.gated_delta_rule`) is RMS-normalised for each head, multiplied by a
-    SiLU gate and projected. Unlike the authors' convolution, ours has a bias, as in our other layers, initialised to zero.
-    The input is expected RMS-normalised, as in a pre-norm block.
+    then scaled to norm 1. It is also projected to a write strength `sigmoid(b)` and a log decay `-A softplus(a + bias)` per
+    value head. The output of the recurrence (see `ops.gated_delta_rule`) is RMS-normalised per head, multiplied by a SiLU gate
+    and projected. Unlike the authors' convolution, ours has a bias, as in our other layers, initialised to zero. The input is
+    expected RMS-normalised, as in a pre-norm block.
 
     Args:
         hidden_size: d, width of input and output.
         config: sizes.
-        norm_eps: epsilon of the normalisation of each head.
-        backend: "reference" and "chunked" are those of `ops.gated_delta_rule`; any other takes the fastest that is here.
+        norm_eps: epsilon of the normalisation per head.
+        backend: "reference" and "chunked" are those of `ops.gated_delta_rule`; any other value picks the fastest available.
 
     Raises:
-        ConfigError: a value that cannot be, named with its remedy.
+        ConfigError: an invalid value; the message names the field and the remedy.
     """
 
     state_type = GatedDeltaNetState
@@ -84,7 +83,7 @@ class GatedDeltaNet(nn.Module):
     ) -> None:
         super().__init__()
         config = config or GatedDeltaNetConfig()
-        # One place checks these fields, for the layer alone as for a whole model.
+        # ModelConfig checks these fields, for a layer alone as for a whole model.
         model = ModelConfig(
             hidden_size=hidden_size, gated_deltanet=config, mixers=("gated_deltanet",), norm_eps=norm_eps, backend=backend
         )
@@ -105,7 +104,7 @@ class GatedDeltaNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> GatedDeltaNet:
-        """The layer of a model's configuration."""
+        """Builds the layer from a model's configuration."""
         return cls(config.hidden_size, config.gated_deltanet, norm_eps=config.norm_eps, backend=config.backend)
 
     @torch.no_grad()
@@ -121,7 +120,7 @@ class GatedDeltaNet(nn.Module):
         self.convolution.reset_parameters()
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> GatedDeltaNetState:
-        """The empty state of `batch_size` sequences, whatever `capacity`: it does not grow."""
+        """The initial state of `batch_size` sequences; `capacity` is ignored, since the state does not grow."""
         shape = (batch_size, self.num_value_heads, self.head_size, self.value_head_size)
         memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
         return GatedDeltaNetState(memory, self.convolution.initial_tail(batch_size))
@@ -134,21 +133,21 @@ class GatedDeltaNet(nn.Module):
         padding_mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, GatedDeltaNetState | None]:
-        """A stretch of whole sequences, from their beginning or from a carried state.
+        """Runs the layer over whole sequences, from the initial state or from `state`.
 
         Args:
             x: `[B, T, d]`, normalised.
-            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            state: state to continue from (of N sequences with `cu_seqlens`); None starts from the initial state. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
-            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is,
-                and its output is to be ignored. Not with `cu_seqlens`.
-            keep_state: whether to return the state; without, its memory is not taken either.
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: padding leaves the state unchanged;
+                ignore its output. Not with `cu_seqlens`.
+            keep_state: whether to return the state; if not, none is allocated.
 
         Returns:
             y `[B, T, d]`, and the state after the last token or None.
 
         Raises:
-            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+            ValueError: an argument of the wrong shape or dtype, or two arguments that exclude each other.
         """
         x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask)
         gate, mixed, strength, log_decay = self._project(x)
@@ -179,15 +178,15 @@ class GatedDeltaNet(nn.Module):
         return end_forward(self._output(y, gate), final, broken)
 
     def check_state(self, state: GatedDeltaNetState, sequences: int) -> None:
-        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        """Raises ValueError unless `state` fits this layer and holds `sequences` sequences; reads no values."""
         shape = (sequences, self.num_value_heads, self.head_size, self.value_head_size)
         ops.check_state(state.memory, "state.memory", shape, self.output.weight)
         self.convolution.check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
-        layer for B sequences."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. Raises ValueError unless x and `state` fit this
+        layer and each other."""
         begin_step(self, x, state)
         gate, mixed, strength, log_decay = self._project(x)
         query, key, value = self._parts(self.convolution.step(mixed, state.convolution))
@@ -195,8 +194,8 @@ class GatedDeltaNet(nn.Module):
         return self._output(y, gate)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gate `[..., H V]`, what the convolution takes, and write strengths and log decays `[..., H]`, float32 (float64
-        for float64 x)."""
+        """The gate `[..., H V]`, the convolution's input, and write strengths and log decays `[..., H]`, float32 (float64 for
+        float64 x)."""
         heads = self.num_value_heads
         channels = self.convolution.weight.shape[1]
         gate, mixed, strength, step_size = self.input(x).split((self.value_size, channels, heads, heads), dim=-1)
@@ -211,7 +210,7 @@ class GatedDeltaNet(nn.Module):
         return query, key, value.unflatten(-1, (self.num_value_heads, self.value_head_size))
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
-        """The recurrence's output `[..., H, V]`, normalised for each head, gated and projected."""
+        """The recurrence's output `[..., H, V]`, normalised per head, gated and projected."""
         y = rms_norm(y, self.norm_weight.to(y.dtype), self.norm_eps).flatten(-2)
         return self.output(y * functional.silu(gate))
 
@@ -224,7 +223,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 ERASE_FLOPS = 2
-"""Of one number of the memory, besides updating and reading it: its share of what the memory returns for the key."""
+"""Per memory element, on top of updating and reading it: its share of reading the memory at the key."""
 
 
 def _recurrence_flops(config: ModelConfig) -> int:

@@ -1,6 +1,6 @@
-"""Mamba-2's layer (arXiv 2405.21060) behind the interface of the memory layer, as the model to compare with and to mix in.
+"""The Mamba-2 layer (arXiv 2405.21060) with the interface of the memory layer, for comparisons and hybrid models.
 
-Shapes: B sequences, T tokens, d hidden size, H heads, P values of a head, G groups of heads, N state size.
+Shapes: B sequences, T tokens, d hidden size, H heads, P head width, G groups of heads, N state size.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from factorization_memory.ops.precision import state_dtype
 from factorization_memory.ops.ssd import ssd, ssd_step
 
 DECAY_RATES = (1.0, 16.0)
-"""Least and largest decay rate at initialisation, drawn evenly."""
+"""Range of decay rates at initialisation, drawn uniformly."""
 STEP_SIZES = (1e-3, 1e-1)
-"""Least and largest step size at initialisation, drawn evenly in their logarithm."""
+"""Range of step sizes at initialisation, drawn log-uniformly."""
 
 
 @dataclass(repr=False)
 class Mamba2State(LayerStateBase):
-    """The state of one Mamba-2 layer; zero is empty.
+    """The state of one Mamba-2 layer; all zeros initially.
 
     Attributes:
         memory: `[B, H, P, N]`, float32 (float64 in a float64 model).
-        convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, H P + 2 G N]`.
+        convolution: tail of the causal convolution: its last inputs, oldest first, `[B, taps - 1, H P + 2 G N]`.
     """
 
     memory: Tensor
@@ -51,20 +51,20 @@ class Mamba2State(LayerStateBase):
 
 
 class Mamba2(nn.Module):
-    """A selective state space layer whose heads have one decay each (Mamba-2), as the authors' implementation has it.
+    """A selective state space layer with one decay per head (Mamba-2), as in the authors' implementation.
 
-    The input gives a gate z, values x, an input map B, an output map C and a step size dt; x, B and C pass a causal convolution
-    with SiLU; the recurrence (see `ops.ssd`) is followed by a skip `D x`, `norm(y * silu(z))` and the output projection. The
-    input is expected RMS-normalised, as in a pre-norm block. Gradients of gradients are refused, by an error.
+    The input is projected to a gate z, values x, an input map B, an output map C and a step size dt; x, B and C pass through a
+    causal convolution with SiLU; the recurrence (see `ops.ssd`) is followed by a skip `D x`, `norm(y * silu(z))` and the
+    output projection. The input is expected RMS-normalised, as in a pre-norm block. Double backward raises an error.
 
     Args:
         hidden_size: d, width of input and output.
         config: sizes; H is `expand * hidden_size / head_size`.
         norm_eps: epsilon of the normalisation, over each group's heads.
-        backend: "reference" and "chunked" are those of `ops.ssd.ssd`; any other takes the fastest that is here.
+        backend: "reference" and "chunked" are those of `ops.ssd.ssd`; any other value picks the fastest available.
 
     Raises:
-        ConfigError: a value that cannot be, named with its remedy.
+        ConfigError: an invalid value; the message names the field and the remedy.
     """
 
     state_type = Mamba2State
@@ -74,7 +74,7 @@ class Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         config = config or Mamba2Config()
-        # One place checks these fields, for the layer alone as for a whole model.
+        # ModelConfig checks these fields, for a layer alone as for a whole model.
         ModelConfig(hidden_size=hidden_size, mamba2=config, mixers=("mamba2",), norm_eps=norm_eps, backend=backend)
         self.hidden_size, self.norm_eps, self.chunk_size = hidden_size, norm_eps, config.chunk_size
         self.backend = backend if backend in ("reference", "chunked") else "auto"
@@ -94,12 +94,12 @@ class Mamba2(nn.Module):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Mamba2:
-        """The layer of a model's configuration."""
+        """Builds the layer from a model's configuration."""
         return cls(config.hidden_size, config.mamba2, norm_eps=config.norm_eps, backend=config.backend)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial weights, as in the authors' implementation: a decay per token from near none to 0.2 at first."""
+        """Initial weights, as in the authors' implementation: the decay factor per token starts between 0.2 and nearly 1."""
         for projection in (self.input, self.output):
             nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
         nn.init.uniform_(self.log_decay_rate, *DECAY_RATES).log_()
@@ -111,7 +111,7 @@ class Mamba2(nn.Module):
         self.convolution.reset_parameters()
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> Mamba2State:
-        """The empty state of `batch_size` sequences, whatever `capacity`: it does not grow."""
+        """The initial state of `batch_size` sequences; `capacity` is ignored, since the state does not grow."""
         shape = (batch_size, self.num_heads, self.head_size, self.state_size)
         memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
         return Mamba2State(memory, self.convolution.initial_tail(batch_size))
@@ -124,21 +124,21 @@ class Mamba2(nn.Module):
         padding_mask: Tensor | None = None,
         keep_state: bool = True,
     ) -> tuple[Tensor, Mamba2State | None]:
-        """A stretch of whole sequences, from their beginning or from a carried state.
+        """Runs the layer over whole sequences, from the initial state or from `state`.
 
         Args:
             x: `[B, T, d]`, normalised.
-            state: where the sequences stand (of N sequences with `cu_seqlens`); None begins anew. Not modified.
+            state: state to continue from (of N sequences with `cu_seqlens`); None starts from the initial state. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
-            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: such a token leaves the state as it is,
-                and its output is to be ignored. Not with `cu_seqlens`.
-            keep_state: whether to return the state; without, its memory is not taken either.
+            padding_mask: bool `[B, T]`, False for padding, anywhere in the sequence: padding leaves the state unchanged;
+                ignore its output. Not with `cu_seqlens`.
+            keep_state: whether to return the state; if not, none is allocated.
 
         Returns:
             y `[B, T, d]`, and the state after the last token or None.
 
         Raises:
-            ValueError: an argument of the wrong shape or dtype, or two that do not go together.
+            ValueError: an argument of the wrong shape or dtype, or two arguments that exclude each other.
         """
         x, state, broken = begin_forward(self, x, state, cu_seqlens, padding_mask)
         gate, mixed, dt = self._project(x)
@@ -169,15 +169,15 @@ class Mamba2(nn.Module):
         return end_forward(self._output(y, value, gate), final, broken)
 
     def check_state(self, state: Mamba2State, sequences: int) -> None:
-        """ValueError unless `state` is one of this layer, of so many sequences; looks at no values."""
+        """Raises ValueError unless `state` fits this layer and holds `sequences` sequences; reads no values."""
         shape = (sequences, self.num_heads, self.head_size, self.state_size)
         ops.check_state(state.memory, "state.memory", shape, self.output.weight)
         self.convolution.check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. ValueError unless x fits and `state` is one of this
-        layer for B sequences."""
+        """One token x `[B, d]` to y `[B, d]`; `state` is updated in place. Raises ValueError unless x and `state` fit this
+        layer and each other."""
         begin_step(self, x, state)
         gate, mixed, dt = self._project(x)
         value, input_map, output_map = self._parts(self.convolution.step(mixed, state.convolution))
@@ -185,14 +185,14 @@ class Mamba2(nn.Module):
         return self._output(y, value, gate)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gate `[..., H P]`, what the convolution takes, and step sizes `[..., H]`, float32 (float64 for float64 x)."""
+        """The gate `[..., H P]`, the convolution's input, and step sizes `[..., H]`, float32 (float64 for float64 x)."""
         channels = self.convolution.weight.shape[1]
         gate, mixed, dt = self.input(x).split((self.value_size, channels, self.num_heads), dim=-1)
         dtype = state_dtype(self.output.weight)
         return gate, mixed, functional.softplus(dt.to(dtype) + self.step_size_bias.to(dtype))
 
     def _parts(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The values `[..., H, P]`, input maps and output maps `[..., G, N]` of what the convolution returns."""
+        """Splits the convolution's output into values `[..., H, P]`, input maps and output maps `[..., G, N]`."""
         maps = self.num_groups * self.state_size
         value, input_map, output_map = mixed.split((self.value_size, maps, maps), dim=-1)
         return (
@@ -206,7 +206,7 @@ class Mamba2(nn.Module):
         return -self.log_decay_rate.to(state_dtype(self.output.weight)).exp()
 
     def _output(self, y: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-        """What was read `[..., H, P]`, with the skip of the values, gated, normalised in groups, projected."""
+        """Output of the recurrence's y `[..., H, P]`: add the skip of the values, gate, normalise per group, project."""
         y = torch.addcmul(y, value, self.skip.to(y.dtype)[:, None]).flatten(-2)
         y = y * functional.silu(gate)
         weight = self.norm_weight.to(y.dtype)

@@ -1,7 +1,7 @@
-"""What a whole model carries from one token to the next: the states of its layers.
+"""The state of a whole model: the states of its layers.
 
-A state that is stepped token by token can keep what its last steps overwrote, and be rolled back to the bit: for drafts that
-are not accepted, and prefixes that are used again. That costs as much as the steps wrote: K states of M where memory is sparse.
+A state that is stepped token by token can record what its last steps overwrote, for a bit-exact rollback: to drop rejected
+drafts, or to reuse a prefix. This costs as much memory as the steps wrote: K of M states if sparse.
 
 Shapes: B sequences.
 """
@@ -19,7 +19,7 @@ from factorization_memory.layers.state import GrowingState, MixerState, make_wri
 
 
 def _alike(mine: MixerState, given: MixerState) -> bool:
-    """Whether the states are of layers of one kind and size, whatever the number of sequences and the text read."""
+    """Whether the states belong to layers of the same kind and size, whatever their batch size and length read."""
     if isinstance(mine, GrowingState) and isinstance(given, GrowingState):
         capacity = max(mine.capacity, given.capacity)
         if mine.most != given.most:
@@ -29,37 +29,38 @@ def _alike(mine: MixerState, given: MixerState) -> bool:
 
 
 class _Point:
-    """A point that a state comes to by a step, or by being written to, itself alone. Not a number from a counter, on which a
-    compiled model would depend, so that no call would find it compiled."""
+    """Identity of a state's contents, new after each step or write. Not a counter: a compiled model would specialize on its
+    value and recompile at every call."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a `ModelState` stood."""
+    """A point in the history of a `ModelState`."""
 
     point: _Point
-    """The point."""
+    """Identity of the contents."""
     copy: ModelState | None
-    """A copy, if what steps overwrite is not kept."""
+    """A copy of the state, if it does not record what steps overwrite."""
 
 
 class ModelState:
-    """The states of all layers of a model, first layer first. Every operation but `restore` and `rollback` leaves it as it
-    is."""
+    """The states of all layers of a model, first layer first. Only `load`, `restore`, `rollback` and steps modify it in
+    place."""
 
     def __init__(self, layers: Iterable[MixerState]) -> None:
         self.layers = tuple(layers)
         self._point = _Point()
-        self._before: list[_Point] = []  # the points that can be rolled back to, the latest last
+        self._before: list[_Point] = []  # points that can be rolled back to, oldest first
 
     @property
     def undo_steps(self) -> int:
-        """How many steps can be kept for `rollback`; 0 if none are (see `LanguageModel.keep_undo`)."""
+        """Number of steps kept for `rollback`; 0 if none (see `LanguageModel.keep_undo`)."""
         undo = self.layers[0].undo
         return 0 if undo is None else len(undo.rows)
 
     def step_done(self, replayed: bool = False) -> None:
-        """A step of the model has changed all layers. `replayed` by a CUDA graph, which holds the GPU's part of this."""
+        """Records that a step has updated all layers. `replayed`: by a CUDA graph, which has advanced the position on the GPU
+        itself."""
         self._before.append(self._point)
         del self._before[: max(0, len(self._before) - self.undo_steps)]
         self._point = _Point()
@@ -69,14 +70,14 @@ class ModelState:
 
     @torch.no_grad()
     def load(self, state: ModelState, rows: Tensor | list[int] | None = None) -> None:
-        """Copy `state` in, in place; steps done before cannot be rolled back.
+        """Copies `state` into this one, in place; earlier steps cannot be rolled back.
 
         Args:
-            state: of as many sequences, or of as many as there are `rows`.
-            rows: its sequence i goes to sequence `rows[i]`, and the others stay as they are; None takes all in their order.
+            state: with the same number of sequences, or one per entry of `rows`.
+            rows: its sequence i goes to sequence `rows[i]`, the others stay unchanged; None means all, in order.
 
         Raises:
-            ValueError: `state` is of another number of sequences, or not of the same model.
+            ValueError: `state` has another number of sequences, or belongs to another model.
         """
         places = None if rows is None else torch.as_tensor(rows, device=self.device)
         expected = self.batch_size if places is None else len(places)
@@ -99,15 +100,15 @@ class ModelState:
         self.forget_steps()
 
     def forget_steps(self) -> None:
-        """Steps done so far cannot be rolled back: other numbers were written into the tensors."""
+        """Discards the history: earlier steps cannot be rolled back once the tensors have been overwritten."""
         self._before.clear()
         self._point = _Point()
 
     def rollback(self, steps: int) -> None:
-        """Take back the last `steps` steps, to the bit, in place.
+        """Undoes the last `steps` steps, bit for bit, in place.
 
         Raises:
-            ValueError: so many are not kept.
+            ValueError: fewer steps are kept.
         """
         if not 0 <= steps <= len(self._before):
             remedy = "keep more with LanguageModel.keep_undo" if self.undo_steps else "call LanguageModel.keep_undo first"
@@ -123,14 +124,14 @@ class ModelState:
             del self._before[-steps:]
 
     def snapshot(self) -> Snapshot:
-        """Where the state stands, for `restore`: the point alone if what steps overwrite is kept, otherwise a copy too."""
+        """The current point, for `restore`; includes a copy of the state if it does not record what steps overwrite."""
         return Snapshot(self._point, None if self.undo_steps else self.clone())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to where `snapshot` was taken of this state, to the bit, in place.
+        """Returns to `snapshot` of this state, bit for bit, in place.
 
         Raises:
-            ValueError: the point was left by more steps than are kept, or by a rollback, or is another state's.
+            ValueError: more steps have passed than are kept, the point was rolled back, or it belongs to another state.
         """
         if snapshot.copy is not None:
             self.load(snapshot.copy)
@@ -144,7 +145,7 @@ class ModelState:
             )
 
     def __repr__(self) -> str:
-        """Sizes, not numbers."""
+        """Sizes, not values."""
         lines = "".join(f"\n  ({i}): {layer!r}" for i, layer in enumerate(self.layers, start=1))
         return f"ModelState(batch_size={self.batch_size}, {self.num_bytes:,} bytes on {self.device}){lines}"
 
@@ -156,12 +157,12 @@ class ModelState:
 
     @property
     def batch_size(self) -> int:
-        """B: sequences that the state belongs to."""
+        """B, number of sequences."""
         return self.layers[0].batch_size
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.layers[0].tensors()[0].device
 
     @property
@@ -182,7 +183,7 @@ class ModelState:
         return self.apply(torch.clone)
 
     def detach(self) -> ModelState:
-        """The same numbers, cut off from the graph that made them."""
+        """The state detached from the autograd graph."""
         return self.apply(torch.detach)
 
     def to(self, device: torch.device | str) -> ModelState:
@@ -190,16 +191,16 @@ class ModelState:
         return self.apply(lambda tensor: tensor.to(device))
 
     def select(self, indices: Tensor | list[int]) -> ModelState:
-        """The sequences at `indices` (in that order, repeats allowed), a copy: for beams, forks and reordering."""
+        """A copy of the sequences at `indices`, in that order, repeats allowed: for beams, forks and reordering."""
         rows = torch.as_tensor(indices, device=self.device)
         return self.apply(lambda tensor: tensor[rows])
 
     def place(self, indices: Tensor | list[int], size: int) -> ModelState:
-        """A state of `size` sequences, zero except that sequence `indices[i]` is this state's sequence i."""
+        """A state of `size` sequences whose sequence `indices[i]` is this state's sequence i; the others are zero."""
         rows = torch.as_tensor(indices, device=self.device)
         return self.apply(lambda tensor: tensor.new_zeros(size, *tensor.shape[1:]).index_copy(0, rows, tensor))
 
     def reset(self, rows: Tensor) -> ModelState:
-        """The state with the sequences where `rows` (bool `[B]`) is True back at zero."""
+        """The state with the sequences where `rows` (bool `[B]`) is True reset to zero."""
         keep = ~rows.to(self.device)
         return self.apply(lambda tensor: tensor * keep.view(-1, *[1] * (tensor.dim() - 1)))

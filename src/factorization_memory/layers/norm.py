@@ -35,15 +35,15 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x `[..., size]`, normalised over the last dimension and multiplied by weight `[size]`."""
-    # PyTorch's kernel is fused on GPUs and by compilation; elsewhere it strings a dozen passes over memory together and keeps
-    # what they make.
+    # PyTorch's kernel is fused on GPUs and when compiled; elsewhere it makes a dozen passes over memory and saves their
+    # results.
     if x.is_cuda or torch.compiler.is_compiling() or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64):
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The normalisation in as few passes over x as PyTorch's operations allow."""
+    """The normalisation in the fewest passes over x that PyTorch's operations allow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

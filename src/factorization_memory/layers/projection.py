@@ -1,4 +1,4 @@
-"""Several linear maps of one input."""
+"""Several projections of one input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from factorization_memory.layers.calling import why_called
 
 
 def project(x: Tensor, num_heads: int, *projections: nn.Linear) -> list[Tensor]:
-    """x `[..., d]` through each projection, `[..., H, outputs of a head]`."""
+    """Applies each projection to x `[..., d]`; each result is `[..., H, outputs per head]`."""
     if as_one(x, projections):
         weight = torch.cat([projection.weight for projection in projections])
         bias = torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections])
@@ -21,9 +21,9 @@ def project(x: Tensor, num_heads: int, *projections: nn.Linear) -> list[Tensor]:
 
 
 def as_one(x: Tensor, projections: tuple[nn.Linear, ...]) -> bool:
-    """Whether x is multiplied by the weights of all `projections` at once: in training on a GPU, so that forward reads it once
-    and backward adds up one gradient of it. Not if one of them has to be called, as an adapter, or if the results would be
-    of a width that matrix products on a GPU are slow with."""
+    """Whether to multiply x by the weights of all `projections` in one matmul: in training on a GPU, so that forward reads x
+    once and backward accumulates one gradient of it. Not if one of them must be called, such as an adapter, or if the total
+    width is one that GPU matmuls are slow with."""
     if not x.is_cuda or not torch.is_grad_enabled() or any(why_called(projection) for projection in projections):
         return False
     return sum(p.out_features for p in projections) % 8 == 0

@@ -1,6 +1,6 @@
-"""Which memory states the tokens of a layer update and merge, and those of the tokens before, which are carried.
+"""Routing: which memory states each token updates and merges, and the lagged selection that a state carries.
 
-Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states, L lag of updates, N packed sequences.
+Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states, L update lag, N packed sequences.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from factorization_memory.ops.convolution import last_inputs
 
 @dataclass
 class Routing:
-    """Which memory states each token updates and merges, and how strongly.
+    """Which memory states each token updates and merges, with their weights.
 
     Attributes:
         affinity: alpha, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; sums to 1 over the last dimension.
         update: theta, the same shape.
         merge: phi, the same shape.
-        indices: the states that each token selects by its affinity, and merges, int64 `[B, T, H, K]`; None in the dense form.
-        update_indices: the states that it updates, those that the token L before it selected; without a lag, `indices`.
+        indices: states that each token selects by affinity and merges, int64 `[B, T, H, K]`; None in the dense form.
+        update_indices: states that each token updates, selected by the token L before it; `indices` without a lag.
         num_states: M.
-        padding_mask: bool `[B, T]`, False where a token is padding; None if none is.
+        padding_mask: bool `[B, T]`, False for padding; None without padding.
     """
 
     affinity: Tensor
@@ -38,7 +38,7 @@ class Routing:
 
     @property
     def merge_indices(self) -> Tensor | None:
-        """The merged states, as the recurrence takes them: None where they are those that are updated."""
+        """`merge_indices` argument of the recurrence: None if each token merges the states that it updates."""
         return None if self.indices is self.update_indices else self.indices
 
     def of_all_states(self) -> tuple[Tensor, Tensor]:
@@ -53,16 +53,16 @@ def delayed(
     cu_seqlens: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the token L before each has, and what the last L tokens have.
+    """Shifts x by L tokens along time; returns the shifted x, and its last L tokens.
 
     Args:
-        x: of each token, `[B, T, ...]`.
-        last: of the L tokens before the first, oldest first, `[B, L, ...]` (`[N, L, ...]` with `cu_seqlens`).
+        x: `[B, T, ...]`.
+        last: x of the L tokens before the first, oldest first, `[B, L, ...]` (`[N, L, ...]` with `cu_seqlens`).
         cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
-        padding_mask: bool `[B, T]`, False for padding, which is passed over: the token before is the last real one.
+        padding_mask: bool `[B, T]`, False for padding, which the shift skips.
 
     Returns:
-        `[B, T, ...]`, and of the last L tokens, shaped as `last`; a copy.
+        `[B, T, ...]`, x of the token L before each; and x of the last L tokens, shaped as `last`, a copy.
     """
     lag, length = last.shape[1], x.shape[1]
     if cu_seqlens is not None:
@@ -70,7 +70,7 @@ def delayed(
         token = torch.arange(length, device=x.device)
         sequence = torch.bucketize(token, borders[1:], right=True).clamp(max=len(borders) - 2)
         place = token - borders[sequence]
-        # All that was carried in, then all tokens: where each token finds the one L before it.
+        # Index of the token L before each one in [all carried-in tokens, all tokens].
         source = torch.where(place < lag, sequence * lag + place, len(last) * lag + token - lag)
         joined = torch.cat((last.flatten(0, 1), x[0]))
         new = last_inputs(x.flatten(2), lag + 1, last.flatten(2), cu_seqlens).view(last.shape)
@@ -86,5 +86,5 @@ def delayed(
 
 
 def _rows(x: Tensor, places: Tensor) -> Tensor:
-    """x `[B, T, ...]` at places `[B, S]`, `[B, S, ...]`."""
+    """Gathers x `[B, T, ...]` at `places` `[B, S]` along time: `[B, S, ...]`."""
     return x.gather(1, places.view(*places.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))

@@ -1,6 +1,6 @@
-"""What a mixer carries from one token to the next: of a memory, constant in the length read.
+"""The state that a mixer carries from token to token; that of a memory layer has constant size.
 
-Shapes: B sequences, H heads, M memory states, K states that a token selects, D value width of a head, L lag of updates.
+Shapes: B sequences, H heads, M memory states, K states that a token selects, D value width per head, L update lag.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from factorization_memory import ops
 
 
 class MixerState(Protocol):
-    """What one layer carries for its sequences. Zero is empty: a sequence whose part of every tensor is zero has not begun."""
+    """The state of one layer. All zeros is the initial state, for each sequence separately."""
 
     @property
     def batch_size(self) -> int:
-        """B: sequences that the state belongs to."""
+        """B, number of sequences."""
 
     @property
     def undo(self) -> Undo | None:
-        """Takes what steps overwrite, if that is kept; of this very state: copies have none."""
+        """Record of what steps overwrite, if kept; copies of the state have none."""
 
     def tensors(self) -> list[Tensor]:
         """The tensors that make up the state, `[B, ...]` each."""
@@ -36,13 +36,13 @@ class MixerState(Protocol):
 
 
 class LayerStateBase:
-    """What the states of all mixers share, which are dataclasses of tensors `[B, ...]` and plain values."""
+    """Base of all mixer states, which are dataclasses of tensors `[B, ...]` and plain values."""
 
     undo: Undo | None = None
 
     @property
     def batch_size(self) -> int:
-        """B: sequences that the state belongs to."""
+        """B, number of sequences."""
         return self.tensors()[0].shape[0]
 
     def tensors(self) -> list[Tensor]:
@@ -55,17 +55,17 @@ class LayerStateBase:
         return dataclasses.replace(cast(Any, self), **changed)
 
     def _named_tensors(self) -> dict[str, Tensor]:
-        # By fields: vars() breaks the graph of torch.compile in torch 2.11.
+        # Not vars(), which breaks the graph of torch.compile in torch 2.11.
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, self))}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def __repr__(self) -> str:
-        """Dtypes and sizes, not numbers."""
+        """Dtypes and sizes, not values."""
         fields = ((name, value) for name, value in vars(self).items() if value is not None)
         return f"{type(self).__name__}({', '.join(f'{name}={_size(value)}' for name, value in fields)})"
 
     def detach(self) -> Self:
-        """The same numbers, cut off from the graph that made them."""
+        """The state detached from the autograd graph."""
         return cast(Any, self).apply(torch.detach)
 
 
@@ -76,7 +76,7 @@ def _size(value: object) -> str:
 
 
 class GrowingState(LayerStateBase, ABC):
-    """A `MixerState` whose tensors grow with the text read, as a cache of keys and values, up to `most` tokens if that is not
+    """A `MixerState` whose tensors grow with the length read, such as a key-value cache, up to `most` tokens unless that is
     None."""
 
     most: int | None
@@ -84,26 +84,27 @@ class GrowingState(LayerStateBase, ABC):
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """Tokens that there are places for."""
+        """Tokens that fit in the tensors."""
 
     @abstractmethod
     def resized(self, capacity: int) -> Self:
-        """The same state with places for so many tokens, not fewer than now."""
+        """The same state with room for `capacity` tokens, at least the current number."""
 
     @abstractmethod
     def reserve(self, capacity: int) -> None:
-        """Have places for at least so many tokens. To be called whenever other numbers have been written into the tensors."""
+        """Makes room for at least `capacity` tokens. Must be called whenever the tensors have been overwritten."""
 
 
 @dataclass
 class Undo:
-    """What the last steps of one layer overwrote, in a ring of so many places.
+    """Ring buffer of what the last steps of one layer overwrote.
 
     Attributes:
-        rows: memory states as they were, `[places, B, H, K, D]`; K = M in the dense form.
-        indices: which they are, int64 `[places, B, H, K]`; None in the dense form.
-        rest: the other tensors of the state (see `LayerState.rest`) as they were, `[places, B, ...]` each.
-        position: int64 `[1]`, where the next step goes: one tensor for all layers, so that a CUDA graph can hold the steps.
+        rows: the overwritten memory states, `[depth, B, H, K, D]`; K = M in the dense form.
+        indices: indices of these states, int64 `[depth, B, H, K]`; None in the dense form.
+        rest: previous values of the other tensors of the state (see `LayerState.rest`), `[depth, B, ...]` each.
+        position: int64 `[1]`, ring entry of the next step: one tensor shared by all layers, so that steps can be captured in a
+            CUDA graph.
     """
 
     rows: Tensor
@@ -112,17 +113,17 @@ class Undo:
     position: Tensor
 
     def put_aside(self, state: LayerState) -> None:
-        """All but the memory, before a step."""
+        """Records everything but the memory, before a step."""
         for ring, tensor in zip(self.rest, state.rest(), strict=True):
             ring.index_copy_(0, self.position, tensor[None])
 
     def put_aside_selection(self, indices: Tensor | None) -> None:
-        """The states that the step updates, `[B, H, K]`."""
+        """Records the indices of the states that the step updates, `[B, H, K]`."""
         if self.indices is not None and indices is not None:
             self.indices.index_copy_(0, self.position, indices[None])
 
     def roll_back(self, state: LayerState, steps: int) -> None:
-        """Take the last steps back; `position` still stands after them."""
+        """Undoes the last `steps` steps; `position` must still point past them."""
         chosen = None if self.indices is None else self.indices[:, :, None]
         ops.recurrence_undo(state.memory, self.rows[:, :, None], chosen, None, self.position, steps)
         place = (self.position - steps) % len(self.rows)
@@ -136,12 +137,12 @@ class LayerState(LayerStateBase):
 
     Attributes:
         memory: `[B, H, M, D]`, float32 (float64 in a float64 model).
-        convolution: the last inputs that the causal convolution still needs, oldest first, `[B, taps - 1, channels]`; None
-            without convolution.
-        affinity: with `update_lag`, affinities of the last L tokens, which coming updates go by, oldest first,
-            `[B, L, H, K]` (K = M in the dense form), of memory's dtype; None without. Zero is no token: nothing is written.
-        indices: their states, int64 `[B, L, H, K]`; None without lag, and in the dense form.
-        undo: takes what steps overwrite, if that is kept. Of this very state: copies have none.
+        convolution: tail of the causal convolution: its last inputs, oldest first, `[B, taps - 1, channels]`; None without
+            convolution.
+        affinity: with `update_lag`, affinities of the last L tokens, for the next updates, oldest first, `[B, L, H, K]` (K = M
+            in the dense form), in memory's dtype; None without lag. Zero where there was no token: nothing is written.
+        indices: states of these affinities, int64 `[B, L, H, K]`; None without lag, and in the dense form.
+        undo: record of what steps overwrite, if kept. Copies of the state have none.
     """
 
     memory: Tensor
@@ -166,19 +167,19 @@ class LayerState(LayerStateBase):
         return [self.memory, *self.rest()]
 
     def rest(self) -> list[Tensor]:
-        """The tensors beside the memory."""
+        """All tensors except the memory."""
         return [tensor for tensor in (self.convolution, self.affinity, self.indices) if tensor is not None]
 
 
 def outside_inference_mode(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if it was made under `torch.inference_mode()` and that has ended: it could neither be changed nor
-    saved for backward."""
+    """The tensor, or a copy if it was made under `torch.inference_mode()` that has ended: an inference tensor can neither be
+    modified nor saved for backward."""
     made_there = not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
     return tensor.clone() if made_there else tensor
 
 
 def make_writable(state: MixerState) -> None:
-    """Puts copies in the place of those tensors of `state` that were made under `torch.inference_mode()`, if that has ended."""
+    """Replaces those tensors of `state` that were made under `torch.inference_mode()` by copies, if that has ended."""
     if torch.compiler.is_compiling():
         return
     for name, value in vars(state).items():

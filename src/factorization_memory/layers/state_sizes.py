@@ -1,4 +1,4 @@
-"""The sizes of a memory layer's state: by them it is made, checked, and made to keep what steps overwrite."""
+"""The sizes of a memory layer's state, and the functions that create, check and extend it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StateSizes:
     num_states: int
     """M."""
     head_size: int
-    """D: value width of a head."""
+    """D: value width per head."""
     top_k: int | None
     """K; None in the dense form."""
     update_lag: int
@@ -31,24 +31,24 @@ class StateSizes:
 
     @property
     def selected(self) -> int:
-        """States that a token updates: K, or M in the dense form."""
+        """States that each token updates: K, or M in the dense form."""
         return self.top_k or self.num_states
 
     def empty(self, batch_size: int, tail: Tensor | None, weight: Tensor, device: torch.device) -> LayerState:
-        """The state of sequences that have not begun.
+        """The initial state.
 
         Args:
             batch_size: B.
-            tail: what the convolution needs of them; None without convolution.
-            weight: of the layer; its dtype decides that of the memory.
-            device: where the state is to be.
+            tail: the convolution's initial tail; None without convolution.
+            weight: a weight of the layer; its dtype determines that of the memory.
+            device: device of the state.
         """
         shape = (batch_size, self.num_heads, self.num_states, self.head_size)
         memory = torch.zeros(shape, dtype=state_dtype(weight), device=device)
         return LayerState(memory, tail, *self.no_selection(batch_size, weight, device))
 
     def no_selection(self, batch_size: int, weight: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """`affinity` and `indices` of `empty`."""
+        """`affinity` and `indices` of the initial state."""
         if not self.update_lag:
             return None, None
         shape = (batch_size, self.update_lag, self.num_heads, self.selected)
@@ -56,10 +56,10 @@ class StateSizes:
         return affinity, None if self.top_k is None else affinity.new_zeros(shape, dtype=torch.int64)
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
-        """The same state, keeping what the next `steps` steps overwrite; `position` as in `Undo`."""
+        """The same state, recording what the next `steps` steps overwrite; `position` as in `Undo`."""
         memory = state.memory
         selected = (steps, memory.shape[0], self.num_heads, self.selected)
-        with torch.inference_mode(False):  # steps outside of it write here too
+        with torch.inference_mode(False):  # steps outside inference mode write to these tensors too
             undo = Undo(
                 memory.new_empty(*selected, self.head_size),
                 None if self.top_k is None else memory.new_zeros(selected, dtype=torch.int64),
@@ -69,8 +69,8 @@ class StateSizes:
         return LayerState(memory, state.convolution, state.affinity, state.indices, undo)
 
     def check(self, state: LayerState, sequences: int, weight: Tensor) -> None:
-        """ValueError unless all of `state` but the convolution's part is of these sizes, for so many sequences, in the dtype
-        and on the device that go with `weight`; looks at no values."""
+        """Raises ValueError unless all of `state` except its convolution tail has these sizes, `sequences` sequences, and the
+        dtype and device that match `weight`; reads no values."""
         shape = (sequences, self.num_heads, self.num_states, self.head_size)
         ops.check_state(state.memory, "state.memory", shape, weight)
         found = 0 if state.affinity is None else state.affinity.shape[1]

@@ -1,4 +1,4 @@
-"""A language model without its head: embedding, blocks, last norm. Ours and that of `transformers` are both built on it.
+"""A language model without its head: embedding, blocks, last norm. Both our model and the one for `transformers` build on it.
 
 Shapes: B sequences, T tokens, d hidden size, N packed sequences.
 """
@@ -17,7 +17,7 @@ from factorization_memory.models.block import Block
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and last norm. It has no `__init__`: a class of `transformers` brings one with other arguments."""
+    """Embedding, blocks and last norm. Has no `__init__`, since classes of `transformers` define one with other arguments."""
 
     config: Any
     """With `embedding_multiplier`."""
@@ -26,17 +26,17 @@ class Backbone(nn.Module):
     final_norm: RMSNorm
 
     def _add_layers(self, config: ModelConfig, block_type: type[Block] = Block) -> None:
-        """Make the modules, to be called by `__init__`."""
+        """Creates the modules; called by `__init__`."""
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = cast(Any, nn.ModuleList(block_type(config, mixer) for mixer in config.layer_mixers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What enters the blocks, `[..., d]`, of tokens `[...]`."""
+        """Scaled embeddings `[..., d]` of tokens `[...]`, the input of the blocks."""
         return self.scale_embeddings(self.embedding(tokens))
 
     def scale_embeddings(self, x: Tensor) -> Tensor:
-        """What enters the blocks of embeddings `[..., d]` as the table has them."""
+        """Scales embeddings `[..., d]` from the table by `embedding_multiplier`."""
         return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
 
     def run_blocks(
@@ -50,17 +50,17 @@ class Backbone(nn.Module):
         step: bool = False,
         after_block: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, list[MixerState | None]]:
-        """Embedded tokens through all blocks; the last norm is not applied.
+        """Runs embedded tokens through all blocks, without the last norm.
 
         Args:
             x: `[B, T, d]`, or `[B, d]` for a step.
-            states: where the sequences stand in each block (N of them with `cu_seqlens`), None to begin anew. Not modified,
-                but for a step.
+            states: state of each block to continue from (of N sequences with `cu_seqlens`); None starts from the initial
+                state. Modified only by a step.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
             padding_mask: bool `[B, T]`, False for padding.
-            keep_state: whether to return states; otherwise they are None.
-            step: whether this is one token of each sequence, read in place into `states`, all of which are then there.
-            after_block: called with what each block gives; what it returns goes on to the next.
+            keep_state: whether to return states; if not, they are None.
+            step: whether to decode one token per sequence, updating `states` in place; none may be None then.
+            after_block: called with each block's output; its result is the next block's input.
 
         Returns:
             x after the last block, and the states after the last token.
@@ -78,5 +78,5 @@ class Backbone(nn.Module):
         return x, after
 
     def _call_block(self, block: Block, *arguments: Any) -> tuple[Tensor, MixerState | None]:
-        """A block's forward, which a subclass may have computed in another way."""
+        """Calls a block; subclasses may override it."""
         return cast(tuple[Tensor, MixerState | None], block(*arguments))

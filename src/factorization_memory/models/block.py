@@ -1,4 +1,4 @@
-"""A block of a language model: a mixer and a feed-forward layer, each with a norm before it, around a residual stream.
+"""A pre-norm block of a language model: a mixer and a feed-forward layer on the residual stream.
 
 Shapes: B sequences, T tokens, d hidden size.
 """
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial weights: 1/sqrt(inputs) for projections, those into the residual stream smaller with depth so that its
+        """Initial weights: 1/sqrt(inputs) for projections; those into the residual stream shrink with depth, so that its
         variance does not grow with the number of blocks."""
         self.mixer_norm.reset_parameters()
         self.mixer.reset_parameters()
@@ -49,15 +49,15 @@ class Block(nn.Module):
         padding_mask: Tensor | None,
         keep_state: bool = True,
     ) -> tuple[Tensor, MixerState | None]:
-        """x `[B, T, d]` to the same shape, and the new state if asked for."""
+        """x `[B, T, d]` to the same shape, and the new state if requested."""
         y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens, padding_mask, keep_state)
         return self._feed(x + y), state
 
     def step(self, x: Tensor, state: MixerState) -> Tensor:
         """One token x `[B, d]` to the same shape; `state` is updated in place.
 
-        Where something acts in a call of the block or its mixer, such as a hook, they are called with a text of one token.
-        Steps that can be undone are then refused with a ValueError.
+        If something acts in a call of the block or its mixer, such as a hook, `forward` is called with one token instead. A
+        state that records undo then raises ValueError.
         """
         if (reason := self._why_called()) is None:
             return self._feed(x + self.mixer.step(self.mixer_norm(x), state))
@@ -67,7 +67,7 @@ class Block(nn.Module):
         return y[:, 0]
 
     def _why_called(self) -> str | None:
-        """Why `step` may not pass by the calls of the block, the mixer and the parts of it; None if it may."""
+        """Why `step` may not bypass the calls of the block, the mixer and its submodules; None if it may."""
         mixer = cast(nn.Module, self.mixer)
         for module in (self, mixer, *mixer.children()):
             if (reason := why_hooked(module)) is not None:
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 def refuse_undo(state: MixerState, reason: str) -> None:
-    """ValueError for a state that keeps what steps overwrite, where `reason` has one step read as a text."""
+    """Raises ValueError for a state that records undo, if for `reason` a step runs `forward` instead."""
     if state.undo is not None:
         raise ValueError(
             f"state: it keeps what steps overwrite, which they do not where a module has to be called ({reason}); "

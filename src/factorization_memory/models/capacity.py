@@ -1,4 +1,4 @@
-"""What this machine can hold, asked before anything of that size is made."""
+"""Memory limits of this machine, checked before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def machine_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that `device` has in all, whether free or not: a GPU's, or the main memory and swap that this process may use."""
+    """Total bytes of `device`, free or not: of a GPU, or the main memory and swap that this process may use."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
@@ -28,21 +28,21 @@ def machine_memory(device: torch.device | str = "cpu") -> int:
         try:
             limit = path.read_text(encoding="ascii").strip()
         except OSError:
-            continue  # no such limit here, or not to be read
+            continue  # no such limit here, or not readable
         if limit.isdigit():
             total = min(total, int(limit))
     return total
 
 
 def require_room(what: str, size: int, remedy: str, device: torch.device | str = "cpu") -> None:
-    """ConfigError that says that `what` would take `size` bytes, and the `remedy`, where that is more than `device` has."""
+    """Raises ConfigError if `what`, of `size` bytes, exceeds the memory of `device`; the message ends with `remedy`."""
     there = machine_memory(device)
     if size > there:
         raise ConfigError(f"{what} would take {readable(size)}, and this machine's {device} has {readable(there)}; {remedy}")
 
 
 def readable(size: int) -> str:
-    """A number of bytes as people read it."""
+    """A number of bytes in human-readable form."""
     for unit, factor in (("EB", 10**18), ("PB", 10**15), ("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Losses compiled by `torch.compile`, with a bound on what they keep for backward."""
+"""Losses compiled with `torch.compile`, with a budget for the activations saved for backward."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ R = TypeVar("R")
 
 
 def compiled_loss(loss: Callable[P, R], whole: bool = True, activation_memory_budget: float = 1.0) -> Callable[P, R]:
-    """`loss`, compiled for each shape of its arguments (a graph for any shape would be slower at each of them).
+    """Compiles `loss` for each shape of its arguments (one graph for all shapes would be slower at each).
 
     Args:
-        loss: a model or function, from tensors to a scalar that has a gradient (and whatever else).
-        whole: fail where it cannot become one graph, instead of going on in pieces.
-        activation_memory_budget: share of the bytes that backward would keep for the sake of speed, 0 to 1; the rest is
-            computed again. PyTorch chooses what by bytes and FLOPs. At 0.6 a model of 341 M parameters took a third less
-            memory and 3 % more time (docs/kernels.md).
+        loss: a model or function from tensors to a differentiable scalar (and anything else).
+        whole: raise if it does not compile to a single graph, instead of accepting graph breaks.
+        activation_memory_budget: share, 0 to 1, of the activations that would be saved for speed; the rest is recomputed.
+            PyTorch picks which by bytes and FLOPs. At 0.6 a model of 341 M parameters took a third less memory and 3 % more
+            time (docs/kernels.md).
     """
     if not 0 <= activation_memory_budget <= 1:
         raise ValueError(f"activation_memory_budget={activation_memory_budget}: use a share from 0 to 1")
@@ -29,7 +29,7 @@ def compiled_loss(loss: Callable[P, R], whole: bool = True, activation_memory_bu
     from torch._functorch import config
 
     def within_budget(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Read when a graph is compiled, which the first call at a shape does.
+        # Read when a graph is compiled, at the first call with a shape.
         with config.patch(activation_memory_budget=activation_memory_budget):
             return compiled(*args, **kwargs)
 

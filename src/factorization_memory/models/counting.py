@@ -1,7 +1,7 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs per token, state bytes, memory for training.
+"""Costs of a model from its configuration alone: parameters, FLOPs per token, state bytes, training memory.
 
-A multiplication and an addition are one FLOP each. Shapes: d hidden size, D total value width, H heads, M memory states of
-each head, K of them selected, V vocabulary size, T tokens of a training sequence, W tokens of an attention window.
+A multiplication and an addition are one FLOP each. Shapes: d hidden size, D total value width, H heads, M memory states per
+head, K selected, V vocabulary size, T tokens of a training sequence, W tokens of an attention window.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from factorization_memory.layers import MIXERS, ModelState
 from factorization_memory.models.language_model import LanguageModel, parameter_count
 
 PAIR_FLOPS = 4
-"""Of two tokens in attention and one number of a token's width: in the product of query and key, and in the sum of values."""
+"""Attention FLOPs per pair of tokens and channel: query-key product and weighted sum of values."""
 
 MUCH_READ = 1 << 31
-"""Tokens after which every window is full."""
+"""A length at which every window is full."""
 
 TRACED_LAYERS, TRACED_LENGTH = 64, 32768
-"""Of a model whose activations are seen by running all of it."""
+"""Largest model whose activations are measured by tracing all of it."""
 
 
 @dataclass(frozen=True)
 class Counts:
     """Costs of one model. FLOPs are per token; `decode` is one generated token, `prefill` one of a prompt. With attention they
-    depend on how much is attended to: all are given for the mean over the tokens of a training sequence."""
+    depend on the context: all are means over the tokens of a training sequence."""
 
     parameters: int
     embedding_parameters: int
@@ -38,15 +38,15 @@ class Counts:
     head_flops: int
     """The output head, forward."""
     recurrence_flops: int
-    """Updating and merging the selected states as the formula says, forward; of Mamba-2 and Gated DeltaNet, updating and
-    reading the whole state, in the latter also reading it for the key. The chunked forms do other arithmetic for the same
+    """Updating and merging the selected states by the formula, forward; for Mamba-2 and Gated DeltaNet, updating and reading
+    the whole state, in the latter also reading it at the key. The chunked forms do different arithmetic for the same
     result."""
     attention_flops: int
     """Products of queries with keys, and sums of values, forward, at the mean context of a training sequence."""
     state_bytes: int
-    """Memory, convolution tails and last selections of one sequence, and full attention windows, at any length."""
+    """Memory, convolution tails, lagged selections and full attention windows of one sequence, at any length."""
     state_bytes_per_token: int
-    """What attention without a window keeps of each token read, besides."""
+    """Additional bytes per token read, from attention without a window."""
 
     @property
     def non_embedding_parameters(self) -> int:
@@ -55,17 +55,17 @@ class Counts:
 
     @property
     def forward_flops(self) -> int:
-        """One token through blocks and head."""
+        """Blocks and head, for one token."""
         return self.prefill_flops + self.head_flops
 
     @property
     def train_flops(self) -> int:
-        """Forward and backward; backward does each product twice."""
+        """Forward and backward; backward costs twice the forward."""
         return 3 * self.forward_flops
 
     @property
     def prefill_flops(self) -> int:
-        """One prompt token: no head, which only the last one needs."""
+        """One prompt token, without the head, which only the last one needs."""
         return self.projection_flops + self.recurrence_flops + self.attention_flops
 
     @property
@@ -77,10 +77,10 @@ class Counts:
 def count(config: ModelConfig, context_length: int = DataConfig.context_length) -> Counts:
     """The costs of a model of `config`, whose `vocab_size` must be set.
 
-    `context_length` is that of training sequences, T: a token of them attends to (T + 1) / 2 tokens in the mean, fewer in a
-    window.
+    `context_length` is the length T of training sequences: a token attends to (T + 1) / 2 tokens on average, fewer with a
+        window.
     """
-    # One block of each place in the pattern of mixers stands for all in that place: the time does not depend on the depth.
+    # One block per position in the pattern of mixers represents all at that position, so the time does not depend on depth.
     places = min(config.num_layers, len(config.mixers))
     times = [len(range(place, config.num_layers, len(config.mixers))) for place in range(places)]
     with torch.device("meta"):
@@ -97,7 +97,7 @@ def count(config: ModelConfig, context_length: int = DataConfig.context_length) 
         if isinstance(module, torch.nn.Linear)
     )
     kinds = [MIXERS[mixer] for mixer in config.layer_mixers]
-    pairs = sum(kind.attended(config, context_length) for kind in kinds)  # of all tokens of a sequence
+    pairs = sum(kind.attended(config, context_length) for kind in kinds)  # over all tokens of a sequence
     state_bytes_per_token = state_bytes(fuller) - state_bytes(full)
     return Counts(
         parameters=parameter_count(config),
@@ -116,11 +116,11 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def training_memory(config: ModelConfig, micro_batch_size: int, context_length: int, bfloat16: bool) -> dict[str, int]:
-    """Bytes that a training step holds: `weights`, `gradients`, `optimizer` (AdamW's two moments), `activations` (what
-    backward needs of one micro-batch, seen by running the forward pass on tensors without storage) and their `total`.
+    """Bytes that a training step holds: `weights`, `gradients`, `optimizer` (AdamW's two moments), `activations` (saved for
+    backward for one micro-batch, measured by a forward pass on tensors without storage) and their `total`.
 
-    Activations grow linearly with the repeats of the pattern of mixers and, at great lengths, with the length: beyond
-    `TRACED_LAYERS` and `TRACED_LENGTH` they are reckoned from two smaller passes, so that any size is told at once.
+    Activations are linear in the repeats of the pattern of mixers and, for long sequences, in the length: beyond
+    `TRACED_LAYERS` and `TRACED_LENGTH` they are extrapolated from two smaller passes, so that any size takes little time.
     """
     parameters = parameter_count(config)
 
@@ -150,7 +150,7 @@ def _activations(config: ModelConfig, micro_batch_size: int, context_length: int
     kept_alive = []
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        # Views of one tensor are counted once; keeping the tensors keeps their identities apart.
+        # Count views of one storage once; keep the tensors alive, so that ids stay unique.
         storage = x.untyped_storage()
         held[storage._cdata] = storage.nbytes()
         kept_alive.append(x)

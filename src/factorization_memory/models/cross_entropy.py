@@ -1,4 +1,4 @@
-"""The loss by its former name: it is an operator, `factorization_memory.ops.cross_entropy`."""
+"""The loss under its former name; it is now the operator `factorization_memory.ops.cross_entropy`."""
 
 from factorization_memory.ops.cross_entropy import linear_cross_entropy
 

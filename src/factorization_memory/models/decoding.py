@@ -1,21 +1,23 @@
-"""A model's step in few kernels, for decoding on a GPU.
+"""A model's fused decoding step on a GPU.
 
-The projections of a layer's input become one, and what stands around a linear layer (normalisation, gate, residual, casts) is
-in few kernels. The residual stream is float32 whatever the weights' dtype. A block takes, in the dense form:
+The input projections of a layer are concatenated, and the pointwise work around linear layers (normalisation, gate, residual,
+casts) is fused into few kernels. The residual stream is float32 whatever the weights' dtype. Kernels per block in the dense
+form:
 
-- up to four sequences, five kernels: a linear layer takes all around it into its own kernel (`ops/decoding/small_linear.py`),
-  so that a step takes little more than the time of reading the weights and the states that it touches. They are the input
-  projections with the norm before them; the step with its routing; output projection with norm, gate and residual; gate and up
+- up to four sequences, five kernels: each linear layer is fused with its prologue and epilogue
+  (`ops/decoding/small_linear.py`), so that a step takes little longer than reading the weights and the states that it touches:
+  input projections with their norm; the step with its routing; output projection with norm, gate and residual; gate and up
   projections with norm and SwiGLU; down projection with residual.
-- more sequences, nine: PyTorch's products (input projections; output; gate and up; down), the step with its routing, and before
-  the products one kernel for all that stands there (`ops/decoding/rows.py`: residual sum, norm and cast; norm, gate and cast;
-  residual sum, norm and cast; SwiGLU and cast).
+- more sequences, nine: PyTorch's matmuls (input projections; output; gate and up; down), the step with its routing, and one
+  pointwise kernel before each matmul (`ops/decoding/rows.py`: residual sum, norm and cast; norm, gate and cast; residual sum,
+  norm and cast; SwiGLU and cast).
 
-The sparse form takes one more for routing, and of more sequences one for biases; a convolution takes one more; the dense form
-with a lag of updates several small ones for its routing; steps that can be undone one for each tensor put aside but the memory.
+The sparse form needs one more for routing, and with more than four sequences one for biases; a convolution needs one more; the
+dense form with an update lag several small ones for its routing; steps that record undo one per recorded tensor but the
+memory.
 
-Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width of a head, V vocabulary size,
-P parts of a product, O its outputs.
+Shapes: B sequences, d hidden size, H heads, M memory states, K selected states, D value width per head, V vocabulary size,
+P partial sums of a matmul, O its outputs.
 """
 
 from __future__ import annotations
@@ -31,20 +33,20 @@ from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.ops.precision import wide_product
 
 PARTS = (4, 2)
-"""Parts of a product into the residual stream, for more than few sequences: the first that divides the inputs."""
+"""Partial sums (split-K) of a matmul into the residual stream with more than four sequences: the first that divides the
+inputs."""
 LEAST_INPUTS = 64
-"""The inputs of a part are a multiple of this."""
+"""The inputs of each part must be a multiple of this."""
 
 
 class DecodingModel:
     """`LanguageModel.step` of a model in evaluation, with the same states.
 
     Args:
-        model: on a device that Triton kernels run on; its input projections are copied, so that weights changed later do not
-            count.
+        model: on a device that Triton kernels run on; its input projections are copied, so later changes of them are ignored.
 
     Raises:
-        ValueError: there is no such form of the model, or not here.
+        ValueError: the model has no fused step, or not on this device.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -58,8 +60,8 @@ class DecodingModel:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token of each sequence, `[B]`, to float32 logits `[B, V]`; `state` is updated in place and returned. ValueError
-        if it is not one of this model for B sequences."""
+        """One token of each sequence, `[B]`, to float32 logits `[B, V]`; `state` is updated in place and returned. Raises
+        ValueError unless it fits this model and B sequences."""
         from factorization_memory.ops.decoding.rows import normalise
         from factorization_memory.ops.decoding.small_linear import small_linear
 
@@ -82,7 +84,7 @@ class DecodingModel:
 
 
 def why_unsupported(model: LanguageModel) -> str | None:
-    """Why a model has no such form, or not on its device; None if it has."""
+    """Why a model has no fused step, or not on its device; None if it has."""
     config = model.config
     others = sorted({mixer for mixer in config.layer_mixers if mixer != "memory"})
     if others:
@@ -118,7 +120,7 @@ class _DecodingBlock:
         self.few = min(most_tokens(width) for width in widths)
 
     def step_few(self, x: Tensor, state: MixerState) -> None:
-        """The residual stream `[B, d]`, float32, and the state, both in place: B up to `few`."""
+        """Updates the residual stream `[B, d]`, float32, and the state in place; B is at most `few`."""
         from factorization_memory.ops.decoding.small_linear import small_linear
 
         norm, mixer = self.mixer_norm, self.mixer
@@ -143,15 +145,15 @@ class _DecodingBlock:
         small_linear(hidden, feed_forward.down.weight, x, residual=x, early=True)
 
     def step_many(self, x: Tensor, parts: Tensor | None, state: MixerState) -> Tensor:
-        """The residual stream `[B, d]`, float32, and the state, both in place.
+        """Updates the residual stream `[B, d]`, float32, and the state in place.
 
         Args:
-            x: the stream, but for what the block before adds to it.
-            parts: that, `[P, B, d]`, whose sum it is; None if there is none.
-            state: of the layer.
+            x: the stream without the previous block's last contribution.
+            parts: that contribution as partial sums `[P, B, d]`; None if there is none.
+            state: state of the layer.
 
         Returns:
-            What this block's feed-forward layer adds, likewise.
+            The contribution of this block's feed-forward layer, as partial sums.
         """
         from factorization_memory.ops.decoding.rows import glu, normalise
 
@@ -167,8 +169,8 @@ class _DecodingBlock:
     def _recurrence(
         self, projected: Tensor, rate_bias: Tensor | None, state: MixerState
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """From the projections of the layer's input to the merged vectors `[B, H * D]`; the gate's logits if there is a gate;
-        the values `[B, H * D]` if they skip the memory. `rate_bias` is to be added to the rates' logits, None if it was."""
+        """From the projections of the layer's input: the merged vectors `[B, H * D]`; the gate's logits, or None; the values
+        `[B, H * D]` with a value skip, or None. `rate_bias` is added to the rate logits; None if already added."""
         from factorization_memory.ops.decoding.rows import convolve
         from factorization_memory.ops.memory.kernels.step import dense_step
 
@@ -195,8 +197,8 @@ class _DecodingBlock:
 
 
 def _in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` as parts `[P, B, O]` whose sum it is, float32, each of its own inputs: few outputs are few tiles, and so
-    many of them keep more of a GPU reading."""
+    """`x @ weight.T` as float32 partial sums `[P, B, O]` over parts of the inputs (split-K): few outputs make few tiles, and
+    splitting keeps more of the GPU busy."""
     inputs = x.shape[1]
     parts = next((parts for parts in PARTS if inputs % (parts * LEAST_INPUTS) == 0), 1)
     return wide_product(x.unflatten(1, (parts, -1)).transpose(0, 1), weight.unflatten(1, (parts, -1)).permute(1, 2, 0))

@@ -1,4 +1,4 @@
-"""Which device and which arithmetic a run gets."""
+"""The device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from factorization_memory.config import ConfigError, TrainingConfig
 
 
 def resolve_device(name: str, setting: str = "training.device") -> torch.device:
-    """The device that the value `name` of `setting` stands for: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+    """The device named by the value `name` of `setting`: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
 
-    Raises ConfigError for any other name, and for a GPU that is not there.
+    Raises ConfigError for any other name, and for a GPU that does not exist.
     """
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -29,7 +29,7 @@ def resolve_device(name: str, setting: str = "training.device") -> torch.device:
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
-    """The context in which the forward pass runs: bfloat16 matrix products over float32 weights, or float32 throughout."""
+    """Context of the forward pass: bfloat16 matrix products over float32 weights, or float32 throughout."""
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"

@@ -1,4 +1,4 @@
-"""Whether weights are numbers: what is saved or loaded must be, in every format."""
+"""Checks that weights are finite, before they are saved and after they are loaded, in every format."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first of `tensors` that holds NaN or infinite numbers; None where all are finite.
+    """The name of the first of `tensors` with NaN or infinite values; None if all are finite.
 
-    Tensors without storage are passed over, of sharded ones this process's part is looked at.
+    Skips tensors without storage; of sharded ones, checks this process's shard.
     """
     for name, tensor in tensors.items():
         part = tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -24,12 +24,12 @@ from factorization_memory.ops import check_tensors, read_borders
 from factorization_memory.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 BLOCK_BYTES = 40_000
-"""Of a block's Python objects, however small its weights."""
+"""Bytes of a block's Python objects, however small its weights."""
 
 
 @functools.lru_cache(maxsize=256)
 def parameter_count(config: ModelConfig) -> int:
-    """Numbers that a model of `config` has; no weight of it is made, and the time does not depend on its depth."""
+    """Parameter count of a model of `config`, without allocating weights and in time independent of its depth."""
     with torch.device("meta"):
         kinds = [(mixer, config.layer_mixers.count(mixer)) for mixer in dict.fromkeys(config.layer_mixers)]
         blocks = sum(times * sum(p.numel() for p in Block(config, mixer).parameters()) for mixer, times in kinds)
@@ -53,13 +53,13 @@ def _require_room(config: ModelConfig) -> None:
 
 
 class LanguageModel(Backbone):
-    """A causal language model. What it carries is constant in the length read, unless it has attention without a window.
+    """A causal language model. Its state has constant size, unless it has attention without a window.
 
     Args:
         config: its `vocab_size` must be set.
 
     Raises:
-        ConfigError: `vocab_size` is 0, or the weights are more than this machine can hold.
+        ConfigError: `vocab_size` is 0, or the weights exceed this machine's memory.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -85,7 +85,7 @@ class LanguageModel(Backbone):
         self.final_norm.reset_parameters()
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> ModelState:
-        """The empty memory of `batch_size` sequences; attention has room for `capacity` tokens, and makes more at need."""
+        """The initial state of `batch_size` sequences; attention has room for `capacity` tokens, and grows as needed."""
         return ModelState(block.mixer.initial_state(batch_size, capacity) for block in self.blocks)
 
     def forward(
@@ -102,23 +102,22 @@ class LanguageModel(Backbone):
     ) -> tuple[Tensor, ModelState | None]:
         """Logits of the next token, or with `targets` the loss: cross-entropy in nats per token.
 
-        The loss never holds all logits at once, unless the head has to be called (an adapter stands in its place, or a hook is
-        on it).
+        The loss never materialises all logits at once, unless the head must be called (it is an adapter, or has a hook).
 
         Args:
             tokens: int64 `[B, T]`.
-            targets: int64 `[B, T]`, the token after each; -100 where there is none. A state in its place, as layers take
-                theirs, is `state`.
-            state: where the sequences stand (N of them with `cu_seqlens`); None begins anew. Not modified.
+            targets: int64 `[B, T]`, the token after each; -100 where there is none. A state passed here, as for layers, is
+                taken as `state`.
+            state: state to continue from (of N sequences with `cu_seqlens`); None starts from the initial state. Not modified.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
-            padding_mask: bool `[B, T]`, False for padding, which leaves the state as it is.
-            last_only: compute the logits of the last position alone, as a prefill needs; of packed sequences, of which none may
-                then be empty, those of the last position of each. Not with `targets`.
+            padding_mask: bool `[B, T]`, False for padding, which leaves the state unchanged.
+            last_only: compute only the logits of the last position, for prefill; for packed sequences those of the last
+                position of each, none of which may be empty. Not with `targets`.
             reduction: of the loss: "mean" over the targets, or "none".
-            keep_state: whether to return the state; of many packed sequences it takes much memory.
+            keep_state: whether to return the state; for many packed sequences it takes much memory.
 
         Returns:
-            Logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` of packed sequences); or the loss, a float32 scalar,
+            Logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` for packed sequences); or the loss, a float32 scalar,
             or `[B, T]` (not differentiable, 0 where there is no target) with "none". And the state after the last token, or
             None.
 
@@ -160,7 +159,7 @@ class LanguageModel(Backbone):
         return cast(Any, self(tokens, targets, reduction=reduction, keep_state=keep_state, **options))
 
     def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Of what the head takes, `[B, T, d]`."""
+        """The loss, given the head's input `[B, T, d]`."""
         flat = targets.flatten()
         if why_called(self.head) is None:
             losses = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat, reduction)
@@ -188,12 +187,12 @@ class LanguageModel(Backbone):
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token of each sequence, `[B]`, to logits `[B, V]`; `state` is updated in place and returned.
 
-        Where something acts in a call of the model, such as a hook, it is called with a text of one token; and so are those
-        blocks where something acts in theirs (see `Block.step`).
+        If something acts in a call of the model, such as a hook, `forward` is called with one token instead; likewise for each
+        block (see `Block.step`).
 
         Raises:
-            ValueError: `state` is not one of this model for B sequences, or keeps what steps overwrite (`keep_undo`) where the
-                model or a block has to be called.
+            ValueError: `state` does not fit this model and B sequences, or records undo (`keep_undo`) although the model or a
+                block must be called.
         """
         self.check_step(tokens, state)
         if (reason := why_hooked(self)) is not None:
@@ -207,11 +206,11 @@ class LanguageModel(Backbone):
         return self.head(self.final_norm(x)), state
 
     def keep_undo(self, state: ModelState, steps: int) -> ModelState:
-        """The same state, in the same tensors, keeping what the last `steps` steps overwrite, so that `ModelState.rollback`,
-        and `snapshot` and `restore`, cost as little as those steps.
+        """The same state, sharing its tensors, recording what the last `steps` steps overwrite, so that `ModelState.rollback`,
+        `snapshot` and `restore` cost as little as those steps.
 
         Raises:
-            ValueError: `steps` is not positive, `state` is not of this model, or some layer's steps cannot be taken back.
+            ValueError: `steps` is not positive, `state` is not of this model, or a layer's steps cannot be undone.
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: use 1 or more steps to keep")
@@ -229,7 +228,7 @@ class LanguageModel(Backbone):
         return ModelState(layers)
 
     def check_state(self, state: ModelState) -> None:
-        """ValueError for a state of another number of layers, or of layers of another kind."""
+        """Raises ValueError for a state with another number or kind of layers."""
         kinds = [block.mixer.state_type for block in self.blocks]
         if len(state) != len(kinds) or not all(isinstance(one, kind) for one, kind in zip(state, kinds, strict=True)):
             found = ", ".join(type(one).__name__ for one in state)
@@ -237,8 +236,8 @@ class LanguageModel(Backbone):
             raise ValueError(f"state: got layers of {found}, takes {takes}; take one from initial_state or forward")
 
     def check_step(self, tokens: Tensor, state: ModelState) -> None:
-        """ValueError unless `tokens` are one of each sequence of `state`, which is of this model: before any layer's part
-        of it is changed."""
+        """Raises ValueError unless `tokens` has one token per sequence of `state` and `state` fits this model; called before
+        any layer's state is modified."""
         check_tensors(tokens=tokens)
         if tokens.dim() != 1:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes one token of each sequence, [B]")

@@ -1,4 +1,4 @@
-"""Seeing how the memory is used: the routing of every memory layer, and statistics that show a collapsed router at a glance.
+"""Observes how the memory is used: the routing of every memory layer, and statistics that reveal a collapsed router.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K selected states.
 """
@@ -17,18 +17,18 @@ from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.ops import over_states
 
 DEAD_SHARE = 0.01
-"""A state is dead that gets less than this part of an even share of use."""
+"""A state is dead if it gets less than this fraction of an even share of use."""
 
 
 def memory_layers(model: LanguageModel) -> dict[int, FactorizationMemory]:
-    """The memory layers of a model, by the number of their block."""
+    """The memory layers of a model, by block index."""
     mixers = {i: block.mixer for i, block in enumerate(model.blocks)}
     return {i: mixer for i, mixer in mixers.items() if isinstance(mixer, FactorizationMemory)}
 
 
 @contextmanager
 def observe_routing(model: LanguageModel) -> Iterator[list[list[Routing]]]:
-    """Within the block, collects the (detached) routing of each forward pass: one list per memory layer, one entry per pass."""
+    """Collects the detached routing of each forward pass inside the context: one list per memory layer, one entry per pass."""
     layers = memory_layers(model).values()
     observed: list[list[Routing]] = [[] for _ in layers]
     for records, layer in zip(observed, layers, strict=True):
@@ -61,7 +61,7 @@ class RoutingHealth:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Within the block, every forward pass of the model is counted."""
+        """Counts every forward pass of the model inside the context."""
         for number, layer in self._layers.items():
             layer.observer = self._health[number].add
         try:
@@ -73,15 +73,16 @@ class RoutingHealth:
     def summary(self) -> list[dict[str, Any]]:
         """JSON-ready statistics, one dictionary per memory layer, none for a model without:
 
-        - `layer`: the number of its block.
-        - `share` `[H][M]`: part of all affinity that each state gets; sums to 1 over a head's states.
+        - `layer`: index of its block.
+        - `share` `[H][M]`: share of all affinity that each state gets; sums to 1 over a head's states.
         - `balance` `[H]`: entropy of `share` over log M: 1 is even use, 0 is all in one state.
         - `entropy` `[H]`: mean entropy of a token's affinities over log M: 1 is uniform routing, 0 is one state per token.
         - `dead` `[H]`: states that get less than a hundredth of an even share.
-        - `memory_length` `[H][M]`: tokens until what a state holds has decayed to 1/e at the mean decay; None if never written.
+        - `memory_length` `[H][M]`: tokens until a state's contents have decayed to 1/e at the mean decay; None if never
+          written.
 
         Raises:
-            ValueError: nothing was observed.
+            ValueError: no forward pass was observed.
         """
         return [{"layer": number, **health.summary()} for number, health in self._health.items()]
 

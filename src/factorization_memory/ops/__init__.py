@@ -1,5 +1,5 @@
-"""The operators, each in a folder of its own: checks and the choice of a backend at its door, a plain form in PyTorch, kernels.
-What other rooms use of the recurrence can be had from here.
+"""The operators, one package each: `__init__` checks arguments and picks a backend, other modules have the plain PyTorch form
+and the kernels. The public functions of the recurrence are re-exported here.
 """
 
 from factorization_memory.ops.arguments import check_borders, check_state, check_tensors, read_borders

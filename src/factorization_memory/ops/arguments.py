@@ -1,5 +1,4 @@
-"""What the functions of `ops` ask of their arguments, and one error for each thing that is off: it names the argument, what
-it got and what it takes.
+"""Argument checks of the functions of `ops`. Each error names the argument, the value and what is accepted.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it merges, D value width
 of a head, N packed sequences.
@@ -21,7 +20,7 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)
 
 
 def check_tensors(**arguments: object) -> None:
-    """ValueError for the first of the arguments, by name, that is neither a tensor nor None."""
+    """Raises ValueError, naming it, for the first argument that is neither a tensor nor None."""
     for name, value in arguments.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name}: got {type(value).__name__} {reprlib.repr(value)}, takes a tensor")
@@ -37,7 +36,7 @@ def check_weights(
     *,
     time: bool,
 ) -> int:
-    """Checks what both functions share; returns M."""
+    """Checks the arguments that both functions share; returns M."""
     check_tensors(update=update, merge=merge, value=value, indices=indices, merge_indices=merge_indices)
     letters = "B, T, H" if time else "B, H"
     dims = 4 if time else 3
@@ -81,11 +80,12 @@ def check_weights(
 
 
 COMPARED = 2**28
-"""Pairs of indices that are compared in memory; where there are more, they are sorted."""
+"""Number of index pairs up to which all pairs are compared; beyond it, indices are sorted."""
 
 
 def check_indices(indices: Tensor, num_states: int, name: str = "indices") -> None:
-    """ValueError unless each token's states are distinct and below M; looks at the values, which waits for a GPU."""
+    """Raises ValueError unless each token's states are distinct and below M. Reads the values, so it synchronizes with a
+    GPU."""
     if indices.numel() == 0:
         return
     if indices.numel() * indices.shape[-1] <= COMPARED:
@@ -93,7 +93,7 @@ def check_indices(indices: Tensor, num_states: int, name: str = "indices") -> No
     else:
         ordered = indices.sort(dim=-1).values
         repeated = (ordered[..., 1:] == ordered[..., :-1]).sum()
-    low, high, repeats = torch.stack((indices.min(), indices.max(), repeated)).tolist()  # a GPU is waited for once
+    low, high, repeats = torch.stack((indices.min(), indices.max(), repeated)).tolist()  # one synchronization
     if low < 0 or high >= num_states:
         raise ValueError(f"{name}: got values from {low} to {high}, takes 0 to num_states - 1 = {num_states - 1}")
     if repeats:
@@ -101,13 +101,13 @@ def check_indices(indices: Tensor, num_states: int, name: str = "indices") -> No
 
 
 _READ = WeakTensorKeyDictionary()
-"""Borders read from a GPU: tensor -> its version and the borders, so that the GPU is waited for once and not by every layer."""
+"""Borders read from a GPU: tensor -> its version and the borders, to synchronize once and not in every layer."""
 
 
 def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """ValueError if the borders of packed sequences, `[N + 1]`, do not fit B = `batch`, T = `length`.
+    """Raises ValueError if the borders of packed sequences, `[N + 1]`, do not fit B = `batch`, T = `length`.
 
-    Under `torch.compile` their values are not looked at.
+    Does not check their values under `torch.compile`.
     """
     check_tensors(cu_seqlens=cu_seqlens)
     if batch != 1:
@@ -125,7 +125,7 @@ def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
 
 def read_borders(cu_seqlens: Tensor) -> list[int]:
     """The borders of packed sequences as a list."""
-    # Only what a GPU holds is worth remembering, and only what counts its versions can be.
+    # Only tensors on a GPU are worth caching, and inference tensors have no version counter to validate the cache.
     if torch.compiler.is_compiling() or not cu_seqlens.is_cuda or cu_seqlens.is_inference():
         return cu_seqlens.tolist()
     known = _READ.get(cu_seqlens)
@@ -135,7 +135,8 @@ def read_borders(cu_seqlens: Tensor) -> list[int]:
 
 
 def check_places(places: Tensor, sequences: int, state: Tensor) -> None:
-    """ValueError unless `places` are those of so many sequences in `state`; their values are looked at on a CPU alone."""
+    """Raises ValueError unless `places` are valid slots of `sequences` sequences in `state`; reads their values only on a
+    CPU."""
     if places.shape != (sequences,) or places.dtype not in (torch.int64, torch.int32) or places.device != state.device:
         got = f"{places.dtype} {tuple(places.shape)} on {places.device}"
         raise ValueError(f"places: got {got}, takes int32 or int64 ({sequences},) on {state.device}")
@@ -148,18 +149,18 @@ def check_places(places: Tensor, sequences: int, state: Tensor) -> None:
 
 
 def check_writable(state: Tensor) -> None:
-    """ValueError for a state that cannot be updated in place here."""
+    """Raises ValueError for a state that cannot be updated in place here."""
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("state: was made under torch.inference_mode() and cannot be updated outside of it; take state.clone()")
 
 
 def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:
-    """ValueError if a memory is not of this shape, or not of the dtype (or the given one) and device that go with `value`."""
+    """Raises ValueError unless a memory has this shape, the dtype that matches `value` (or the given one), and its device."""
     check_tensors(**{name: state})
     if tuple(state.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(state.shape)}, takes {shape}")
     dtype = dtype or state_dtype(value)
     if state.dtype != dtype:
         raise ValueError(f"{name}: got dtype {state.dtype}, takes {dtype} with values of {value.dtype}")
-    if state.device != value.device and not value.is_meta:  # weights that are offloaded are on meta
+    if state.device != value.device and not value.is_meta:  # offloaded weights are on meta
         raise ValueError(f"{name}: is on {state.device}, value on {value.device}; move them to one device")

@@ -1,8 +1,8 @@
-"""Causal attention of tokens to those before them, in PyTorch's kernels: of whole sequences, of packed ones, past padding, in a
-sliding window; and rotary positions (Su et al. 2021, arXiv 2104.09864).
+"""Causal attention with PyTorch's kernels: whole, packed and padded sequences, and sliding windows; and rotary position
+embeddings (Su et al. 2021, arXiv 2104.09864).
 
-Shapes: B sequences, T queries, S keys, H query heads, G key and value heads, each shared by H / G query heads, P width of a
-head, N packed sequences.
+Shapes: B sequences, T queries, S keys, H query heads, G key and value heads, each shared by H / G query heads, P head width, N
+packed sequences.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.nn import functional
 from factorization_memory.ops.autograd import once_differentiable
 
 MASK_NUMBERS = 1 << 26
-"""A mask of pairs of tokens is made of at most about so many at a time."""
+"""Approximate maximum size of an attention mask, in elements; queries are split to stay below it."""
 WINDOW_QUERIES = 128
-"""Without a kernel for sliding windows, queries are taken so many at a time, or as many as the window is wide."""
+"""Queries per piece without a kernel for sliding windows, unless the window is wider."""
 
 
 def attend_evenly(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Attention of q `[B, H, T, P]` to k and v `[B, G, S, P]` in order, of which the last T are of the tokens that ask; each
-    sees `window` of them, itself included, or all before it."""
+    """Attention of q `[B, H, T, P]` to k and v `[B, G, S, P]`, in order; the last T keys are those of the queries' tokens.
+    Each query sees `window` keys, itself included, or all before it."""
     batch, _, queries, _ = q.shape
     keys = k.shape[2]
     if window is not None and window >= keys:
@@ -35,12 +35,12 @@ def attend_evenly(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor
     if has_packed(q):
         one = torch.arange(batch + 1, device=q.device, dtype=torch.int32)
         return attend_packed(q, k, v, one * queries, one * keys, queries, keys, window)
-    # A compiled graph serves any length in one piece, not in as many as this one takes.
+    # A compiled graph must serve any length, so it uses one piece, not a number of pieces that depends on the length.
     whole = window is None or torch.compiler.is_compiling()
     size = max(1, MASK_NUMBERS // keys) if whole else max(window or 0, WINDOW_QUERIES)
     parts = []
     for start, stop in _pieces(queries, size):
-        last = keys - queries + stop  # of the keys that these queries see, and the first
+        last = keys - queries + stop  # end of the keys that these queries see; then their first
         first = 0 if window is None else max(0, keys - queries + start + 1 - window)
         query = torch.arange(keys - queries + start, last, device=q.device)[:, None]
         key = torch.arange(first, last, device=q.device)
@@ -59,16 +59,16 @@ def attend_masked(
     sequence: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention by positions, whatever the order.
+    """Attention by positions, for keys in any order.
 
     Args:
         q: `[B, H, T, P]`.
-        k, v: `[B, G, S, P]`, the last T of them of the tokens that ask.
-        position: of queries in their sequences, `[B or 1, T]`.
-        key_position: `[B or 1, S]`, from 1; 0 where there is nothing to see.
-        window: tokens that each attends to, itself included; None: all before it.
-        sequence: the sequence that each token is of, `[T]` (B = 1, S = T); None: one in each row.
-        padding_mask: bool `[B, T]`, False for queries whose result does not count.
+        k, v: `[B, G, S, P]`; the last T are those of the queries' tokens.
+        position: positions of the queries in their sequences, `[B or 1, T]`.
+        key_position: positions of the keys, `[B or 1, S]`, from 1; 0 marks a key that nobody may attend to.
+        window: tokens that each attends to, itself included; None means all before it.
+        sequence: packed sequence of each token, `[T]` (B = 1, S = T); None means one per row.
+        padding_mask: bool `[B, T]`, False for queries whose result is ignored.
 
     Returns:
         `[B, H, T, P]`.
@@ -85,7 +85,7 @@ def attend_masked(
         if sequence is not None:
             seen = seen & (sequence == sequence[part, None])
         if padding_mask is not None:
-            # Padding sees itself: a softmax needs something.
+            # Padding attends to itself: a softmax over nothing is NaN.
             token = torch.arange(keys - queries, keys, device=q.device)[part, None]
             alone = ~padding_mask[:, part, None] & (torch.arange(keys, device=q.device) == token)
             seen = seen | alone
@@ -94,39 +94,41 @@ def attend_masked(
 
 
 def _pieces(count: int, size: int) -> list[tuple[int, int]]:
-    """First and end of pieces of up to `size`; one piece without counting, of which a compiled graph depends on no length."""
+    """Start and end of pieces of up to `size`. One piece is not computed from the length, so a compiled graph does not depend
+    on it."""
     return [(0, count)] if count <= size else [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _product(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention of q `[B, H, T, P]` to k and v `[B, G, S, P]`, where `seen` `[..., T, S]` says so."""
+    """Attention of q `[B, H, T, P]` to k and v `[B, G, S, P]` under the mask `seen` `[..., T, S]`."""
     shared = q.shape[1] // k.shape[1]
     if q.is_meta:
-        # As the kernels of all devices: on this one PyTorch counts the plain form, which keeps all pairs of tokens.
+        # Count what the kernels of real devices cost: on meta, PyTorch counts the plain form, which stores all pairs of
+        # tokens.
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(q, k, v, 0.0, causal, attn_mask=seen)[0]
     if shared > 1 and q.is_cuda and (seen is not None or q.dtype not in (torch.bfloat16, torch.float16)):
-        # There is no kernel that shares heads here, and the plain form keeps all pairs of tokens.
+        # No kernel shares heads here, and the plain form stores all pairs of tokens.
         k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
     return functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, enable_gqa=shared > 1)
 
 
 def has_packed(q: Tensor) -> bool:
-    """Whether there is a kernel of packed sequences, and windows, for queries `[B, H, T, P]`."""
+    """Whether there is a kernel for packed sequences and windows for queries `[B, H, T, P]`."""
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 256
     return q.is_cuda and fits and _is_capable(q.device.index)
 
 
-# Plain functions around one that is cached, as the compiler takes no others for constant.
+# Plain functions around cached ones: the compiler accepts only plain functions as constant.
 @torch.compiler.assume_constant_result
 def _is_capable(device: int | None) -> bool:
-    """Whether a device runs PyTorch's attention of packed sequences, and this version has it."""
+    """Whether this PyTorch has attention of packed sequences and the device runs it."""
     return torch.version.hip is None and _capability(device) >= (8, 0) and _shares_heads() is not None
 
 
 @torch.compiler.assume_constant_result
 def _shares_heads() -> bool | None:
-    """Whether it takes fewer heads of keys and values than of queries; None if this version has none."""
+    """Whether attention of packed sequences supports grouped-query heads; None if this PyTorch lacks it."""
     return _found()
 
 
@@ -137,7 +139,7 @@ def _capability(device: int | None) -> tuple[int, int]:
 
 @cache
 def _found() -> bool | None:
-    try:  # not sooner: from torch 2.12 or so on, this brings Triton along
+    try:  # not sooner: since about torch 2.12 this imports Triton
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
@@ -147,9 +149,9 @@ def _found() -> bool | None:
 def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, borders: Tensor, key_borders: Tensor, most: int, most_keys: int, window: int | None
 ) -> Tensor:
-    """Attention of q `[B, H, T, P]` to k and v `[B, G, S, P]`, sequences of any lengths packed along B and T, of which the last
-    keys of each are of the tokens that ask. `borders` and `key_borders` `[N + 1]` are where the sequences begin and end, and
-    none is longer than `most` and `most_keys`."""
+    """Attention of q `[B, H, T, P]` to k and v `[B, G, S, P]`, sequences of any lengths packed along B and T; the last keys of
+    each are those of its queries' tokens. `borders` and `key_borders` `[N + 1]` are the sequences' borders in q and k; `most`
+    and `most_keys` bound their lengths."""
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn
@@ -172,20 +174,20 @@ def attend_packed(
 
 
 def rotate(x: Tensor, position: Tensor, heads: int, head_size: int, theta: float) -> Tensor:
-    """The first `heads` heads of x `[B, T, all heads * P]`, which is written to, turned by rotary positions: numbers i and
-    i + P / 2 of a head by the angle `(position - 1) * theta^(-2 i / P)`; angles are float32, all else of dtype of x.
+    """Applies rotary positions in place to the first `heads` heads of x `[B, T, all heads * P]`: rotates channels
+    `i` and `i + P / 2` of a head by the angle `(position - 1) * theta^(-2 i / P)`. Angles are float32, the rest x's dtype.
 
     Args:
         x: projections of tokens.
-        position: of the tokens, from 1, `[B or 1, T]`.
-        heads: heads that are turned.
+        position: positions of the tokens, from 1, `[B or 1, T]`.
+        heads: number of heads to rotate.
         head_size: P.
         theta: base of the wavelengths.
     """
     frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32, device=x.device) / head_size)
     angle = (position - 1)[..., None, None].float() * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    if torch.compiler.is_compiling():  # the compiler fuses better than we do
+    if torch.compiler.is_compiling():  # the compiler fuses it better
         turned, rest = x.unflatten(-1, (-1, head_size)).tensor_split((heads,), dim=-2)
         first, second = turned.chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -194,7 +196,7 @@ def rotate(x: Tensor, position: Tensor, heads: int, head_size: int, theta: float
 
 
 class _Rotation(torch.autograd.Function):
-    """`rotate`, in place, by angles of which cos and sin `[B or 1, T, 1, P / 2]` are given. Keeps these alone."""
+    """`rotate`, in place, given cos and sin `[B or 1, T, 1, P / 2]` of the angles. Saves only these."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Gradients that are computed by hand can be differentiated once; here a second time becomes an error.
+"""Double backward through hand-written gradients raises an error.
 
-PyTorch's own `once_differentiable` hangs the error on copies, which `torch.autograd.grad(first, inputs)` never visits: what it
-then returns lacks the terms that go through the function, without a word.
+PyTorch's own `once_differentiable` attaches the error to copies that `torch.autograd.grad(first, inputs)` never visits, so that
+the result silently lacks the terms that go through the function.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """Makes a gradient of what an autograd function's `backward(ctx, gradient, ...)` returns an error, whatever it is taken of:
-    the gradients that came in or the tensors that were saved. All inputs that the gradients depend on must be saved, or an
+    """Makes differentiating the results of an autograd function's `backward(ctx, gradient, ...)` an error, whether with
+    respect to the incoming gradients or the saved tensors. All inputs that the gradients depend on must be saved, or an
     output.
 
     Raises:
@@ -27,7 +27,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @wraps(backward)
     def wrapped(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no graph of this is being made
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no graph of backward is recorded
             return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
@@ -41,8 +41,7 @@ def once_differentiable(backward: Backward) -> Backward:
 def call_once_differentiable(
     function: Callable[..., tuple[Tensor | None, ...]], *arguments: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """`function(*arguments)`, of another package, whose gradient may not say that it is wrong to differentiate it again: with
-    the same error."""
+    """`function(*arguments)` of another package, whose double backward may be silently wrong, with the same error."""
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in arguments):
         return function(*arguments)
     gradients: list[Tensor | None] = []
@@ -51,7 +50,7 @@ def call_once_differentiable(
 
 
 def _refuse(results: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """`results`, of which no gradient can be computed with respect to any of `sources`."""
+    """`results`; differentiating them with respect to any of `sources` raises."""
     differentiable = [x for x in sources if x is not None and x.requires_grad]
     if not differentiable:
         return results
@@ -60,7 +59,7 @@ def _refuse(results: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ..
 
 
 class _Refused(torch.autograd.Function):
-    """Copies of tensors that seem to depend on others, but whose gradient is an error."""
+    """Copies of tensors that depend on others in the graph, but whose backward raises."""
 
     @staticmethod
     def forward(ctx: Any, results: list[Tensor], *sources: Tensor) -> tuple[Tensor, ...]:
@@ -75,7 +74,7 @@ class _Refused(torch.autograd.Function):
 
 
 class _Enter(torch.autograd.Function):
-    """The arguments of a function that `_Leave` takes the results of; `gradients` are those of the results."""
+    """Identity on the arguments of a function whose results pass through `_Leave`; `gradients` are those of the results."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor | None], *arguments: Tensor | None) -> tuple[Tensor | None, ...]:

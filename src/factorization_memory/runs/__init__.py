@@ -1,6 +1,6 @@
-"""Run folders: the names of their files, records, checkpoints, and models loaded from them, exported and imported.
+"""Run folders: file names, records, checkpoints; loading, exporting and importing models.
 
-The names below are imported when first used: who needs only the names of files (`names.py`) does not wait for PyTorch.
+The names below are imported lazily, so that code that only needs file names (`names.py`) does not import PyTorch.
 """
 
 from __future__ import annotations

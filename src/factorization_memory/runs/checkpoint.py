@@ -1,11 +1,11 @@
-"""Checkpoints: folders `checkpoints/step-00000100/` of a run folder, each enough to resume or to use the model.
+"""Checkpoints: folders `checkpoints/step-00000100/` of a run folder, each sufficient to resume the run or use the model.
 
     model.safetensors       weights by parameter name; tied weights once
     optimizer.safetensors   AdamW's moments, as `<parameter>/<moment>`
-    carried.safetensors     the memory that training carries on from (only with training.carry_state)
-    state.json              format version, configuration, fingerprints, random generators, where the run stands
+    carried.safetensors     the memory that training continues from (only with training.carry_state)
+    state.json              format version, configuration, fingerprints, random generators, progress of the run
 
-A checkpoint is written to a folder ending in `.partial` and renamed when it is whole.
+A checkpoint is written to a folder ending in `.partial` and renamed when complete.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ MAY_CHANGE = frozenset(
         "training.keep_checkpoints",
     }
 )
-"""Fields that a resumed run may set anew: none of them moves the loss curve (another corpus is told by its fingerprint).
-Besides, training.steps may be raised."""
+"""Fields that a resumed run may change: none affects the loss curve (a different corpus is detected by its fingerprint).
+training.steps may be raised too."""
 
 
 def save_checkpoint(
@@ -70,16 +70,16 @@ def save_checkpoint(
     corpus_fingerprint: str,
     carried: Sequence[ModelState | None] | None = None,
 ) -> Path:
-    """Write a checkpoint of `state.step` and return its folder. Without `optimizer` it is one to use, not to go on from.
+    """Writes a checkpoint of `state.step` and returns its folder. Without `optimizer` it can be used, but not resumed.
 
-    `carried` holds the memory of each micro-batch (None: one that has not begun), or is None when nothing is carried.
-    Raises `CheckpointError` when it cannot be written whole (a full disk), `NotFiniteError` when a weight, a moment or carried
-    memory is NaN or infinite; earlier checkpoints are then as they were.
+    `carried` is the memory of each micro-batch (None for the initial state), or None if nothing is carried. Raises
+    `CheckpointError` if it cannot be written completely (a full disk), `NotFiniteError` if a weight, a moment or carried memory
+    is NaN or infinite; earlier checkpoints are left intact.
     """
     path = checkpoint_path(run_dir, state.step)
     weights = model_tensors(model)
     moments = {} if optimizer is None else _optimizer_tensors(model, optimizer)
-    # Cloned: parts of one state may share storage, which the format refuses.
+    # Cloned: tensors of a state may share storage, which safetensors refuses.
     memories = {
         f"{index}/{number}": tensor.contiguous().clone()
         for index, memory in enumerate(carried or ())
@@ -118,10 +118,10 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, *, model: LanguageModel, optimizer: torch.optim.Optimizer, config: RunConfig
 ) -> tuple[TrainingState, list[ModelState | None] | None]:
-    """Put a checkpoint into `model` and `optimizer` and set the random generators, so that training goes on from there.
+    """Loads a checkpoint into `model`, `optimizer` and the random generators, to resume training.
 
-    Returns where the run stands and the carried memory of each micro-batch (None when nothing is carried). Raises
-    `CheckpointError` when the checkpoint is damaged, or of another configuration than `config`.
+    Returns the progress of the run and the carried memory of each micro-batch (None if nothing is carried). Raises
+    `CheckpointError` if the checkpoint is damaged, or of a configuration other than `config`.
     """
     record = read_state(path)
     saved = read_run_config(record, path)
@@ -140,8 +140,8 @@ def load_checkpoint(
 
 
 def difference_from(saved: RunConfig, current: RunConfig) -> tuple[str, object, object] | None:
-    """What keeps a run of the configuration `saved` from being resumed with `current`, as `first_difference` has it: any field
-    but those of `MAY_CHANGE`, and fewer steps in all."""
+    """The first difference that prevents resuming a run of configuration `saved` with `current`, as in `first_difference`: any
+    field outside `MAY_CHANGE`, or fewer total steps."""
     longer = current.training.steps > saved.training.steps
     return first_difference(saved, current, MAY_CHANGE | {"training.steps"} if longer else MAY_CHANGE)
 
@@ -149,7 +149,7 @@ def difference_from(saved: RunConfig, current: RunConfig) -> tuple[str, object, 
 def first_difference(
     saved: RunConfig, current: RunConfig, except_fields: Iterable[str] = MAY_CHANGE
 ) -> tuple[str, object, object] | None:
-    """Name, saved value and current value of the first field in which two configurations differ, `except_fields` aside."""
+    """Name, saved value and current value of the first field outside `except_fields` in which two configurations differ."""
     allowed = {"name", *except_fields}
 
     def walk(old: Any, new: Any, prefix: str) -> tuple[str, object, object] | None:
@@ -167,7 +167,7 @@ def first_difference(
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that make up a model, by name: its parameters, shared ones once, and its persistent buffers."""
+    """A model's tensors by name: its parameters, shared ones once, and its persistent buffers."""
     tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors.update((name, value) for name, value in model.state_dict().items() if name not in parameters)
@@ -175,8 +175,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:
-    """Copy the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` where a name or shape differs, and
-    where a weight is NaN or infinite."""
+    """Copies the weights of the checkpoint at `path` into `model`. Raises `CheckpointError` if a name or shape differs, or a
+    weight is NaN or infinite."""
     saved, own = _read_tensors(path / WEIGHTS_NAME), model_tensors(model)
     for name in sorted(own.keys() | saved.keys()):
         if name not in saved or name not in own:
@@ -226,7 +226,8 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Pa
         )
     tensors = _read_tensors(path / OPTIMIZER_NAME)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    # The optimizer numbers its parameters in the order of its groups; loading through it puts each tensor on the right device.
+    # The optimizer numbers its parameters in the order of its groups; loading through it moves each tensor to the right
+    # device.
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     moments: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -264,7 +265,7 @@ def _load_carried(model: LanguageModel, rows: int, begun: list[bool], path: Path
 
 
 def _fits(tensor: Tensor, empty: Tensor) -> bool:
-    """Whether a carried tensor is of the shape of the state's empty form, where a size of 0 is one that grows."""
+    """Whether a carried tensor matches the shape of the initial state, whose dimensions of size 0 may grow."""
     sizes = zip(tensor.shape, empty.shape, strict=False)
     return tensor.dim() == empty.dim() and all(size == expected or expected == 0 for size, expected in sizes)
 
@@ -281,7 +282,7 @@ def _set_random_states(model: nn.Module, states: dict[str, str]) -> None:
     decoded = {name: torch.frombuffer(bytearray(base64.b64decode(value)), dtype=torch.uint8) for name, value in states.items()}
     torch.set_rng_state(decoded["cpu"])
     device = next(model.parameters()).device
-    # A run that moves from a CPU to a GPU has no state of that generator; it keeps the seed's.
+    # A run that moves from a CPU to a GPU has no saved state of the GPU's generator and keeps the seeded one.
     if device.type == "cuda" and "cuda" in decoded:
         torch.cuda.set_rng_state(decoded["cuda"], device)
 

@@ -1,6 +1,6 @@
-"""Which checkpoints a run has, and what their `state.json` says: found, read, checked, removed.
+"""Finds, reads, validates and removes the checkpoints of a run and their `state.json`.
 
-What a checkpoint holds is in checkpoint.py.
+The contents of a checkpoint are in checkpoint.py.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ FOLDER_NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, is damaged, does not fit or cannot be written: the message says which, and what to do."""
+    """A checkpoint that is missing, is damaged, does not fit or cannot be written; the message says which, and the remedy."""
 
 
 class DamagedError(CheckpointError):
-    """One that cannot be read, where another of the same run may serve."""
+    """An unreadable checkpoint; another of the same run may be readable."""
 
 
 class NotFiniteError(CheckpointError):
-    """One that would hold NaN or infinite weights, and is not written."""
+    """A checkpoint not written because it would contain NaN or infinite weights."""
 
 
 @dataclass
 class TrainingState:
-    """Where a run stands after a step: plain numbers, kept in `state.json`."""
+    """Progress of a run after a step: plain numbers, stored in `state.json`."""
 
     step: int = 0
     """Optimizer steps done; also the position in the data, whose order is a function of the step."""
     tokens: int = 0
     """Tokens read."""
     seconds: float = 0.0
-    """Wall-clock time of the run, all its parts together, evaluations and checkpoints included."""
+    """Wall-clock time of the run over all its parts, including evaluations and checkpoints."""
     step_seconds: float = 0.0
-    """The part of it spent in steps, waiting for data included."""
+    """The part of it spent in steps, including waiting for data."""
     observed_step: int = 0
-    """Last step whose evaluation, routing and samples, where due, are done."""
+    """Last step whose evaluation, routing and samples, if due, are done."""
     best_step: int | None = None
     """Step of the evaluation with the fewest bits per byte."""
     interval: dict[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     folder = run_dir / CHECKPOINTS_NAME
     with explain_unreadable(folder):
         found = [path for path in folder.iterdir() if FOLDER_NAME.fullmatch(path.name)] if folder.is_dir() else []
@@ -78,27 +78,27 @@ def step_of(path: Path) -> int:
 
 
 def prune_checkpoints(run_dir: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of `best_step`, and what an interrupted writing left behind."""
+    """Removes all but the newest `keep` checkpoints and that of `best_step`, and leftovers of interrupted writes."""
     paths = list_checkpoints(run_dir)
     for path in paths[: max(0, len(paths) - keep)]:
         if step_of(path) != best_step:
-            # Renamed first, so that a removal cut short leaves nothing that looks whole.
+            # Rename first, so that an interrupted removal leaves nothing that looks complete.
             doomed = path.with_name(path.name + ".partial")
             path.rename(doomed)
             remove(doomed)
     folder = run_dir / CHECKPOINTS_NAME
     for replaced in folder.glob("*.replaced"):
         whole = replaced.with_name(replaced.name.split(".")[0])
-        if not whole.exists():  # a writing was killed after the old one was moved aside
+        if not whole.exists():  # a write was killed after the old one was moved aside
             replaced.rename(whole)
     for leftover in chain(folder.glob("*.partial"), folder.glob("*.replaced")):
         remove(leftover)
 
 
 def find_checkpoint(run_dir: Path, which: str = "best") -> Path:
-    """The checkpoint of a run that `which` names: "last", "best" by its evaluations (the last where there are none), "step-N".
+    """The checkpoint of a run named by `which`: "last", "best" by its evaluations (the last if there are none), "step-N".
 
-    Raises `CheckpointError` when it is not there, listing those that are.
+    Raises `CheckpointError` if it does not exist, listing those that do.
     """
     paths = list_checkpoints(run_dir)
     if not paths:
@@ -116,7 +116,7 @@ def find_checkpoint(run_dir: Path, which: str = "best") -> Path:
 
 
 def _best(paths: list[Path]) -> Path:
-    """The best as the newest readable one knows it."""
+    """The best checkpoint, as recorded in the newest readable one."""
     first: CheckpointError | None = None
     for path in reversed(paths):
         try:
@@ -133,7 +133,7 @@ def _best(paths: list[Path]) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's `state.json`. Raises `CheckpointError` when it is missing, damaged or of a newer version."""
+    """A checkpoint's `state.json`. Raises `CheckpointError` if it is missing, damaged or of a newer version."""
     try:
         record: dict[str, Any] = read_json(path / STATE_NAME)
         version = record["format_version"]
@@ -180,13 +180,13 @@ _STATE_FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def _first_wrong_field(record: dict[str, Any]) -> str | None:
-    """What is missing from `state.json`, unknown in it or of the wrong kind; None when all is there."""
+    """The first field of `state.json` that is missing, unknown or of the wrong type; None if all are valid."""
     wrong = _wrong_field("", record, _RECORD_FIELDS) or wrong_state_field(record["state"])
     return wrong or (None if "cpu" in record["random"] else "the field 'random.cpu' is missing")
 
 
 def wrong_state_field(state: dict[str, Any]) -> str | None:
-    """What is missing from the fields of a `TrainingState`, unknown among them or of the wrong kind; None when all is there."""
+    """The first field of a `TrainingState` that is missing, unknown or of the wrong type; None if all are valid."""
     wrong = _wrong_field("state.", state, _STATE_FIELDS)
     return wrong or (f"the field 'state.step' cannot be {state['step']!r}" if state["step"] < 0 else None)
 
@@ -203,7 +203,7 @@ def _wrong_field(prefix: str, values: dict[str, Any], fields: Mapping[str, tuple
 
 
 def read_run_config(record: dict[str, Any], path: Path) -> RunConfig:
-    """The configuration in the `state.json` of the checkpoint at `path`. Raises `CheckpointError` where it cannot be."""
+    """The configuration in the `state.json` of the checkpoint at `path`. Raises `CheckpointError` if it is invalid."""
     try:
         return from_dict(RunConfig, record["config"])
     except (ConfigError, TypeError, KeyError) as error:
@@ -211,7 +211,7 @@ def read_run_config(record: dict[str, Any], path: Path) -> RunConfig:
 
 
 def present(path: Path) -> str:
-    """What to use instead of the checkpoint at `path`."""
+    """Describes what to use instead of the checkpoint at `path`."""
     others = [other.name for other in list_checkpoints(path.parent.parent) if other.name != path.name]
     if not others:
         return "there is no other checkpoint beside it; restore it, or start the run anew in another folder"
@@ -220,7 +220,7 @@ def present(path: Path) -> str:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, if it is there; of a link, the link."""
+    """Removes a folder if it exists; for a link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():

@@ -1,4 +1,4 @@
-"""What a run's records say of the machine, the software and the command that made them."""
+"""The machine, software and command of a run, for its records."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from factorization_memory._version import __version__
 
 
 def _program() -> str:
-    """The program that runs, as one would type it: `fmem` also where it was started with `python -m`."""
+    """The running program as one would type it: `fmem` also when started with `python -m`."""
     name = Path(sys.argv[0]).name
     return "fmem" if name == "__main__.py" and Path(sys.argv[0]).parent.name == "cli" else name
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What a reader of the results needs to know of the machine, the software and the command that made them."""
+    """The machine, software and command that produced a result."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [_program(), *sys.argv[1:]],
@@ -42,7 +42,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name as reported by the system."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -56,7 +56,7 @@ def cores() -> int:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that this file is tracked in, "+changes" where it differs; None outside one."""
+    """Commit of the checkout that tracks this file, with "+changes" if modified; None outside one."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +65,7 @@ def _git_commit() -> str | None:
     if shutil.which("git") is None:
         return None
     try:
-        # An installed copy may lie inside some other project's checkout, whose commit would say nothing.
+        # An installed copy may be inside another project's checkout, whose commit would be meaningless.
         if git("ls-files", "--error-unmatch", here.name).returncode != 0:
             return None
         commit = git("rev-parse", "HEAD")

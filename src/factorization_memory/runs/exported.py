@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's layout, read as the run that it was exported from: model, tokenizer, how it was trained."""
+"""Reads a folder in Hugging Face's layout as the run that it was exported from: model, tokenizer, training configuration."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from factorization_memory.models.pretrained.format import CONFIG_NAME, TOKENIZER
 from factorization_memory.runs.checkpoint_folder import CheckpointError, wrong_state_field
 
 FORMAT_VERSION = 1
-"""Of training.json."""
+"""Format version of training.json."""
 
 
 def read_exported(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
-    """The model of an export, in evaluation mode, its tokenizer, and the configuration of its run as far as it is known."""
+    """The model of an export, in evaluation mode, its tokenizer, and the configuration of its run as far as known."""
     model = load_pretrained(folder)
     file = folder / TOKENIZER_NAME
     if not file.exists():
@@ -41,7 +41,7 @@ def read_exported(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
 
 
 def exported_config(folder: Path) -> RunConfig:
-    """What training.json says of how a model was trained; its `model` may be another than the one that is there."""
+    """The training configuration in training.json; its `model` may differ from the model in the folder."""
     try:
         return from_dict(RunConfig, _training(folder).get("config", {"name": "imported"}))
     except ConfigError as error:
@@ -49,7 +49,7 @@ def exported_config(folder: Path) -> RunConfig:
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    """What training.json holds, {} if it is missing."""
+    """The contents of training.json; {} if it is missing."""
     path = folder / TRAINING_NAME
     record = read_object(path)
     if record and (not isinstance(record.get("format_version"), int) or record["format_version"] > FORMAT_VERSION):
@@ -61,7 +61,7 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def known_training(folder: Path) -> dict[str, Any]:
-    """What training.json says of these very weights: nothing where somebody has trained them further since."""
+    """The contents of training.json if they describe these weights; {} if the weights were trained further since."""
     record = _training(folder)
     if not record or record.get("weights") != digest(read_weights(folder)):
         return {}
@@ -79,7 +79,7 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """An object of a file that may be missing, {} then."""
+    """The JSON object in a file; {} if it is missing."""
     try:
         values = read_json(path)
     except FileNotFoundError:

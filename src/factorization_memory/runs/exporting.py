@@ -1,4 +1,4 @@
-"""A run's model given away in Hugging Face's layout, with its card and what is known of its training."""
+"""Exports a run's model in Hugging Face's layout, with its card and training record."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def export_run(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
 ) -> str:
-    """Write the model of a run in Hugging Face's layout (see `models.pretrained.export`), with its card.
+    """Writes the model of a run in Hugging Face's layout (see `models.pretrained.export`), with its card.
 
     Args:
         run: run folder (its best checkpoint) or one checkpoint's folder inside it.
-        folder: appears when it is whole.
-        name: of the model, for the card; the folder's by default.
+        folder: written atomically.
+        name: name of the model, for the card; the folder's by default.
         license: identifier of the licence of the weights.
         data: a sentence on the training data, for the card.
-        dtype: of the weights, one of `DTYPES`.
-        max_shard_size: of one file of weights, in bytes or as "5GB".
-        overwrite: replace a folder that is there.
+        dtype: dtype of the weights, one of `DTYPES`.
+        max_shard_size: maximum size of one file of weights, in bytes or as "5GB".
+        overwrite: replace an existing folder.
 
     Returns:
         The name of the class that `transformers` loads it as.
@@ -54,7 +54,7 @@ def export_run(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         FileExistsError: the folder exists.
-        ConfigError: no such `dtype`, `license` or `max_shard_size`.
+        ConfigError: an invalid `dtype`, `license` or `max_shard_size`.
         ValueError: a weight is not finite in `dtype`.
     """
     if dtype not in DTYPES:
@@ -70,12 +70,12 @@ def export_run(
     record = read_state(path)
     config = read_run_config(record, path)
     definition = tokenizer_file(path)
-    tokenizer_of(path, record)  # that it is this model's
+    tokenizer_of(path, record)  # raises if it is not this model's
     model = model_of(path, config)
     run_dir = path.resolve().parent.parent
     environment = _published(read_object(run_dir / ENVIRONMENT_NAME))
     sources, languages = _sources(config, record, read_object(run_dir / SOURCES_NAME))
-    # A path on this machine is nobody else's business, and of no use to them.
+    # Paths on this machine are private, and useless to others.
     published = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, corpus=""),
@@ -123,8 +123,8 @@ def export_run(
 
 
 def _evaluation(run_dir: Path, path: Path, record: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The held-out results of a checkpoint by source, and what they are of: those of `fmem evaluate` if they are of this
-    checkpoint, else those of training, else nothing."""
+    """The held-out results of a checkpoint by source, and their description: from `fmem evaluate` if of this checkpoint, else
+    from training, else empty."""
     found = read_object(run_dir / EVALUATION_NAME)
     by = found.get("evaluated", {})
     if by.get("checkpoint") == path.name and _are_scores(found.get("sources")) and _are_scores({"all": found.get("total")}):
@@ -138,7 +138,7 @@ def _evaluation(run_dir: Path, path: Path, record: Mapping[str, Any]) -> tuple[d
 
 
 def _are_scores(sources: Any) -> bool:
-    """Whether these are scores by source, as the card shows them."""
+    """Whether `sources` has scores by source in the form that the card shows."""
     names = ("loss", "bits_per_byte", "tokens")
     return isinstance(sources, dict) and all(
         isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in names) for row in sources.values()
@@ -148,10 +148,10 @@ def _are_scores(sources: Any) -> bool:
 def _sources(
     config: RunConfig, record: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
-    """Sizes of the training text's sources and its languages, from the corpus or else from what an import brought along."""
+    """Sizes and languages of the training text's sources, from the corpus or else from the records of an import."""
     try:
         corpus = PackedCorpus.open(Path(config.data.corpus)) if config.data.corpus else None
-    except (CorpusError, OSError):  # gone, or something else is there now
+    except (CorpusError, OSError):  # removed or replaced
         corpus = None
     if corpus is None or corpus.fingerprint != record["corpus_fingerprint"]:
         return known.get("sizes", {}), tuple(known.get("languages", ()))
@@ -165,7 +165,7 @@ def _sources(
 
 
 def _published(environment: dict[str, Any]) -> dict[str, Any]:
-    """What is said of the machine, without its paths."""
+    """The environment without paths of this machine."""
     command = environment.get("command")
     if not isinstance(command, list):
         return environment

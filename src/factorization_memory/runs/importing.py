@@ -1,4 +1,4 @@
-"""A run folder made of a model in Hugging Face's layout."""
+"""Imports a model in Hugging Face's layout as a run folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from factorization_memory.runs.record import write_json
 
 
 def import_model(folder: Path | str, run_dir: Path | str) -> Path:
-    """Make a run folder of a model in Hugging Face's layout, to be used like any other; training cannot go on from it.
+    """Creates a run folder from a model in Hugging Face's layout, to be used like any other, but not resumed.
 
-    Of models that `export_run` did not write, or that were trained further since, the run's configuration has the fields of the
-    model as they are now, and of data and training what is known.
+    For models that `export_run` did not write, or that were trained further since, the run's configuration has the current
+    fields of the model, and those of data and training that are known.
 
     Returns:
         The checkpoint's folder.

@@ -1,4 +1,4 @@
-"""A trained model from wherever it is: a run folder, one checkpoint in it, or a folder of Hugging Face's layout."""
+"""Loads a trained model from a run folder, one of its checkpoints, or a folder in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from factorization_memory.runs.names import STATE_NAME, TOKENIZER_NAME
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer, RunConfig]:
-    """A trained model in evaluation mode on `device`, in float32, with its tokenizer and the configuration of its run.
+    """Loads a trained model in evaluation mode and float32 on `device`, with its tokenizer and the configuration of its run.
 
-    `path` is a run folder (its best checkpoint, else its last), one checkpoint's folder inside it, or a folder of Hugging
-    Face's layout, as `export_run` writes it, whose configuration has a run's defaults where it does not say how it was trained.
+    `path` is a run folder (its best checkpoint, else its last), one checkpoint's folder inside it, or a folder in Hugging
+    Face's layout, as written by `export_run`; unknown fields of its training configuration have their defaults.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
-        FormatError: likewise, of Hugging Face's layout.
+        FormatError: the same, for Hugging Face's layout.
     """
     path = Path(path)
     device = resolve_device(device, "device") if isinstance(device, str) else device
@@ -49,12 +49,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[La
 
 
 def is_own(path: Path) -> bool:
-    """Whether a folder is one of ours: a run's, or a checkpoint's."""
+    """Whether a folder is a run's or a checkpoint's."""
     return (path / STATE_NAME).exists() or bool(FOLDER_NAME.fullmatch(path.name)) or bool(list_checkpoints(path))
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint's folder that `path`, which may be that of a run, means."""
+    """The checkpoint's folder for `path`, which may be a run folder."""
     if (path / STATE_NAME).exists() or FOLDER_NAME.fullmatch(path.name):
         return path
     if not path.is_dir():
@@ -70,7 +70,7 @@ def model_of(path: Path, config: RunConfig) -> LanguageModel:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer's file of the checkpoint at `path`: its own, or its run's."""
+    """The tokenizer file of the checkpoint at `path`: its own, or its run's."""
     places = (path / TOKENIZER_NAME, path.resolve().parent.parent / TOKENIZER_NAME)
     found = next((place for place in places if place.exists()), None)
     if found is None:
@@ -79,7 +79,7 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def tokenizer_of(path: Path, record: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of the checkpoint at `path`, of which `record` is the state. Raises CheckpointError for another one."""
+    """The tokenizer of the checkpoint at `path` with state `record`. Raises CheckpointError if its fingerprint differs."""
     file = tokenizer_file(path)
     tokenizer = Tokenizer.load(file)
     if tokenizer.fingerprint != record["tokenizer_fingerprint"]:

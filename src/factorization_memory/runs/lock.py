@@ -12,15 +12,15 @@ from factorization_memory.runs.record import refuse_link
 
 
 class RunLockedError(ValueError):
-    """Another process is writing this run folder: the message names its process, host and the folder."""
+    """Another process is writing this run folder; the message names the process, the host and the folder."""
 
 
 class RunLock:
     """The exclusive right to write a run folder, as a context manager.
 
-    An advisory lock of the operating system on `.lock` in the folder: it goes with the process, however that ends, so no stale
-    lock needs to be cleared by hand. Raises `RunLockedError` when another process holds it, and `RunFolderError` where
-    something that a run writes into is a symbolic link: what is written would land outside the folder.
+    An advisory lock of the operating system on `.lock` in the folder, released when the process ends for any reason, so there
+    are no stale locks. Raises `RunLockedError` if another process holds it, and `RunFolderError` if a path that a run writes
+    to is a symbolic link, which would place files outside the folder.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -39,7 +39,7 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
-        # A run that was refused before it wrote anything leaves no folder either; one with something in it stays.
+        # A run refused before it wrote anything also leaves no folder; a non-empty folder stays.
         with contextlib.suppress(OSError):
             for folder in self._created:
                 folder.rmdir()

@@ -1,4 +1,4 @@
-"""The names of everything in a run folder, spelled here alone.
+"""The names of all files in a run folder, spelled only here.
 
     RUN/
       config.json       the complete configuration          environment.json  versions, hardware, command line, date
@@ -8,7 +8,7 @@
       report.html, plots/          see reports/report.py
 
 `fmem demo` adds samples.json, inspection.json and recall_demo.json, which the report shows, and its packed text, corpus/;
-`fmem import` adds sources.json, which says what the model was trained on; `fmem compare` job.json, log.txt, failure.json and
+`fmem import` adds sources.json, which describes the training data; `fmem compare` job.json, log.txt, failure.json and
 memory.json (see experiments/processes.py).
 """
 

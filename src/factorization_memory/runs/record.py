@@ -1,4 +1,4 @@
-"""The run folder's records: what was run, where, and how it went, as strict JSON."""
+"""The records of a run folder, as strict JSON: configuration, environment, metrics and result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RunFolderError(ValueError):
-    """A folder that holds a run where none may be, holds none where one must be, or holds one that cannot be read."""
+    """A folder that has a run where none may exist, lacks one where one must, or has an unreadable one."""
 
 
 class RunRecord:
@@ -39,11 +39,11 @@ class RunRecord:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds a run, however far it got."""
+        """Whether the folder has a run, however far it got."""
         return (self.run_dir / CONFIG_NAME).exists() or (self.run_dir / CHECKPOINTS_NAME).exists()
 
     def read_config(self) -> RunConfig:
-        """The configuration in `config.json`. Raises RunFolderError where there is none, ConfigError where it cannot be."""
+        """The configuration in `config.json`. Raises RunFolderError if it is missing, ConfigError if it is invalid."""
         path = self.run_dir / CONFIG_NAME
         try:
             values = read_json(path)
@@ -56,7 +56,7 @@ class RunRecord:
         return from_dict(RunConfig, values)
 
     def begin(self, config: RunConfig, tokenizer: Tokenizer, device: torch.device, resumed_at: int | None = None) -> None:
-        """Write the files that say what runs and where. A resumed run keeps the environments of its earlier parts."""
+        """Writes the configuration and environment of the run. A resumed run keeps the environments of its earlier parts."""
         environment = describe_environment(device)
         path = self.run_dir / ENVIRONMENT_NAME
         if resumed_at is not None:
@@ -72,11 +72,11 @@ class RunRecord:
                     ) from None
         write_json(path, environment)
         tokenizer.save(self.run_dir / TOKENIZER_NAME)
-        # Last, since its presence is what says that there is a run.
+        # Last, since its presence marks the folder as a run.
         write_json(self.run_dir / CONFIG_NAME, to_dict(config))
 
     def append(self, kind: str, values: dict[str, Any]) -> None:
-        """Add one line to `metrics.jsonl`, on disk when this returns as far as a crash of this process goes."""
+        """Appends one line to `metrics.jsonl`; once this returns, the line survives a crash of this process."""
         line = strict_json({"kind": kind, **values})
         path = self.run_dir / METRICS_NAME
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -87,8 +87,8 @@ class RunRecord:
             raise _unwritable(path, error) from error
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; one that a crash cut short is passed over. Raises RunFolderError for one that is whole
-        and is none of a run's."""
+        """The lines of `metrics.jsonl`, skipping one truncated by a crash. Raises RunFolderError for a complete line that is
+        not a run's."""
         path = self.run_dir / METRICS_NAME
         try:
             for values in read_json_lines(path):
@@ -99,7 +99,8 @@ class RunRecord:
             raise RunFolderError(str(error)) from None
 
     def cut_after(self, step: int, observed_step: int) -> None:
-        """Drop what a resumed run does again: steps after `step`, and evaluations, routing, samples after `observed_step`."""
+        """Drops what a resumed run will redo: steps after `step`, and evaluations, routing and samples after
+        `observed_step`."""
         kept = [
             strict_json(values) + "\n"
             for values in self.metrics()
@@ -108,21 +109,21 @@ class RunRecord:
         _replace_text(self.run_dir / METRICS_NAME, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Write the outcome of a run that stopped."""
+        """Writes the result of a stopped run."""
         write_json(self.run_dir / RESULT_NAME, result)
 
     def remove_result(self) -> None:
-        """A run that goes on has no outcome yet."""
+        """Removes the result of a run that continues."""
         (self.run_dir / RESULT_NAME).unlink(missing_ok=True)
 
 
 def strict_json(values: Any, indent: int | None = None) -> str:
-    """`values` as JSON that every reader takes: numbers that are not finite become null."""
+    """`values` as strict JSON: non-finite numbers become null."""
     return json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write `values` to `path`, whole or not at all."""
+    """Writes `values` to `path` atomically."""
     _replace_text(path, strict_json(values, indent=2) + "\n")
 
 
@@ -134,7 +135,7 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """RunFolderError where `path`, which a run writes to or into, is a symbolic link."""
+    """Raises RunFolderError if `path`, which a run writes to, is a symbolic link."""
     if path.is_symlink():
         raise RunFolderError(
             f"{path}: a symbolic link, and a run writes into its own folder alone; move here what it points to, or make the "

@@ -1,4 +1,4 @@
-"""Training on one device: the loop, its optimizer, its guards. What it leaves on disk is in `runs`, whose names can be had from
+"""Training on one device: the loop, the optimizer and guards. Files on disk are handled by `runs`, whose names can be imported from
 here too, as in version 0.1."""
 
 from factorization_memory.models.device import resolve_device

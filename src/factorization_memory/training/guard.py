@@ -1,4 +1,4 @@
-"""What keeps a run whole: a stop that loses nothing, no step with a non-finite gradient. Its lock is in runs/lock.py."""
+"""Guards of a run: a graceful stop that loses nothing, and no step with a non-finite gradient. The lock is in runs/lock.py."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, Self
 
 
 class TrainingDivergedError(RuntimeError):
-    """A loss, a gradient or a weight became infinite or not a number. A step of such a loss or gradient was not applied;
-    earlier checkpoints are intact."""
+    """A loss, a gradient or a weight became infinite or NaN. A step with such a loss or gradient is not applied; earlier
+    checkpoints are intact."""
 
 
 class GracefulStop:
-    """Turns the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a wish to stop, as a context manager.
+    """Context manager that turns the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a request to stop.
 
-    `requested` then names the signal, and the training loop ends after the step it is in. A second SIGINT or SIGTERM raises
-    KeyboardInterrupt at once; SIGHUP does not count, since it comes twice where a terminal is closed (from the system and from
-    the shell), and before or after the SIGTERM with which a session ends. Where it is ignored, as under `nohup`, it stays so.
-    The handlers that were there come back on leaving. Python lets only the main thread handle signals; in any other thread this
-    does nothing.
+    `requested` then names the signal, and the training loop ends after the current step. A second SIGINT or SIGTERM raises
+    KeyboardInterrupt at once; SIGHUP does not count, since closing a terminal sends it twice (from the system and from the
+    shell), and before or after the SIGTERM that ends a session. If SIGHUP is ignored, as under `nohup`, it stays ignored. The
+    previous handlers are restored on exit. Python allows only the main thread to handle signals; in other threads this does
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class GracefulStop:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            # None: the handler was not installed from Python, and cannot be put back from here.
+            # None: the handler was not installed from Python and cannot be restored from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
@@ -59,10 +59,10 @@ def check_finite(
     windows: Sequence[Sequence[str]],
     last_checkpoint: Path | None,
 ) -> None:
-    """Raise `TrainingDivergedError` unless every loss and the gradient norm of a step are finite.
+    """Raises `TrainingDivergedError` unless every loss and the gradient norm of a step are finite.
 
     `losses` (nats/token) and `windows` (names of the rows read) have one entry per micro-batch; the error names the rows of
-    those whose loss is not finite, or all rows when only the gradient is off.
+    those with a non-finite loss, or all rows if only the gradient is not finite.
     """
     bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
     if not bad and math.isfinite(gradient_norm):
@@ -76,7 +76,7 @@ def check_finite(
 
 
 def diverged(step: int, what: str, last_checkpoint: Path | None) -> TrainingDivergedError:
-    """The error for weights, or what else would go into a checkpoint, that are not finite after a step; `what` says which."""
+    """The error for weights, or other contents of a checkpoint, that are not finite after a step; `what` names them."""
     return TrainingDivergedError(f"step {step}: after it, {what}. Nothing of it was kept; {_what_to_do(last_checkpoint)}")
 
 

@@ -1,4 +1,4 @@
-"""The model that a training starts from, where `training.init_from` names one."""
+"""The initial model of a training run with `training.init_from`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 BUILTIN = "builtin"
-"""What `training.init_from` calls the model that comes with the package."""
+"""The name in `training.init_from` of the model that comes with the package."""
 
 
 def initial_config(source: str) -> RunConfig:
-    """The configuration of the model that `training.init_from` names, as `load_model` gives it, its weights unread.
+    """The configuration of the model named by `training.init_from`, as returned by `load_model`, without reading its weights.
 
     Raises:
         CheckpointError, FormatError: there is no such model, or it is damaged.
@@ -36,16 +36,16 @@ def initial_config(source: str) -> RunConfig:
 
 
 def initial_path(source: str) -> Path:
-    """The folder that `training.init_from` names."""
+    """The folder named by `training.init_from`."""
     return builtin_model() if source == BUILTIN else Path(source)
 
 
 def load_initial(model: LanguageModel, tokenizer: Tokenizer, source: str) -> None:
-    """Copy the weights of the model that `training.init_from` names into `model`, to be trained on text of `tokenizer`.
+    """Copies the weights of the model named by `training.init_from` into `model`, to be trained on text of `tokenizer`.
 
     Raises:
         CheckpointError, FormatError: there is no such model, or it is damaged.
-        ConfigError: it is of other sizes or choices, or reads the ids of another tokenizer.
+        ConfigError: its sizes or options differ, or it uses another tokenizer.
     """
     weights, own, config = load_model(initial_path(source))
     if own.fingerprint != tokenizer.fingerprint:

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on the weight matrices alone."""
+"""AdamW with weight decay only on the weight matrices."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from factorization_memory.config import OptimizerConfig
 def decay_groups(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the parameters with and without weight decay, each in the model's order.
 
-    Decayed are the weights of linear maps. Embeddings (and a head tied to one), convolution taps, norm gains and biases are
-    not: shrinking them changes what they mean (a word, a gain, a time scale) rather than how complex the map is.
+    Weights of linear maps are decayed. Embeddings (and a head tied to one), convolution taps, norm gains and biases are not:
+    shrinking them changes their meaning (a word, a gain, a time scale) rather than the complexity of a map.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -25,8 +25,8 @@ def decay_groups(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`, in one fused kernel where device and type have one (2-3 times as fast as
-    the loop on a CPU). The learning rate is the peak's until `set_learning_rate` gives that of a step."""
+    """AdamW over the trainable parameters of `model`, fused if device and dtype support it (2-3 times as fast as the loop on a
+    CPU). The learning rate is the peak until `set_learning_rate` sets that of a step."""
     named = dict(model.named_parameters())
     decayed, free = ([named[name] for name in group] for group in decay_groups(model))
     parameters = decayed + free
@@ -42,6 +42,6 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every parameter group the learning rate of the coming step."""
+    """Sets the learning rate of the next step in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

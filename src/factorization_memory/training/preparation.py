@@ -1,4 +1,4 @@
-"""What is seen to before a run begins or goes on: its vocabulary, the machine's memory, and that it is the same run."""
+"""Checks before a run starts or resumes: its vocabulary, the machine's memory, and that it is the same run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def complete_config(config: RunConfig, vocab_size: int) -> RunConfig:
-    """`config` with the tokenizer's vocabulary filled in. Raises ConfigError where it names another size."""
+    """`config` with the tokenizer's vocabulary size filled in. Raises ConfigError if it has a different one."""
     size = config.model.vocab_size
     if config.training.init_from and size > vocab_size:
         return config  # a model may have more ids than its tokenizer
@@ -31,7 +31,7 @@ def complete_config(config: RunConfig, vocab_size: int) -> RunConfig:
 
 
 def require_room_for_training(config: RunConfig, device: torch.device) -> None:
-    """ConfigError for sizes that certainly pass what the machine has: the least that a step needs is counted, no more."""
+    """Raises ConfigError for sizes that certainly exceed the machine's memory, by a lower bound of what a step needs."""
     parameters = parameter_count(config.model)
     require_room(
         f"model: {parameters:,} parameters with gradients and AdamW's moments",
@@ -39,7 +39,7 @@ def require_room_for_training(config: RunConfig, device: torch.device) -> None:
         "use fewer layers or a smaller width",
         device,
     )
-    # Of each token its id, and in bfloat16 what enters the first block.
+    # Per token its id, and the first block's input in bfloat16.
     forward = config.micro_batch_size * config.data.context_length * (8 + 2 * config.model.hidden_size)
     require_room(
         f"training.micro_batch_size={config.training.micro_batch_size}: {config.micro_batch_size:,} sequences of "
@@ -57,7 +57,7 @@ def require_room_for_training(config: RunConfig, device: torch.device) -> None:
 
 
 def check_same_run(record: RunRecord, config: RunConfig, corpus: PackedCorpus) -> None:
-    """Raise RunFolderError where the run of `record` cannot go on with another configuration, tokenizer or corpus."""
+    """Raises RunFolderError if the run of `record` cannot resume with this configuration, tokenizer or corpus."""
     run_dir = record.run_dir
     difference = difference_from(record.read_config(), config)
     if difference is not None:

@@ -1,4 +1,4 @@
-"""Who watches a run: the observer's interface, and one that shows a live bar on a terminal."""
+"""Observers of a run: the interface, and one that shows a live progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 class TrainingObserver:
-    """Told of a run's events as they happen; does nothing. Override what you want to see.
+    """Notified of a run's events as they happen; does nothing. Override the events of interest.
 
-    The dictionaries are those that go to `metrics.jsonl`; but `on_step` comes at every step, with that step's own values.
+    The dictionaries are the lines of `metrics.jsonl`, except that `on_step` is called at every step, with that step's values.
     """
 
     def on_start(self, total_steps: int, parameters: int, step: int) -> None:
-        """The run begins: its steps in all, the model's trainable numbers, and the step it resumes from (0: a new run)."""
+        """The run starts: its total steps, the number of trainable parameters, and the step it resumes from (0 for a new
+        run)."""
 
     def on_step(self, metrics: dict[str, Any]) -> None:
         """An optimizer step is done."""
@@ -34,20 +35,21 @@ class TrainingObserver:
         """Routing health was measured."""
 
     def on_sample(self, metrics: dict[str, Any]) -> None:
-        """The model wrote samples."""
+        """The model generated samples."""
 
     def on_checkpoint(self, path: Path) -> None:
         """A checkpoint is complete at `path`."""
 
     def on_message(self, message: str) -> None:
-        """Something a person should know."""
+        """A message for the user."""
 
     def on_end(self) -> None:
-        """The run is over, for whatever reason."""
+        """The run has ended, for any reason."""
 
 
 class ShieldedObserver(TrainingObserver):
-    """Tells another observer, and lets no loss of its output (an OSError, such as BrokenPipeError) end the run."""
+    """Forwards to another observer, and keeps the run going if that one loses its output (an OSError, such as
+    BrokenPipeError)."""
 
     def __init__(self, observer: TrainingObserver) -> None:
         self._observer = observer
@@ -59,7 +61,7 @@ class ShieldedObserver(TrainingObserver):
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                # Not a warning: those may be turned into errors.
+                # Not a warning, which may be turned into an error.
                 logging.getLogger(__name__).warning("%s cannot show the run: %s", type(self._observer).__name__, error)
 
     def on_start(self, total_steps: int, parameters: int, step: int) -> None:
@@ -88,10 +90,10 @@ class ShieldedObserver(TrainingObserver):
 
 
 class RichProgress(TrainingObserver):
-    """A live bar (loss in bits per byte, tokens/s, time left) on stderr; plain lines where that is no terminal.
+    """A live progress bar (loss in bits per byte, tokens/s, time left) on stderr; plain lines if it is not a terminal.
 
-    Without a terminal a line comes every tenth of the run or every 15 seconds, whichever is sooner. What the console's file no
-    longer takes, because its reader has left or its terminal is closed, is dropped.
+    Without a terminal, prints a line every tenth of the run or every 15 seconds, whichever is sooner. Output that can no longer
+    be written, because the reader has exited or the terminal is closed, is dropped.
     """
 
     PLAIN_SECONDS = 15.0
@@ -166,7 +168,7 @@ class RichProgress(TrainingObserver):
             self._bar = None
 
     def _say(self, line: str) -> None:
-        # No markup and no highlighting: prompts and paths may hold brackets.
+        # No markup and no highlighting: prompts and paths may contain brackets.
         self.console.print(visible(line, keep="\t"), markup=False, highlight=False, soft_wrap=True)
 
 

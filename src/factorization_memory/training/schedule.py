@@ -10,9 +10,9 @@ from factorization_memory.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 1, in a run of `total_steps`.
 
-    Rises linearly over `config.warmup_steps`, whose last step has the peak rate; then follows `config.schedule`, which ends at
-    `final_ratio` times the peak at the last step ("cosine", "wsd") or stays at the peak ("constant"). A run shorter than its
-    warm-up only warms up. Raises ValueError for a step outside 1 to `total_steps`.
+    Rises linearly over `config.warmup_steps`, reaching the peak at their last step; then follows `config.schedule`, which ends
+    at `final_ratio` times the peak at the last step ("cosine", "wsd") or stays at the peak ("constant"). A run shorter than
+    its warm-up only warms up. Raises ValueError for a step outside 1 to `total_steps`.
     """
     if not 1 <= step <= total_steps:
         raise ValueError(f"step={step}: use 1 to total_steps={total_steps}")

@@ -1,4 +1,4 @@
-"""One optimizer step's forward and backward passes: gradient accumulation and the memory carried between steps."""
+"""Forward and backward passes of one optimizer step: gradient accumulation and the memory carried between steps."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What the passes of a step yield besides the parameters' gradients."""
+    """Results of a step's passes besides the parameters' gradients."""
 
     losses: list[Tensor]
     """Mean loss of each micro-batch that has targets, in nats per token; scalars on the model's device."""
     targets: list[int]
-    """Their numbers of targets."""
+    """Number of targets of each of these micro-batches."""
     windows: list[list[str]]
-    """Names of their rows."""
+    """Names of the rows of each."""
     carried: list[ModelState | None] | None
-    """Detached memory after each micro-batch, or None when nothing is carried."""
+    """Detached memory after each micro-batch, or None if nothing is carried."""
 
 
 def accumulate_gradient(
@@ -36,12 +36,12 @@ def accumulate_gradient(
     device: torch.device,
     compiled: Callable[..., Any] | None = None,
 ) -> Gradient:
-    """Add the gradient of the mean loss over all targets of `batches` to the parameters' gradients.
+    """Adds the gradient of the mean loss over all targets of `batches` to the parameters' gradients.
 
-    Each micro-batch counts by its number of targets, so that any split of the rows gives the same gradient up to rounding.
-    `carried` holds the memory before each micro-batch (None: it begins), or is None when each step starts from empty memory.
-    `compiled` stands in for the model where no sequences are packed and no memory is carried: of those the borders, and
-    so the graphs, differ from step to step.
+    Micro-batches are weighted by their number of targets, so that any split of the rows gives the same gradient up to rounding.
+    `carried` is the memory before each micro-batch (None for the initial state), or None if each step starts from the initial
+    state. `compiled` replaces the model if no sequences are packed and no memory is carried; otherwise the borders, and so the
+    graphs, would differ from step to step.
     """
     counts = [int((batch.targets >= 0).sum()) for batch in batches]
     total = sum(counts)
@@ -73,9 +73,9 @@ def accumulate_gradient(
 
 
 def initial_state(carried: ModelState | None, batch: Batch) -> ModelState | None:
-    """The memory that `batch` starts from: `carried` (one row for each of the batch's), emptied where a row starts anew.
+    """The memory that `batch` starts from: `carried`, one per row, reset where a row starts a new text.
 
-    For packed sequences, each row's memory goes to the first sequence of the row, the others start empty.
+    For packed sequences, each row's memory goes to the first sequence of the row; the others start from the initial state.
     """
     if carried is None or bool(batch.reset.all()):
         return None
@@ -87,7 +87,7 @@ def initial_state(carried: ModelState | None, batch: Batch) -> ModelState | None
 
 
 def final_state(final: ModelState, batch: Batch) -> ModelState:
-    """The detached memory after each row of `batch`, cut from the graph: of packed sequences, that of each row's last."""
+    """The detached memory after each row of `batch`; for packed sequences, that of each row's last."""
     final = final.detach()
     if batch.cu_seqlens is None:
         return final
@@ -98,7 +98,7 @@ def final_state(final: ModelState, batch: Batch) -> ModelState:
 
 
 def clip_gradient(parameters: Sequence[nn.Parameter], clip_norm: float) -> Tensor:
-    """Scale the gradients down to global norm `clip_norm` where they pass it (0: never); returns the norm before, a scalar."""
+    """Clips the gradients to global norm `clip_norm` (0 disables clipping); returns the norm before, a scalar."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if clip_norm > 0:

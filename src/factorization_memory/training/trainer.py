@@ -1,8 +1,8 @@
 """The training loop: one model, one device, one run folder.
 
-What a run is made of lives in the files beside this one: what is seen to before (preparation.py), the passes of a step
-(step.py), the learning rate (schedule.py), guards (guard.py); checkpoints, records and the lock are in `runs`. Evaluation and
-sampling are passed in as functions.
+The parts of a run are in separate files: checks before it (preparation.py), the passes of a step (step.py), the learning rate
+(schedule.py), guards (guard.py); checkpoints, records and the lock are in `runs`. Evaluation and sampling are passed in as
+functions.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ if TYPE_CHECKING:
     from factorization_memory.models import ModelState
 
 Evaluate = Callable[[LanguageModel, int], dict[str, Any]]
-"""From the model, in evaluation mode, and the step: `sources` (by name) and `bits_per_byte`, which says what model is best."""
+"""Maps the model, in evaluation mode, and the step to `sources` (by name) and `bits_per_byte`, which ranks checkpoints."""
 Sample = Callable[[LanguageModel], list[dict[str, Any]]]
-"""From the model, in evaluation mode: what it wrote, as JSON-ready dictionaries (`prompt`, `text`)."""
+"""Maps the model, in evaluation mode, to its samples, as JSON-ready dictionaries (`prompt`, `text`)."""
 
 
 class Trainer:
     """Trains one model on one device, into the run folder `run_dir`.
 
-    `evaluate` and `sample` are called as often as the configuration says; `observer` is told of everything that happens.
-    Raises ConfigError for a device that is not there, for a `model.vocab_size` that is not the tokenizer's (0 takes it), and
-    for samples without prompts.
+    `evaluate` and `sample` are called as often as configured; `observer` is notified of all events. Raises ConfigError for a
+    device that does not exist, for a `model.vocab_size` other than the tokenizer's (0 means the tokenizer's), and for samples
+    without prompts.
     """
 
     def __init__(
@@ -90,13 +90,12 @@ class Trainer:
         self.record = RunRecord(self.run_dir)
 
     def run(self, resume: bool = False) -> dict[str, Any]:
-        """Train to the last step, or until SIGINT, SIGTERM or SIGHUP; returns what `result.json` holds.
+        """Trains to the last step, or until SIGINT, SIGTERM or SIGHUP; returns the contents of `result.json`.
 
-        `resume` goes on from the folder's last checkpoint. Raises RunFolderError for a folder that holds a run when `resume` is
-        false, none when it is true, or a run of another configuration; RunLockedError when another process writes there;
-        CheckpointError for a damaged checkpoint or a full disk; ConfigError for a `training.init_from` that is of another shape
-        or tokenizer; TrainingDivergedError for a loss, gradient or weight that is
-        not finite.
+        `resume` continues from the folder's last checkpoint. Raises RunFolderError for a folder that has a run if `resume` is
+        false, has none if it is true, or has a run of another configuration; RunLockedError if another process writes there;
+        CheckpointError for a damaged checkpoint or a full disk; ConfigError for a `training.init_from` of another shape or
+        tokenizer; TrainingDivergedError for a loss, gradient or weight that is not finite.
         """
         if resume and not self.record.exists:
             raise RunFolderError(f"{self.run_dir}: there is no run here to resume; start one without --resume")
@@ -116,7 +115,7 @@ class Trainer:
 
 
 class _Run:
-    """One call of `Trainer.run`: the model, the optimizer and where they stand."""
+    """One call of `Trainer.run`: the model, the optimizer and their progress."""
 
     def __init__(self, trainer: Trainer, resume: bool) -> None:
         self.trainer = trainer
@@ -130,7 +129,7 @@ class _Run:
         self.autocast = autocast(training, self.device)
         self.compiled: Callable[..., Any] | None = None
         if training.compile:
-            # In pieces where it must be: the plain PyTorch form of the recurrence cannot become one graph.
+            # Graph breaks allowed: the plain PyTorch form of the recurrence does not compile to a single graph.
             self.compiled = compiled_loss(self.model, False, training.activation_memory_budget)
         self.byte_lengths = torch.tensor([len(token) for token in trainer.corpus.tokenizer.token_bytes])
         self.state = TrainingState()
@@ -145,12 +144,12 @@ class _Run:
             )
         elif training.init_from:
             load_initial(self.model, trainer.corpus.tokenizer, training.init_from)
-        # Before anything is written: what does not fit the corpus must leave no run behind.
+        # Before anything is written: a configuration that does not fit the corpus must leave no run behind.
         self.loader = self._loader(self.state.step)
         self.record.cut_after(self.state.step, self.state.observed_step)
         self.record.remove_result()
         if resume:
-            # Also where no step is left: keep_checkpoints may be another, and a killed writing has left its part.
+            # Even if no step is left: keep_checkpoints may have changed, and a killed write may have left a partial folder.
             prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.record.begin(self.config, trainer.corpus.tokenizer, self.device, self.state.step if resume else None)
         self.clock = time.perf_counter() - self.state.seconds
@@ -161,7 +160,7 @@ class _Run:
         self.observer.on_start(steps, sum(parameter.numel() for parameter in self.parameters), state.step)
         self.model.train()
         if state.observed_step < state.step:
-            # The last stop came between a step and what was due after it.
+            # Interrupted after a step but before its evaluation: do that now.
             with self._loader(state.step - 1) as loader:
                 batches = next(iter(loader))
             if self._observe_or_save(batches[-1]):
@@ -192,14 +191,14 @@ class _Run:
         )
 
     def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        """One optimizer step; returns its own values and adds them to the sums of the log's interval."""
+        """One optimizer step; returns its metrics and adds them to the sums of the log's interval."""
         step = self.state.step + 1
         rate = learning_rate(self.config.optimizer, step, self.config.training.steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         gradient = accumulate_gradient(self.model, batches, self.carried, self.autocast, self.device, self.compiled)
         norm = clip_gradient(self.parameters, self.config.optimizer.clip_norm)
-        # The one place in a step that waits for the device.
+        # The only synchronization in a step.
         *losses, gradient_norm = torch.stack([*gradient.losses, norm]).tolist()
         check_finite(step, losses, gradient_norm, gradient.windows, self.checkpoint)
         self.optimizer.step()
@@ -246,7 +245,7 @@ class _Run:
             state.interval = {}
 
     def _observe_or_save(self, batch: Batch) -> bool:
-        """`_observe`; if it raises, the steps since the last checkpoint are saved before the error goes on."""
+        """`_observe`; if it raises, saves the steps since the last checkpoint before reraising."""
         try:
             return self._observe(batch)
         except TrainingDivergedError:
@@ -264,7 +263,7 @@ class _Run:
             raise
 
     def _observe(self, batch: Batch) -> bool:
-        """Evaluate and sample, where due, in the arithmetic of training; whether this evaluation is the best yet."""
+        """Evaluates and samples, if due, in the precision of training; returns whether this evaluation is the best yet."""
         training, step = self.config.training, self.state.step
         last, best = step == training.steps, False
         evaluating = last or bool(training.evaluate_every and step % training.evaluate_every == 0)
@@ -275,7 +274,7 @@ class _Run:
         if wrong is not None:
             raise diverged(step, f"weight {wrong!r} is NaN or infinite", self.checkpoint)
         devices = [self.device] if self.device.type == "cuda" else []
-        # Generators as they were afterwards, so that how often one looks does not change what is trained.
+        # Restore the random generators afterwards, so that the frequency of evaluation does not affect training.
         with torch.random.fork_rng(devices), torch.no_grad(), self.autocast:
             self.model.eval()
             if evaluating:
@@ -380,5 +379,5 @@ class _Run:
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float | None:
-    """Bits per byte of text that cost `nats` in all; None for no text."""
+    """Bits per byte of text with a total of `nats`; None for no text."""
     return nats / text_bytes / math.log(2) if text_bytes else None

@@ -1,10 +1,11 @@
-"""Our models as those of `transformers` (5.16 or newer): the same weights and the same layers behind its interface.
+"""Our models as `transformers` models (5.16 or newer): the same weights and layers behind its interface.
 
-Importing this makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and `AutoModelForSequenceClassification` know the model
-type `factorization_memory`. Private hooks of `transformers` are used where there are no others:
-`_supports_default_dynamic_cache` and `_prepare_cache_for_generation`, because its own caches take a model without attention for
-an empty one, `_prefill`, so that a cache is continued only by a text whose beginning it has read, `_is_stateful`, by which
-decoding with a draft model is refused, and `_initialize_weights`, so that blocks are initialised as a whole.
+Importing this registers the model type `factorization_memory` with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
+`AutoModelForSequenceClassification`. Private hooks of `transformers` are used where there is no public one:
+`_supports_default_dynamic_cache` and `_prepare_cache_for_generation`, because its own caches are always empty for a model
+without attention; `_prefill`, so that a cache is continued only by a prompt that begins with the tokens it has read;
+`_is_stateful`, which refuses decoding with a draft model; and `_initialize_weights`, so that blocks are initialised as a
+whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the classes of models for `transformers` share: how weights are loaded, saved and initialised."""
+"""Base class of the models for `transformers`: loads, saves and initialises weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from factorization_memory.models.pretrained.shim import save_shim
 
 
 class FactorizationMemoryPreTrainedModel(PreTrainedModel):
-    """What the classes of models share."""
+    """Base class of all our models for `transformers`."""
 
     config_class = FactorizationMemoryConfig
     base_model_prefix = "model"
@@ -35,7 +35,7 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **kwargs: Any) -> Any:
-        """As in `transformers`, but of safetensors alone (other files of weights can hold programs), and finite.
+        """As in `transformers`, but only from safetensors (other weight formats can contain code), and only finite weights.
 
         Raises ValueError for weights that are NaN or infinite, and for another format.
         """
@@ -53,10 +53,10 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing, where `transformers` would copy this file beside each model it saves: the shim there imports it."""
+        """Does nothing; `transformers` would copy this file next to each saved model, but the shim there imports it."""
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **kwargs: Any) -> None:
-        """As in `transformers`, and the file through which `trust_remote_code=True` finds these classes."""
+        """As in `transformers`, plus the file through which `trust_remote_code=True` finds these classes."""
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True: call the model's push_to_hub() instead, which uploads all files")
         given = kwargs.get("state_dict")
@@ -68,14 +68,14 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
             save_shim(save_directory)
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
-        # Without what is meant for custom code, which leaves out modules such as blocks that have no weights of their own.
+        # Without the branch for custom code, which skips modules without weights of their own, such as blocks.
         super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initial weights, as a `LanguageModel` has them; those that were loaded stay."""
+        """Initial weights, as in `LanguageModel`; loaded weights stay."""
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, (nn.Embedding, nn.Linear)):
-            # Linear layers within a block are set again, with it: see `FactorizationMemoryModel`.
+            # Linear layers in a block are reinitialised with it: see `FactorizationMemoryModel`.
             init.normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""What a model carries from one call to the next, as a cache of `transformers`."""
+"""A model's state as a cache of `transformers`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from factorization_memory.layers import MixerState, ModelState
 
 CACHE_NAME = "cache" if "cache" in signature(BaseModelOutputWithPast).parameters else "past_key_values"
-"""The field of outputs, and argument of `generate()`, for the cache: transformers 5.24 renamed it. `forward` takes both."""
+"""Name of the cache in outputs and in `generate()`, renamed in transformers 5.24. `forward` accepts both."""
 
 
 _BASE = 6364136223846793005
-"""Of the fingerprint of tokens: an odd number, large enough to spread small ids over 64 bits."""
+"""Base of the fingerprint of tokens: odd, and large enough to spread small ids over 64 bits."""
 
 
 class CacheLayer(CacheLayerMixin):
-    """What one block carries; `is_sliding` and the like tell `transformers` what it cannot do with it.
+    """The state of one block; `is_sliding` and the like tell `transformers` what the cache does not support.
 
     Attributes:
-        state: of the block; None before the first token.
-        seen: tokens read.
-        read: of the first block, a fingerprint of the tokens read, int64 `[B]`; None where they are not known.
+        state: state of the block; None before the first token.
+        seen: number of tokens read.
+        read: in the first block, fingerprint of the tokens read, int64 `[B]`; None if unknown.
     """
 
     is_compileable = is_croppable = is_sliding = False
@@ -41,76 +41,76 @@ class CacheLayer(CacheLayerMixin):
         self.read: Tensor | None = None
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
-        """Nothing: a block makes its state when it reads the first tokens."""
+        """Does nothing: a block creates its state when it reads the first tokens."""
 
     def update(self, *_: Any, **__: Any) -> Any:
-        """There are no keys and values to add."""
+        """Unsupported: there are no keys and values to add."""
         raise RuntimeError(f"{CACHE_NAME}: a memory is updated by the model's forward alone")
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Tokens read."""
+        """Number of tokens read."""
         return self.seen
 
     def get_mask_sizes(self, query_length: Any, *_: Any, **__: Any) -> tuple[int, int]:
-        """Tokens that a mask over all that was read and `query_length` more would have, and where it begins."""
+        """Length of a mask over all tokens read and `query_length` more, and its offset."""
         return self.seen + (query_length if isinstance(query_length, int) else len(query_length)), 0
 
     def get_max_length(self) -> int:
         """No limit."""
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+    get_max_cache_shape = get_max_length  # name before transformers 5.16
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Put `function` of each tensor in its place."""
+        """Replaces each tensor by `function` of it."""
         if self.state is not None:
             self.state = self.state.apply(function)
         if self.read is not None:
             self.read = function(self.read)
 
     def reset(self) -> None:
-        """Forget all that was read."""
+        """Resets to the initial state."""
         self.state, self.seen, self.read, self.is_initialized = None, 0, None, False
 
     def offload(self) -> None:
-        """Nothing: states are small, and stay where their block is."""
+        """Does nothing: states are small and stay on their block's device."""
 
     def prefetch(self) -> None:
-        """Nothing, likewise."""
+        """Does nothing, as `offload`."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what `beam_idx[i]` was."""
+        """Sequence i becomes the previous sequence `beam_idx[i]`."""
         self.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence becomes `repeats` ones, side by side."""
+        """Repeats each sequence `repeats` times, consecutively."""
         self.apply(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these sequences stay."""
+        """Keeps only these sequences."""
         self.reorder_cache(indices)
 
     def crop(self, *_: Any, **__: Any) -> None:
-        """Refused: what was read cannot be taken out of a memory again."""
+        """Raises: tokens cannot be removed from a memory."""
         raise RuntimeError(f"{CACHE_NAME}: a memory cannot forget its last tokens; keep a clone() of it from before them")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Which tensor of a layer's state it is; the layer is that of the first replica where several are gathered."""
+    """Identifies a tensor of a layer's state; when replicas are gathered, the layer is that of the first."""
 
     number: int
     layer: CacheLayer = field(compare=False)
 
 
 class FactorizationMemoryCache(Cache):
-    """What a model carries from one call to the next, as `past_key_values` or `cache`. Reading changes it; `clone()` it before
-    that to go on from one text in several ways.
+    """A model's state between calls, as `past_key_values` or `cache`. Reading tokens modifies it; `clone()` it first to
+    continue one text in several ways.
 
-    Iterating gives what the layers carry, as `torch.nn.DataParallel` takes outputs apart to put those of its replicas together.
+    Iterating yields the layers' tensors, for `torch.nn.DataParallel`, which iterates over outputs to gather those of replicas.
 
     Args:
-        num_layers: blocks of the model; or, instead of their number, what iterating over another cache gave.
+        num_layers: number of blocks; or the result of iterating over another cache.
     """
 
     def __init__(self, num_layers: int | Iterable[Mapping[_Place, Tensor]]) -> None:
@@ -127,39 +127,39 @@ class FactorizationMemoryCache(Cache):
 
     @classmethod
     def from_state(cls, state: ModelState, seen: int) -> FactorizationMemoryCache:
-        """The state of a `LanguageModel` that has read `seen` tokens; the tensors are shared."""
+        """A cache from the state of a `LanguageModel` that has read `seen` tokens; tensors are shared."""
         cache = cls(len(state))
         for layer, one in zip(cache.own_layers(), state, strict=True):
             layer.state, layer.seen, layer.is_initialized = one, seen, True
         return cache
 
     def own_layers(self) -> list[CacheLayer]:
-        """The layers, by their type."""
+        """The layers, with their own type."""
         return cast(list[CacheLayer], self.layers)
 
     def state(self) -> ModelState | None:
-        """What a `LanguageModel` takes as its state, the tensors shared; None if nothing was read."""
+        """The state for a `LanguageModel`; tensors are shared. None if nothing was read."""
         states = [layer.state for layer in self.own_layers()]
         return None if states[0] is None else ModelState(cast(list[MixerState], states))
 
     def note(self, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """Remember which tokens are about to be read.
+        """Records which tokens are about to be read.
 
         Args:
-            tokens: int64 `[B, T]`; None if only their embeddings are known.
-            mask: bool `[B, T]`, False for padding; None if there is none.
+            tokens: int64 `[B, T]`; None if only embeddings are known.
+            mask: bool `[B, T]`, False for padding; None if there is no padding.
         """
         first = self.own_layers()[0]
         unknown = tokens is None or (first.seen > 0 and first.read is None)
         first.read = None if unknown else fingerprint(cast(Tensor, tokens), mask, first.read)
 
     def check_prompt(self, length: int, tokens: Tensor | None, mask: Tensor | None) -> None:
-        """ValueError unless a prompt begins with what was read and goes on behind it.
+        """Raises ValueError unless a prompt begins with the tokens read and continues after them.
 
         Args:
-            length: tokens of the prompt.
-            tokens: the prompt, int64 `[B, length]`; None if only its embeddings are known: then the length alone is checked.
-            mask: `[B, length]`, 0 for padding; None if there is none.
+            length: number of tokens of the prompt.
+            tokens: the prompt, int64 `[B, length]`; None if only embeddings are known, and then only the length is checked.
+            mask: `[B, length]`, 0 for padding; None if there is no padding.
         """
         first = self.own_layers()[0]
         again = "clone() a cache before generate(), which reads on with it, to use it again"
@@ -168,7 +168,7 @@ class FactorizationMemoryCache(Cache):
                 f"{CACHE_NAME}: it has read {first.seen} tokens and the prompt has {length}, so none is left to read; give the "
                 f"whole text and at least one token more, or the new tokens with an attention_mask over all; {again}"
             )
-        if tokens is None or first.read is None or len(first.read) != len(tokens):  # the model names the other batch
+        if tokens is None or first.read is None or len(first.read) != len(tokens):  # the model reports a different batch size
             return
         begin = slice(first.seen)
         given = fingerprint(tokens[:, begin], None if mask is None else mask[:, begin] != 0, None)
@@ -183,7 +183,7 @@ class FactorizationMemoryCache(Cache):
         return self._copied(torch.clone)
 
     def detach(self) -> FactorizationMemoryCache:
-        """The same numbers, cut off from the graph that made them."""
+        """The cache detached from the autograd graph."""
         return self._copied(torch.detach)
 
     def _copied(self, function: Callable[[Tensor], Tensor]) -> FactorizationMemoryCache:
@@ -200,7 +200,7 @@ class FactorizationMemoryCache(Cache):
 
 
 def _layer_of(tensors: Mapping[_Place, Tensor]) -> CacheLayer:
-    """The layer whose state has these tensors."""
+    """The layer with these tensors as its state."""
     layer = CacheLayer()
     if tensors:
         like, left = next(iter(tensors)).layer, iter(tensors.values())
@@ -211,19 +211,19 @@ def _layer_of(tensors: Mapping[_Place, Tensor]) -> CacheLayer:
 
 
 def fingerprint(tokens: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
-    """A number for each row of tokens, the same in whatever pieces they are read: a polynomial in their ids, modulo 2^64.
+    """A hash per row of tokens, independent of how reading is split: a polynomial in their ids, modulo 2^64.
 
     Args:
         tokens: int64 `[B, T]`.
-        mask: bool `[B, T]`, False for padding, which does not count; None if there is none.
-        before: the number of the tokens before, int64 `[B]`; None if there are none.
+        mask: bool `[B, T]`, False for padding, which is ignored; None if there is no padding.
+        before: hash of the tokens before, int64 `[B]`; None if there are none.
 
     Returns:
         int64 `[B]`.
     """
     before = tokens.new_zeros(len(tokens), dtype=torch.int64) if before is None else before
     terms = (tokens + 1) * _BASE
-    if tokens.shape[1] == 1 and mask is None:  # a step of decoding
+    if tokens.shape[1] == 1 and mask is None:  # a decoding step
         return before * _BASE + terms[:, 0]
     powers = functional.pad(terms.new_full((tokens.shape[1],), _BASE).cumprod(0), (1, 0), value=1)
     if mask is None:

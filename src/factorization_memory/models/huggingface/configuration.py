@@ -1,4 +1,4 @@
-"""The configuration of a model as `transformers` has it."""
+"""A model's configuration for `transformers`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _DEFAULT = config_fields(ModelConfig())
 
 
 class FactorizationMemoryConfig(PreTrainedConfig):
-    """The configuration of a model: the fields of `factorization_memory.config.ModelConfig`, flat, three of them under the
-    names that other models have for them (`num_hidden_layers`, `rms_norm_eps`) or that do not collide with those of sampling
+    """The configuration of a model: the fields of `factorization_memory.config.ModelConfig`, flat, three of them renamed: to
+    the names of other models (`num_hidden_layers`, `rms_norm_eps`), or to avoid a clash with sampling
     (`affinity_temperature`).
 
     Raises:
-        ConfigError: a field is of the wrong type, does not go with another, or is unknown and looks like a misspelt one.
+        ConfigError: a field has the wrong type, conflicts with another, or is unknown and looks misspelt.
     """
 
     model_type = MODEL_TYPE
-    # A list, to which `Trainer` adds another.
+    # A list, as `Trainer` adds another to it.
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
-    # What FSDP2 shards together, and whether it keeps the whole weights after a forward.
+    # Which modules FSDP2 shards together, and whether it keeps the full weights after a forward.
     base_model_fsdp_plan = {  # noqa: RUF012
         "embedding": "free_full_weight",
         "blocks.*": "free_full_weight",
@@ -72,7 +72,7 @@ class FactorizationMemoryConfig(PreTrainedConfig):
             if near and not hasattr(PreTrainedConfig, name):
                 raise ConfigError(f"{name}={kwargs[name]!r}: no such field; did you mean {near[0]!r}?")
         model = self.model_config()
-        # Lists, as JSON has them, and all that is chosen automatically said.
+        # Lists, as in JSON, and automatic choices resolved.
         for name, value in config_fields(model).items():
             setattr(self, name, value)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -80,13 +80,13 @@ class FactorizationMemoryConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing, where `transformers` would copy this file beside each model it saves: the shim there imports it."""
+        """Does nothing; `transformers` would copy this file next to each saved model, but the shim there imports it."""
 
     def model_config(self) -> ModelConfig:
-        """The configuration of the `LanguageModel`. Raises `ConfigError` for fields that were set to what cannot be."""
+        """The configuration of the `LanguageModel`. Raises `ConfigError` for fields set to invalid values."""
         return config_from_fields({name: getattr(self, name) for name in field_names()})
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **kwargs: Any) -> FactorizationMemoryConfig:
-        """The same model; `kwargs` are other fields, such as `eos_token_id`."""
+        """The configuration of the same model; `kwargs` are further fields, such as `eos_token_id`."""
         return cls(**config_fields(config), **kwargs)

@@ -1,6 +1,6 @@
-"""The models as `transformers` has them.
+"""The models for `transformers`.
 
-Shapes: B sequences, T tokens, S tokens that a mask speaks of, d hidden size, V vocabulary size, N packed sequences.
+Shapes: B sequences, T tokens, S tokens of a mask, d hidden size, V vocabulary size, N packed sequences.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from factorization_memory.models.language_model import LanguageModel
 
 
 class CheckpointingBlock(GradientCheckpointingLayer, Block):
-    """A block that `transformers` makes checkpoint its activations: its forward, so that hooks run once."""
+    """A block with the activation checkpointing of `transformers`, around its forward, so that hooks run once."""
 
 
 class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
-    """The `Backbone` of a `LanguageModel`, in the shell that `transformers` asks for."""
+    """The `Backbone` of a `LanguageModel` with the interface of `transformers`."""
 
     def __init__(self, config: FactorizationMemoryConfig) -> None:
         super().__init__(config)
@@ -51,7 +51,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         if len(missing) == len(parameters) and not sharded:
             module.reset_parameters()
         elif missing:
-            # A block is initialised as a whole: another one is, and what is missing is taken from it.
+            # A block is initialised as a whole: initialise another one and copy the missing weights from it.
             model_config = self.config.model_config()
             mixer = next(m for b, m in zip(self.blocks, model_config.layer_mixers, strict=True) if b is module)
             with parameters[missing[0]].device:
@@ -62,7 +62,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
                 if hasattr(parameter, "device_mesh"):
                     from torch.distributed.tensor import distribute_tensor
 
-                    # The values of the first process for all.
+                    # All processes use the first one's values.
                     value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
                 parameter.copy_(value)
 
@@ -71,7 +71,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Take another embedding."""
+        """Replaces the embedding."""
         self.embedding = value
 
     def forward(
@@ -87,17 +87,17 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         cache: FactorizationMemoryCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """What the blocks make of the tokens.
+        """The hidden states of the tokens.
 
         Args:
             input_ids: int64 `[B, T]`; or else
-            inputs_embeds: `[B, T, d]`, as `get_input_embeddings()` gives them, before `embedding_multiplier`.
-            attention_mask: `[B, S]`, 0 for padding, which may be anywhere and then is as if it were not there; S is T, or with
-                a cache the tokens read before and T.
-            past_key_values: what was read before. It is changed. Also as `cache`, its name from transformers 5.24 on.
+            inputs_embeds: `[B, T, d]`, as returned by `get_input_embeddings()`, before `embedding_multiplier`.
+            attention_mask: `[B, S]`, 0 for padding, which may be anywhere and has no effect; S is T, or with a cache the
+                tokens read before plus T.
+            past_key_values: cache to continue from, modified in place. Also as `cache`, its name since transformers 5.24.
             cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1), which do not see each other; also as
-                `cu_seq_lens_q`. Collators that pack sequences may tell them by `position_ids` `[B, T]` alone, which begin anew,
-                or by `seq_idx` `[B, T]`, the number of each token's sequence.
+                `cu_seq_lens_q`. Collators that pack sequences may instead pass `position_ids` `[B, T]`, which restart at each
+                sequence, or `seq_idx` `[B, T]`, each token's sequence index.
         """
         cache = _the_one(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
@@ -125,7 +125,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         if cache is not None:
             cache.note(input_ids, mask)
         states = [layer.state for layer in layers] if layers else [None] * len(self.blocks)
-        # Reading a token in place is what a step is made for; what needs a gradient or a mask goes the long way.
+        # A step updates the state in place; gradients and masks need the full forward.
         step = tokens == 1 and mask is None and borders is None and not torch.is_grad_enabled()
         step = step and all(state is not None for state in states)
         hidden = [x] if output_hidden_states else []
@@ -134,7 +134,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
             if borders is None:
                 hidden.append(x[:, None] if step else x)
                 return x
-            # What is returned is what goes on, so that it gets gradients.
+            # Continue with the returned tensor, so that it gets gradients.
             hidden.append(rows.apart(x))
             return rows.joined(hidden[-1])
 
@@ -160,7 +160,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         return result.to_tuple() if _as_tuple(self.config, return_dict) else result
 
     def _checkpoints(self) -> bool:
-        """Whether activations are computed again for the backward pass."""
+        """Whether activations are recomputed in backward."""
         return self.gradient_checkpointing and self.training
 
     def _call_block(self, block: Block, *arguments: Any) -> tuple[Tensor, MixerState | None]:
@@ -191,7 +191,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
 def _the_one(
     past_key_values: FactorizationMemoryCache | None, cache: FactorizationMemoryCache | None
 ) -> FactorizationMemoryCache | None:
-    """The cache, by whichever of its two names it was given."""
+    """The cache, under whichever of its two names it was passed."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("past_key_values, cache: these are two names of one argument and got two caches; leave one out")
     return past_key_values if cache is None else cache
@@ -199,7 +199,7 @@ def _the_one(
 
 @contextmanager
 def _silenced(name: str) -> Iterator[None]:
-    """Without the messages of a logger."""
+    """Silences a logger."""
     logger = logging.getLogger(name)
     logger.addFilter(refuse := lambda _: False)
     try:
@@ -213,7 +213,7 @@ def _as_tuple(config: PreTrainedConfig, return_dict: bool | None) -> bool:
 
 
 class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, GenerationMixin):
-    """A `LanguageModel` as `AutoModelForCausalLM` gives it."""
+    """A `LanguageModel` for `AutoModelForCausalLM`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
@@ -228,7 +228,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
 
     @classmethod
     def from_language_model(cls, model: LanguageModel, **kwargs: Any) -> FactorizationMemoryForCausalLM:
-        """The same model, its weights shared; `kwargs` are other fields of the configuration, such as `eos_token_id`."""
+        """The same model, sharing its weights; `kwargs` are further fields of the configuration, such as `eos_token_id`."""
         with torch.device("meta"):
             result = cls(FactorizationMemoryConfig.from_model_config(model.config, **kwargs))
         result.model.embedding, result.model.blocks = model.embedding, model.blocks
@@ -236,7 +236,8 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         return result.train(model.training)
 
     def language_model(self) -> LanguageModel:
-        """The same model as ours, its weights shared: for what needs no `transformers`, such as steps in a CUDA graph."""
+        """The same model as a `LanguageModel`, sharing its weights, for use without `transformers`, such as steps in a CUDA
+        graph."""
         config = FactorizationMemoryConfig.from_dict(self.config.to_dict() | {"vocab_size": self.lm_head.out_features})
         with torch.device("meta"):
             result = LanguageModel(config.model_config())
@@ -258,11 +259,11 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         cache: FactorizationMemoryCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits of the next token `[B, T, V]`, and with `labels` (int64 `[B, T]`, -100 where there is none; shifted here) the
-        mean loss in nats per token. All else is as in `FactorizationMemoryModel`.
+        """Logits of the next token `[B, T, V]`, and with `labels` (int64 `[B, T]`, -100 for none; shifted here) the mean loss
+        in nats per token. All else is as in `FactorizationMemoryModel`.
 
         Args:
-            logits_to_keep: how many of the last tokens to give logits of, or which, 0 for all.
+            logits_to_keep: number of last tokens to return logits for, or their indices; 0 means all.
         """
         cache = _the_one(past_key_values, cache)
         outputs = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, True, **kwargs)
@@ -282,13 +283,13 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
         return result.to_tuple() if _as_tuple(self.config, return_dict) else result
 
     def adjust_generation_fn(self, *arguments: Any, **kwargs: Any) -> None:
-        """Called by `from_pretrained` to find the generation config, which without a file is made of the model's."""
+        """Called by `from_pretrained` to find the generation config, which without a file is derived from the model's."""
         with _silenced("transformers.generation.configuration_utils"):
             super().adjust_generation_fn(*arguments, **kwargs)
         self._correct_generation_config()
 
     def _correct_generation_config(self) -> None:
-        """Undo that `transformers` takes the model's `top_k` states for a number of tokens to sample from."""
+        """`transformers` takes the model's `top_k` states for the sampling parameter; undo that."""
         made = self.generation_config
         if made is not None and getattr(made, "_from_model_config", False):
             made.top_k, made._from_model_config = None, False
@@ -296,8 +297,8 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **kwargs: Any
     ) -> Any:
-        # What a cache has read already is cut off the prompt here, unless an attention mask that is longer than the prompt says
-        # that the prompt holds new tokens alone. Without this check another text than the prompt would be continued.
+        # `transformers` cuts the tokens that the cache has read off the prompt here, unless an attention mask longer than the
+        # prompt indicates that it holds only new tokens. Without this check a different text could be continued.
         cache, embeds = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         if isinstance(cache, FactorizationMemoryCache) and cache.get_seq_length() > 0:
             length, mask = (input_ids if embeds is None else embeds).shape[1], model_kwargs.get("attention_mask")
@@ -305,7 +306,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
             if embeds is not None or covered == length:
                 cache.check_prompt(length, input_ids if embeds is None else None, mask)
             if CACHE_NAME == "past_key_values":
-                # Before 5.24 some versions read the whole prompt again here, piece by piece.
+                # Some versions before 5.24 would reread the whole prompt here, in chunks.
                 generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *arguments, **kwargs)
 
@@ -319,7 +320,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Generat
 
 
 class FactorizationMemoryForSequenceClassification(GenericForSequenceClassification, FactorizationMemoryPreTrainedModel):
-    """A model whose last token of each sequence is scored for `num_labels` classes."""
+    """A model that scores the last token of each sequence for `num_labels` classes."""
 
     def __init__(self, config: FactorizationMemoryConfig) -> None:
         super().__init__(config)

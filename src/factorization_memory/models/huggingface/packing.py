@@ -1,7 +1,7 @@
-"""Padding and packed sequences as `transformers` tells them (attention masks, positions, numbers of sequences), as masks and
-borders that our blocks take.
+"""Converts padding and packed sequences as `transformers` passes them (attention masks, position ids, sequence indices) to the
+masks and borders of our blocks.
 
-Shapes: B sequences, T tokens, S tokens that a mask speaks of, d hidden size.
+Shapes: B sequences, T tokens, S tokens of a mask, d hidden size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def padding_mask(mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
-    """The part of an attention mask that speaks of these tokens, bool `[B, T]`; None if they are all real."""
+    """The part of an attention mask for these tokens, bool `[B, T]`; None if there is no padding."""
     if mask is None:
         return None
     batch, tokens = x.shape[:2]
@@ -26,23 +26,23 @@ def padding_mask(mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
 
 @dataclass
 class Rows:
-    """Rows of a batch that are read as one.
+    """Rows of a batch, concatenated into one.
 
     Attributes:
         like: a tensor `[B, T, ...]`.
-        real: which of the B T tokens are read, int64; None for all.
+        real: indices of the tokens read among all B T, int64; None means all.
     """
 
     like: Tensor
     real: Tensor | None = None
 
     def joined(self, x: Tensor) -> Tensor:
-        """x `[B, T, d]`, one row behind the other, `[1, B T, d]` or fewer."""
+        """Concatenates the rows of x `[B, T, d]` to `[1, B T, d]`, or fewer tokens."""
         flat = x.flatten(0, 1)
         return (flat if self.real is None else flat[self.real.to(x.device)])[None]
 
     def apart(self, x: Tensor) -> Tensor:
-        """The rows `[B, T, d]` of what is joined; zeros for tokens that were not read."""
+        """The inverse, to rows `[B, T, d]`; zero for tokens that were not read."""
         shape = (*self.like.shape[:2], x.shape[-1])
         if self.real is None:
             return x.view(shape)
@@ -50,8 +50,8 @@ class Rows:
 
 
 def borders_of_positions(position_ids: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The borders of the sequences in all rows, one row behind the other, from positions that do not go on, whatever padding
-    stands between; None if each row is one sequence. And the places of the tokens that are no padding, None for all."""
+    """The borders of the sequences in the concatenated rows, from positions that restart, skipping padding; None if each row
+    is one sequence. And the indices of tokens that are not padding; None means all."""
     if position_ids.dim() != 2 or position_ids.shape[1] != x.shape[1] or position_ids.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"position_ids: got shape {tuple(position_ids.shape)}, takes {list(x.shape[:2])}")
     position = position_ids.expand(x.shape[0], -1).flatten()
@@ -67,7 +67,7 @@ def borders_of_positions(position_ids: Tensor, x: Tensor, mask: Tensor | None) -
 
 
 def borders_of_numbers(seq_idx: Tensor, x: Tensor) -> Tensor | None:
-    """The same from the number of each token's sequence."""
+    """The borders from each token's sequence index; None if each row is one sequence."""
     if seq_idx.shape != x.shape[:2]:
         raise ValueError(f"seq_idx: got shape {tuple(seq_idx.shape)}, takes {list(x.shape[:2])}")
     starts = seq_idx.diff(dim=1) != 0

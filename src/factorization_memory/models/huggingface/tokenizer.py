@@ -1,4 +1,4 @@
-"""Our tokenizers as those of `transformers`."""
+"""Our tokenizers for `transformers`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from factorization_memory.models.pretrained.export import TOKENIZER_FIELDS
 
 
 def fast_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
-    """A tokenizer.json of ours as a tokenizer of `transformers`, which pads on the left, as generation needs it.
+    """Our tokenizer.json as a tokenizer of `transformers`, padding on the left, as generation requires.
 
-    Special tokens that are written in a text become their characters, never control tokens.
+    Special tokens spelled out in a text are encoded as plain characters, never as control tokens.
     """
     return PreTrainedTokenizerFast(tokenizer_file=str(path), **TOKENIZER_FIELDS)

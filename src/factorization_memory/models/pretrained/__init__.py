@@ -1,5 +1,4 @@
-"""Models in the layout in which Hugging Face's libraries keep them, read and written without `transformers`; and the one that
-comes with the package."""
+"""Reads and writes models in Hugging Face's layout without `transformers`; and the model that comes with the package."""
 
 from factorization_memory.models.pretrained.card import CardFacts, model_card
 from factorization_memory.models.pretrained.export import save_pretrained

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported model, as Hugging Face's hub shows it."""
+"""The model card: README.md of an exported model, as shown on Hugging Face's hub."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ NOT_SAID = "not said by those who exported it"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a model; what is empty is left out, or said not to be known."""
+    """Known facts about a model; empty ones are omitted, or reported as unknown."""
 
     name: str
-    """Of the model."""
+    """Name of the model."""
     config: ModelConfig
     parameters: int
     license: str = ""
-    """Identifier of the licence of the weights, as the hub has it."""
+    """The hub's identifier of the licence of the weights."""
     data: str = ""
     """A sentence on the training data, in Markdown."""
     languages: tuple[str, ...] = ()
-    """As the texts say: ISO 639 codes, with what they say of region or script."""
+    """Languages as given by the texts: ISO 639 codes, with region or script if given."""
     sources: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of each source of the training text: `documents`, `tokens` and `bytes`."""
+    """For each source of the training text: `documents`, `tokens` and `bytes`."""
     context_length: int = 0
     """Tokens of a training sequence."""
     tokens: int = 0
-    """Tokens trained on, repetitions counted."""
+    """Tokens trained on, counting repetitions."""
     steps: int = 0
     held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Of each source of held-out text: `loss` in nats per token, `bits_per_byte`, `tokens`."""
+    """For each source of held-out text: `loss` in nats per token, `bits_per_byte`, `tokens`."""
     held_out_note: str = ""
-    """What that text is, and how it was read."""
+    """Description of that text and how it was read."""
     environment: Mapping[str, Any] = field(default_factory=dict)
-    """Of the training: `command`, `date`, `torch`, `cpu`, `gpu`, `git_commit`, `package`."""
+    """Environment of the training: `command`, `date`, `torch`, `cpu`, `gpu`, `git_commit`, `package`."""
     seconds: float = 0.0
-    """Of the training, all in all."""
+    """Total seconds of training."""
     precision: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card, as Markdown with the hub's fields before it."""
+    """The card as Markdown, preceded by the hub's metadata."""
     native = native_type(facts.config)
     parts = [_front_matter(facts, native), f"# {facts.name}\n", _what(facts, native), _use(native), _training(facts)]
     if facts.held_out:
@@ -61,11 +61,11 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _front_matter(facts: CardFacts, native: str | None) -> str:
-    # JSON strings are YAML strings, whatever stands in them.
+    # JSON strings are valid YAML strings, whatever they contain.
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if facts.license:
         lines.append(f"license: {json.dumps(facts.license, ensure_ascii=False)}")
-    # The hub takes codes alone: "en" of "en-us", nothing of a name.
+    # The hub accepts only codes: "en" for "en-us", nothing for a name.
     codes = dict.fromkeys(found[1].lower() for language in facts.languages if (found := _LANGUAGE.fullmatch(language)))
     if codes:
         lines += ["language:", *(f"- {json.dumps(code)}" for code in codes)]

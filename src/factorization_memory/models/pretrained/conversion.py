@@ -1,7 +1,7 @@
-"""Well-known models as ours and ours as them: configurations and weights as `transformers` writes them.
+"""Converts configurations and weights between well-known models, as `transformers` writes them, and ours.
 
-The models are the same functions: `LanguageModel(config)` with these weights gives the logits of the original; but for Llamas
-whose rotary positions are scaled (`rope_scaling`, Llama 3.1 and later) or whose heads are not of width d / H, which ours lacks.
+The converted model computes the same function: `LanguageModel(config)` with these weights returns the logits of the original.
+Unsupported are Llamas with scaled rotary positions (`rope_scaling`, Llama 3.1 and later) or head width other than d / H.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from factorization_memory.config import ConfigError, ModelConfig, from_dict
 
 NATIVE = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mamba2": "Mamba2ForCausalLM"}
-"""Types of model that need no code of ours in `transformers`, and their classes there."""
+"""Model types that `transformers` supports without our code, and their classes there."""
 
 
 def native_type(config: ModelConfig) -> str | None:
-    """The one of `NATIVE` that a model is, None if it is none of them."""
+    """The type in `NATIVE` that a model matches; None if there is none."""
     kinds = set(config.layer_mixers)
     if kinds == {"attention"} and config.feed_forward:
         return "llama" if config.attention.sliding_window is None else "mistral"
@@ -30,10 +30,9 @@ def native_type(config: ModelConfig) -> str | None:
 
 
 def native_fields(config: ModelConfig, context_length: int) -> dict[str, Any]:
-    """The fields of config.json of a model that `native_type` names.
+    """The fields of config.json of a model with a `native_type`.
 
-    They have no `embedding_multiplier`: unless it is 1, it is multiplied into the embedding, which then is not tied to the
-    head.
+    They lack `embedding_multiplier`: unless it is 1, it is folded into the embedding, which is then not tied to the head.
 
     Args:
         context_length: tokens of a training sequence, for `max_position_embeddings`.
@@ -77,10 +76,10 @@ def native_fields(config: ModelConfig, context_length: int) -> dict[str, Any]:
 
 
 def native_config(fields: Mapping[str, Any]) -> ModelConfig:
-    """The inverse: our configuration of a config.json whose `model_type` is one of `NATIVE`.
+    """The inverse: our configuration from a config.json whose `model_type` is in `NATIVE`.
 
     Raises:
-        ConfigError: it has what our models lack, or is no such configuration; the field is named.
+        ConfigError: our models do not support it, or it is not such a configuration; the message names the field.
     """
     kind = fields["model_type"]
     try:
@@ -98,7 +97,7 @@ def native_config(fields: Mapping[str, Any]) -> ModelConfig:
 def _mamba2_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(fields, use_bias=False, use_conv_bias=True, hidden_act="silu")
     low, high = fields.get("time_step_limit") or (0.0, math.inf)
-    # JSON has no infinity: this is how `transformers` writes it.
+    # JSON has no infinity; this is how `transformers` writes it.
     if low != 0 or high not in (math.inf, {"__float__": "Infinity"}):
         raise ConfigError(f"time_step_limit={[low, high]!r}: our models have no such thing; takes [0.0, Infinity]")
     heads, inner = fields["num_heads"], fields["expand"] * fields["hidden_size"]
@@ -148,14 +147,14 @@ def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(fields: Mapping[str, Any], **takes: Any) -> None:
-    """ConfigError for a field that is there and not what our models have without a choice."""
+    """Raises ConfigError for a field whose value differs from what our models fix."""
     for name, value in takes.items():
         if fields.get(name, value) != value:
             raise ConfigError(f"{name}={fields[name]!r}: our models have no such thing; takes {value!r}")
 
 
 def to_native(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `LanguageModel` under the names of the model that `native_type` names."""
+    """The weights of a `LanguageModel` under the names of its `native_type`."""
     left = dict(weights)
     kind = native_type(config)
     stem, embedding, norm = ("backbone", "embeddings", "norm_f") if kind == "mamba2" else ("model", "embed_tokens", "norm")
@@ -192,7 +191,7 @@ def to_native(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, T
 
 
 def from_native(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model of type `kind`, one of `NATIVE`, under our names; ValueError as in the functions below."""
+    """The weights of a model of type `kind`, one of `NATIVE`, under our names; raises ValueError as the functions below do."""
     return from_mamba2(weights) if kind == "mamba2" else from_llama(weights)
 
 
@@ -201,7 +200,7 @@ def from_llama(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     (whose window is `attention.sliding_window`).
 
     Raises:
-        ValueError: a weight is missing, or is one that our model has no place for, such as a bias.
+        ValueError: a weight is missing, or has no counterpart in our model, such as a bias.
     """
     names = _Names(weights)
     result = names.ends("model.embed_tokens.weight", "model.norm.weight")
@@ -223,7 +222,7 @@ def from_mamba2(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of a `LanguageModel` with `mixers=("mamba2",)` and `feed_forward=False` from that of a `Mamba2ForCausalLM`.
 
     Raises:
-        ValueError: a weight is missing, or is one that our model has no place for, such as the bias of a projection.
+        ValueError: a weight is missing, or has no counterpart in our model, such as the bias of a projection.
     """
     names = _Names(weights)
     result = names.ends("backbone.embeddings.weight", "backbone.norm_f.weight")
@@ -246,11 +245,11 @@ _MAMBA2 = (
     ("norm_weight", "norm.weight"),
     ("output.weight", "out_proj.weight"),
 )
-"""Weights of a Mamba-2 layer that differ in their names alone."""
+"""Weights of a Mamba-2 layer that differ only in name."""
 
 
 class _Names:
-    """Weights that are taken one by one, so that none is forgotten."""
+    """Weights that are taken one by one, so that leftovers are detected."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.left = dict(weights)
@@ -261,13 +260,13 @@ class _Names:
         return self.left.pop(name)
 
     def ends(self, embedding: str, norm: str) -> dict[str, Tensor]:
-        """What stands around the blocks. A state without a head has it tied to the embedding."""
+        """The weights outside the blocks. Without a head, it is tied to the embedding."""
         table = self.take(embedding)
         head = self.left.pop("lm_head.weight", table)
         return {"embedding.weight": table, "head.weight": head, "final_norm.weight": self.take(norm)}
 
     def layers(self, prefix: str) -> Iterable[int]:
-        """The numbers of the layers."""
+        """The indices of the layers."""
         return sorted({int(name.removeprefix(prefix).split(".")[0]) for name in self.left if name.startswith(prefix)})
 
     def check_all_taken(self) -> None:

@@ -1,9 +1,9 @@
-"""Writing a model, its tokenizer and its card in the layout in which Hugging Face's libraries keep them.
+"""Writes a model, its tokenizer and its card in Hugging Face's layout.
 
 | file | what |
 | --- | --- |
-| config.json, generation_config.json | what the model is; how `generate()` ends and pads |
-| model.safetensors | weights; several files and an index where they are large |
+| config.json, generation_config.json | the model's configuration; end and padding ids for `generate()` |
+| model.safetensors | weights; several files and an index if large |
 | tokenizer.json, tokenizer_config.json | the tokenizer, as `PreTrainedTokenizerFast` |
 | README.md | the model card |
 | modeling_factorization_memory.py | for `trust_remote_code=True`, unless `transformers` knows the model |
@@ -42,7 +42,7 @@ from factorization_memory.models.pretrained.shim import AUTO_MAP, CLASSES, save_
 
 CARD_NAME, TRAINING_NAME = "README.md", "training.json"
 DOCUMENT_END, PADDING = "</s>", "<pad>"
-"""Special tokens of our tokenizers; the first also stands before a document."""
+"""Special tokens of our tokenizers; the first also precedes a document."""
 TOKENIZER_FIELDS: dict[str, Any] = {
     "bos_token": DOCUMENT_END,
     "eos_token": DOCUMENT_END,
@@ -52,12 +52,12 @@ TOKENIZER_FIELDS: dict[str, Any] = {
     "split_special_tokens": True,
     "model_input_names": ["input_ids", "attention_mask"],
 }
-"""What `PreTrainedTokenizerFast` has to be told beside tokenizer.json."""
+"""Settings of `PreTrainedTokenizerFast` that tokenizer.json lacks."""
 _WRITTEN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|training|model\.safetensors\.index)\.json|README\.md"
     r"|model(-\d+-of-\d+)?\.safetensors|modeling_factorization_memory\.py"
 )
-"""Files of a folder that may be replaced."""
+"""Files that may be replaced in an existing folder."""
 
 
 def save_pretrained(
@@ -72,27 +72,27 @@ def save_pretrained(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
 ) -> str:
-    """Write a model to a folder, which appears when it is whole.
+    """Writes a model to a folder, atomically.
 
-    A Transformer or Mamba-2 of ours is written as the `LlamaForCausalLM`, `MistralForCausalLM` or `Mamba2ForCausalLM` that it
-    is, all else as `FactorizationMemoryForCausalLM`.
+    Our Transformers and Mamba-2 models are written as the equivalent `LlamaForCausalLM`, `MistralForCausalLM` or
+    `Mamba2ForCausalLM`, all others as `FactorizationMemoryForCausalLM`.
 
     Args:
         tokenizer_file: its tokenizer.json.
         card: text of README.md.
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: dtype of the weights: float32, bfloat16 or float16.
         context_length: tokens of a training sequence.
-        training: what training.json holds; None writes no such file.
-        max_shard_size: of one file of weights, in bytes or as "5GB".
-        overwrite: replace a folder that is there.
+        training: contents of training.json; None writes no such file.
+        max_shard_size: maximum size of one file of weights, in bytes or as "5GB".
+        overwrite: replace an existing folder.
 
     Returns:
         The name of the class.
 
     Raises:
-        FileExistsError: the folder exists; with `overwrite`, it holds something else than an exported model.
-        OSError: it cannot be written, or another export to it was faster.
-        ValueError: the tokenizer is none of ours; a weight is not finite in `dtype`.
+        FileExistsError: the folder exists; with `overwrite`, it contains something other than an exported model.
+        OSError: it cannot be written, or another export to it finished first.
+        ValueError: the tokenizer is not one of ours; a weight is not finite in `dtype`.
     """
     folder, tokenizer_file = Path(folder).absolute(), Path(tokenizer_file)
     require_free(folder, overwrite)
@@ -107,7 +107,7 @@ def save_pretrained(
         **(_own_fields(model.config) if kind is None else native_fields(model.config, context_length)),
         **ids,
     }
-    # Copies: parts of one tensor, as some are, would be refused.
+    # Copies: safetensors refuses tensors that share storage, as some do.
     weights = {
         key: value.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
         for key, value in exported_weights(model).items()
@@ -119,12 +119,12 @@ def save_pretrained(
         try:
             save_torch_state_dict(weights, aside, max_shard_size=max_shard_size)
         except SafetensorError as error:
-            # It is no OSError, but ends in the number of one: "... (os error 28)".
+            # Not an OSError, but its message ends with the number of one: "... (os error 28)".
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, f"{folder}: {error}") from error
         _write_json(aside / CONFIG_NAME, fields)
         for path in aside.glob("*.safetensors"):
-            path.chmod((aside / CONFIG_NAME).stat().st_mode)  # as written they are for their owner alone
+            path.chmod((aside / CONFIG_NAME).stat().st_mode)  # as written, only the owner can read them
         _write_json(aside / "generation_config.json", ids)
         (aside / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
         _write_json(aside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **TOKENIZER_FIELDS})
@@ -137,7 +137,7 @@ def save_pretrained(
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
-    """Raise FileExistsError unless a folder can be written: there is none, or what is there is an exported model alone."""
+    """Raises FileExistsError unless a folder can be written: it does not exist, or contains only an exported model."""
     if not folder.exists() and not folder.is_symlink():
         return
     if not overwrite:
@@ -150,7 +150,7 @@ def require_free(folder: Path, overwrite: bool) -> None:
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 of weights as they stand in the files: names, types and bytes."""
+    """sha256 of weights as in the files: names, types and bytes."""
     found = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -159,7 +159,7 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def exported_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights under the names that they have in that layout; a tied head is left out."""
+    """The weights under their exported names, without a tied head."""
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["head.weight"]
@@ -169,7 +169,7 @@ def exported_weights(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def special_ids(definition: str, path: Path) -> dict[str, int]:
-    """The fields that name special tokens by their ids, from the text of a tokenizer.json."""
+    """The fields with ids of special tokens, from the text of a tokenizer.json."""
     try:
         known = {token["content"]: token["id"] for token in parse_json(definition)["added_tokens"]}
         end, padding = known[DOCUMENT_END], known[PADDING]

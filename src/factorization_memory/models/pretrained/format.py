@@ -1,7 +1,7 @@
-"""The layout in which Hugging Face's libraries keep a model, read without them.
+"""Reads models in Hugging Face's layout, without its libraries.
 
-A folder of it holds config.json (flat fields, below), and model.safetensors, or several such files with an index beside them.
-Only safetensors is read: no other format of weights can be told from a program that runs when it is loaded.
+A folder has config.json (flat fields, below) and model.safetensors, or several such files and an index. Only safetensors is
+read: other weight formats can contain code that runs on loading.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ MODEL_TYPE = "factorization_memory"
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_NAME = "tokenizer.json"
 RENAMED = {"num_layers": "num_hidden_layers", "norm_eps": "rms_norm_eps", "temperature": "affinity_temperature"}
-"""Our names of fields, and theirs where they differ: as in other models, and apart from the temperature of sampling."""
+"""Our field names and the exported ones, if different: as in other models, or to avoid a clash with the sampling
+temperature."""
 _OURS = {theirs: ours for ours, theirs in RENAMED.items()}
 
 
 class FormatError(ValueError):
-    """A folder that holds no model that can be read: the message names the file, what is wrong with it and the remedy."""
+    """A folder without a readable model: the message names the file, the fault and the remedy."""
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that say what a model is, the automatic choice of `intermediate_size` resolved."""
+    """The fields of config.json that describe a model, with the automatic `intermediate_size` resolved."""
     fields = {RENAMED.get(name, name): value for name, value in to_dict(config).items()}
     return json.loads(json.dumps(fields | {"intermediate_size": config.feed_forward_size}))
 
 
 def config_from_fields(fields: Mapping[str, Any]) -> ModelConfig:
-    """The configuration of a model from such fields, of which any may be missing.
+    """The configuration of a model from such fields; any may be missing.
 
     Raises:
-        ConfigError: a field is unknown, of the wrong type or does not go with another; it has the name that it has there.
+        ConfigError: a field is unknown, has the wrong type or conflicts with another; the message uses its exported name.
     """
     for ours, theirs in RENAMED.items():
         if ours in fields:
@@ -59,12 +60,12 @@ def config_from_fields(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def field_names() -> list[str]:
-    """All names of such fields."""
+    """The names of all such fields."""
     return list(config_fields(ModelConfig()))
 
 
 def exported_name(name: str) -> str:
-    """The name that a weight of `LanguageModel` has in that layout."""
+    """The exported name of a weight of `LanguageModel`."""
     return name.replace("head.", "lm_head.", 1) if name.startswith("head.") else f"model.{name}"
 
 
@@ -74,10 +75,10 @@ def own_name(name: str) -> str:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of such a folder, by the names they have there.
+    """The tensors of such a folder, by their exported names.
 
     Raises:
-        FormatError: there are none, they are in another format, or damaged.
+        FormatError: the weights are missing, in another format, or damaged.
     """
     folder = Path(folder)
     names = [WEIGHTS_NAME]
@@ -102,7 +103,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def indexed_files(folder: Path) -> list[str]:
-    """The files that an index names. Raises `FormatError` unless all are files of safetensors within the folder."""
+    """The files named by an index. Raises `FormatError` unless all are safetensors files inside the folder."""
     path = Path(folder) / INDEX_NAME
     files = _read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
@@ -114,7 +115,7 @@ def indexed_files(folder: Path) -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json holds. Raises `FormatError` when it is missing or not a configuration."""
+    """The contents of config.json. Raises `FormatError` if it is missing or not a configuration."""
     path = Path(folder) / CONFIG_NAME
     fields = _read_json(path)
     if not isinstance(fields.get("model_type"), str):
@@ -126,7 +127,7 @@ def read_model_config(folder: Path | str) -> ModelConfig:
     """The configuration of the model in such a folder, ours or one of `NATIVE`.
 
     Raises:
-        FormatError: it is missing, of another kind, or cannot be; the file is named.
+        FormatError: it is missing, of another kind, or invalid; the message names the file.
     """
     path = Path(folder) / CONFIG_NAME
     fields = read_config(Path(folder))
@@ -148,8 +149,8 @@ def read_model_config(folder: Path | str) -> ModelConfig:
 
 
 def is_pretrained(folder: Path | str) -> bool:
-    """Whether a folder is one of this layout, if damaged: its config.json says of what type the model is or cannot be read, or
-    it has weights and no config.json."""
+    """Whether a folder has this layout, even if damaged: its config.json names a model type or is unreadable, or it has
+    weights and no config.json."""
     folder = Path(folder)
     if not (folder / CONFIG_NAME).exists():
         return any((folder / name).exists() for name in (WEIGHTS_NAME, INDEX_NAME))
@@ -160,10 +161,10 @@ def is_pretrained(folder: Path | str) -> bool:
 
 
 def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model of a folder, ours or one of `NATIVE`, in evaluation mode, in float32.
+    """Loads the model of a folder, ours or one of `NATIVE`, in evaluation mode and float32.
 
     Raises:
-        FormatError: there is no such model, it is damaged, or its weights are not those of its configuration.
+        FormatError: there is no such model, it is damaged, or its weights do not match its configuration.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -174,7 +175,7 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
     if kind in NATIVE:
         try:
             weights = from_native(kind, weights)
-        except (ValueError, RuntimeError, IndexError) as error:  # a missing weight, or shapes that cannot be joined
+        except (ValueError, RuntimeError, IndexError) as error:  # a missing weight, or incompatible shapes
             raise FormatError(f"{folder}: {error}") from None
     else:
         weights = {own_name(name): tensor for name, tensor in weights.items()}
@@ -185,7 +186,7 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
                 f"{folder}: the head's weight differs from the embedding's, though {CONFIG_NAME} says that they are tied; "
                 "set tie_word_embeddings to false"
             )
-    # Before anything of that size is made.
+    # Before allocating anything of that size.
     if config.num_layers > len(weights):
         raise FormatError(f"{folder / CONFIG_NAME}: {config.num_layers:,} layers, but {len(weights):,} weights; use its own")
     with torch.device("meta"):
@@ -198,13 +199,13 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
 
 
 def builtin_model() -> Path:
-    """The folder of the small model of English and Japanese books that comes with the package; its README.md is its card."""
+    """Folder of the small model of English and Japanese books that comes with the package; its README.md is its card."""
     return Path(str(importlib.resources.files(__package__) / "builtin"))
 
 
 def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: Path, named: Callable[[str], str]) -> None:
-    """Raise `FormatError` for the first weight, by our names, that is missing, too many, of another shape, of integers, NaN
-    or infinite; it is called what `named` makes of its name."""
+    """Raises `FormatError` for the first weight, by our names, that is missing, unexpected, of another shape, of integers, NaN
+    or infinite; the message calls it `named(name)`."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own:

@@ -1,6 +1,6 @@
-"""The file beside a saved model through which `trust_remote_code=True` finds our classes, where nobody has imported them.
+"""The file next to a saved model through which `trust_remote_code=True` finds our classes if they have not been imported.
 
-It holds one line, which imports them from the installed package; where that is missing `transformers` says so, and
+Its single line imports them from the installed package; if that is missing, `transformers` says so, and to
 `pip install factorization_memory`.
 """
 
@@ -22,6 +22,6 @@ AUTO_MAP = {automatic: f"{MODULE}.{name}" for automatic, name in CLASSES.items()
 
 
 def save_shim(folder: Path | str) -> None:
-    """Write the file, aside and renamed."""
+    """Writes the file atomically."""
     line = f"from factorization_memory.models.huggingface import {', '.join(CLASSES.values())}\n"
     write_atomic(Path(folder) / f"{MODULE}.py", line)

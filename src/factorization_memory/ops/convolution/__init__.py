@@ -1,4 +1,4 @@
-"""A causal depthwise convolution over time with SiLU: `y_t = silu(sum_i w_i x_{t-i} + b)` for each channel by itself.
+"""A causal depthwise convolution over time with SiLU: `y_t = silu(sum_i w_i x_{t-i} + b)` per channel.
 
 Shapes: B sequences, T tokens, C channels; N sequences packed along T (B = 1).
 """
@@ -16,7 +16,7 @@ from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.runtime.backends import Backend, choose
 
 MAX_TAPS = 4
-"""Taps that the kernels are written for, or fewer."""
+"""Largest number of taps that the kernels support."""
 
 
 def causal_convolution(
@@ -27,13 +27,13 @@ def causal_convolution(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The convolution of whole sequences. Gradients flow to x, weight, bias and tail.
+    """Convolves whole sequences. Gradients flow to x, weight, bias and tail.
 
     Args:
         x: `[B, T, C]`.
-        weight: `[taps, C]`, the last for the token itself, the one before for the token before.
+        weight: `[taps, C]`; the last tap is for the token itself, the one before it for the previous token.
         bias: `[C]`.
-        tail: the inputs before the first, oldest first, `[B, taps - 1, C]` (`[N, taps - 1, C]` with `cu_seqlens`); None for
+        tail: the inputs before the first, oldest first, `[B, taps - 1, C]` (`[N, taps - 1, C]` with `cu_seqlens`); None means
             zeros.
         cu_seqlens: `[N + 1]` int32 or int64, borders of sequences packed along T (B = 1).
         backend: "plain" (PyTorch), "triton" (kernels for GPUs; up to four taps, not for float64, nor if `tail` requires a
@@ -44,14 +44,14 @@ def causal_convolution(
 
     Raises:
         ValueError: an argument of the wrong shape or dtype, borders that do not fit, an unknown backend or one that cannot run
-            here; names the argument, what it got and what it takes.
+            here; the message names the argument, the value and what is accepted.
     """
     _check(x, weight, bias, tail, cu_seqlens)
     return convolve(x, weight, bias, tail, cu_seqlens, backend)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None, backend: str) -> Tensor:
-    """`causal_convolution` of arguments that are known to fit: of borders in particular, which a GPU would be waited for."""
+    """`causal_convolution` on checked arguments; checking borders would synchronize with a GPU."""
     if tail is not None:
         tail = tail.to(x.dtype)
     return choose(BACKENDS, backend, x, weight, tail).forward(x, weight, bias, tail, cu_seqlens)
@@ -69,29 +69,29 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seql
 
 
 def window_convolution(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`causal_convolution` in PyTorch of x `[B, taps - 1 + T, C]`, its tail first, as `[B, T, C]`."""
+    """`causal_convolution` in PyTorch: `window` is tail and x concatenated, `[B, taps - 1 + T, C]`; returns `[B, T, C]`."""
     weight, bias = weight.to(window.dtype), bias.to(window.dtype)
-    if torch.compiler.is_compiling():  # the compiler fuses better than we do
+    if torch.compiler.is_compiling():  # the compiler fuses it better
         shifted = _shifted(window, len(weight))
         return torch.nn.functional.silu(bias + sum(x * tap for x, tap in zip(shifted, weight, strict=True)))
     return _Convolution.apply(window, weight, bias)
 
 
 def last_inputs(x: Tensor, taps: int, tail: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The tail that the next stretch needs, shaped as `tail` of `causal_convolution`, of the same arguments; a copy."""
+    """The tail to continue from, shaped like `tail` of `causal_convolution`, for the same arguments; a copy."""
     room = taps - 1
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     tail = x.new_zeros(sequences, room, x.shape[2]) if tail is None else tail.to(x.dtype)
     if cu_seqlens is None:
-        # Never a view, which would keep all tokens alive for as long as the tail is carried.
-        if torch.compiler.is_compiling():  # one graph for sequences shorter and longer than the tail
+        # Never a view, which would keep all of x alive as long as the tail.
+        if torch.compiler.is_compiling():  # one graph for sequences shorter or longer than the tail
             return torch.cat((tail, x), dim=1).narrow(1, x.shape[1], room).clone()
         last = x[:, max(x.shape[1] - room, 0) :]
         return torch.cat((tail[:, last.shape[1] :], last), dim=1)
     borders = cu_seqlens.to(x.device, torch.long)
     back = torch.arange(-room, 0, device=x.device)
     length = borders.diff()[:, None]
-    # From the tail what is before the sequence, of which a sequence shorter than the tail leaves some.
+    # A sequence shorter than the tail keeps part of the old tail.
     old = tail.gather(1, (length + back + room).clamp(max=max(room - 1, 0))[..., None].expand_as(tail))
     if x.shape[1] == 0:
         return old
@@ -100,8 +100,8 @@ def last_inputs(x: Tensor, taps: int, tail: Tensor | None = None, cu_seqlens: Te
 
 
 def _places(x: Tensor, cu_seqlens: Tensor, tails: bool) -> tuple[Tensor, Tensor | None]:
-    """For each token of packed sequences how many of its own are before it and, for tails, which it is of; int32 `[T]`. Tokens
-    and sequences that are there, whatever the borders, which a compiled model does not check."""
+    """For each token of packed sequences its position in its sequence and, for tails, the sequence's index; int32 `[T]`.
+    Always in range, even if the borders are invalid, which a compiled model does not check."""
     borders = cu_seqlens.to(x.device, torch.long)
     token = torch.arange(x.shape[1], device=x.device)
     sequence = torch.bucketize(token, borders[1:], right=True).clamp(max=len(borders) - 2)
@@ -115,7 +115,7 @@ def _whole(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None) -> Tens
 
 
 def _packed(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-    """Each sequence is moved right to make room for its tail, so that one convolution serves all."""
+    """Shifts each sequence right to insert its tail, so that one convolution serves all sequences."""
     borders = cu_seqlens.to(x.device, torch.long)
     room, sequences = len(weight) - 1, borders.numel() - 1
     token = torch.arange(x.shape[1], device=x.device)
@@ -132,7 +132,7 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seq
 class _Convolution(torch.autograd.Function):
     """`silu(sum_i w_i x_{t+i} + b)` of x `[B, T + taps - 1, C]`, w `[taps, C]` and b, as `[B, T, C]`.
 
-    Shifted products summed in place, both ways: autograd would give each tap's gradient a zero-filled tensor of its own.
+    Sums shifted products in place, forward and backward: autograd would allocate a zero-filled gradient of x per tap.
     """
 
     @staticmethod
@@ -141,7 +141,7 @@ class _Convolution(torch.autograd.Function):
         y = torch.addcmul(bias, first, weight[0])
         for shifted, tap in zip(rest, weight[1:], strict=True):
             y.addcmul_(shifted, tap)
-        ctx.save_for_backward(x, weight, bias, y)  # all inputs, for what `once_differentiable` refuses
+        ctx.save_for_backward(x, weight, bias, y)  # all inputs, as `once_differentiable` requires
         return torch.nn.functional.silu(y)
 
     @staticmethod
@@ -159,12 +159,12 @@ class _Convolution(torch.autograd.Function):
 
 
 def _shifted(x: Tensor, taps: int) -> list[Tensor]:
-    """What each tap sees of x `[B, T + taps - 1, C]`: views `[B, T, C]`."""
+    """The inputs of each tap: views `[B, T, C]` of x `[B, T + taps - 1, C]`."""
     return [x[:, i : x.shape[1] - taps + 1 + i] for i in range(taps)]
 
 
 def _why_unsupported(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | None:
-    """Why the kernels cannot compute; None if they can."""
+    """Why the kernels cannot run; None if they can."""
     if len(weight) > MAX_TAPS:
         return f"weight has {len(weight)} taps, the kernels take up to {MAX_TAPS}"
     if tail is not None and tail.requires_grad and torch.is_grad_enabled():
@@ -173,7 +173,7 @@ def _why_unsupported(x: Tensor, weight: Tensor, tail: Tensor | None) -> str | No
 
 
 BACKENDS = (Backend("triton", _by_kernels, needs_gpu=True, why_unsupported=_why_unsupported), Backend("plain", _plain))
-"""The fastest first."""
+"""Fastest first."""
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -1,10 +1,10 @@
 """The causal convolution on a GPU: the operators `factorization_memory::convolve` and `convolve_backward`.
 
-A program walks along some tokens of a block of channels and has the last inputs at hand, so that each number is read once.
-Backward computes what was before SiLU again, and keeps sums for the gradients of taps and bias, one for each program: PyTorch
-adds them up.
+A program walks along some tokens of a block of channels and keeps the last inputs in registers, so that each element is read
+once. Backward recomputes the input of SiLU, and writes one partial sum per program of the gradients of taps and bias, which
+PyTorch adds up.
 
-Shapes: B sequences, T tokens, C channels, `taps` of up to four; N packed sequences.
+Shapes: B sequences, T tokens, C channels, up to four taps; N packed sequences.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from factorization_memory.ops.runtime import on_device_of
 from factorization_memory.ops.runtime.launcher import launch
 
 BLOCK = 128
-"""Channels of a program, which is one warp; this and the numbers below are the best of those tried on an H200."""
+"""Channels per program of one warp; this and the constants below are the fastest of those tried on an H200."""
 ROWS = 4
-"""Tokens whose numbers are on their way at once."""
+"""Tokens loaded at once."""
 RUN = 64
-"""Steps that a program walks at most; backward takes the last three of them again in the next program."""
+"""Most tokens per program; in backward, the next program repeats the last three."""
 BEFORE = 3
-"""Inputs before a token's own that the kernels are written for: with it, four taps."""
+"""Previous inputs that the kernels support: four taps with the token's own."""
 
 
 @triton.jit
 def _taps(weight, column, inside, C: tl.constexpr, TAPS: tl.constexpr):
-    """The taps of the token itself and of the three before it, float32 `[BLOCK]`; zeros where there is none."""
+    """The taps of the token itself and the three before it, float32 `[BLOCK]`; zero for missing taps."""
     last = weight + (TAPS - 1) * C + column
     w0 = tl.load(last, mask=inside, other=0.0).to(tl.float32)
     w1 = tl.load(last - C, mask=inside & (TAPS > 1), other=0.0).to(tl.float32)
@@ -43,7 +43,7 @@ def _taps(weight, column, inside, C: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def _before(x, tail, token, position, sequence, back, time, inside, C: tl.constexpr, TAPS: tl.constexpr, TAIL: tl.constexpr):
-    """The input `back` tokens before `token`, float32 `[BLOCK]`, from the tail if that is before the sequence."""
+    """The input `back` tokens before `token`, float32 `[BLOCK]`, from the tail if it is before the sequence."""
     known = position >= back
     h = tl.load(x + (token - back) * time, mask=inside & known, other=0.0).to(tl.float32)
     if TAIL:
@@ -54,7 +54,7 @@ def _before(x, tail, token, position, sequence, back, time, inside, C: tl.conste
 
 @triton.jit
 def _place(token, batch, positions, sequences, PACKED: tl.constexpr, TAIL: tl.constexpr):
-    """How many tokens of its sequence are before `token`, and which sequence it is."""
+    """Position of `token` in its sequence, and the sequence's index."""
     position, sequence = token, batch
     if PACKED:
         position = tl.load(positions + token).to(tl.int64)
@@ -78,7 +78,7 @@ def _history(
 
 @triton.jit
 def _sum(now, h1, h2, h3, w0, w1, w2, w3, b, TAPS: tl.constexpr):
-    """What SiLU is taken of. A tap that is not there leaves its input out, which may be infinite."""
+    """The input of SiLU. Missing taps skip their input rather than multiply it by zero, as it may be infinite."""
     total = b + w0 * now
     if TAPS > 1:
         total += w1 * h1
@@ -91,7 +91,7 @@ def _sum(now, h1, h2, h3, w0, w1, w2, w3, b, TAPS: tl.constexpr):
 
 @triton.jit
 def _program(length, COLUMNS: tl.constexpr, RUN_TOKENS: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """This program's row of x, first token, channels, which there are, and its run's number, of all rows."""
+    """This program's row of x, first token, channels and their mask, and the index of its run over all rows."""
     program = tl.program_id(0)
     run = (program // COLUMNS).to(tl.int64)
     column = (program % COLUMNS) * BLOCK + tl.arange(0, BLOCK)
@@ -101,10 +101,25 @@ def _program(length, COLUMNS: tl.constexpr, RUN_TOKENS: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def forward_kernel(
-    x, tail, weight, bias, positions, sequences, y, length, x_batch, x_time,
-    C: tl.constexpr, TAPS: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
-    COLUMNS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,  # [B, T, C], strides `x_batch` and `x_time`
+    tail,  # inputs before the first [B or N, TAPS - 1, C]
+    weight,  # w [TAPS, C], the last for the token itself
+    bias,  # b [C]
+    positions,  # position of each token in its packed sequence [T]
+    sequences,  # packed sequence of each token [T]
+    y,  # out: y [B, T, C]
+    length,  # T
+    x_batch,
+    x_time,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAIL: tl.constexpr,
+    PACKED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # blocks of channels
+    STEPS: tl.constexpr,  # tokens per program
+    ROWS: tl.constexpr,  # tokens loaded at once
+    BLOCK: tl.constexpr,  # channels per program
+):
     """`y_t = silu(sum_i w_i x_{t-i} + b)` for STEPS tokens of a block of channels."""
     batch, first, column, inside, _ = _program(length, COLUMNS, STEPS, BLOCK, C)
     x += batch * x_batch + column
@@ -123,7 +138,7 @@ def forward_kernel(
         for i in tl.static_range(ROWS):
             token = begin + i
             if PACKED:
-                # Behind the end no sequence begins.
+                # No sequence begins past the end.
                 position = tl.load(positions + token, mask=token < length, other=1)
                 if position == 0:
                     h1, h2, h3 = _history(x, tail, token, batch, positions, sequences, x_time, inside, C, TAPS, TAIL, PACKED)
@@ -137,12 +152,31 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, tail, weight, bias, positions, sequences, d_y, d_x, sums, length, x_batch, x_time, d_y_batch, d_y_time,
-    C: tl.constexpr, TAPS: tl.constexpr, TAIL: tl.constexpr, PACKED: tl.constexpr,
-    COLUMNS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient of x for STEPS - 3 tokens of a block of channels, and their part of those of taps and bias, `sums`
-    `[programs, TAPS + 1, C]`. A token's gradient needs what the three after it gave, so that it is written three steps late."""
+    x,  # [B, T, C], strides `x_batch` and `x_time`
+    tail,  # inputs before the first [B or N, TAPS - 1, C]
+    weight,  # w [TAPS, C], the last for the token itself
+    bias,  # b [C]
+    positions,  # position of each token in its packed sequence [T]
+    sequences,  # packed sequence of each token [T]
+    d_y,  # dy [B, T, C], strides `d_y_batch` and `d_y_time`
+    d_x,  # out: dx [B, T, C]
+    sums,  # out: parts of dw and db [programs, TAPS + 1, C]
+    length,  # T
+    x_batch,
+    x_time,
+    d_y_batch,
+    d_y_time,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAIL: tl.constexpr,
+    PACKED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # blocks of channels
+    STEPS: tl.constexpr,  # tokens per program plus 3
+    ROWS: tl.constexpr,  # tokens loaded at once
+    BLOCK: tl.constexpr,  # channels per program
+):
+    """Gradient of x for STEPS - 3 tokens of a block of channels, and their share of those of taps and bias. A token's gradient
+    depends on the three tokens after it, so it is written three steps late."""
     OWN: tl.constexpr = STEPS - 3
     batch, first, column, inside, run = _program(length, COLUMNS, OWN, BLOCK, C)
     x += batch * x_batch + column
@@ -154,7 +188,7 @@ def backward_kernel(
     w0, w1, w2, w3 = _taps(weight, column, inside, C, TAPS)
     b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     h1, h2, h3 = _history(x, tail, first, batch, positions, sequences, x_time, inside, C, TAPS, TAIL, PACKED)
-    # What is known so far of the gradients of x of the three tokens before (1 is the last); and of those of taps and bias.
+    # Partial gradients of x of the three previous tokens (a1 the latest), and of taps and bias.
     a1 = tl.zeros([BLOCK], tl.float32)
     a2 = tl.zeros([BLOCK], tl.float32)
     a3 = tl.zeros([BLOCK], tl.float32)
@@ -176,7 +210,7 @@ def backward_kernel(
             token = begin + i
             position = token
             if PACKED:
-                # Behind the end no sequence begins, and nothing is given to those before.
+                # No sequence begins past the end, and nothing there contributes to earlier tokens.
                 position = tl.load(positions + token, mask=token < length, other=3).to(tl.int64)
                 if position == 0:
                     h1, h2, h3 = _history(x, tail, token, batch, positions, sequences, x_time, inside, C, TAPS, TAIL, PACKED)
@@ -224,9 +258,9 @@ def _convolve(
         x: `[B, T, C]`, bfloat16, float16 or float32.
         weight: `[taps, C]`, the last for the token itself.
         bias: `[C]`.
-        tail: the inputs before the first, `[B, taps - 1, C]` (`[N, ...]` with `sequences`) in x's dtype; None for zeros.
-        positions: int32 `[T]`, tokens of its sequence before each token, if several are packed.
-        sequences: int32 `[T]`, the sequence of each token, if several are packed and have tails.
+        tail: the inputs before the first, `[B, taps - 1, C]` (`[N, ...]` with `sequences`) in x's dtype; None means zeros.
+        positions: int32 `[T]`, position of each token in its sequence, if packed.
+        sequences: int32 `[T]`, sequence of each token, if packed and with tails.
 
     Returns:
         y `[B, T, C]`, contiguous, in x's dtype.
@@ -256,7 +290,7 @@ def _convolve_backward(
     x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
     d_y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x `[B, T, C]`, in its dtype, and of weight `[taps, C]` and bias `[C]`, in theirs, given that of y."""
+    """Gradients of x `[B, T, C]`, weight `[taps, C]` and bias `[C]`, each in its tensor's dtype, given that of y."""
     d_x, d_weight, d_bias = _fake_convolve_backward(x, weight, bias, tail, positions, sequences, d_y)
     if x.numel() == 0:
         return d_x, d_weight.zero_(), d_bias.zero_()
@@ -284,7 +318,7 @@ def _fake_convolve_backward(
 
 
 def _laid_out(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The operands as the kernels read them: channels side by side, and all of it but x contiguous."""
+    """The operands as the kernels read them: x with channels contiguous, all others fully contiguous."""
     x = x if x.stride(2) == 1 else x.contiguous()
     return x, weight.contiguous(), bias.contiguous(), None if tail is None else tail.contiguous()
 
@@ -315,4 +349,4 @@ torch.library.register_fake("factorization_memory::convolve_backward", _fake_con
 torch.library.register_autograd("factorization_memory::convolve", _backward, setup_context=_setup_context)
 
 convolve = torch.ops.factorization_memory.convolve.default
-"""The operator; `_convolve` says what it takes and returns."""
+"""The operator; see `_convolve` for its arguments and results."""

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head in pieces, so that the logits of a long sequence never stand in memory at once."""
+"""Cross-entropy of a linear head in pieces, so that the logits of a long sequence are never in memory all at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from factorization_memory.ops.precision import has_autocast, no_autocast, wide_p
 from factorization_memory.ops.runtime.backends import Backend, choose
 
 IGNORE = -100
-"""The target of a position that has no loss."""
+"""Target of a position without loss."""
 PIECE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits computed at a time: few enough for a CPU's cache, enough to fill a GPU. Kernels compute as many as take the memory of
-these in float32."""
+"""Logits per piece: few enough for a CPU's cache, enough to fill a GPU. Pieces for kernels have the byte size of this many
+float32 logits."""
 TILE = 128
-"""Rows of a tile of a matrix product on a GPU: a piece for kernels has a multiple of it, if it has as many."""
+"""Rows of a GPU matmul tile: pieces for kernels are a multiple of it, unless smaller."""
 
 
 def linear_cross_entropy(
@@ -30,18 +30,18 @@ def linear_cross_entropy(
     Args:
         hidden: `[N, d]`.
         weight: the head's weight, `[V, d]`.
-        targets: int64 `[N]`; -100 has no loss.
-        reduction: "mean" over the targets that count (0 if none do), or "none".
-        backend: of the mean, "plain" (PyTorch), "triton" (kernels for GPUs; not for float64), or "auto": triton on a GPU where
-            it can run, plain elsewhere.
+        targets: int64 `[N]`; -100 means no loss.
+        reduction: "mean" over the targets other than -100 (0 if there are none), or "none".
+        backend: for the mean, "plain" (PyTorch), "triton" (kernels for GPUs; not for float64), or "auto": triton on a GPU
+            where it can run, plain elsewhere.
 
     Returns:
-        float32 scalar, or `[N]` with "none" (not differentiable), 0 where the target is -100. The mean by kernels is NaN if a
-        target is no id, and so is the gradient: a GPU is not waited for to find out.
+        float32 scalar, or `[N]` with "none" (not differentiable), 0 where the target is -100. With kernels, an invalid target
+        makes the mean and the gradient NaN, since checking would synchronize.
 
     Raises:
         ValueError: unknown reduction, an unknown backend or one that cannot run here.
-        RuntimeError or IndexError: a target that is no id, but for the mean by kernels.
+        RuntimeError or IndexError: an invalid target, except for the mean with kernels.
     """
     if reduction == "none":
         with torch.no_grad():
@@ -63,11 +63,11 @@ def linear_cross_entropy(
 
 
 def logits_cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """The same of logits that are at hand, `[N, V]`, for heads whose weight alone is not all that they compute with.
+    """Cross-entropy of logits, for heads that are not a plain matmul with a weight.
 
     Args:
         logits: `[N, V]`.
-        targets, reduction: as of `linear_cross_entropy`, and so is what is returned.
+        targets, reduction: as in `linear_cross_entropy`, which returns the same.
 
     Raises:
         ValueError: unknown reduction.
@@ -87,7 +87,7 @@ def _pieces(hidden: Tensor, targets: Tensor, weight: Tensor) -> list[tuple[Tenso
 def _mean_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss; both gradients are computed with it, while a piece's logits are at hand (empty where not asked for)."""
+    """The mean loss and both gradients, computed piece by piece while its logits exist (empty if not requested)."""
     return BACKENDS[0 if kernels else 1].forward(hidden, weight, targets, for_hidden, for_weight)
 
 
@@ -99,7 +99,7 @@ def _plain(
     d_hidden = torch.empty_like(hidden) if for_hidden else None
     d_weight = torch.zeros_like(weight, dtype=total.dtype) if for_weight else None
     pieces = _pieces(hidden, targets, weight)
-    # One buffer for all pieces: fresh memory for each costs more than what is computed in it.
+    # One buffer for all pieces: allocating memory for each costs more than the computation in it.
     buffer = total.new_empty(max((len(t) for _, t in pieces), default=0), weight.shape[0])
     start = 0
     with no_autocast(hidden.device):
@@ -110,7 +110,7 @@ def _plain(
             else:
                 logits.copy_(h @ weight.T)
             counts = (t != IGNORE)[:, None]
-            # Only -100 is without a loss: any other id that is none fails in the look-up, as in PyTorch.
+            # Only -100 means no loss: any other invalid id fails in the gather, as in PyTorch.
             target = t.masked_fill(t == IGNORE, 0)[:, None]
             logits.sub_(logits.amax(-1, keepdim=True))
             chosen = logits.gather(1, target)
@@ -138,8 +138,8 @@ def _plain(
 def _by_kernels(
     hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with one kernel between the matrix products: a piece's logits, in the dtype of `hidden`, become their gradient
-    in place."""
+    """The same with one kernel between the matmuls, which overwrites a piece's logits, in the dtype of `hidden`, with their
+    gradient."""
     from factorization_memory.ops.cross_entropy.kernels import cross_entropy, row_size
 
     count = (targets != IGNORE).sum().clamp(min=1).float()
@@ -170,7 +170,7 @@ def _by_kernels(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a b` in place and in float32, whatever the dtype of a and b."""
+    """`total += a b` in place, in float32, whatever the dtypes of a and b."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
@@ -181,7 +181,7 @@ BACKENDS = (
     Backend("triton", _by_kernels, needs_gpu=True, why_unsupported=lambda x: runtime.why_unsupported(x, "hidden")),
     Backend("plain", _plain),
 )
-"""The fastest first."""
+"""Fastest first."""
 
 
 def _fake_mean_loss(
@@ -210,7 +210,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None,
     return *gradients, None, None, None, None
 
 
-# One operator, so that a compiled model has it in its graph as it is.
+# One operator, opaque to the compiler.
 torch.library.define(
     "factorization_memory::linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor targets, bool for_hidden, bool for_weight, bool kernels)"

@@ -1,9 +1,9 @@
-"""Cross-entropy on a GPU: from the logits of some tokens to their losses and, in place of the logits, their gradient.
+"""Cross-entropy on a GPU: computes losses from logits and overwrites the logits with their gradient.
 
-A program has one row. It reads it once, keeping a running maximum and a running sum of exponentials for each of its lanes,
-which meet at the end; and once more, while the row is still in a cache, to overwrite it. Nothing is added up between programs.
+A program owns one row. It reads it once, with a running maximum and a running sum of exponentials per lane, which are combined
+at the end; and once more, from cache, to overwrite it. There is no reduction across programs.
 
-Shapes: N rows (tokens), V logits of a row.
+Shapes: N rows (tokens), V logits per row.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from factorization_memory.ops.runtime import on_device_of
 from factorization_memory.ops.runtime.launcher import launch
 
 ALIGNMENT = 64
-"""Of which the logits from one row to the next are a multiple, so that all of a row can be read 16 bytes at a time."""
+"""Row stride in logits is a multiple of this, so that rows can be read 16 bytes at a time."""
 LOAD_BYTES = 16
-"""Logits of a lane: what a thread reads at once."""
+"""Bytes of logits per lane: one load of a thread."""
 MOST_LANES, WARP_LANES = 1024, 64
-"""Lanes of a program at most, and of a warp. With all of them four rows fill a multiprocessor, and their logits, up to a
-vocabulary of about 40,000 in bfloat16, the cache that they are read from again."""
+"""Most lanes per program, and lanes per warp. At the maximum, four rows fill a multiprocessor, and their logits still fit its
+cache for the second read, up to a vocabulary of about 40,000 in bfloat16."""
 
 
 @triton.jit
 def _block(logits, first, lane, V: tl.constexpr, ROW: tl.constexpr, WIDE: tl.constexpr):
-    """Logits from column `first` on, float32 `[lanes, WIDE]`, minus infinity where there are none, and their columns."""
+    """Logits from column `first` on, float32 `[lanes, WIDE]`, -inf past the row's end, and their columns."""
     column = first + lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
     x = tl.load(logits + column, mask=column < ROW, other=float("-inf")).to(tl.float32)
     if ROW != V:
@@ -36,10 +36,18 @@ def _block(logits, first, lane, V: tl.constexpr, ROW: tl.constexpr, WIDE: tl.con
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, targets, losses, share, V: tl.constexpr, ROW: tl.constexpr, IGNORE: tl.constexpr, LANES: tl.constexpr,
-    WIDE: tl.constexpr, GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """The loss of a row and, with GRADIENT, `share` times its gradient in place of the logits."""
+    logits,  # in and, with GRADIENT, out: [N, V], row stride ROW
+    targets,  # [N]
+    losses,  # out: [N]
+    share,  # [1], factor of the gradient
+    V: tl.constexpr,
+    ROW: tl.constexpr,
+    IGNORE: tl.constexpr,
+    LANES: tl.constexpr,  # lanes of a program
+    WIDE: tl.constexpr,  # logits per lane and load
+    GRADIENT: tl.constexpr,
+):
+    """Loss of one row; with GRADIENT, overwrites the logits with `share` times their gradient."""
     BLOCK: tl.constexpr = LANES * WIDE
     BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
     row = tl.program_id(0).to(tl.int64)
@@ -54,9 +62,9 @@ def cross_entropy_kernel(
                 tl.store(logits + column, tl.zeros([LANES, WIDE], logits.dtype.element_ty), mask=column < ROW)
     else:
         known = (target >= 0) & (target < V)
-        # A target that is no id makes all of its row NaN.
+        # An invalid target makes its whole row NaN.
         chosen = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
-        # Of all numbers the least rather than minus infinity, of which differences are none.
+        # Lowest finite float, not -inf: (-inf) - (-inf) is NaN.
         most = tl.full([LANES], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([LANES], tl.float32)
         for block in range(BLOCKS):
@@ -69,37 +77,37 @@ def cross_entropy_kernel(
         tl.store(losses + row, tl.log(partition) + (highest - chosen))
         if GRADIENT:
             part = tl.load(share)
-            # No thread overwrites what another still reads.
+            # No thread may overwrite what another still reads.
             tl.debug_barrier()
             factor = tl.where(known, part / partition, float("nan"))
-            # The last block first: it was read last.
+            # Last block first: it was read last, so it is most likely in cache.
             for back in range(BLOCKS):
                 x, column = _block(logits, (BLOCKS - 1 - back) * BLOCK, lane, V, ROW, WIDE)
                 gradient = tl.exp(x - highest) * factor
                 tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < ROW)
-            # Threads may write to where others wrote.
+            # Threads may overwrite what others wrote.
             tl.debug_barrier()
             at_target = tl.exp(chosen - highest) * factor - part
             tl.store(logits + target, at_target.to(logits.dtype.element_ty), mask=known)
 
 
 def row_size(vocabulary: int) -> int:
-    """Logits from the beginning of a row to that of the next, for `cross_entropy` to be fast."""
+    """Row stride, in logits, with which `cross_entropy` is fast."""
     return -(-vocabulary // ALIGNMENT) * ALIGNMENT
 
 
 @on_device_of
 def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, share: Tensor | None, ignore: int) -> None:
-    """Losses in nats, into `losses`, and their gradient in place of the logits.
+    """Writes losses in nats to `losses`, and overwrites the logits with their gradient.
 
     Args:
-        logits: `[N, V]`, bfloat16, float16 or float32, with V numbers in a row; overwritten if there is a share, and with them
-            what stands in memory between one row and the next.
-        targets: int64 `[N]`, contiguous. One that is no id and not `ignore` makes its loss and its gradient NaN, which the
-            host finds out when it looks at the loss: nothing waits for the GPU here.
+        logits: `[N, V]`, bfloat16, float16 or float32, rows contiguous; overwritten if there is a share, including the padding
+            between rows.
+        targets: int64 `[N]`, contiguous. An invalid id other than `ignore` makes its loss and gradient NaN, which shows when
+            the loss is read; nothing synchronizes here.
         losses: float32 `[N]`, contiguous.
-        share: float32 `[1]`, what the gradient is multiplied with; None for no gradient.
-        ignore: the target of a row that has loss 0 and gradient 0, whatever its logits.
+        share: float32 `[1]`, factor of the gradient; None for no gradient.
+        ignore: target of a row with loss 0 and gradient 0, whatever its logits.
     """
     if len(targets) == 0:
         return

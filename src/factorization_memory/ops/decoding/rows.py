@@ -1,9 +1,9 @@
-"""What stands between the matrix products of a decoding step of more than a few sequences: one kernel for each place.
+"""Fused pointwise kernels between the matmuls of a decoding step of more than a few sequences.
 
-Launched by themselves, a norm, a cast, a gate and a sum each take as long as the reading of thousands of rows; here they are
-one. All kernels take part in programmatic dependent launch (`launcher.dependent`), and nothing waits for the host.
+As separate launches, a norm, a cast, a gate and a sum would each take as long as reading thousands of rows. All kernels
+support programmatic dependent launch (`launcher.dependent`) and never synchronize.
 
-Shapes: B sequences, I numbers of each, P parts of a product.
+Shapes: B sequences, I channels, P partial sums of a matmul.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from factorization_memory.ops.runtime import on_device_of
 from factorization_memory.ops.runtime.launcher import dependent, launch
 
 THREAD_NUMBERS = 8
-"""Numbers of a row for each thread, where warps allow."""
+"""Elements of a row per thread, up to the limit of warps."""
 WARPS = 16
-"""Of a program that holds a row, at most."""
+"""Most warps of a program that holds a row."""
 BLOCK = 512
-"""Numbers of a program, of 4 warps, where each is by itself."""
+"""Elements per program of 4 warps in elementwise kernels."""
 
 
 @triton.jit
@@ -33,11 +33,11 @@ def _silu(x):
 
 @triton.jit
 def normalise_kernel(
-    x,  # in and, with parts, out: [B, I], rows `x_row` apart
+    x,  # in and, with parts, out: [B, I], row stride `x_row`
     parts,  # [P, B, I]
-    gate,  # [B, I], rows `gate_row` apart
+    gate,  # [B, I], row stride `gate_row`
     norm_weight,  # [I]
-    skipped,  # [B, I], rows `skipped_row` apart
+    skipped,  # [B, I], row stride `skipped_row`
     skip_weight,  # [I]
     out,  # out: [B, I]
     batch,
@@ -53,7 +53,7 @@ def normalise_kernel(
     HAS_GATE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A row, padded to a power of two: the parts added to it, normalised, what skips that added, times a gate."""
+    """One row, padded to a power of two: adds the parts, normalises, adds the skip, multiplies by the gate."""
     column = tl.arange(0, INPUTS_PADDED)
     there = column < INPUTS
     if HAS_NORM:
@@ -105,7 +105,7 @@ def glu_kernel(
 
 @triton.jit
 def convolve_kernel(
-    x,  # [B, I], rows `x_row` apart
+    x,  # [B, I], row stride `x_row`
     tail,  # in and out: [B, TAPS - 1, I]
     weight,  # [TAPS, I]
     bias,  # [I]
@@ -116,7 +116,7 @@ def convolve_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A block of columns. Each thread has columns of its own, and reads a row of the tail before it writes there."""
+    """One block of columns. Each thread owns its columns, and reads a row of the tail before overwriting it."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < WIDTH
     y = tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
@@ -151,14 +151,14 @@ def normalise(
     `x + sum of parts`.
 
     Args:
-        x: `[B, I]`, bfloat16 or float32, as are the others; its rows may stand apart, and those of `gate` and `skipped`.
-        parts: contiguous `[P, B, I]`, or None for nothing to add.
-        gate: `[B, I]`, or None for none.
+        x: `[B, I]`; all tensors are bfloat16 or float32, and rows of x, `gate` and `skipped` may be strided.
+        parts: contiguous `[P, B, I]`; None adds nothing.
+        gate: `[B, I]`; None for no gate.
         norm_weight: `[I]`, the weight of the RMS normalisation; None for no normalisation.
         eps: its epsilon.
-        dtype: of the result.
-        skipped: `[B, I]`, or None for nothing that skips the norm.
-        skip_weight: `[I]`, by which it is multiplied; with `skipped` alone.
+        dtype: dtype of the result.
+        skipped: `[B, I]`, added after the norm; None for no skip.
+        skip_weight: `[I]`, multiplies `skipped`; only with it.
     """
     assert (skipped is None) == (skip_weight is None), "one is nothing without the other"
     batch, inputs = x.shape
@@ -182,7 +182,7 @@ def normalise(
 
 @on_device_of
 def glu(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
-    """`silu(gate) * up` of the halves of `gate_up`, contiguous `[B, 2 I]`, as `[B, I]` in `dtype`."""
+    """`silu(gate) * up` of the halves of contiguous `gate_up` `[B, 2 I]`: `[B, I]` in `dtype`."""
     batch, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(batch, width, dtype=dtype)
     if batch:
@@ -198,8 +198,8 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One token of `CausalConvolution`: `[B, I]` in x's dtype.
 
     Args:
-        x: `[B, I]`, whose rows may stand apart.
-        tail: the inputs before it, contiguous `[B, taps - 1, I]`, oldest first; moved on in place.
+        x: `[B, I]`; rows may be strided.
+        tail: the inputs before it, contiguous `[B, taps - 1, I]`, oldest first; shifted in place.
         weight: `[taps, I]`.
         bias: `[I]`.
     """

@@ -1,7 +1,7 @@
-"""A linear layer of few tokens, as in decoding, with what stands around it, in one kernel.
+"""A linear layer for the few tokens of a decoding step, fused with its prologue and epilogue.
 
-A program multiplies some rows of the weight by the whole input and sums, so that its time is that of reading the weights. It
-takes up to `MAX_TOKENS` tokens: with kernels of ours for more, a step of 64 sequences was no faster than the plain one.
+A program multiplies some rows of the weight by the whole input, so it is bound by reading the weights. It supports up to
+`MAX_TOKENS` tokens: with our kernels for more, a step of 64 sequences was no faster than the plain one.
 
 Shapes: B tokens, I inputs, O outputs.
 """
@@ -20,16 +20,16 @@ from factorization_memory.ops.runtime import processor_count
 from factorization_memory.ops.runtime.launcher import dependent, launch
 
 MAX_TOKENS = 4
-"""Tokens at most: weights are multiplied by each in turn."""
+"""Most tokens; weights are multiplied by one after the other."""
 MAX_INPUTS = 16384
-"""Inputs of all tokens, each number padded to a power of two, that `few_kernel` takes: it holds them all."""
+"""Most inputs of all tokens, both padded to a power of two: `few_kernel` keeps all in registers."""
 MAX_THREAD_BYTES = 256
-"""Weights of a thread of `few_kernel` at most: sixteen loads of 16 bytes."""
+"""Most bytes of weights per thread of `few_kernel`: sixteen loads of 16 bytes."""
 
 
 @triton.jit
 def _silu_at(gate, at, mask):
-    """The SiLU of gate at `at`."""
+    """SiLU of `gate` at offsets `at`."""
     g = tl.load(gate + at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return g / (1.0 + tl.exp(-g))
 
@@ -37,7 +37,7 @@ def _silu_at(gate, at, mask):
 @triton.jit
 def _added(bias, residual, index, at, mask, OUTPUTS: tl.constexpr, GLU: tl.constexpr, HAS_BIAS: tl.constexpr,
            HAS_RESIDUAL: tl.constexpr):  # fmt: skip
-    """What is added to the products of outputs `index`: two biases (the second with GLU) and the residual at `at`."""
+    """Loads the epilogue's terms for outputs `index`: two biases (the second with GLU) and the residual at `at`."""
     first = tl.zeros(index.shape, tl.float32)
     second = first
     after = tl.zeros(at.shape, tl.float32)
@@ -52,7 +52,7 @@ def _added(bias, residual, index, at, mask, OUTPUTS: tl.constexpr, GLU: tl.const
 
 @triton.jit
 def _finished(y, up, first, second, after, GLU: tl.constexpr):
-    """Outputs from products y (and, with GLU, `up`) and what `_added` gives."""
+    """Outputs from products y (and, with GLU, `up`) and the results of `_added`."""
     y += first
     if GLU:
         y = y / (1.0 + tl.exp(-y)) * (up + second)
@@ -61,15 +61,15 @@ def _finished(y, up, first, second, after, GLU: tl.constexpr):
 
 @triton.jit
 def few_kernel(
-    x,  # [B, I], rows `x_row` apart
+    x,  # [B, I], row stride `x_row`
     weight,  # [O, I], with GLU [2 O, I]
     bias,  # [O], with GLU [2 O]
     norm_weight,  # [I]
-    skipped,  # [B, I], rows `skipped_row` apart
+    skipped,  # [B, I], row stride `skipped_row`
     skip_weight,  # [I]
-    residual,  # [B, O], rows `residual_row` apart
-    gate,  # [B, I], rows `gate_row` apart
-    out,  # out: [B, O], rows `out_row` apart
+    residual,  # [B, O], row stride `residual_row`
+    gate,  # [B, I], row stride `gate_row`
+    out,  # out: [B, O], row stride `out_row`
     eps,
     x_row,
     skipped_row,
@@ -96,7 +96,7 @@ def few_kernel(
     index = tl.program_id(0) * BO + tl.arange(0, BO)
     known = index < OUTPUTS
     both = known[:, None] & inside[None, :]
-    # All loads first, those of the weights before all others: they are under way together.
+    # Issue all loads first, weights before the rest, so that they overlap.
     at = index.to(tl.int64)[:, None] * INPUTS + column[None, :]
     w = tl.load(weight + at, mask=both, other=0.0)
     if GLU:
@@ -129,7 +129,7 @@ def few_kernel(
     y = tl.zeros([TOKENS_PADDED, BO], tl.float32)
     up = y
     for t in tl.static_range(TOKENS):
-        # A thread holds its columns of all tokens: taking one costs nothing.
+        # A thread holds its columns of all tokens, so selecting one is free.
         row = tl.sum(tl.where(token == t, rows, 0.0), 0)[None, :]
         y = tl.where(token == t, tl.sum(w.to(tl.float32) * row, 1)[None, :], y)
         if GLU:
@@ -140,7 +140,7 @@ def few_kernel(
 
 @lru_cache(maxsize=1024)
 def most_tokens(inputs: int) -> int:
-    """Tokens of so many inputs that `small_linear` takes at most; 0 if it takes none."""
+    """Most tokens with `inputs` inputs that `small_linear` supports; 0 if unsupported."""
     padded = triton.next_power_of_2(inputs)
     return max(
         (tokens for tokens in range(1, MAX_TOKENS + 1) if triton.next_power_of_2(tokens) * padded <= MAX_INPUTS), default=0
@@ -163,30 +163,29 @@ def small_linear(
     early: bool = False,
 ) -> Tensor:
     """`out = linear((norm(x) + skipped * skip_weight) * silu(gate)) + residual`, or, with `glu`, `silu(linear of the first O
-    rows) * linear of the others + residual`. Not differentiable; waits for nothing, so that a CUDA graph can hold it.
+    rows) * linear of the others + residual`. Not differentiable. Never synchronizes, so it can be captured in a CUDA graph.
 
     Args:
-        x: `[B, I]`, B up to `most_tokens(I)`, bfloat16 or float32; so are the others, each of its own
-            dtype. Rows may stand apart, numbers of a row not.
-        weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as by
-            autocast; sums are float32.
+        x: `[B, I]`, B up to `most_tokens(I)`. Each tensor is bfloat16 or float32; rows may be strided, elements of a row not.
+        weight: `[O, I]`, with `glu` `[2 O, I]`, bfloat16 or float32, contiguous. The input is rounded to its dtype, as in
+            autocast; accumulation is float32.
         out: `[B, O]`; may be `residual`, not `x`, `skipped` or `gate`.
-        bias: as many numbers as `weight` has rows; None for none.
-        norm_weight: `[I]`, the weight of an RMS normalisation of x before all else; None for none.
+        bias: `[O]`, with `glu` `[2 O]`; None for no bias.
+        norm_weight: `[I]`, weight of an RMS normalisation of x; None for no normalisation.
         norm_eps: epsilon of the normalisation.
-        skipped: `[B, I]`, added to the normalised inputs; None for nothing.
-        skip_weight: `[I]`, by which it is multiplied; with `skipped` alone.
-        residual: `[B, O]`, added to the outputs; None for none.
-        gate: `[B, I]`, whose SiLU multiplies the (normalised) inputs; None for none.
+        skipped: `[B, I]`, added to the normalised inputs; None for no skip.
+        skip_weight: `[I]`, multiplies `skipped`; only with it.
+        residual: `[B, O]`, added to the outputs; None for no residual.
+        gate: `[B, I]`, its SiLU multiplies the (normalised) inputs; None for no gate.
         glu: whether to multiply the SiLU of the first half of the outputs by the second half.
-        early: whether to begin, and to read weights, while what was launched before still runs (programmatic dependent
-            launch): that must not write `weight`.
+        early: whether to start and read weights while the previous kernel still runs (programmatic dependent launch), which
+            must not write `weight`.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or layout, or more tokens than it takes.
+        ValueError: an argument of the wrong shape, dtype, device or layout, or too many tokens.
     """
     _check(x, weight, out, bias, norm_weight, skipped, skip_weight, residual, gate, glu)
     if x.is_cuda and x.device.index != torch.cuda.current_device():
@@ -221,8 +220,8 @@ def small_linear(
 
 @lru_cache(maxsize=1024)
 def _rows(most: int, outputs: int, row_bytes: int, input_bytes: int, processors: int) -> int:
-    """Outputs of a program, a power of two up to `most`, so that the busiest processor reads the fewest bytes: few
-    are spread unevenly and read the input often, many leave processors idle."""
+    """Outputs per program, a power of two up to `most`, such that the busiest multiprocessor reads the fewest bytes: few
+    outputs balance poorly and reread the input, many leave multiprocessors idle."""
     choices = [1 << i for i in range(most.bit_length())]
     return min(choices, key=lambda rows: -(-outputs // (rows * processors)) * (rows * row_bytes + input_bytes))
 

@@ -1,11 +1,12 @@
-"""The recurrence of Gated DeltaNet (arXiv 2412.06464, equation 10) as functions of tensors: arguments are checked here, and a
-backend is chosen.
+"""The recurrence of Gated DeltaNet (arXiv 2412.06464, equation 10) as functions of tensors: checks arguments and picks a
+backend.
 
 For each token t and head, with query q, key k, value v, log decay g <= 0 and write strength beta:
 
     S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - (exp(g_t) S_{t-1})^T k_t)^T        o_t = scale S_t^T q_t
 
-A write replaces a fraction beta of what the decayed state returns for the key by the value. Keys are expected to have norm 1.
+A write replaces a fraction beta of what the decayed state returns for the key with the value. Keys are expected to have norm
+1.
 
 Shapes: B sequences, T tokens, H value heads, G key heads that divide H, K width of a key, V width of a value.
 """
@@ -30,7 +31,7 @@ from factorization_memory.ops.runtime.backends import Backend, choose
 from factorization_memory.ops.ssd.kernels import fla_refusal
 
 FLA_MAX_KEY_WIDTH = 256
-"""Widest key that fla's kernels take."""
+"""Widest key that fla's kernels support."""
 
 
 def gated_delta_rule(
@@ -49,24 +50,24 @@ def gated_delta_rule(
 
     Args:
         q: queries, `[B, T, G, K]`; G divides H, and neighbouring value heads share a key head.
-        k: keys, the same shape, of norm at most 1.
+        k: keys, same shape as q, of norm at most 1.
         v: values, `[B, T, H, V]`.
         g: natural logarithm of the decay, `[B, T, H]`, not positive.
-        beta: write strength, `[B, T, H]`, 0 to 1. A token with g = 0 and beta = 0 leaves the state as it is.
-        scale: multiplies the outputs; None takes `K ** -0.5`.
+        beta: write strength, `[B, T, H]`, 0 to 1. A token with g = 0 and beta = 0 leaves the state unchanged.
+        scale: multiplies the outputs; None means `K ** -0.5`.
         initial_state: S_0, `[B, H, K, V]`, or `[N, H, K, V]` for N sequences of `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state starts anew at each.
-        backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch), "fla" (the kernels of
-            flash-linear-attention, for GPUs; a graph break under `torch.compile`), or "auto": fla where it is installed, for
-            bfloat16 and float16 v on a GPU; chunked elsewhere.
+        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state is reset at each.
+        backend: "reference" (a plain loop, the ground truth), "chunked" (parallel over time, in plain PyTorch), "fla" (the
+            kernels of flash-linear-attention, for GPUs; a graph break under `torch.compile`), or "auto": fla where it is
+            installed, for bfloat16 and float16 v on a GPU; chunked elsewhere.
 
     Returns:
         o `[B, T, H, V]` in v's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 v), or None.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, an unknown backend, or one that cannot run here; names the
-            argument, what it got and what it takes.
+        ValueError: an argument of the wrong shape, dtype or device, an unknown backend, or one that cannot run here; the
+            message names the argument, the value and what is accepted.
     """
     _check(q, k, v, g, beta)
     if cu_seqlens is not None:
@@ -85,8 +86,8 @@ def gated_delta_rule(
 def gated_delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float | None = None
 ) -> Tensor:
-    """One token: `state` `[B, H, K, V]` is updated in place. Shapes as of `gated_delta_rule`, without T; returns o `[B, H, V]`
-    in v's dtype. ValueError as of `gated_delta_rule`."""
+    """One token: `state` `[B, H, K, V]` is updated in place. Shapes as in `gated_delta_rule`, without T; returns o `[B, H, V]`
+    in v's dtype. Raises ValueError as `gated_delta_rule` does."""
     if v.dim() != 3:
         raise ValueError(f"v: got shape {tuple(v.shape)}, takes one token of each sequence, [B, H, V]")
     _check(*(x[:, None] for x in (q, k, v, g, beta)))
@@ -150,21 +151,21 @@ def _missing() -> str | None:
 
 @torch.compiler.assume_constant_result
 def _tilelang() -> bool:
-    """Whether fla runs in TileLang the backward kernel that it refuses to run in Triton on GPUs of capability 9."""
+    """Whether fla has TileLang for the backward kernel that it refuses to run in Triton on GPUs of capability 9."""
     try:
         return importlib.import_module("fla.ops.common.backends.tilelang").CommonTileLangBackend.can_use()
-    except Exception:  # other versions of fla have it elsewhere or not at all
+    except Exception:  # other fla versions have it elsewhere, or lack it
         return False
 
 
 @lru_cache(maxsize=1)
 def _find() -> Callable[..., Any] | str:
-    """fla's kernels, or why there are none."""
+    """fla's kernels, or why they are missing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks of another package's imports
+            warnings.simplefilter("ignore")  # emitted by another package's imports
             return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
-    except Exception as error:  # compiled parts fail in many ways where they do not fit this PyTorch
+    except Exception as error:  # extensions built for another PyTorch fail in many ways
         reason = f"{type(error).__name__}: {error}"
         return f"fla.ops.gated_delta_rule cannot be imported ({reason}); pip install fla-core"
 
@@ -181,10 +182,10 @@ def _fla(
     keep_final: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """fla's kernels, which take queries, keys and values of one dtype, and int64 borders."""
+    """fla's kernels, which need queries, keys and values of one dtype, and int64 borders."""
     kernels: Any = _find()
     with no_autocast(v.device):
-        # int64 borders on v's device are passed on as they are: fla caches what it reads from a tensor, for all layers.
+        # Pass int64 borders on v's device unchanged: fla caches what it reads from a tensor, across layers.
         borders = None if cu_seqlens is None else cu_seqlens.to(v.device, torch.int64)
 
         def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial: Tensor | None) -> Any:
@@ -217,7 +218,7 @@ def _reference(
     keep_final: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The formula as a loop over tokens, one sequence after the other where they are packed."""
+    """The formula as a loop over tokens, sequence by sequence if packed."""
     dtype, result = state_dtype(v), v.dtype
     borders = [0, v.shape[1]] if cu_seqlens is None else read_borders(cu_seqlens)
     with no_autocast(v.device):
@@ -244,4 +245,4 @@ BACKENDS = (
     Backend("chunked", chunked.forward),
     Backend("reference", _reference),
 )
-"""The fastest first."""
+"""Fastest first."""

@@ -1,7 +1,7 @@
 """The gated delta rule parallel over time in plain PyTorch (arXiv 2412.06464, section 3.3), for CPU and GPU.
 
-Time is cut into chunks of L tokens. In a chunk that begins with the state S, with `decay(s -> t) = exp(g_{s+1} + ... + g_t)`,
-what token t writes along its key, u_t, depends on the writes before it:
+Time is split into chunks of L tokens. In a chunk that begins with the state S, with
+`decay(s -> t) = exp(g_{s+1} + ... + g_t)`, what token t writes along its key, u_t, depends on the writes before it:
 
     u_t = beta_t (v_t - decay(start -> t) S^T k_t - sum_{s < t} decay(s -> t) (k_t . k_s) u_s)
 
@@ -37,10 +37,10 @@ CHUNK_SIZE = 64
 
 @dataclass(frozen=True)
 class _Packing:
-    """Where packed sequences lie in the chunks: each has chunks of its own.
+    """Assignment of packed sequences to chunks: each fills whole chunks.
 
     Attributes:
-        token: place of each token among the n L places in chunks, `[T]`.
+        token: index of each token among the n L positions in chunks, `[T]`.
         sequence: the sequence of each chunk, `[n]`.
         starts: whether a chunk is the first of its sequence, bool `[n]`.
         last: the last chunk of each sequence, `[N]`; arbitrary for an empty one.
@@ -55,7 +55,7 @@ class _Packing:
 
     @classmethod
     def plan(cls, cu_seqlens: Tensor, length: int, chunk: int, chunks: int) -> _Packing:
-        """The places of sequences with these borders in `chunks` chunks, the last of which may stay empty."""
+        """Packs sequences with these borders into `chunks` chunks, the last of which may stay empty."""
         borders = cu_seqlens.long()
         counts = (borders.diff() + (chunk - 1)) // chunk
         stops = counts.cumsum(0)
@@ -80,8 +80,8 @@ def forward(
     keep_final: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence over whole sequences; arguments and results as of `gated_delta_rule`, but of as many key heads as value
-    heads, and with the scale given."""
+    """The recurrence over whole sequences; arguments and results as in `gated_delta_rule`, with as many key heads as value
+    heads and an explicit scale."""
     # PyTorch 2.11's compiler fails on packed sequences for GPUs (NotImplementedError: SliceView): there a graph break.
     run = _uncompiled_forward if cu_seqlens is not None and v.is_cuda else _forward
     with no_autocast(v.device):
@@ -139,7 +139,7 @@ def _forward(
     free, along = solved.split((width, k.shape[-1]), dim=-1)
 
     # From chunk to chunk: states [B, H, K, V]. One unbind instead of an index for each chunk: backward then stacks the
-    # gradients instead of adding up n tensors that are zero but for one chunk.
+    # gradients instead of adding n tensors that are zero except in one chunk.
     parts = zip(free.unbind(1), along.unbind(1), (k * to_end).mT.unbind(1), whole.unbind(1), strict=True)
     state = v.new_zeros(batch, heads, k.shape[-1], width) if initial is None else initial.to(wide)
     if packing is not None:

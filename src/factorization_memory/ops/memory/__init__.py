@@ -1,10 +1,10 @@
-"""The recurrence of Factorization Memory as functions of tensors: arguments are checked here, and a backend is chosen.
+"""The recurrence of Factorization Memory as functions of tensors: checks arguments and picks a backend.
 
 For each token t, head and memory state j, with update weight theta, merge weight phi and value v:
 
     h_tj = (1 - theta_tj) h_{t-1,j} + theta_tj v_t        y_t = sum_j phi_tj h_tj
 
-The states that a token updates and those that it merges may be other ones: `indices` and `merge_indices`.
+The states that a token updates (`indices`) and those that it merges (`merge_indices`) may differ.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it merges, D value width of a
 head.
@@ -34,21 +34,21 @@ def factorization_memory(
     """The recurrence over whole sequences. Gradients flow to update, merge, value and initial_state on every backend.
 
     Args:
-        update: theta, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; 0 <= theta <= 1, both ends included.
+        update: theta, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`; 0 <= theta <= 1.
         merge: phi, same shape as `update`, or `[B, T, H, R]` with `merge_indices`.
         value: v, `[B, T, H, D]`.
-        indices: integers `[B, T, H, K]`, the distinct states that each token updates; None is the dense form. Their values are
-            not checked under `torch.compile` or while a CUDA graph is captured.
-        merge_indices: integers `[B, T, H, R]`, the distinct states that each token merges, after its update; None takes those
-            that it updates. Only with `indices`; checked as they are.
+        indices: integers `[B, T, H, K]`, the distinct states that each token updates; None means the dense form. Their values
+            are not checked under `torch.compile` or while a CUDA graph is captured.
+        merge_indices: integers `[B, T, H, R]`, the distinct states that each token merges, after its update; None means those
+            that it updates. Only with `indices`, and checked like them.
         num_states: M; required with `indices`.
         initial_state: h_0, `[B, H, M, D]`, or `[N, H, M, D]` with `cu_seqlens`; None is zero.
         output_final_state: whether to return the state after the last token.
-        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state starts anew at each.
-        backend: "reference" (one loop, the truth), "chunked" (parallel over time, in plain PyTorch), "triton" (kernels for
-            GPUs; not for float64), or "auto": triton where it can run, chunked elsewhere. With `indices`, "triton" takes
-            kernels that compute with the selected states alone where that is faster by measurement, and otherwise those of
-            the dense form; "triton-sparse" and "triton-dense" insist on either.
+        cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state is reset at each.
+        backend: "reference" (a plain loop, the ground truth), "chunked" (parallel over time, in plain PyTorch), "triton"
+            (kernels for GPUs; not for float64), or "auto": triton where it can run, chunked elsewhere. With `indices`,
+            "triton" uses kernels that compute only the selected states if measured to be faster, and otherwise those of the
+            dense form; "triton-sparse" and "triton-dense" force either.
 
     Returns:
         y `[B, T, H, D]` in value's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 values),
@@ -56,7 +56,7 @@ def factorization_memory(
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, indices out of range or repeated, an unknown backend, or
-            one that cannot run here; names the argument, what it got and what it takes.
+            one that cannot run here; the message names the argument, the value and what is accepted.
     """
     states = check_weights(update, merge, value, indices, merge_indices, num_states, time=True)
     if cu_seqlens is not None:
@@ -84,7 +84,7 @@ def recurrence(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """`factorization_memory` on arguments known to be right."""
+    """`factorization_memory` on checked arguments."""
     alone = initial_state is None and not output_final_state
     chosen = choose_backend(backend, value, indices, merge_indices, num_states, alone, cu_seqlens is not None)
     return chosen.forward(
@@ -93,5 +93,5 @@ def recurrence(
 
 
 def _capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be looked at."""
+    """Whether a CUDA graph is being captured, which forbids synchronizing."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""The forms of the recurrence, one record each: over whole sequences, and steps with the state in place, forth and back.
+"""The backends of the recurrence: over whole sequences, and steps that update the state in place and undo them.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it merges, D value width of a
 head.
@@ -22,11 +22,11 @@ from factorization_memory.ops.runtime.backends import Backend, backend_names, ch
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBackend(Backend):
-    """A form of the recurrence. `forward` takes the arguments of `factorization_memory` but the last.
+    """A backend of the recurrence. `forward` accepts all arguments of `factorization_memory` but the last.
 
     Attributes:
-        step: as `reference.steps`, then a seed or None.
-        undo: as `reference.undo`.
+        step: like `reference.steps`, with a seed or None as last argument.
+        undo: like `reference.undo`.
     """
 
     step: Callable[..., Tensor]
@@ -36,13 +36,13 @@ class MemoryBackend(Backend):
 def choose_backend(
     name: str, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, num_states: int, alone: bool, packed: bool
 ) -> MemoryBackend:
-    """The backend of that name, or for "auto" and "triton" the fastest, as `choose` has it.
+    """The backend of that name; for "auto" and "triton" the fastest, see `choose`.
 
     Args:
         name: one of `BACKEND_NAMES`.
-        value, indices, merge_indices, num_states: as of `factorization_memory`.
-        alone: whether no memory comes into the sequences or is asked for.
-        packed: whether there are several sequences in a row.
+        value, indices, merge_indices, num_states: as in `factorization_memory`.
+        alone: whether there is neither an initial state nor a requested final state.
+        packed: whether sequences are packed.
     """
     return choose(BACKENDS, name, value, touched_states(indices, merge_indices, num_states), num_states, alone, packed)
 
@@ -55,7 +55,7 @@ def touched_states(indices: Tensor | None, merge_indices: Tensor | None, num_sta
 
 
 def over_states(weights: Tensor, indices: Tensor | None, num_states: int) -> Tensor:
-    """Weights of selected states `[..., K]` among all M, `[..., M]`, zero elsewhere; as they are without indices."""
+    """Scatters weights of selected states `[..., K]` to all M, `[..., M]`, zero elsewhere; unchanged without indices."""
     if indices is None:
         return weights
     return weights.new_zeros(*weights.shape[:-1], num_states).scatter(-1, indices.long(), weights)
@@ -95,7 +95,7 @@ def _whole_reference(
 
 
 def _dense(form: ModuleType) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The `forward` of a form that knows no selection, on weights over all states."""
+    """`forward` of a dense implementation: scatters the weights over all states first."""
 
     def forward(
         update: Tensor,
@@ -134,8 +134,8 @@ def _sparse(
 def _one_selection(
     update: Tensor, merge: Tensor, indices: Tensor, merge_indices: Tensor, num_states: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Update and merge weights over one selection: the states that are updated or merged, and as many others, the lower
-    first, as make up `touched_states`."""
+    """Update and merge weights over the union of both selections, filled up to `touched_states` states with the lowest other
+    indices."""
     update, merge = over_states(update, indices, num_states), over_states(merge, merge_indices, num_states)
     touched = torch.zeros_like(update, dtype=torch.bool)
     touched = touched.scatter(-1, indices.long(), True).scatter(-1, merge_indices.long(), True)
@@ -199,5 +199,5 @@ BACKENDS = (
     MemoryBackend("chunked", _dense(chunked), step=_step_reference, undo=reference.undo),
     MemoryBackend("reference", _whole_reference, step=_step_reference, undo=reference.undo),
 )
-"""The fastest first."""
+"""Fastest first."""
 BACKEND_NAMES = backend_names(BACKENDS)

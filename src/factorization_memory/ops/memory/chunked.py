@@ -1,19 +1,19 @@
 """The recurrence parallel over time in plain PyTorch, for CPU and GPU.
 
-Time is cut into chunks of C tokens. Within a chunk, with `decay_j(s -> t) = prod_{r = s+1..t} (1 - theta_rj)`,
+Time is split into chunks of C tokens. Within a chunk, with `decay_j(s -> t) = prod_{r = s+1..t} (1 - theta_rj)`,
 
     y_t = sum_{s <= t} P[t, s] v_s + sum_j Q[t, j] h_j        P[t, s] = sum_j phi_tj theta_sj decay_j(s -> t)
     h'_j = G_j h_j + sum_s K[s, j] v_s                        Q[t, j] = phi_tj decay_j(start -> t)
                                                               K[s, j] = theta_sj decay_j(s -> end),  G_j = decay_j(start -> end)
 
-so that everything of width D is a matrix product, and only one state per chunk follows another. P, Q, K and G come from a
-binary tree over the chunk (`DecayTree`): two neighbouring blocks of w tokens meet in one product for the part of P that reaches
-from the left block into the right, then Q of the right block is multiplied by the decay over the left one, and K of the left
-block by the decay over the right one. Only products of numbers in [0, 1]: no logarithm, no division, nothing that overflows
-or loses digits when theta comes near 1 or is exactly 0 or 1; the gradient runs back through the same products.
+so that everything of width D is a matrix product, and only the states between chunks are sequential. P, Q, K and G come from a
+binary tree over the chunk (`DecayTree`): merging two neighbouring blocks of w tokens is one product for the part of P from the
+left block to the right, then Q of the right block is multiplied by the decay over the left one, and K of the left block by the
+decay over the right one. All are products of numbers in [0, 1]: no logarithm, no division, nothing that overflows or loses
+digits when theta is close to 1 or exactly 0 or 1; backward goes through the same products.
 
-Backward keeps the inputs and one state per group of chunks, and recomputes the rest group by group, so memory grows with
-T * (M + D).
+Forward saves the inputs and one state per group of chunks, and backward recomputes the rest group by group, so memory grows
+with T * (M + D).
 
 Shapes: L = B * H lanes, n chunks of C tokens, M memory states, D value width of a head.
 """
@@ -54,12 +54,12 @@ def _walk(
         update, merge: `[B, T, H, M]`.
         value: `[B, T, H, D]`.
         initial: `[N, L, M, D]`, or None for zeros.
-        layout: of these sequences.
-        keep_final, keep_snapshots, keep_output: what is wanted.
+        layout: layout of these sequences.
+        keep_final, keep_snapshots, keep_output: which results to return.
 
     Returns:
-        y `[B, T, H, D]`; the final states `[N, L, M, D]`; and the state that each group of chunks begins with, `[L, M, D]`
-        each. Empty where not wanted.
+        y `[B, T, H, D]`; the final states `[N, L, M, D]`; and the snapshots, the initial state `[L, M, D]` of each group of
+        chunks. Those not requested are empty.
     """
     output = torch.empty_like(value) if keep_output else value.new_empty(0)
     shape = layout.state_shape
@@ -97,8 +97,8 @@ def _walk_back(
     snapshots: list[Tensor],
     layout: Layout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of update, merge, value and initial states (None without), given those of `_walk`'s y and final states (None
-    for zero), and its arguments and snapshots."""
+    """Gradients of update, merge, value and initial states (None without them), given `_walk`'s arguments and snapshots and
+    the gradients of y and final states (None means zero)."""
     d_update, d_merge, d_value = torch.empty_like(update), torch.empty_like(merge), torch.empty_like(value)
     d_initial = None if initial is None else torch.empty_like(initial, dtype=layout.dtype)
     if d_initial is not None and layout.empty:
@@ -140,7 +140,7 @@ def _walk_back(
 
 
 class _Chunked(torch.autograd.Function):
-    """`_walk`, which keeps its snapshots for `_walk_back`."""
+    """`_walk`, saving its snapshots for `_walk_back`."""
 
     @staticmethod
     def forward(
@@ -195,7 +195,7 @@ def forward(
 def _prepare(
     update: Tensor, value: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Layout, Packing | None, Tensor | None]:
-    """The layout of `forward`'s arguments, where packed sequences go, and the initial states `[N, L, M, D]`."""
+    """The layout of `forward`'s arguments, the packing of packed sequences, and the initial states `[N, L, M, D]`."""
     batch, length, heads, num_states = update.shape
     value_size, packing = value.shape[-1], None
     if cu_seqlens is None:
@@ -210,8 +210,8 @@ def _prepare(
     return layout, packing, None if state is None else state.to(layout.dtype).reshape(shape)
 
 
-# Under `torch.compile` and `torch.export` one operator, so that one graph serves any length. It keeps no snapshots, whose
-# number depends on the length: backward first walks forward for them.
+# One operator under `torch.compile` and `torch.export`, so that one graph serves any length. The number of snapshots depends
+# on the length, so none are saved: backward recomputes them.
 def _forward(
     update: Tensor, merge: Tensor, value: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, keep_final: bool
 ) -> tuple[Tensor, Tensor]:
@@ -243,7 +243,8 @@ def _backward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of update, merge, value and the initial state (empty without), given those of the results (None for zero)."""
+    """Gradients of update, merge, value and the initial state (empty without one), given those of the results (None means
+    zero)."""
     layout, packing, initial = _prepare(update, value, state, cu_seqlens)
     if packing is not None:
         d_output, update, merge, value = map(packing.gather, (d_output, update, merge, value))

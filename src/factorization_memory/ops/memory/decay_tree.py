@@ -1,6 +1,6 @@
-"""P, Q, K and G of chunks (see chunked.py) from a binary tree over the tokens of each, and the way back.
+"""P, Q, K and G of chunks (see chunked.py) from a binary tree over each chunk's tokens, and their backward.
 
-Shapes: n chunks of C tokens, w tokens of a block, M memory states.
+Shapes: n chunks of C tokens, w tokens per block, M memory states.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass
 class DecayTree:
-    """P, Q, K, G of every chunk, with what the way back needs.
+    """P, Q, K, G of every chunk, and what backward needs.
 
     Attributes:
         inner: P `[n, C, C]`, zero above the diagonal.
         read: Q `[n, C, M]`.
         write: K `[n, C, M]`.
         total: G `[n, M]`.
-        levels: per level, Q of the right blocks, K of the left ones before they met, and both blocks' total decays.
+        levels: per level, Q of the right and K of the left blocks before merging, and both blocks' total decays.
     """
 
     inner: Tensor
@@ -31,7 +31,7 @@ class DecayTree:
 
     @classmethod
     def build(cls, update: Tensor, merge: Tensor, keep_levels: bool) -> DecayTree:
-        """The tree of `update`, `merge` `[n, C, M]`, C a power of two."""
+        """Builds the tree of `update`, `merge` `[n, C, M]`; C is a power of two."""
         n, chunk, num_states = update.shape
         total = 1 - update
         read, write = merge * total, update.clone()
@@ -47,7 +47,7 @@ class DecayTree:
             totals = total.view(n, blocks, 2, num_states)
             left, right = totals[:, :, 0], totals[:, :, 1]
             if keep_levels:
-                # Copies: what the way back needs is about to be overwritten.
+                # Copies: what backward needs is about to be overwritten.
                 levels.append((reads.clone(memory_format=form), writes.clone(memory_format=form), left, right))
             meet = _outer(reads.flatten(0, 1), writes.flatten(0, 1))
             _corners(inner, width).copy_(meet.view(n, blocks, width, width))
@@ -58,17 +58,17 @@ class DecayTree:
         return cls(inner, read, write, total.view(n, num_states), levels)
 
     def chunks(self, count: int) -> tuple[tuple[Tensor, ...], ...]:
-        """P `[L, C, C]`, Q, K `[L, C, M]` and G `[L, M, 1]`, each of all the `count` chunks that the tree was built of."""
+        """P `[L, C, C]`, Q, K `[L, C, M]` and G `[L, M, 1]`, each for the `count` chunks that the tree was built from."""
         parts = (self.inner, self.read, self.write, self.total[..., None])
         return tuple(x.unflatten(0, (count, -1)).unbind() for x in parts)
 
     def empty_like(self) -> DecayTree:
-        """Room for the gradients of P, Q, K, G."""
+        """Allocates the gradients of P, Q, K, G."""
         inner, read, write, total = (torch.empty_like(x) for x in (self.inner, self.read, self.write, self.total))
         return DecayTree(inner, read, write, total, levels=[])
 
     def backward(self, update: Tensor, merge: Tensor, gradients: DecayTree) -> tuple[Tensor, Tensor]:
-        """Gradients of `update` and `merge` from those of P, Q, K, G, of which Q's and K's are overwritten."""
+        """Gradients of `update` and `merge` from those of P, Q, K, G; overwrites those of Q and K."""
         n, chunk, num_states = update.shape
         d_inner, d_read, d_write, d_total = gradients.inner, gradients.read, gradients.write, gradients.total
         width = chunk // 2
@@ -94,19 +94,19 @@ class DecayTree:
 
 
 def _corners(inner: Tensor, width: int) -> Tensor:
-    """Lower left corners `[n, C / 2w, w, w]` of the blocks of 2w tokens on the diagonal of `inner` `[n, C, C]`, as a view."""
+    """View of the lower left corners `[n, C / 2w, w, w]` of the diagonal blocks of 2w tokens of `inner` `[n, C, C]`."""
     n, chunk, _ = inner.shape
     blocks = chunk // (2 * width)
     return inner.view(n, blocks, 2, width, blocks, 2, width)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """`a b^T` of `[N, w, M]` each; for tiny w a sum of products is faster than as many tiny matrix products."""
+    """`a b^T` of `[N, w, M]` each; for tiny w a sum of elementwise products is faster than tiny matmuls."""
     return (a * b).sum(-1, keepdim=True) if a.shape[1] == 1 else torch.bmm(a, b.transpose(1, 2))
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` of `[N, w, w]` and `[N, w, M]`; for tiny w element by element, likewise."""
+    """`a b` of `[N, w, w]` and `[N, w, M]`; elementwise for tiny w, as in `_outer`."""
     width = a.shape[1]
     if width > 2:
         return torch.bmm(a, b)

@@ -1,6 +1,6 @@
-"""How time is cut into chunks for the chunked form, packed sequences too.
+"""Splits time into chunks for the chunked form, including packed sequences.
 
-Shapes: B sequences, T tokens, H heads, L = B * H lanes, C tokens of a chunk, M memory states, D value width of a head, N packed
+Shapes: B sequences, T tokens, H heads, L = B * H lanes, C tokens per chunk, M memory states, D value width of a head, N packed
 sequences.
 """
 
@@ -12,37 +12,37 @@ import torch
 from torch import Tensor
 
 MAX_CHUNK = 64
-"""Longest chunk: within it work grows with C, across chunks one state follows another."""
+"""Longest chunk: work per token grows with C, while the sequential part shrinks."""
 GROUP_TOKENS = 4096
-"""Tokens (over all lanes) that a group of chunks aims at: enough for full matrix products, few enough to stay in cache.
-Backward keeps one state per group, and recomputes those of one group at a time."""
+"""Target tokens (over all lanes) of a group of chunks: enough for large matrix products, few enough to stay in cache. One
+state per group is saved, and backward recomputes one group at a time."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How time is cut into chunks and groups of chunks, and where sequences begin and end."""
+    """The split of time into chunks and groups of chunks, and where sequences begin and end."""
 
     chunk: int
     group: int
     num_chunks: int
     starts: dict[int, int]
-    """Chunk -> sequence that begins with it."""
+    """First chunk of a sequence -> that sequence."""
     ends: dict[int, int]
-    """Chunk -> sequence that ends with it."""
+    """Last chunk of a sequence -> that sequence."""
     empty: list[int]
-    """Sequences of no tokens: their final state is the initial one."""
+    """Empty sequences: their final state is the initial one."""
     lengths: list[int]
     state_shape: tuple[int, int, int, int]
     """`[N, L, M, D]`."""
     dtype: torch.dtype
-    """Of rates, states and arithmetic."""
+    """Dtype of rates, states and arithmetic."""
 
     @classmethod
     def plan(cls, lengths: list[int], state_shape: tuple[int, int, int, int], dtype: torch.dtype) -> Layout:
-        """The layout of sequences of `lengths`, one after the other in each lane."""
+        """The layout of sequences of `lengths`, concatenated in each lane."""
         _, lanes, num_states, _ = state_shape
         chunk = min(MAX_CHUNK, 1 << (max(max(lengths, default=1), 1) - 1).bit_length())
-        # Every sequence fills whole chunks: with many short ones a smaller chunk wastes less than it costs.
+        # Every sequence is padded to whole chunks: with many short ones, smaller chunks save more padding than they cost.
         while chunk > 1 and sum(-(-length // chunk) for length in lengths) * chunk > 1.5 * sum(lengths):
             chunk //= 2
         starts, ends, empty, cursor = {}, {}, [], 0
@@ -53,12 +53,12 @@ class Layout:
             starts[cursor] = sequence
             cursor += -(-length // chunk)
             ends[cursor - 1] = sequence
-        # At least 4 M tokens, so that the states kept for backward weigh no more than a quarter of the values.
+        # At least 4 M tokens, so that the states saved for backward take at most a quarter of the values' memory.
         group = min(max(GROUP_TOKENS // max(lanes * chunk, 1), 4 * num_states // chunk, 1), max(cursor, 1))
         return cls(chunk, group, cursor, starts, ends, empty, lengths, state_shape, dtype)
 
     def positions(self, cu_seqlens: list[int]) -> Tensor:
-        """For packed sequences: each chunk slot's token, -1 where a sequence's last chunk is not full."""
+        """For packed sequences: the token at each position of the chunks, -1 for the padding of a last chunk."""
         slots = [torch.empty(0, dtype=torch.long)]
         for start, length in zip(cu_seqlens, self.lengths, strict=False):
             slots.append(torch.full((-(-length // self.chunk) * self.chunk,), -1))
@@ -66,13 +66,13 @@ class Layout:
         return torch.cat(slots)
 
     def slots(self, x: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
-        """The place in x `[B, T, H, W]` of each of `count` chunks from `first` on: views `[B, H, C, W]`, the last one perhaps
+        """Views `[B, H, C, W]` of x `[B, T, H, W]`, one for each of `count` chunks from `first` on; the last may be
         shorter."""
         return x[:, first * self.chunk : (first + count) * self.chunk].transpose(1, 2).split(self.chunk, dim=2)
 
     def cut(self, x: Tensor, first: int, count: int) -> list[Tensor]:
-        """`count` chunks from `first` on of x `[B, T, H, W]`, each `[L, C, W]` in the layout's dtype, a view where that can be,
-        zero-filled behind the end."""
+        """`count` chunks from `first` on of x `[B, T, H, W]`, each `[L, C, W]` in the layout's dtype, zero-padded at the end,
+        a view where possible."""
         chunks = [slot.to(self.dtype).flatten(0, 1) for slot in self.slots(x, first, count)]
         missing = self.chunk - chunks[-1].shape[1]
         if missing:
@@ -84,18 +84,18 @@ class Layout:
         return [(first, min(self.group, self.num_chunks - first)) for first in range(0, self.num_chunks, self.group)]
 
     def initial_state(self, initial: Tensor | None, buffer: Tensor, chunk: int) -> Tensor:
-        """`buffer` `[L, M, D]`, filled with the state that the sequence beginning with `chunk` starts from."""
+        """Fills `buffer` `[L, M, D]` with the initial state of the sequence that begins with `chunk`."""
         return buffer.zero_() if initial is None else buffer.copy_(initial[self.starts[chunk]])
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Packed sequences, each moved to chunks of its own.
+    """Packed sequences, each padded to whole chunks. S = positions in all chunks.
 
     Attributes:
-        position: each chunk slot's token, 0 where there is none; int64 `[S]`.
-        unused: whether there is none, bool `[S, 1, 1]`.
-        slot: each token's slot, int64 `[T]`.
+        position: the token at each position of the chunks, 0 for padding; int64 `[S]`.
+        unused: whether a position is padding, bool `[S, 1, 1]`.
+        slot: position of each token in the chunks, int64 `[T]`.
     """
 
     position: Tensor
@@ -104,11 +104,11 @@ class Packing:
 
     @classmethod
     def of(cls, layout: Layout, cu_seqlens: list[int], device: torch.device) -> Packing:
-        """Of sequences with these borders."""
+        """Packs sequences with these borders."""
         position = layout.positions(cu_seqlens).to(device)
         return cls(position.clamp(min=0), (position < 0)[:, None, None], (position >= 0).nonzero()[:, 0])
 
     def gather(self, x: Tensor) -> Tensor:
-        """x of tokens `[1, T, ...]` in slots `[1, S, ...]`, zero where there is none."""
-        # Filled, not multiplied: what stands in another sequence must not come through, not even as inf * 0.
+        """Moves x of tokens `[1, T, ...]` to chunks `[1, S, ...]`, zero in padding."""
+        # Filled, not multiplied: inf in another sequence must not leak in as inf * 0.
         return x[:, self.position].masked_fill(self.unused, 0)

@@ -1,4 +1,5 @@
-"""The recurrence as one loop over time, in the letters of docs/method.md: the truth that every other backend is tested against.
+"""The recurrence as a plain loop over time, in the notation of docs/method.md: the ground truth for tests of all other
+backends.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it
 merges, D value width of a head.
@@ -13,14 +14,14 @@ from torch import Tensor
 def forward(
     update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The whole sequence, one token after the other; differentiable by autograd.
+    """Whole sequences, token by token; differentiable by autograd.
 
     Args:
         update: theta, `[B, T, H, M]`, or `[B, T, H, K]` with `indices`.
-        merge: phi, likewise, or `[B, T, H, R]` with `merge_indices`.
+        merge: phi, same shape, or `[B, T, H, R]` with `merge_indices`.
         value: v, `[B, T, H, D]`.
-        indices: states that each token updates, `[B, T, H, K]`, or None for all M in order.
-        merge_indices: states that each token merges, `[B, T, H, R]`, or None for those that it updates.
+        indices: states that each token updates, `[B, T, H, K]`; None means all M in order.
+        merge_indices: states that each token merges, `[B, T, H, R]`; None means those that it updates.
         state: h_0, `[B, H, M, D]`; its dtype is the dtype of the arithmetic.
 
     Returns:
@@ -74,14 +75,15 @@ def steps(
     undo: Tensor | None,
     position: Tensor | None,
 ) -> Tensor:
-    """T tokens of each sequence one after the other, `state` updated in place.
+    """T tokens of each sequence, one by one; `state` is updated in place.
 
     Args:
         update, merge, value, indices, merge_indices: as in `forward`.
         state: `[S, H, M, D]`.
-        places: int `[B]`, each sequence's place in `state`, -1 for none; None is one after the other.
-        undo: `[depth, B, T, H, K, D]`, takes the rows as they were.
-        position: `[1]`, which of its depth.
+        places: int `[B]`, slot of each sequence in `state`; -1 marks a padding row (output 0). None means slot b for sequence
+            b.
+        undo: ring `[depth, B, T, H, K, D]` that receives the previous rows.
+        position: `[1]`, ring entry to write.
 
     Returns:
         y `[B, T, H, D]` in the dtype of `state`.
@@ -102,8 +104,8 @@ def steps(
 
 
 def put_aside(state: Tensor, indices: Tensor | None, undo: Tensor, position: Tensor) -> None:
-    """Copy the states `[B, H, M, D]` that a token selects (`indices`, `[B, H, K]`, or None for all) to `undo`
-    `[depth, B, H, K, D]` at `position`, `[1]`."""
+    """Copies the states of `state` `[B, H, M, D]` that a token selects (`indices` `[B, H, K]`, None means all) to entry
+    `position` `[1]` of the ring `undo` `[depth, B, H, K, D]`."""
     rows = state
     if indices is not None:
         rows = state.view(-1, state.shape[3]).index_select(0, _rows(state, indices)).view(*indices.shape, -1)
@@ -111,8 +113,8 @@ def put_aside(state: Tensor, indices: Tensor | None, undo: Tensor, position: Ten
 
 
 def undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int) -> None:
-    """Take back the last `count` steps that `undo` `[depth, B, T, H, K, D]` holds, with `indices` `[depth, B, T, H, K]`; the
-    next would be at `position`. `state` `[S, H, M, D]` in place."""
+    """Undoes the last `count` steps recorded in the ring `undo` `[depth, B, T, H, K, D]`, with `indices`
+    `[depth, B, T, H, K]`; `position` is the ring entry of the next step. Updates `state` `[S, H, M, D]` in place."""
     own = state if places is None else state[places.clamp(min=0)]
     for back in range(count):
         layer = (position - 1 - back) % len(undo)
@@ -129,8 +131,8 @@ def undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | N
 
 
 def _rows(state: Tensor, indices: Tensor) -> Tensor:
-    """Where the states `indices` `[B, H, K]` of a memory `[B, H, M, D]` stand among its B H M rows, `[B H K]`: whole rows are
-    copied much faster than number by number."""
+    """Flat row indices `[B H K]` of the states `indices` `[B, H, K]` among the B H M rows of a memory `[B, H, M, D]`: copying
+    whole rows is much faster than gathering element by element."""
     batch, heads, states = state.shape[:3]
     first = torch.arange(batch * heads, device=state.device).view(batch, heads, 1) * states
     return (first + indices).flatten()

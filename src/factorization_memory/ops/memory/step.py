@@ -1,7 +1,6 @@
-"""One token of the recurrence, or a few, with the state in place, and a step taken back: arguments are checked here, and a
-backend is chosen.
+"""Steps of one or a few tokens that update the state in place, and their undo: checks arguments and picks a backend.
 
-Shapes: B sequences, S places of a pool of states, T tokens, H heads, M memory states, K states that a token updates, R that it
+Shapes: B sequences, S slots of a pooled state, T tokens, H heads, M memory states, K states that a token updates, R that it
 merges, D value width of a head.
 """
 
@@ -34,33 +33,33 @@ def factorization_memory_step(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence, or a few, for generation: `state` is updated in place. Not differentiable.
+    """One or a few tokens of the recurrence, for generation; `state` is updated in place. Not differentiable.
 
     Never synchronizes with a GPU, so it can be captured in a CUDA graph; there the values of `indices`, `merge_indices` and
     `places` are not checked.
 
     Args:
-        update: theta, `[B, H, M]`, or `[B, H, K]` with `indices`; `[B, T, H, M]` (or K) for T tokens one after the other.
+        update: theta, `[B, H, M]`, or `[B, H, K]` with `indices`; `[B, T, H, M]` (or K) for T consecutive tokens.
         merge: phi, same shape as `update`, or `[B, H, R]` with `merge_indices`.
         value: v, `[B, H, D]`, or `[B, T, H, D]`.
         state: h, `[B, H, M, D]`, contiguous, float32 (float64 for float64 values; bfloat16 with `seed`); a sparse step reads
-            and writes K rows of it for each token, and reads R more with `merge_indices`.
-        indices: integers shaped as `update`, distinct for each token: the states it updates.
-        merge_indices: integers shaped as `merge`, distinct for each token: the states it merges, after its update; None takes
-            those that it updates. Only with `indices`.
-        places: integers `[B]`: where in `state`, then `[S, H, M, D]`, each sequence's is; -1 for a sequence that is not there,
-            whose output is 0. No two may share a place. None is one after the other, S = B.
-        undo: takes the rows of `state` as they were before they were written, `[B, H, K, D]` (M in the dense form), or
-            `[B, T, H, K, D]`, of state's dtype, contiguous: for `factorization_memory_undo`.
-        seed: int64 `[1]` on state's device: `state` is bfloat16, and rounded to at random with this seed, to be changed from
-            step to step; Triton kernels only.
-        backend: as of `factorization_memory`; those in PyTorch and those of kernels each step alike.
+            and writes K rows of it per token, and reads R more with `merge_indices`.
+        indices: integers shaped as `update`, the states that each token updates, distinct per token.
+        merge_indices: integers shaped as `merge`, the states that each token merges after its update, distinct per token; None
+            means those that it updates. Only with `indices`.
+        places: integers `[B]`: distinct slots of the sequences in a pooled `state` `[S, H, M, D]`; -1 marks a padding row
+            (output 0). None means slot b for sequence b, S = B.
+        undo: receives the rows of `state` that the step overwrites, for `factorization_memory_undo`: `[B, H, K, D]` (M in the
+            dense form) or `[B, T, H, K, D]`, in state's dtype, contiguous.
+        seed: int64 `[1]` on state's device, for a bfloat16 `state`: seed of its stochastic rounding, to be changed at every
+            step; Triton kernels only.
+        backend: as in `factorization_memory`; all PyTorch backends share one step, and so do all kernels.
 
     Returns:
         y `[B, H, D]` (or `[B, T, H, D]`) in value's dtype, and `state`.
 
     Raises:
-        ValueError: as `factorization_memory`.
+        ValueError: as in `factorization_memory`.
     """
     several = value.dim() == 4
     states = check_weights(
@@ -101,20 +100,20 @@ def factorization_memory_undo(
     places: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Take back a step, to the bit: `state` in place.
+    """Undoes a step, bit for bit; `state` is updated in place.
 
     Args:
         state: as `factorization_memory_step` left it.
-        undo: what that step put aside.
+        undo: `undo` of that step.
         indices: its indices.
         places: its places.
-        backend: as of `factorization_memory_step`.
+        backend: as in `factorization_memory_step`.
 
     Returns:
         `state`.
 
     Raises:
-        ValueError: arguments that are not those of one step.
+        ValueError: arguments that do not belong to one step.
     """
     if state.dim() != 4 or not state.is_contiguous():
         raise ValueError(f"state: got shape {tuple(state.shape)}, strides {state.stride()}, takes a contiguous [S, H, M, D]")
@@ -163,9 +162,9 @@ def recurrence_step(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`factorization_memory_step` on arguments known to be right; returns y.
+    """`factorization_memory_step` on checked arguments; returns y.
 
-    With `position`, int64 `[1]`, `undo` is `[depth, ...]`, and that one of its depth is taken.
+    With `position`, int64 `[1]`, `undo` is a ring `[depth, ...]`, and entry `position` is written.
     """
     one = value.dim() == 3
     if undo is not None and position is None:
@@ -189,7 +188,7 @@ def recurrence_undo(
     count: int,
     backend: str = "auto",
 ) -> None:
-    """Take back the last `count` steps that were put aside in `undo` `[depth, B, T, H, K, D]`, with their `indices`
-    `[depth, B, T, H, K]`; the next would be put aside at `position`, `[1]`."""
-    values = state.new_empty(0, dtype=torch.float32)  # rows are copied as they are, so kernels take any dtype
+    """Undoes the last `count` steps recorded in the ring `undo` `[depth, B, T, H, K, D]`, with their `indices`
+    `[depth, B, T, H, K]`; `position` `[1]` is the ring entry of the next step."""
+    values = state.new_empty(0, dtype=torch.float32)  # rows are copied unchanged, so kernels accept any dtype
     _choose(backend, values, indices, None, state.shape[2]).undo(state, undo, indices, places, position, count)

@@ -1,14 +1,14 @@
-"""Routing: from logits to the memory states that each token selects, and how strongly it updates and merges them.
+"""Routing: from logits to the memory states that each token selects, and their update and merge weights.
 
-For each token and head, with logits a of affinity, e of the update rate and m of the merge rate of every state:
+For each token and head, with affinity logits a, update rate logits e and merge rate logits m of every state:
 
     alpha = softmax(a / temperature) over the K states of the largest a        theta = sigmoid(e) alpha
                                                                                phi = sigmoid(m) alpha
 
-With a lag, a token updates the states of an earlier one, at its own rates of them (`weigh`).
+With a lag, a token updates the states that an earlier token selected, at its own rates (`weigh`).
 
-Shapes: H heads, M memory states, K selected states, R rates of a head (M, or one for all states), L lag; any dimensions
-before.
+Shapes: H heads, M memory states, K selected states, R rates per head (M, or one for all states), L lag; any leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from factorization_memory.ops import runtime
 from factorization_memory.ops.runtime.backends import Backend, choose
 
 MAX_SORTED_LOGITS = 2048
-"""Logits up to which sorting them is faster than making them into keys."""
+"""Number of logits up to which sorting is faster than `topk` of integer keys."""
 MAX_STATES, MAX_SELECTED = 16384, 256
-"""M and K up to which the kernels route."""
+"""Largest M and K that the kernels support."""
 
 
 def route(
@@ -41,22 +41,22 @@ def route(
 
     Args:
         affinity_logits: `[..., H, M]`.
-        update_logits: `[..., H, R]`, R = M or 1; None leaves update weights out.
+        update_logits: `[..., H, R]`, R = M or 1; None omits update weights.
         merge_logits: `[..., H, R]`.
-        top_k: K, states that each token selects: those of the largest logits, the lower index first among equals; NaN counts
-            as larger than any number. None takes all states, in their own order.
+        top_k: K, states that each token selects: those with the largest logits, ties broken by lower index; NaN ranks above
+            any number. None means all states, in order.
         temperature: divides the affinity logits.
         backend: "plain" (PyTorch), "triton" (kernels for GPUs; with `top_k`, not for float64), or "auto": triton where it can
             run, plain elsewhere.
 
     Returns:
-        Affinity alpha, update weight theta (None without its logits) and merge weight phi, `[..., H, K]` (K = M without
-        `top_k`) in float32 (float64 if any logits are); the indices of the selected states in order of falling logit, int64
+        Affinity alpha, update weight theta (None without `update_logits`) and merge weight phi, `[..., H, K]` (K = M without
+        `top_k`) in float32 (float64 if any logits are); the indices of the selected states by descending logit, int64
         `[..., H, K]`, or None without `top_k`.
 
     Raises:
-        ValueError: logits of the wrong shape, a top_k or temperature that cannot be, an unknown backend or one that cannot
-            run here; names the argument, what it got and what it takes.
+        ValueError: logits of the wrong shape, an invalid top_k or temperature, an unknown backend or one that cannot run here;
+            the message names the argument, the value and what is accepted.
     """
     _check(affinity_logits, update_logits, merge_logits, top_k, temperature)
     chosen = choose(BACKENDS, backend, affinity_logits, update_logits, merge_logits, top_k)
@@ -64,12 +64,12 @@ def route(
 
 
 def weigh(rate_logits: Tensor, affinity: Tensor, indices: Tensor | None) -> Tensor:
-    """Update or merge weights: rates of states times affinities of them, those of the same token or of another.
+    """Update or merge weights: rates of states times affinities, of the same token or of an earlier one.
 
     Args:
         rate_logits: `[..., H, R]`, R = M or 1.
         affinity: `[..., H, K]`, float32 or float64.
-        indices: the states of the affinities, int64 `[..., H, K]`, or None for all M.
+        indices: states of the affinities, int64 `[..., H, K]`; None means all M.
 
     Returns:
         `[..., H, K]`, in the dtype of `affinity`.
@@ -90,20 +90,19 @@ def route_step(
     temperature: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One token of each sequence whose update goes to the states of the token L before it. Not differentiable.
+    """Routes one token per sequence that updates the states of the token L before it. Not differentiable.
 
     Args:
-        affinity_logits: `[B, H, M]`; update_logits, merge_logits: `[B, H, R]`, as of `route`.
-        last_affinity: affinities of the last L tokens, oldest first, contiguous `[B, L, H, K]`; moved on in place.
-        last_indices: their states, int64 `[B, L, H, K]`, None in the dense form; likewise.
-        top_k, temperature, backend: as of `route`.
+        affinity_logits: `[B, H, M]`; update_logits, merge_logits: `[B, H, R]`, as in `route`.
+        last_affinity: affinities of the last L tokens, oldest first, contiguous `[B, L, H, K]`; shifted in place.
+        last_indices: states of these affinities, int64 `[B, L, H, K]`, None in the dense form; shifted in place.
+        top_k, temperature, backend: as in `route`.
 
     Returns:
-        Update and merge weights `[B, H, K]`; the states that are updated and those that are merged, int64 `[B, H, K]`, None in
-        the dense form.
+        Update and merge weights `[B, H, K]`; the updated and the merged states, int64 `[B, H, K]`, None in the dense form.
 
     Raises:
-        ValueError: as of `route`, or what is carried does not fit.
+        ValueError: as in `route`, or `last_affinity` or `last_indices` do not fit.
     """
     _check(affinity_logits, update_logits, merge_logits, top_k, temperature)
     _check_last(affinity_logits, last_affinity, last_indices, top_k)
@@ -113,10 +112,10 @@ def route_step(
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingBackend(Backend):
-    """A form of routing.
+    """A backend of routing.
 
     Attributes:
-        step: as `route_step`.
+        step: like `route_step`.
     """
 
     step: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
@@ -171,13 +170,13 @@ def _plain(
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest logits of the last dimension, the lower index first among equals."""
-    few = not torch.compiler.is_compiling() and logits.numel() <= MAX_SORTED_LOGITS  # one graph serves few and many
+    """Indices of the `count` largest logits along the last dimension, ties broken by lower index."""
+    few = not torch.compiler.is_compiling() and logits.numel() <= MAX_SORTED_LOGITS  # a compiled graph must serve any size
     if logits.dtype == torch.float64 or few:
-        logits = (logits + 0.0).masked_fill(logits.isnan(), torch.nan)  # zero has one sign, and so has NaN
+        logits = (logits + 0.0).masked_fill(logits.isnan(), torch.nan)  # normalise -0.0 and NaN
         return torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :count]
-    # Which of equals `topk` takes is not promised, so none are equal: bits that are in the order of the numbers, then the
-    # falling index. Zero has one sign, and so has NaN.
+    # `topk` does not specify how it breaks ties, so make keys distinct: order-preserving bits of the logit, then the
+    # descending index. -0.0 and NaN are normalised.
     bits = (logits.float() + 0.0).view(torch.int32).masked_fill(logits.isnan(), 0x7FC00000)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (bits.long() << 32) - torch.arange(logits.shape[-1], device=logits.device)
@@ -187,7 +186,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
 def _why_unsupported(
     affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, top_k: int | None
 ) -> str | None:
-    """Why the kernels cannot route; None if they can."""
+    """Why the kernels cannot run; None if they can."""
     if top_k is None:
         return "top_k is None, and the kernels are for a selection"
     if affinity_logits.shape[-1] > MAX_STATES or top_k > MAX_SELECTED:
@@ -203,11 +202,11 @@ BACKENDS = (
     RoutingBackend("triton", _by_kernels, needs_gpu=True, why_unsupported=_why_unsupported, step=_step_by_kernels),
     RoutingBackend("plain", _plain, step=_plain_step),
 )
-"""The fastest first."""
+"""Fastest first."""
 
 
 def _check_last(logits: Tensor, affinity: Tensor, indices: Tensor | None, top_k: int | None) -> None:
-    """Checks what `route_step` carries, which kernels write to, for logits `[B, H, M]`."""
+    """Checks the carried tensors of `route_step`, which kernels write to, against logits `[B, H, M]`."""
     (batch, heads, states), lag = logits.shape, affinity.shape[1] if affinity.dim() == 4 else 1
     shape = (batch, lag, heads, top_k or states)
     if (indices is None) != (top_k is None):

@@ -1,12 +1,12 @@
 """Routing on a GPU: the operators `factorization_memory::route` and `factorization_memory::route_backward`, and
-`factorization_memory::route_step` for one token whose update goes to the states of an earlier one.
+`factorization_memory::route_step` for one token that updates the states of an earlier one.
 
-Forward, a block of rows at once (a row is one token and head): the K-th largest logit is found bit by bit, as the largest
-number that at least K logits reach; the logits above it, and of those equal to it the first, are gathered and sorted. Backward
-keeps only what is K wide.
+Forward processes a block of rows at once (a row is one token and head): finds the K-th largest logit bit by bit, as the
+largest number that at least K logits reach; then gathers and sorts the logits above it and the first of those equal to it.
+Only tensors of width K are saved for backward.
 
-Shapes: N rows, H heads, M memory states, K selected states, R rates of a head (M or 1), S kept rates (K, or 1 if R is),
-L lag of updates.
+Shapes: N rows, H heads, M memory states, K selected states, R rates per head (M or 1), S saved rates (K, or 1 if R is), L
+update lag.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from factorization_memory.ops.runtime import on_device_of
 from factorization_memory.ops.runtime.launcher import dependent, launch
 
 BLOCK, SELECTED_BLOCK = 1024, 256
-"""Logits of a program, and those among them that are selected, if not a row has more."""
+"""Target logits, and selected logits, per program; a single row may have more."""
 WARP_NUMBERS = 1024
-"""Logits of a warp, if a row has more."""
+"""Logits per warp, if a row has more."""
 KEY_BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}
-"""Bits of a logit, seen as float32, that are not always zero."""
+"""Leading bits of a logit, cast to float32, that may be nonzero."""
 
 
 @triton.jit
 def _rows_of(count, heads, ROWS: tl.constexpr):
-    """The rows of this program, their tokens and heads, and which there are, each `[ROWS, 1]`."""
+    """The rows of this program, their tokens and heads, and the mask of valid rows, each `[ROWS, 1]`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     return row, row // heads, row % heads, row < count
 
 
 @triton.jit
 def _reaching(key, least):
-    """How many numbers of each row of key `[ROWS, MP]` are at least `least`, `[ROWS, 1]`."""
+    """Count of keys `[ROWS, MP]` per row that are at least `least`, `[ROWS, 1]`."""
     return tl.sum((key >= least).to(tl.int32), 1)[:, None]
 
 
 @triton.jit
 def _softly(x, known, inside):
-    """The softmax of x `[ROWS, KP]` over the columns inside; of rows that are not known, any numbers."""
+    """Softmax of x `[ROWS, KP]` over the columns inside; arbitrary for rows that are not known."""
     x = tl.where(known, tl.where(inside, x, float("-inf")), 0.0)
     power = tl.exp(x - tl.max(x, 1)[:, None])
     return power / tl.sum(power, 1)[:, None]
@@ -56,24 +56,47 @@ def _softly(x, known, inside):
 
 @triton.jit
 def _rate(logits, start, index, mask):
-    """The sigmoid of logits at `start + index`."""
+    """Sigmoid of the logits at `start + index`."""
     x = tl.load(logits + start + index, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def forward_kernel(
-    affinity_logits, update_logits, merge_logits, affinity, update, merge, indices, update_rate, merge_rate,
-    last_affinity,  # in and out with LAG: [tokens, LAG, H, K], oldest first
-    last_indices,  # in and out with LAG: [tokens, LAG, H, K]
+    affinity_logits,  # a [tokens, H, M]
+    update_logits,  # e [tokens, H, R]
+    merge_logits,  # m [tokens, H, R]
+    affinity,  # out without LAG: alpha [tokens, H, K]
+    update,  # out with UPDATES: theta [tokens, H, K]
+    merge,  # out: phi [tokens, H, K]
+    indices,  # out: [tokens, H, K]
+    update_rate,  # out with TRAINS: sigmoid(e) [tokens, H, S]
+    merge_rate,  # out with TRAINS: sigmoid(m) [tokens, H, S]
+    last_affinity,  # in and out with LAG: alpha of earlier tokens [tokens, LAG, H, K], oldest first
+    last_indices,  # in and out with LAG: their states [tokens, LAG, H, K]
     update_indices,  # out with LAG: [tokens, H, K]
-    count, temperature,
-    affinity_token, affinity_head, update_token, update_head, merge_token, merge_head,
-    HEADS: tl.constexpr, STATES: tl.constexpr, PADDED: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr,
-    ROWS: tl.constexpr, ONE_RATE: tl.constexpr, BITS: tl.constexpr, UPDATES: tl.constexpr, LAG: tl.constexpr,
-    TRAINS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows. UPDATES: update weights are wanted; LAG: they go to the states of the token LAG before; TRAINS: rates are kept
+    count,  # N
+    temperature,
+    affinity_token,  # strides of the logits
+    affinity_head,
+    update_token,
+    update_head,
+    merge_token,
+    merge_head,
+    HEADS: tl.constexpr,
+    STATES: tl.constexpr,
+    PADDED: tl.constexpr,
+    SELECTED: tl.constexpr,
+    KP: tl.constexpr,
+    ROWS: tl.constexpr,
+    ONE_RATE: tl.constexpr,
+    BITS: tl.constexpr,
+    UPDATES: tl.constexpr,
+    LAG: tl.constexpr,
+    TRAINS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """ROWS rows. UPDATES: compute update weights; LAG: apply them to the states of the token LAG before; TRAINS: save rates
     for backward."""
     if EARLY:
         gdc_wait()
@@ -86,24 +109,24 @@ def forward_kernel(
     x = tl.load(
         affinity_logits + token * affinity_token + head * affinity_head + state, mask=there, other=0.0, cache_modifier=".cg"
     ).to(tl.float32)
-    # Integers in the order of the numbers, where both zeros are equal and NaN is the largest; below all of them, what is none.
+    # Order-preserving integer keys: -0.0 equals 0.0, NaN is largest, padding is lowest.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     bits = tl.where(x != x, 0x7FC00000, bits)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(state < STATES, key & MASK, LOWEST)
-    # The largest number that K keys reach, from its highest bit on.
+    # The largest number that at least K keys reach, bit by bit from the highest.
     least = tl.where(_reaching(key, 0) >= SELECTED, 0, LOWEST)
     for i in range(1, BITS):
         higher = least + (1 << (31 - i))
         least = tl.where(_reaching(key, higher) >= SELECTED, higher, least)
     above = (key > least).to(tl.int32)
     equal = (key == least).to(tl.int32)
-    # Both counts in one: a row has fewer than 2^16 states.
+    # Both counts in one integer: a row has fewer than 2^16 states.
     place = tl.cumsum(above + (equal << 16), 1)
     missing = SELECTED - tl.sum(above, 1)[:, None]
     taken = (above == 1) | ((equal == 1) & ((place >> 16) <= missing))
     place = (place & 0xFFFF) + tl.minimum(place >> 16, missing) - 1
-    # The room for indices holds keys and indices meanwhile; the second barrier is for threads that store what others load.
+    # `indices` serves as scratch for keys and indices; the second barrier keeps stores behind other threads' loads.
     room = indices + tl.program_id(0).to(tl.int64) * (ROWS * SELECTED)
     place += tl.arange(0, ROWS)[:, None] * SELECTED
     tl.store(room + place, (key.to(tl.int64) << 32) | (0xFFFF - state), mask=known & taken)
@@ -161,12 +184,29 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    affinity, indices, update_rate, merge_rate, d_affinity, d_update, d_merge, d_affinity_logits, d_update_logits,
-    d_merge_logits, count, temperature,
-    STATES: tl.constexpr, PADDED: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr,
-    ONE_RATE: tl.constexpr, UPDATES: tl.constexpr, HAS_AFFINITY: tl.constexpr, HAS_UPDATE: tl.constexpr,
+    affinity,  # alpha [N, K]
+    indices,  # [N, K]
+    update_rate,  # sigmoid(e) [N, S]
+    merge_rate,  # sigmoid(m) [N, S]
+    d_affinity,  # of alpha [N, K]
+    d_update,  # of theta [N, K]
+    d_merge,  # of phi [N, K]
+    d_affinity_logits,  # out: of a [N, M]
+    d_update_logits,  # out: of e [N, R]
+    d_merge_logits,  # out: of m [N, R]
+    count,  # N
+    temperature,
+    STATES: tl.constexpr,
+    PADDED: tl.constexpr,
+    SELECTED: tl.constexpr,
+    KP: tl.constexpr,
+    ROWS: tl.constexpr,
+    ONE_RATE: tl.constexpr,
+    UPDATES: tl.constexpr,
+    HAS_AFFINITY: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
     HAS_MERGE: tl.constexpr,
-):  # fmt: skip
+):
     """ROWS rows: zeros for all states, then the gradients of the selected ones."""
     row, _, _, known = _rows_of(count, 1, ROWS)
     state = tl.arange(0, PADDED)[None, :]
@@ -201,7 +241,7 @@ def backward_kernel(
         d_alpha += d_phi * mu
         d_mu = d_phi * alpha
     d_logit = alpha * (d_alpha - tl.sum(alpha * d_alpha, 1)[:, None]) / temperature
-    # Threads may write to what others filled with zeros.
+    # Threads may overwrite zeros that others wrote.
     tl.debug_barrier()
     place = row * STATES + index
     tl.store(d_affinity_logits + place, d_logit.to(d_affinity_logits.dtype.element_ty), mask=here)
@@ -220,7 +260,7 @@ def backward_kernel(
 
 
 def _sizes(states: int, selected: int) -> dict[str, int]:
-    """Constants of both kernels, and their warps."""
+    """Constants and warps of both kernels."""
     padded = triton.next_power_of_2(states)
     kept = triton.next_power_of_2(selected)
     rows = max(1, min(BLOCK // padded, SELECTED_BLOCK // kept))
@@ -229,7 +269,7 @@ def _sizes(states: int, selected: int) -> dict[str, int]:
 
 
 def _by_token(logits: Tensor) -> Tensor:
-    """Logits `[..., H, M]` as `[tokens, H, M]` with M numbers in a row, copied only if their memory does not allow for it."""
+    """Logits `[..., H, M]` as `[tokens, H, M]`, contiguous along M; copied only if necessary."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     return logits.reshape(-1, *logits.shape[-2:])
@@ -243,7 +283,7 @@ def _route(
 
     Args:
         affinity_logits: `[..., H, M]`, bfloat16, float16 or float32; so are the others.
-        update_logits: `[..., H, R]`; None leaves update weights out.
+        update_logits: `[..., H, R]`; None omits update weights.
         merge_logits: `[..., H, R]`.
         top_k: K.
         temperature: divides the affinity logits.
@@ -265,12 +305,12 @@ def _launch_forward(
     affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, results: tuple[Tensor | None, ...],
     top_k: int, temperature: float, lag: int,
 ) -> None:  # fmt: skip
-    """`forward_kernel`; its `results` are affinity to update_indices, None where they are not wanted."""
+    """Launches `forward_kernel`; `results` are its parameters affinity to update_indices, None if not requested."""
     heads, states = affinity_logits.shape[-2:]
     rows = affinity_logits.numel() // states
     if rows == 0:
         return
-    # Without update weights its logits are not read.
+    # Without update weights, their logits are not read.
     logits = [_by_token(x) for x in (affinity_logits, merge_logits if update_logits is None else update_logits, merge_logits)]
     sizes = _sizes(states, top_k)
     launch(
@@ -299,17 +339,17 @@ def _route_step(
     affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, last_affinity: Tensor, last_indices: Tensor,
     top_k: int, temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Routing of one token of each sequence whose update goes to the states of an earlier one. Not differentiable.
+    """Routes one token per sequence that updates the states of an earlier token. Not differentiable.
 
     Args:
         affinity_logits: `[B, H, M]`; update_logits, merge_logits: `[B, H, R]`.
-        last_affinity: of the L tokens before, oldest first, contiguous float32 `[B, L, H, K]`, moved on in place.
-        last_indices: their states, contiguous int64 `[B, L, H, K]`, likewise.
+        last_affinity: of the last L tokens, oldest first, contiguous float32 `[B, L, H, K]`; shifted in place.
+        last_indices: their states, contiguous int64 `[B, L, H, K]`; shifted in place.
         top_k: K.
         temperature: divides the affinity logits.
 
     Returns:
-        update and merge weights float32 `[B, H, K]`; the states that are updated and those that are merged, int64 `[B, H, K]`.
+        update and merge weights float32 `[B, H, K]`; the updated and the merged states, int64 `[B, H, K]`.
     """
     batch, heads, _ = affinity_logits.shape
     carried = (batch, last_affinity.shape[1], heads, top_k)
@@ -344,9 +384,9 @@ def _route_backward(
     d_update: Tensor | None, d_merge: Tensor | None, states: int, rates: int, temperature: float, dtype: torch.dtype,
     updates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the three logits `[..., H, M]`, `[..., H, R]`, `[..., H, R]` in `dtype`, given those of affinity, update and
-    merge weights (None for zero), what `route` kept, M = `states` and R = `rates`; that of update logits is empty unless
-    `updates`."""
+    """Gradients of the three logits `[..., H, M]`, `[..., H, R]`, `[..., H, R]` in `dtype`, given those of affinity, update
+    and merge weights (None means zero), the tensors saved by `route`, M = `states` and R = `rates`; that of update logits is
+    empty unless `updates`."""
     made = _fake_route_backward(
         affinity, indices, update_rate, merge_rate, d_affinity, d_update, d_merge, states, rates, temperature, dtype, updates
     )
@@ -421,6 +461,6 @@ torch.library.register_fake("factorization_memory::route_backward", _fake_route_
 torch.library.register_autograd("factorization_memory::route", _backward, setup_context=_setup_context)
 
 select = torch.ops.factorization_memory.route.default
-"""The operator; `_route` says what it takes and returns."""
+"""The operator; see `_route` for its arguments and results."""
 route_step = torch.ops.factorization_memory.route_step.default
-"""The operator; `_route_step` says what it takes and returns."""
+"""The operator; see `_route_step` for its arguments and results."""

@@ -1,7 +1,7 @@
-"""Triton on this machine: whether it is here and can take a tensor, and on which device kernels are launched. Nothing else
-asks.
+"""Triton on this machine: whether it is installed, supports a tensor, and on which device kernels are launched. The only place
+that checks this.
 
-Nothing here imports Triton before a kernel is launched.
+Does not import Triton before a kernel is launched.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ H200_PROCESSORS = 132
 OLDEST_TRITON = (3, 6)
 """The oldest Triton that compiles the kernels."""
 CAPABILITIES = (9, 10)
-"""Major compute capabilities whose GPUs (H100, H200, B200) give a block of threads the 227 KiB of shared memory that the tiles
-that ship may take; others give 163 KiB or 99."""
+"""Major compute capabilities of GPUs (H100, H200, B200) with the 227 KiB of shared memory per thread block that the shipped
+tiles may need; others have 163 KiB or 99."""
 
 
 def interpreted() -> bool:
@@ -31,7 +31,7 @@ def interpreted() -> bool:
 
 
 def why_unsupported(value: Tensor, argument: str = "value") -> str | None:
-    """Why the kernels cannot run for `value`, an argument of that name; None if they can."""
+    """Why the kernels cannot run for `value`, named `argument` in the message; None if they can."""
     if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{argument} has dtype {value.dtype}, the kernels take bfloat16, float16 or float32"
     return _why_not_on(argument, str(value.device))
@@ -64,32 +64,32 @@ def _why_not(argument: str, name: str, in_python: bool) -> str | None:
 
 
 def triton_version() -> str | None:
-    """The version of Triton that is installed; None if none is."""
+    """The installed version of Triton; None without Triton."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         pass
     if find_spec("triton") is None:
         return None
-    import triton  # a build of another name
+    import triton  # a build distributed under another name
 
     return getattr(triton, "__version__", None)
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """The numbers of a version, to compare: `(3, 7, 1)` of "3.7.1+git"."""
+    """A version as a comparable tuple: `(3, 7, 1)` for "3.7.1+git"."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 @lru_cache(maxsize=64)
 def processor_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; those of an H200 where kernels are interpreted on a CPU."""
+    """Number of streaming multiprocessors of a GPU; that of an H200 when kernels are interpreted on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else H200_PROCESSORS
 
 
 def on_device_of(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator on the device of its arguments, the first of which is a tensor: Triton launches on the current one; and
-    outside autocast, which would cast the operands of PyTorch's products."""
+    """Runs an operator on the device of its first argument, a tensor, since Triton launches on the current device; and outside
+    autocast, which would cast the operands of PyTorch's matmuls."""
 
     @wraps(operator)
     def launched(*arguments: Any) -> Any:

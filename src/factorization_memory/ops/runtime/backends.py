@@ -1,4 +1,4 @@
-"""The forms in which an operator can be computed, and the choice among them: the same for every operator."""
+"""Backends of an operator and the choice among them, shared by all operators."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def _runs_everywhere(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One form of an operator. Its functions are called with what `choose` is given: a tensor, then whatever the choice of
-    that operator depends on.
+    """One backend of an operator. `why_unsupported` and `pays` receive the `request` of `choose`: a tensor, then whatever the
+    operator's choice depends on.
 
     Attributes:
-        name: what users call it.
+        name: its public name.
         forward: the operator over whole sequences.
-        family: name by which users leave it to us which of several is taken; "" for none.
-        needs_gpu: whether "auto" passes it by for a tensor that is not on a GPU.
-        why_unsupported: why it cannot compute here, or None.
-        pays: whether it is worth taking before those after it, where it is not asked for by its own name.
+        family: public name of a group of backends, of which `choose` picks one; "" for none.
+        needs_gpu: whether "auto" skips it for a tensor that is not on a GPU.
+        why_unsupported: why it cannot run here; None if it can.
+        pays: whether it beats the backends after it; ignored if it is requested by name.
     """
 
     name: str
@@ -37,20 +37,20 @@ AnyBackend = TypeVar("AnyBackend", bound=Backend)
 
 
 def backend_names(backends: Sequence[Backend]) -> tuple[str, ...]:
-    """Names that users may ask for, the plainest form first."""
+    """Names that users may request, the plainest backend first."""
     return tuple(dict.fromkeys(("auto", *(name for one in reversed(backends) for name in (one.family, one.name) if name))))
 
 
 def choose(backends: Sequence[AnyBackend], name: str, *request: Any) -> AnyBackend:
-    """The backend that computes: the one of that name, or for "auto" and the name of a family the first that pays and can run.
+    """Picks the backend: the one of that name; for "auto" or a family, the first that pays and can run.
 
     Args:
-        backends: forms of one operator, the fastest first. One of them runs everywhere.
-        name: what the user asked for.
-        request: a tensor, and whatever else the functions of the backends take.
+        backends: backends of one operator, fastest first. One of them runs everywhere.
+        name: the requested name.
+        request: a tensor, and whatever else the backends' functions accept.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run here; says why and what can.
+        ValueError: an unknown name, or a backend that cannot run here; the message says why, and what can.
     """
     asked = [one for one in backends if name in ("auto", one.name, one.family or one.name)]
     if not asked:

@@ -1,4 +1,4 @@
-"""Launching a kernel with less work on the host than Triton's own way, which looks at every argument anew."""
+"""Launches kernels with less host overhead than Triton, which inspects every argument at each launch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from factorization_memory.ops.runtime import interpreted
 
 REMEMBERED = 4096
-"""Compiled kernels remembered at most; then all are forgotten, and Triton finds them again."""
+"""Size of the cache of compiled kernels; when full it is cleared, and Triton looks them up again."""
 ALIGNMENT = 127
-"""Bits of an address that a compiled kernel may depend on: Triton looks at the lowest four."""
+"""Address bits that a compiled kernel may be specialized on; Triton uses the lowest four."""
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 DEPENDENT_LAUNCH = True
-"""Whether kernels of decoding begin before what was launched before has ended, and wait for it inside (programmatic dependent
-launch). What other kernels write they load past the L1 cache, which may hold what was there when they began."""
+"""Whether decoding kernels start before the previous kernel has ended, and wait for it inside (programmatic dependent launch).
+They load what other kernels write past the L1 cache, which may be stale."""
 
 
 def dependent(early: bool) -> dict[str, bool]:
-    """What to give to `launch` for a kernel that may begin early."""
+    """Arguments of `launch` for a kernel that may start early."""
     if not (early and DEPENDENT_LAUNCH) or interpreted():
         return {"EARLY": False}
     return {"EARLY": True, "launch_pdl": True}
@@ -33,13 +33,13 @@ def launch(
 ) -> None:
     """`kernel[grid](*arguments, num_warps=num_warps, **constants)`.
 
-    A kernel that was launched before with the same numbers and constants, and tensors of the same dtypes and alignments, is
-    launched again as compiled then. Whatever Triton makes of a number is in its value, so nothing else need be compared.
+    Reuses the compiled kernel of an earlier launch with the same numbers and constants, and tensors of the same dtypes and
+    alignments. Triton specializes on nothing else.
 
     Args:
-        kernel: a kernel whose parameters are `arguments` and after them `constants`, all given. The first is a tensor.
-        grid: programs, in up to three dimensions.
-        num_warps: warps of a program.
+        kernel: a kernel whose parameters are `arguments`, then `constants`, all given. The first is a tensor.
+        grid: number of programs in up to three dimensions.
+        num_warps: warps per program.
     """
     sizes = (*grid, 1, 1)[:3]
     key = (

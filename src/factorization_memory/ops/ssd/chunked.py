@@ -1,17 +1,17 @@
 """Mamba-2's recurrence parallel over time in plain PyTorch (arXiv 2405.21060, section 6), for CPU and GPU.
 
-Time is cut into chunks of L tokens. With `a_t = dt_t A` and `decay(s -> t) = exp(a_{s+1} + ... + a_t)`,
+Time is split into chunks of L tokens. With `a_t = dt_t A` and `decay(s -> t) = exp(a_{s+1} + ... + a_t)`,
 
     y_t = sum_{s <= t} (C_t . B_s) decay(s -> t) dt_s x_s + decay(start -> t) S C_t      within a chunk that begins with S
     S'  = decay(start -> end) S + sum_s decay(s -> end) dt_s x_s B_s^T                    from chunk to chunk
 
-everything of width P or N is a matrix product, over all chunks at once. The states follow each other by products with matrices
-of decays too, in blocks of chunks, blocks of blocks, and so on. Only numbers in [0, 1] are made by `exp`. Packed sequences
-begin at chunks of their own, so that inside a chunk nothing need be masked.
+everything of width P or N is a matrix product, over all chunks at once. States pass from chunk to chunk by products with decay
+matrices too, in blocks of chunks, blocks of blocks, and so on. `exp` only ever returns numbers in [0, 1]. Each packed sequence
+starts a new chunk, so nothing is masked inside a chunk.
 
-Products are of x's dtype; decays, and the states that pass from chunk to chunk, are float32 (float64 for float64 x).
+Products are in x's dtype; decays and the states passed between chunks are float32 (float64 for float64 x).
 
-Shapes: B sequences, T tokens, H heads, P values of a head, G groups of heads, N state size; n chunks of L tokens.
+Shapes: B sequences, T tokens, H heads, P head width, G groups of heads, N state size; n chunks of L tokens.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import no_autocast, state_dtype
 
 BLOCK = 32
-"""States that one matrix of decays carries on; where there are more, blocks of them follow each other."""
+"""States per decay matrix; more are processed in blocks."""
 MIN_CHUNK = 16
 """Chunks of packed sequences are not shortened below this."""
 NO_DECAY_LEFT = {torch.float32: -100.0, torch.float64: -750.0}
-"""Log decay below which a state is nothing beside what is added to it. Cut off there, sums of them keep their digits."""
+"""Log decay below which a state is negligible next to what is added to it. Clamped there, so that sums of log decays keep
+their precision."""
 
 
 @dataclass(frozen=True)
 class _Packing:
-    """Where the tokens and states of packed sequences stand: each sequence fills whole chunks, and its initial state comes
-    before them in the row of states.
+    """Layout of packed sequences: each fills whole chunks, and its initial state precedes theirs in the list of states.
 
     Attributes:
-        token: place of each token among the n L places in chunks, `[T]`.
-        order: what stands in each of the N + n places of states: an initial state, or N + chunk; `[N + n]`.
-        before: place of the state that each chunk begins with, `[n]`.
-        last: place of each sequence's last state, `[N]`.
-        starts: whether a place has an initial state, bool `[N + n]`.
+        token: index of each token among the n L positions in chunks, `[T]`.
+        order: source of each of the N + n states: the index of an initial state, or N + chunk; `[N + n]`.
+        before: index of the state that each chunk begins with, `[n]`.
+        last: index of each sequence's last state, `[N]`.
+        starts: whether a state is an initial one, bool `[N + n]`.
     """
 
     token: Tensor
@@ -55,7 +55,7 @@ class _Packing:
 
     @classmethod
     def plan(cls, cu_seqlens: Tensor, length: int, chunk: int, chunks: int) -> _Packing:
-        """The places of sequences with these borders in `chunks` chunks, the last of which may stay empty."""
+        """Packs sequences with these borders into `chunks` chunks, the last of which may stay empty."""
         borders = cu_seqlens.long()
         device, sequences = borders.device, borders.shape[0] - 1
         counts = (borders.diff() + (chunk - 1)) // chunk
@@ -66,7 +66,7 @@ class _Packing:
         token = first[sequence] * chunk + token - borders[sequence]
         start = first + torch.arange(sequences, device=device)
         number = torch.arange(chunks, device=device)
-        # Chunks behind all sequences count to the last one, whose state they leave as it is.
+        # Chunks after the last sequence count as its own; they leave its state unchanged.
         before = number + torch.bucketize(number, stops, right=True).clamp(max=sequences - 1)
         places = torch.cat((start, before + 1))
         order = torch.empty_like(places).index_copy(0, places, torch.arange(sequences + chunks, device=device))
@@ -84,19 +84,19 @@ def forward(
     keep_final: bool,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence over whole sequences; arguments and results as of `ssd.ssd`."""
+    """The recurrence over whole sequences; arguments and results as in `ssd.ssd`."""
     with no_autocast(x.device):
         return _forward(x, dt, decay_rate, input_map, output_map, chunk_size, initial, keep_final, cu_seqlens)
 
 
 def chunk_of(chunk_size: int, length: int) -> int:
-    """Tokens of a chunk of sequences that are not packed: no more than there are, but in a compiled graph, which is for any
+    """Tokens per chunk of unpacked sequences: at most their length, except in a compiled graph, which must serve any
     length."""
     return chunk_size if torch.compiler.is_compiling() else min(chunk_size, max(length, 1))
 
 
 def log_decays(dt: Tensor, decay_rate: Tensor, dtype: torch.dtype) -> Tensor:
-    """dt A, `[B, T, H]`, in `dtype`, cut off where nothing is left."""
+    """dt A, `[B, T, H]`, in `dtype`, clamped at `NO_DECAY_LEFT`."""
     return (dt.to(dtype) * decay_rate.to(dtype)).clamp(min=NO_DECAY_LEFT[dtype])
 
 
@@ -119,10 +119,10 @@ def _forward(
         chunks = max(1, -(-length // chunk))
     else:
         sequences, chunk = cu_seqlens.shape[0] - 1, chunk_size
-        # Short sequences leave the less of their last chunk empty, the shorter it is.
+        # Short sequences get smaller chunks, so that less of each one's last chunk is empty.
         while chunk >= 2 * MIN_CHUNK and chunk * sequences > length:
             chunk //= 2
-        # As many as N sequences of T tokens may need, so that their lengths need not be known here.
+        # The most that N sequences of T tokens in all can need: reading their lengths would synchronize.
         chunks = max(1, (length + sequences * (chunk - 1)) // chunk)
         packing = _Packing.plan(cu_seqlens.to(x.device), length, chunk, chunks)
 
@@ -138,7 +138,7 @@ def _forward(
     values = cut((x * dt.to(wide)[..., None]).to(x.dtype))
     logs = cut(log_decays(dt, decay_rate, wide)).transpose(2, 3)  # [B, n, H, L]
     total, from_start = logs.sum(-1), logs.cumsum(-1).exp()
-    # Sums of what comes later, not differences: a gradient would be one of large numbers.
+    # Sums of the later logs, not differences of sums, whose gradient would be a difference of large numbers.
     to_end = functional.pad(logs[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp()
     # [B, n, G, L, N]
     inputs, outputs = (cut(tensor.to(x.dtype)).transpose(2, 3) for tensor in (input_map, output_map))
@@ -148,7 +148,7 @@ def _forward(
     weights = ((outputs @ inputs.mT)[:, :, :, None] * decay).to(x.dtype).flatten(2, 3)
     inner = (weights @ values.transpose(2, 3)).transpose(2, 3)
 
-    # From chunk to chunk: rows [B, H, states, P N], first the initial ones.
+    # From chunk to chunk: states [B, H, states, P N], initial ones first.
     kept = values * to_end.transpose(2, 3)[..., None]
     kept = kept.to(x.dtype).unflatten(3, (groups, heads // groups)).flatten(4).permute(0, 1, 3, 4, 2)
     states = (kept @ inputs).to(wide).view(batch, chunks, heads, width * size).transpose(1, 2)
@@ -174,22 +174,22 @@ def _forward(
 
 
 def decays(logs: Tensor) -> Tensor:
-    """The decays from each token to each later one, `exp(logs_{s+1} + ... + logs_t)` at `[..., t, s]` of logs `[..., L]`, zero
-    to those before."""
-    # The compiler fuses the plain form with what follows, both ways.
+    """Decays from each token s to each later token t, `exp(logs_{s+1} + ... + logs_t)` at `[..., t, s]`, for logs `[..., L]`;
+    zero for t < s."""
+    # The compiler fuses the plain form with what follows, forward and backward.
     return _decays(logs) if torch.compiler.is_compiling() else _Decays.apply(logs)
 
 
 def _decays(logs: Tensor) -> Tensor:
-    """`decays` in plain PyTorch, whose gradient is left to autograd."""
+    """`decays` in plain PyTorch, differentiated by autograd."""
     length, sums = logs.shape[-1], logs.cumsum(-1)
     edge = torch.full((length, length), -torch.inf, dtype=logs.dtype, device=logs.device).triu(1)
     return torch.where(_later(length, logs.device), sums[..., :, None] - sums[..., None, :], edge).exp()
 
 
 class _Decays(torch.autograd.Function):
-    """`_decays`, whose gradient is a sum of what it is made of: that of differences of sums is a difference of sums again, and
-    where decay is strong, a small one of large numbers."""
+    """`_decays` with a gradient computed as a plain sum: autograd's is a difference of sums, which cancels under strong
+    decay."""
 
     @staticmethod
     def forward(ctx: Any, logs: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class _Decays(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (decay,) = ctx.saved_tensors
-        # logs_r stands in what is written at s < r and read at t >= r.
+        # logs_r contributes to every pair written at s < r and read at t >= r.
         written = (gradient * decay).cumsum(-1).masked_fill_(~_later(decay.shape[-1], decay.device), 0)
         return functional.pad(written.sum(-2)[..., :-1], (1, 0))
 
@@ -210,7 +210,7 @@ def _carry(logs: Tensor, states: Tensor) -> Tensor:
     """`h_i = exp(logs_i) h_{i-1} + states_i` along the third dimension.
 
     Args:
-        logs: `[B, H, S]`, down to minus infinity.
+        logs: `[B, H, S]`; may be -inf.
         states: `[B, H, S, X]`.
 
     Returns:
@@ -232,8 +232,8 @@ def _carry(logs: Tensor, states: Tensor) -> Tensor:
 
 
 def _segments(logs: Tensor) -> Tensor:
-    """`logs_{j+1} + ... + logs_i` at `[..., i, j]` of logs `[..., S]`, minus infinity for j > i. Sums, not differences of sums:
-    minus infinity may be among them."""
+    """`logs_{j+1} + ... + logs_i` at `[..., i, j]` for logs `[..., S]`, -inf for j > i. Computed as sums, not differences of
+    sums, since logs may be -inf."""
     count = logs.shape[-1]
     later = _later(count, logs.device)
     sums = logs[..., :, None].expand(*logs.shape, count).masked_fill(~later, 0).cumsum(-2)

@@ -1,7 +1,7 @@
-"""Mamba-2's recurrence by the GPU kernels of other packages: mamba-ssm's own, or those that flash-linear-attention (fla) has
-for the same recurrence. Nothing here imports them before the first call.
+"""Mamba-2's recurrence with the GPU kernels of other packages: mamba-ssm's own, or those of flash-linear-attention (fla) for
+the same recurrence. They are imported at the first call.
 
-Under `torch.compile` they are an operator, as neither can be traced; its backward runs the kernels' forward once more.
+Under `torch.compile` they are an opaque operator, as neither can be traced; its backward reruns the kernels' forward.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ PACKAGES = {
     "mamba-ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", "mamba-ssm"),
     "fla": ("fla.ops.simple_gla", "chunk_simple_gla", "fla-core"),
 }
-"""Backend -> module, function, and the name to install it by; the first is preferred."""
+"""Backend -> module, function, and name of the package to install; the first is preferred."""
 FLA_HOPPER_TRITON = (3, 7, 1)
-"""Triton from which on fla's gated kernels run on GPUs of capability 9; from 3.4 up to it they refuse."""
+"""Oldest Triton with which fla's gated kernels run on GPUs of capability 9; from 3.4 up to it they refuse."""
 MAMBA_CHUNK = 256
-"""Tokens of a chunk in mamba-ssm's kernels: its own choice. fla's take 64."""
+"""Tokens per chunk of mamba-ssm's kernels: its own default. fla's use 64."""
 
 
 def why_unsupported(backend: str, x: Tensor, packed_states: bool) -> str | None:
-    """Why these kernels cannot compute with x; None if they can. `packed_states` if states go into packed sequences or come out
-    of them."""
+    """Why these kernels cannot run on x; None if they can. `packed_states`: whether packed sequences have initial or final
+    states."""
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"x has dtype {x.dtype}, the kernels take bfloat16, float16 or float32"
     if not x.is_cuda:
@@ -49,7 +49,7 @@ def why_unsupported(backend: str, x: Tensor, packed_states: bool) -> str | None:
 
 @torch.compiler.assume_constant_result
 def fla_refusal(device: str) -> str | None:
-    """Why fla would refuse to run, which it says only when it computes gradients; None if it does not."""
+    """Why fla would refuse to run, which it reports only in backward; None if it would run."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return None
     version = runtime.triton_version()
@@ -67,13 +67,13 @@ def _missing(backend: str) -> str | None:
 
 @lru_cache(maxsize=len(PACKAGES))
 def _find(backend: str) -> Callable[..., Any] | str:
-    """The kernels' function, or why there is none."""
+    """The kernels' function, or why it is missing."""
     module, function, name = PACKAGES[backend]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks of another package's imports
+            warnings.simplefilter("ignore")  # emitted by another package's imports
             return getattr(importlib.import_module(module), function)
-    except Exception as error:  # compiled parts fail in many ways where they do not fit this PyTorch
+    except Exception as error:  # extensions built for another PyTorch fail in many ways
         return f"{module} cannot be imported ({type(error).__name__}: {error}); pip install {name}"
 
 
@@ -81,15 +81,15 @@ def forward(
     backend: str, x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, initial: Tensor | None,
     keep_final: bool, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The recurrence over whole sequences; arguments and results as of `ssd.ssd`."""
+    """The recurrence over whole sequences; arguments and results as in `ssd.ssd`."""
     run = _operator if torch.compiler.is_compiling() else _run_once
     with no_autocast(x.device):
-        # The same tensor for every layer: fla remembers what it has read of it.
+        # The same tensor for every layer: fla caches what it reads from it.
         borders = None if cu_seqlens is None else cu_seqlens.to(x.device)
         input_map, output_map = input_map.to(x.dtype), output_map.to(x.dtype)
         if backend == "mamba-ssm":
             dt, decay_rate = dt.float(), decay_rate.float()
-            if borders is not None:  # it takes the sequence of each token
+            if borders is not None:  # it expects the sequence of each token
                 tokens = torch.arange(x.shape[1], device=x.device)
                 borders = torch.bucketize(tokens, borders[1:].long(), right=True).int()[None]
             y, final = run(x, dt, input_map, output_map, decay_rate, initial, borders, keep_final, backend)
@@ -108,7 +108,7 @@ def _run_once(
     value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
     borders: Tensor | None, keep_final: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`_run`, whose gradients of gradients are an error: the kernels' own would be wrong."""
+    """`_run` with an error on double backward, which the kernels would compute wrongly."""
 
     def run(
         value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None
@@ -125,7 +125,7 @@ def _run(
     value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
     borders: Tensor | None, keep_final: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The kernels, on what each takes. Returns y and the final state, empty unless asked for.
+    """Runs the kernels, given each one's own inputs. Returns y and the final state, empty unless requested.
 
     Args:
         value: x for mamba-ssm, dt x for fla, `[B, T, H, P]`.
@@ -133,7 +133,7 @@ def _run(
         input_map, output_map: `[B, T, G, N]` for mamba-ssm, `[B, T, H, N]` for fla.
         rate: A `[H]` for mamba-ssm.
         initial: `[B, H, P, N]` for mamba-ssm, `[B, H, N, P]` for fla, float32.
-        borders: the sequence of each token, int32 `[1, T]`, for mamba-ssm; `[N + 1]` for fla.
+        borders: sequence of each token, int32 `[1, T]`, for mamba-ssm; `[N + 1]` for fla.
     """
     kernels: Any = _find(backend)
     final = None
@@ -176,11 +176,11 @@ def _backward(
     d_output: Tensor, d_final: Tensor | None, value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor,
     rate: Tensor | None, initial: Tensor | None, borders: Tensor | None, backend: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of value, decay, both maps, and of rate and the initial state where they are given."""
+    """Gradients of value, decay, both maps, and of rate and the initial state if given."""
     given = (value, decay, input_map, output_map, rate, initial)
     leaves = [None if x is None else x.detach().requires_grad_() for x in given]
     with torch.enable_grad(), no_autocast(value.device):
-        # Inside an operator, autograd knows of the kernels' own functions alone, and they are all there is.
+        # Inside an operator, autograd sees only the kernels' own functions, which suffice.
         run: Any = _run
         y, final = run(*leaves, borders, d_final is not None, backend)
     outputs, gradients = ([y], [d_output]) if d_final is None else ([y, final], [d_output, d_final])

@@ -1,6 +1,6 @@
 """The recurrence as Triton kernels: for NVIDIA GPUs and, in Triton's interpreter (TRITON_INTERPRET=1), for tests on a CPU.
 
-Nothing here imports Triton before the first call.
+Triton is imported at the first call.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 SPARSE_STATES, SPARSE_RATIO = 1024, 32
-"""M, and M / K, from which on the form that computes with the selected states alone was faster in every measurement, forward
-and with backward."""
+"""Smallest M, and M / K, at which the sparse form was faster in every measurement, forward and with backward."""
 SPARSE_LENGTH, SPARSE_WIDTH = 2048, 2048
-"""Tokens of a sequence up to which it was, and least width of its one head."""
+"""Longest sequence, in tokens, and smallest width of its single head at which it was."""
 
 
 def forward(
@@ -23,7 +22,7 @@ def forward(
         update: theta, `[B, T, H, M]`.
         merge: phi, same shape.
         value: v, `[B, T, H, D]`, bfloat16, float16 or float32.
-        state: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), or None for zeros.
+        state: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), None means zeros.
         keep_final: whether to return the final state.
         cu_seqlens: `[N + 1]` integers, the borders of packed sequences (B = 1).
 
@@ -37,11 +36,11 @@ def forward(
 
 
 def sparse_pays(value: Tensor, chosen: int, num_states: int) -> bool:
-    """Whether `forward_sparse` is known to be faster than the dense form, by measurement (docs/kernels.md): at sizes beside
-    those that were measured it is not taken.
+    """Whether `forward_sparse` was measured to be faster than the dense form (docs/kernels.md); False for sizes outside the
+    measured range.
 
     Args:
-        value: v, `[B, T, H, D]`, of sequences that are not packed and that no memory comes into or leaves.
+        value: v, `[B, T, H, D]`, of unpacked sequences without initial or final state.
         chosen: K.
         num_states: M.
     """
@@ -66,7 +65,7 @@ def forward_sparse(
         value: v, `[B, T, H, D]`, bfloat16, float16 or float32.
         indices: the distinct states of each token, int `[B, T, H, K]`.
         num_states: M.
-        state: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), or None for zeros.
+        state: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), None means zeros.
         keep_final: whether to return the final state.
         cu_seqlens: `[N + 1]` integers, the borders of packed sequences (B = 1).
 
@@ -83,7 +82,7 @@ def step_in_place(
     update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor,
     places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """A few tokens of each sequence, `state` in place: see `step._step`."""
+    """A few tokens of each sequence; updates `state` in place: see `step._step`."""
     from factorization_memory.ops.memory.kernels import step as kernels
 
     return kernels.step(update, merge, value, state, indices, merge_indices, places, undo, position, seed)
@@ -92,7 +91,7 @@ def step_in_place(
 def undo_in_place(
     state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int
 ) -> None:
-    """Take back steps, `state` in place: see `step._undo`."""
+    """Undoes steps; updates `state` in place: see `step._undo`."""
     from factorization_memory.ops.memory.kernels import step as kernels
 
     kernels.undo(state, undo, indices, places, position, count)

@@ -2,14 +2,14 @@
 
 Forward: weights of each chunk (`gates`), then outputs and states. With few states a program holds all of them for a block of
 columns and walks through time (`walk_kernel`); with many, states at chunk borders go through memory (`states_kernel`,
-`outputs_kernel`), a slice of the segments at a time, so that the workspace stays small beside values and outputs. A row that
-is cut into several segments, because batch and width alone cannot fill the chip or its states would fill memory, first gets the
-states at their beginnings.
+`outputs_kernel`), a slice of the segments at a time, so that the workspace stays small compared with values and outputs. If a
+row is cut into several segments, because batch and width alone cannot fill the GPU or its states would fill memory, the
+initial states of the segments are computed first.
 
-Backward keeps the inputs, those states and, where they are small, the weights; it recomputes the rest, slice by slice.
+The inputs, those states and, if small, the weights are saved for backward, which recomputes the rest slice by slice.
 
-Shapes: B sequences, T tokens, H heads, M memory states, D value width of a head, N packed sequences; C tokens of a chunk, MP
-the padded number of states, S slots (see `layout`).
+Shapes: B sequences, T tokens, H heads, M memory states, D value width per head, N packed sequences; C tokens per chunk, MP
+padded number of states, S slots (see `layout`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _state_shape(value: Tensor, states: int, cu_seqlens: Tensor | None) -> tuple
 
 
 def _standing(initial: Tensor | None, value: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Room for final states; of a sequence without tokens the initial one."""
+    """Allocates the final states; that of an empty sequence is its initial state."""
     if initial is None:
         return value.new_zeros(shape, dtype=torch.float32)
     return initial.to(torch.float32, copy=True).contiguous()
@@ -61,13 +61,13 @@ def _dense(
         update: theta, `[B, T, H, M]`.
         merge: phi, same shape.
         value: v, `[B, T, H, D]`, bfloat16, float16 or float32.
-        initial: h_0, `[N, H, M, D]` float32, or None for zeros.
+        initial: h_0, `[N, H, M, D]` float32; None means zeros.
         cu_seqlens: `[N + 1]` integers, borders of packed sequences (B = 1), or None.
         keep_final: whether to return final states.
 
     Returns:
-        y `[B, T, H, D]`; final states `[N, H, M, D]` float32, empty unless asked for; and for backward, each empty where it is
-        computed anew there: the states at the beginning of segments, and the weights of chunks (P and Q, P^T and K, G).
+        y `[B, T, H, D]`; final states `[N, H, M, D]` float32, empty unless requested; and for backward, each empty if
+        recomputed there: the initial states of segments, and the weights of chunks (P and Q, P^T and K, G).
     """
     update, merge = update.contiguous(), merge.contiguous()
     rows = value.contiguous().to(_operand_dtype(value))
@@ -95,7 +95,7 @@ def _dense(
     wide, narrow = torch.float32, _operand_dtype(value)
     results = zip((final, carry, *weights), (wide, wide, narrow, narrow, wide), strict=True)
     final, *kept = (value.new_empty(0, dtype=dtype) if x is None else x for x, dtype in results)
-    # Without their shapes, which differ from plan to plan: `_dense_backward` makes the same one.
+    # Flattened, as their shapes depend on the plan: `_dense_backward` makes the same plan.
     return output.to(value.dtype), final, *(x.flatten() for x in kept)  # type: ignore[return-value]
 
 
@@ -107,7 +107,7 @@ def _fake_dense(
     output = torch.empty_like(value, memory_format=torch.contiguous_format)
     sizes = (*update.shape, *value.shape, 0 if cu_seqlens is None else cu_seqlens.shape[0])
     if any(isinstance(size, torch.SymInt) for size in sizes):
-        # One graph for any length: how long what is kept is, the call itself finds out.
+        # One graph for any length: the sizes of saved tensors are known only at run time.
         kept = operands(value.dtype, exact=True)[0]
         some = (value.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=d) for d in (wide, kept, kept, wide))
         return output, final, *some  # type: ignore[return-value]
@@ -128,8 +128,8 @@ def _dense_backward(
     d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
     cu_seqlens: Tensor | None, carry: Tensor, read: Tensor, write: Tensor, total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and of
-    the final states `[N, H, M, D]` (None for zero), and `dense`'s arguments and last four results."""
+    """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and
+    final states `[N, H, M, D]` (None means zero), and the arguments and last four results of `dense`."""
     update, merge = update.contiguous(), merge.contiguous()
     rows, d_rows = (x.contiguous().to(_operand_dtype(value)) for x in (value, d_output))
     initial = None if initial is None else initial.contiguous()
@@ -149,7 +149,7 @@ def _dense_backward(
         call = Call(made, update, merge, weights)
         begins = None
         if made.carried:
-            # Chunks of packed sequences, and so segments, differ from those of the forward pass.
+            # Chunks of packed sequences, and so their segments, differ from the forward pass.
             size = call.segments * made.heads * made.padded * made.width
             known = not layout.packed and len(carry) == size
             begins = None if not known else carry.view(call.segments, made.heads, made.padded, made.width)
@@ -198,7 +198,7 @@ def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: Non
     return d_update, d_merge, d_value, None if initial is None else d_initial.to(initial.dtype), None, None
 
 
-# By hand: `torch.library.custom_op` would wrap every call once more.
+# By hand: `torch.library.custom_op` adds a wrapper around every call.
 torch.library.define(
     "factorization_memory::dense",
     "(Tensor update, Tensor merge, Tensor value, Tensor? initial, Tensor? cu_seqlens, bool keep_final)"
@@ -216,4 +216,4 @@ torch.library.register_fake("factorization_memory::dense_backward", _fake_dense_
 torch.library.register_autograd("factorization_memory::dense", _backward, setup_context=_setup_context)
 
 dense = torch.ops.factorization_memory.dense.default
-"""The operator; `_dense` says what it takes and returns."""
+"""The operator; see `_dense` for its arguments and results."""

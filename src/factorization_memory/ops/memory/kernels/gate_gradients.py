@@ -1,8 +1,8 @@
-"""Gradients of update and merge weights from those of P, Q, K and G: back through the tree (see `tree`).
+"""Gradients of update and merge weights from those of P, Q, K and G: backward through the tree (see `tree`).
 
-d_met holds the gradients of what `met` holds. Everything but dP stays in registers, which are laid out as a matrix product
-wants them in its result and, with columns reordered, in its operand (`_load`, `_even_first`). What a level needs of the tree
-below it is built anew from theta, phi and the decays.
+d_met is the gradient of `met`. Everything but dP stays in registers, in the layout of a matrix product's result and, with
+columns reordered, of its operand (`_load`, `_even_first`). What a level needs of the levels below is recomputed from theta,
+phi and decays.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from factorization_memory.ops.memory.kernels.tree import (
 from factorization_memory.ops.runtime.launcher import launch
 
 LAST_AXIS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
-"""Whether Triton deals axes to threads from the last to the first, or, as it did before 3.7, from the first to the last, when
-it knows of none that numbers lie side by side in memory along it. Results do not depend on it, but registers do."""
+"""Whether Triton assigns axes to threads from last to first or, before 3.7, from first to last, if it cannot tell which axis
+is contiguous in memory. Affects register use, not results."""
 
 
 @triton.jit
 def _axis(SIZE: tl.constexpr, AXIS: tl.constexpr):
-    """0 to SIZE along one axis of the shape that `_load` reads in."""
+    """0 to SIZE along one axis of `_load`'s block."""
     index = tl.arange(0, SIZE)
     if AXIS == 0:
         return index[:, None, None, None, None, None]
@@ -50,15 +50,15 @@ def _axis(SIZE: tl.constexpr, AXIS: tl.constexpr):
 
 @triton.jit
 def _part(SPREAD: tl.constexpr):
-    """The part of the tokens along its axis."""
+    """The index of the SPREAD parts along its axis."""
     return _axis(SPREAD, 5 if LAST_AXIS_FIRST else 0)
 
 
 @triton.jit
 def _grid(C: tl.constexpr, SPREAD: tl.constexpr, LOW: tl.constexpr):
-    """Tokens and states of the numbers of a block, each in what threads share among them and what a thread has for its own,
-    in the shape that `_load` reads in: `[SPREAD, 8, 4, 2, LOW, C / SPREAD / LOW]` or the reverse, of which Triton deals the
-    first two axes to threads, the third to warps, and leaves the others to each thread."""
+    """Tokens and states of the elements of `_load`'s block, each split into an index across threads and one within a thread.
+    Its shape is `[SPREAD, 8, 4, 2, LOW, C / SPREAD / LOW]` or the reverse: Triton assigns the first two axes to threads, the
+    third to warps, and the others to each thread."""
     HIGH: tl.constexpr = C // (SPREAD * LOW)
     token = _part(SPREAD) * (C // SPREAD)
     if LAST_AXIS_FIRST:
@@ -74,7 +74,7 @@ def _grid(C: tl.constexpr, SPREAD: tl.constexpr, LOW: tl.constexpr):
 
 @triton.jit
 def _places(ROW: tl.constexpr, unit, count, states, C: tl.constexpr, SPREAD: tl.constexpr, LOW: tl.constexpr):
-    """Offsets of the numbers of a block, ROW from token to token, and which of them are there."""
+    """Offsets of the elements of a block with token stride ROW, and their mask."""
     token, token_in_thread, state, state_in_thread = _grid(C, SPREAD, LOW)
     offset = (token.to(tl.int64) * ROW + state * unit) + (token_in_thread.to(tl.int64) * ROW + state_in_thread)
     return offset, token_in_thread < tl.where(state < states - state_in_thread, count, 0) - token
@@ -82,7 +82,7 @@ def _places(ROW: tl.constexpr, unit, count, states, C: tl.constexpr, SPREAD: tl.
 
 @triton.jit
 def _load(source, ROW: tl.constexpr, unit, count, states, C: tl.constexpr, SPREAD: tl.constexpr, LOW: tl.constexpr):
-    """`[64, C]` of 64 states and C tokens, each thread of four warps with the numbers that it has of a product's result."""
+    """Loads `[64, C]`, 64 states and C tokens, in the register layout of a matrix product's result over four warps."""
     offset, there = _places(ROW, unit, count, states, C, SPREAD, LOW)
     x = tl.load(source + offset, mask=there, other=0).to(tl.float32)
     return tl.reshape(tl.permute(x, (3, 2, 4, 0, 5, 1) if LAST_AXIS_FIRST else (2, 3, 1, 5, 0, 4)), [64, C])
@@ -99,8 +99,8 @@ def _store(target, x, ROW: tl.constexpr, unit, count, states, C: tl.constexpr, S
 
 @triton.jit
 def _even_first(x):
-    """x `[N, C]` with columns 0, 2, 4, 6, 1, 3, 5, 7 of every eight: as a product's operand, a thread's part of x is the one
-    that it had of x as a product's result."""
+    """x `[N, C]` with columns 0, 2, 4, 6, 1, 3, 5, 7 of every eight: a thread then holds the same elements of x as an operand
+    that it held of x as a matrix product's result."""
     N: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     return tl.reshape(tl.permute(tl.reshape(x, [N, C // 8, 4, 2]), (0, 1, 3, 2)), [N, C])
@@ -108,7 +108,7 @@ def _even_first(x):
 
 @triton.jit
 def _even_first_column(column):
-    """Where `_even_first` has a column from."""
+    """Source column of each column of `_even_first`."""
     return column // 8 * 8 + column % 4 * 2 + column % 8 // 4
 
 
@@ -122,7 +122,7 @@ def _even_spaced(x):
 
 @triton.jit
 def _half(x, DISTANCE: tl.constexpr, RIGHT: tl.constexpr):
-    """Of every two columns of x `[N, C]` that lie DISTANCE apart the left or right one, `[N, C / 2]`."""
+    """The left or right one, `[N, C / 2]`, of every two columns of x `[N, C]` that are DISTANCE apart."""
     N: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     bits = tl.reshape(x.to(tl.int32, bitcast=True), [N, C // (2 * DISTANCE), 2, DISTANCE])
@@ -132,7 +132,7 @@ def _half(x, DISTANCE: tl.constexpr, RIGHT: tl.constexpr):
 
 @triton.jit
 def _twice(x, DISTANCE: tl.constexpr):
-    """`[N, C]` of x `[N, C / 2]`: the same in both columns that lie DISTANCE apart."""
+    """Inverse of `_half`: x `[N, C / 2]` to `[N, C]`, the same in both columns that are DISTANCE apart."""
     N: tl.constexpr = x.shape[0]
     PAIRS: tl.constexpr = x.shape[1] // DISTANCE
     x = tl.broadcast_to(tl.reshape(x, [N, PAIRS, 1, DISTANCE]), [N, PAIRS, 2, DISTANCE])
@@ -153,7 +153,7 @@ def _half_corner(
     """dP `[C / 2, C / 2]` between left and right halves, from the tokens summed over to those of the result."""
     DISTANCE: tl.constexpr = distance(LEVEL, C, SPREAD, LOW)
     index = tl.arange(0, C // 2)
-    # Without the lowest column bit, the operand lies in threads as it must already, and the result does not.
+    # Without the lowest column bit, the operand already has the right register layout, but the result does not.
     if DISTANCE == 1:
         inside = index
         outside = index // 8 * 8 + index % 2 * 4 + index % 8 // 2
@@ -173,7 +173,7 @@ def _half_corner(
 def _corners(
     d_inner, count, LEVEL: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, SPREAD: tl.constexpr, LOW: tl.constexpr
 ):
-    """dP between the halves that meet at a level, as `_through` takes it."""
+    """dP between the halves that merge at a level, as `_through` expects it."""
     if C > 16 and (1 << LEVEL) < C // SPREAD:
         return (
             _half_corner(d_inner, count, LEVEL, True, CHUNK, C, SPREAD, LOW),
@@ -205,7 +205,8 @@ def _through_half(
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`_through` to the reads of right halves, or to the writes of left ones, as a product of half the size each way."""
+    """`_through` to the reads of right halves or the writes of left ones, as a product of half the size along each
+    dimension."""
     DISTANCE: tl.constexpr = distance(LEVEL, C, SPREAD, LOW)
     met = _half(met, DISTANCE, not TO_READS)
     d_met = _half(d_met, DISTANCE, TO_READS)
@@ -228,8 +229,8 @@ def _through(
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d_met `[N, C]` plus what comes from the weights between halves that meet at a level: through the writes of left halves
-    to the reads of right ones, and the other way round."""
+    """d_met `[N, C]` plus the gradient from P between halves that merge at a level: through the writes of left halves to the
+    reads of right ones, and vice versa."""
     if C > 16 and (1 << LEVEL) < C // SPREAD:
         d_right = _through_half(met, d_met, corners[0], LEVEL, True, C, SPREAD, LOW, PRECISION)
         d_left = _through_half(met, d_met, corners[1], LEVEL, False, C, SPREAD, LOW, PRECISION)
@@ -240,9 +241,9 @@ def _through(
 
 @triton.jit
 def _before(theta, read, right, partners, LEVEL: tl.constexpr, C: tl.constexpr, SPREAD: tl.constexpr, LOW: tl.constexpr):
-    """Reads of right halves, writes of left ones, `[N, C]`, as they are when the halves meet at a level.
+    """Reads of right halves and writes of left ones, `[N, C]`, just before the halves merge at a level.
 
-    theta, read (phi times 1 - theta) as at the bottom; right `[1, C]` or a scalar tells the halves apart.
+    theta and read (phi times 1 - theta) are those of the lowest level; right, `[1, C]` or a scalar, marks right halves.
     """
     time = token_of(tl.arange(0, C), C, SPREAD, LOW)
     met = tl.where(right, read, theta)
@@ -254,17 +255,17 @@ def _before(theta, read, right, partners, LEVEL: tl.constexpr, C: tl.constexpr, 
     return met
 
 
-# `unit` is 1, but the compiler must not know: it would deal states to threads in fours.
+# `unit` is 1, but hidden from the compiler, which would otherwise assign states to threads in fours.
 @triton.jit(do_not_specialize=["length", "chunks", "segments", "segment_chunks", "first_slot", "unit"])
 def backward_kernel(
-    update,
-    merge,
-    d_inner,
-    d_read_in,
-    d_write_in,
-    d_total_in,
-    d_update,
-    d_merge,
+    update,  # theta [tokens, H, M]
+    merge,  # phi [tokens, H, M]
+    d_inner,  # dP [n, H, CHUNK, CHUNK]
+    d_read_in,  # dQ [n, H, CHUNK, M']
+    d_write_in,  # dK [n, H, CHUNK, M']
+    d_total_in,  # dG [n, H, M']
+    d_update,  # out: of theta [tokens, H, M]
+    d_merge,  # out: of phi [tokens, H, M]
     table,
     length,
     chunks,
@@ -274,14 +275,14 @@ def backward_kernel(
     unit,
     HEADS: tl.constexpr,
     STATES: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr,  # M'
     CHUNK: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr,  # tokens per tile
     LEVELS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of C tokens of one chunk and head, 64 states."""
+    """One tile of C tokens of one chunk and head, for 64 states."""
     SPREAD: tl.constexpr = 4
     LOW: tl.constexpr = 2
     TILES: tl.constexpr = CHUNK // C
@@ -301,7 +302,7 @@ def backward_kernel(
     state = tl.arange(0, 64)
     d_total = tl.load(d_total_in + here * PADDED + block + state, mask=state < states, other=0)
     if TILES == 2:
-        # The level above: this tile's reads (if it is the second) met the other one's writes, or the other way round.
+        # The level above: the second tile's reads merge with the first one's writes, and vice versa.
         source = ((first + other) * HEADS + head) * STATES + block
         theta = _load(update + source, ROW, unit, count - other, states, C, SPREAD, LOW)
         read = _load(merge + source, ROW, unit, tl.where(last, 0, count - other), states, C, SPREAD, LOW) * (1 - theta)
@@ -330,13 +331,13 @@ def backward_kernel(
     read = _load(merge + source, ROW, unit, count, states, C, SPREAD, LOW) * (1 - theta)
     partners, _ = decays(theta, LEVELS, SPREAD, LOW)
     d_total = d_total[:, None] + tl.zeros([64, SPREAD], tl.float32)
-    # d_met are gradients of reads where `reads` says so, of writes elsewhere; d_rest are the others.
+    # d_met holds gradients of reads where `reads` is true, of writes elsewhere; d_rest holds the others.
     for level in tl.static_range(LEVELS - 1, -1, -1):
         right = (time >> level & 1 == 1)[None, :]
         corners = _corners(d_inner, count, level, CHUNK, C, SPREAD, LOW)
         met = _before(theta, read, right, partners, level, C, SPREAD, LOW)
         if TILES == 1 and level == LEVELS - 1:
-            # The other gradients are not wanted yet: they would fill registers.
+            # Load the other gradients later, to save registers.
             upper = _part(SPREAD) >= SPREAD // 2
             d_met = _load(tl.where(upper, d_read_in, d_write_in) + target, PADDED, unit, count, states, C, SPREAD, LOW)
         else:
@@ -367,7 +368,7 @@ def backward_kernel(
             d_rest = _load(tl.where(upper, d_write_in, d_read_in) + target, PADDED, unit, count, states, C, SPREAD, LOW)
     d_read, d_write = tl.where(reads, d_met, d_rest), tl.where(reads, d_rest, d_met)
     d_diagonal = tl.load(d_inner + time * (CHUNK + 1), mask=time < count, other=0)[None, :]
-    # Read again: there was no room to keep it.
+    # Reload: there are no registers to keep it.
     phi = _load(merge + source, ROW, unit, count, states, C, SPREAD, LOW)
     d_theta = d_write + (d_diagonal - d_read) * phi - d_total
     d_phi = tl.fma(-d_read, theta, d_read) + d_diagonal * theta
@@ -388,21 +389,20 @@ def gates_backward(
     d_merge: Tensor,
     precision: str,
 ) -> None:
-    """Gradients of theta and phi of the tokens of some slots.
+    """Gradients of theta and phi of the tokens in some slots.
 
     Args:
         update: theta, contiguous `[B, T, H, M]`.
-        merge: phi, likewise.
-        layout: as forward.
+        merge: phi, same.
+        layout: as in forward.
         slots: first slot and number of slots n that the gradients below belong to.
-        d_inner: of P, float32 `[n, H, C, C]`, of which what lies above the diagonal, or in rows of tokens that are not there,
-            is not looked at.
-        d_read: of Q, float32 `[n, H, C, M']`; tokens and states that are not there are not looked at either.
-        d_write: of K, likewise.
+        d_inner: of P, float32 `[n, H, C, C]`; entries above the diagonal and rows of missing tokens are ignored.
+        d_read: of Q, float32 `[n, H, C, M']`; missing tokens and states are ignored.
+        d_write: of K, same.
         d_total: of G, float32 `[n, H, M']`.
-        d_update: written, contiguous `[B, T, H, M]`, of any float dtype.
-        d_merge: written, likewise.
-        precision: as forward.
+        d_update: output, contiguous `[B, T, H, M]`, any float dtype.
+        d_merge: output, same.
+        precision: as in forward.
     """
     first, count = slots
     constants = constants_of(layout, update, d_read.shape[-1], precision)

@@ -22,26 +22,26 @@ from factorization_memory.ops.runtime.launcher import launch
 
 @triton.jit
 def _in_order(x, SPREAD: tl.constexpr):
-    """x `[C, C]` with rows and columns in the order of tokens instead of `token_of`'s (LOW 1)."""
+    """x `[C, C]` with rows and columns reordered from `token_of`'s order (LOW 1) to that of tokens."""
     C: tl.constexpr = x.shape[0]
     x = tl.permute(tl.reshape(x, [C // SPREAD, SPREAD, C // SPREAD, SPREAD]), (1, 0, 3, 2))
     return tl.reshape(x, [C, C])
 
 
-# Shapes of the model are constants, so that offsets within a block are. Nothing is known of how rows are aligned: a thread
-# then loads single numbers, all of one state, and time stays within it.
+# Model shapes are constants, so that offsets within a block are too. Alignment of rows is hidden from the compiler, so that a
+# thread loads single elements, all of one state, and time stays within a thread.
 @triton.jit(
     do_not_specialize=["length", "chunks", "segments", "segment_chunks"],
     do_not_specialize_on_alignment=["update", "merge", "read_out", "write_out", "total_out"],
 )
 def forward_kernel(
-    update,
-    merge,
-    read_out,
-    write_out,
-    inner_out,
-    inner_transposed_out,
-    total_out,
+    update,  # theta [tokens, H, M]
+    merge,  # phi [tokens, H, M]
+    read_out,  # out: P and Q, concatenated [slots, H, CHUNK, CHUNK + M']; writes Q
+    write_out,  # out: P^T and K, concatenated, same shape; writes K
+    inner_out,  # `read_out`; writes P
+    inner_transposed_out,  # `write_out`; writes P^T
+    total_out,  # out: G [slots, H, M']
     table,
     length,
     chunks,
@@ -49,16 +49,16 @@ def forward_kernel(
     segment_chunks,
     HEADS: tl.constexpr,
     STATES: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr,  # M'
     CHUNK: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr,  # tokens per tile
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPREAD: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of C tokens of one chunk and head; all states, BLOCK at a time."""
+    """One tile of C tokens of one chunk and head, for all states, BLOCK at a time."""
     TILES: tl.constexpr = CHUNK // C
     SIDE: tl.constexpr = CHUNK + PADDED
     tile = tl.program_id(0) % TILES
@@ -89,7 +89,7 @@ def forward_kernel(
             right = (half & 1 == 1)[None, :]
             met = tl.where(right, read, write)
             meet = tl.dot(tl.trans(met), met, input_precision=PRECISION)
-            # Rows of right halves, and of each the columns of the half before it.
+            # Rows of right halves, columns of the half before each.
             inner = tl.where(tl.where(half & 1 == 1, half, -1)[:, None] == half[None, :] + 1, inner + meet, inner)
             partner, total = meet_totals(total, level, C, SPREAD, 1)
             partner = widen(partner, C, 1)
@@ -115,7 +115,7 @@ def forward_kernel(
         tl.store(write_out + target + offset, write.to(write_out.dtype.element_ty), mask=(state < PADDED)[:, None])
         tl.store(total_out + here * PADDED + state, decay, mask=(state < PADDED) & (tile == 0))
     inner = tl.where(time[:, None] == time[None, :], tl.max(diagonal, axis=1)[:, None], inner)
-    # P to the left of Q, its transpose to the left of K: the same tensors, but here alignment is welcome.
+    # P goes left of Q, its transpose left of K: the same tensors, but here alignment helps.
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     inner = _in_order(inner.to(read_out.dtype.element_ty), SPREAD)
     inner_out += here * CHUNK * SIDE
@@ -137,27 +137,27 @@ def gates_forward(
     precision: str,
     block_states: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P, Q, K, G of every chunk.
+    """Computes P, Q, K, G of every chunk.
 
     Args:
-        update: theta, contiguous `[B, T, H, M]`, of any float dtype; computed with in float32.
-        merge: phi, likewise.
-        layout: the cut into S slots of C tokens, 16 to 128.
+        update: theta, contiguous `[B, T, H, M]`, any float dtype; arithmetic is float32.
+        merge: phi, same.
+        layout: layout of S slots of C tokens, 16 to 128.
         states: M', at least M, a multiple of 16.
-        dtype: of P, Q and K.
+        dtype: dtype of P, Q and K.
         precision: `input_precision` of the matrix products: "tf32", "tf32x3" or "ieee".
-        block_states: states that a program takes at a time, a power of two, at least 16.
+        block_states: states that a program processes at a time, a power of two, at least 16.
 
     Returns:
-        P and Q, side by side, and P^T and K, likewise, `[S, H, C, C + M']` of `dtype`; G `[S, H, M']` in float32. Tokens and
-        states that are not there count as theta = phi = 0.
+        P and Q, concatenated, and P^T and K, concatenated, each `[S, H, C, C + M']` in `dtype`; G `[S, H, M']` in float32.
+        Missing tokens and states count as theta = phi = 0.
     """
     heads, chunk = update.shape[2], layout.chunk
     read, write = (update.new_empty(layout.slots, heads, chunk, chunk + states, dtype=dtype) for _ in range(2))
     total = update.new_empty(layout.slots, heads, states, dtype=torch.float32)
     constants = constants_of(layout, update, states, precision)
     block = block_states or min(BLOCK_STATES, 1 << (states - 1).bit_length())
-    # One number for each of 128 threads: of all states of a block first, then of as many parts of the tokens as that leaves.
+    # One element per thread of 128: first over all states of a block, then over as many parts of the tokens as remain.
     launch(
         forward_kernel,
         (layout.slots * (chunk // constants["C"]), heads),

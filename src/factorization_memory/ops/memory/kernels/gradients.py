@@ -1,4 +1,4 @@
-"""Gradients of what stands in a chunk, from its values, output gradients and the states (and their gradients) at its borders:
+"""Gradients within a chunk, from its values, output gradients and the states (and their gradients) at its borders:
 
 dP = dy v^T    dQ = dy h^T    dK = v dh'^T    dG = sum_d h dh'    dv = P^T dy + K dh'
 """
@@ -16,12 +16,12 @@ def gradients_kernel(
     value,  # v [tokens, H, D]
     d_output,  # dy [tokens, H, D]
     states,  # h before each chunk [slots of the slice, H, MP, D]
-    d_states,  # gradients of the states after each chunk, likewise
-    write,  # P^T and K, side by side [slots, H, C, C + MP]
-    d_inner,  # out: [slots of the slice, H, C, C]
-    d_read,  # out: [slots of the slice, H, C, MP]
-    d_write,  # out: [slots of the slice, H, C, MP]
-    d_total,  # out: [slots of the slice, H, MP]
+    d_states,  # dh', gradients of the states after each chunk, same shape
+    write,  # P^T and K, concatenated [slots, H, C, C + MP]
+    d_inner,  # out: dP [slots of the slice, H, C, C]
+    d_read,  # out: dQ [slots of the slice, H, C, MP]
+    d_write,  # out: dK [slots of the slice, H, C, MP]
+    d_total,  # out: dG [slots of the slice, H, MP]
     d_value,  # out: dv [tokens, H, D]
     table,
     first_slot,
@@ -42,7 +42,7 @@ def gradients_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Sums over all D columns, of the inner part (dP), of a block of states (dQ, dK, dG), or of both; with both and all
+    """Sums over all D columns: for the inner part (dP), for a block of states (dQ, dK, dG), or for both; with both and all
     states in one block also dv."""
     blocks = MP // BM if STATES else 1
     index = tl.program_id(0) // blocks

@@ -1,7 +1,7 @@
-"""The kernels of one call, launched.
+"""Launches the kernels of one call.
 
-Shapes: B sequences, T tokens, H heads, M memory states, D value width of a head, N packed sequences; C tokens of a chunk, MP
-the padded number of states, S slots (see `layout`).
+Shapes: B sequences, T tokens, H heads, M memory states, D value width per head, N packed sequences; C tokens per chunk, MP
+padded number of states, S slots (see `layout`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from factorization_memory.ops.runtime.launcher import launch
 
 
 class Call:
-    """Launches the kernels of one call: first, here, that of the weights of chunks."""
+    """Launches the kernels of one call; the constructor computes the weights of chunks."""
 
     def __init__(self, plan: Plan, update: Tensor, merge: Tensor, weights: tuple[Tensor, ...] | None = None) -> None:
         self.plan = plan
@@ -40,7 +40,7 @@ class Call:
         return count * blocks * -(-self.plan.width // tile.width), self.plan.heads
 
     def carry(self, rows: Tensor, enter: Tensor | None, reverse: bool) -> Tensor:
-        """States at the beginning of segments (gradients at their end, in reverse), `[segments, H, MP, D]`."""
+        """Initial states of segments (gradients of their final states, in reverse), `[segments, H, MP, D]`."""
         plan = self.plan
         shape = (self.segments, plan.heads, plan.padded)
         local = rows.new_empty(*shape, plan.width, dtype=torch.float32)
@@ -60,8 +60,8 @@ class Call:
         self, rows: Tensor, reverse: bool, first: int, count: int, out: Tensor | None = None, carry: Tensor | None = None,
         enter: Tensor | None = None, leave: Tensor | None = None, summary: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """States before each chunk of `count` segments (gradients after it, in reverse) to `out`; or each segment's `summary`:
-        the state that it leaves if it begins with none, and its decay."""
+        """Writes the states before each chunk of `count` segments (gradients after it, in reverse) to `out`; or each segment's
+        `summary`: its final state from a zero initial state, and its decay."""
         plan = self.plan
         at = plan.tile("states")
         if math.prod(self._tiles(count, at, plan.padded // at.states)) < plan.processors:
@@ -77,7 +77,7 @@ class Call:
         )  # fmt: skip
 
     def walk(self, value: Tensor, output: Tensor, initial: Tensor | None, carry: Tensor | None, final: Tensor | None) -> None:
-        """Outputs `[B, T, H, D]` and final states, of few states."""
+        """Writes outputs `[B, T, H, D]` and final states, for few states."""
         plan = self.plan
         at = plan.tile("walk")
         launch(
@@ -90,7 +90,7 @@ class Call:
         )  # fmt: skip
 
     def outputs(self, rows: Tensor, states: Tensor, output: Tensor, first_slot: int, slots: int, transposed: bool) -> None:
-        """`P v + Q h` of `slots` chunks to `output`, or, `transposed`, `P^T dy + K dh'`."""
+        """Writes `P v + Q h` of `slots` chunks to `output` or, if `transposed`, `P^T dy + K dh'`."""
         plan = self.plan
         at = plan.tile("outputs")
         launch(
@@ -102,7 +102,7 @@ class Call:
         )  # fmt: skip
 
     def inner_gradient(self, value: Tensor, d_output: Tensor) -> Tensor | None:
-        """Gradient of P, `[slots, H, C, C]`, where `gradients` has not all sums at hand to compute it too."""
+        """Gradient of P, `[slots, H, C, C]`; None if `gradients` computes it."""
         plan = self.plan
         if plan.tile("gradients").states == plan.padded:
             return None
@@ -115,7 +115,7 @@ class Call:
         self, value: Tensor, d_output: Tensor, states: Tensor, d_states: Tensor, d_weights: Sequence[Tensor | None],
         d_value: Tensor, first_slot: int, slots: int,
     ) -> None:  # fmt: skip
-        """Gradients of Q, K, G and of values, of `slots` chunks; of P too where there is room for it."""
+        """Gradients of Q, K, G and values of `slots` chunks; of P too if `d_weights` has a tensor for it."""
         at = self.plan.tile("gradients")
         whole = at.states == self.plan.padded
         self._gradients(at, value, d_output, d_value if whole else None, d_weights, first_slot, slots, states, d_states)
@@ -138,7 +138,7 @@ class Call:
         )  # fmt: skip
 
     def slices(self, values: Tensor, buffers: int) -> list[tuple[int, int]]:
-        """First segment and number of segments of each slice, so that `buffers` workspaces of states stay small."""
+        """First segment and number of segments of each slice, sized so that `buffers` workspaces of states stay small."""
         plan = self.plan
         of_one = plan.layout.segment_chunks * plan.heads * plan.padded * plan.width * self.read.element_size() * buffers
         count = max(1, min(self.segments, plan.workspace_room // of_one))
@@ -146,12 +146,12 @@ class Call:
         return [(first, min(count, self.segments - first)) for first in range(0, self.segments, count)]
 
     def state_workspace(self, count: int) -> Tensor:
-        """States before each chunk of `count` segments, `[slots, H, MP, D]`."""
+        """Allocates the states before each chunk of `count` segments, `[slots, H, MP, D]`."""
         plan = self.plan
         return self.read.new_empty(count * plan.layout.segment_chunks, plan.heads, plan.padded, plan.width)
 
     def weight_workspace(self, count: int) -> list[Tensor | None]:
-        """Room for the gradients of P, Q, K and G of `count` segments; of P only where `inner_gradient` gives none."""
+        """Allocates the gradients of P, Q, K and G of `count` segments; of P only if `inner_gradient` returns None."""
         plan = self.plan
         chunk, padded = plan.layout.chunk, plan.padded
         lead = (count * plan.layout.segment_chunks, plan.heads)
@@ -163,8 +163,8 @@ class Call:
         self, update: Tensor, merge: Tensor, d_inner: Tensor | None, d_weights: Sequence[Tensor | None], d_update: Tensor,
         d_merge: Tensor, first_slot: int, slots: int,
     ) -> None:  # fmt: skip
-        """Gradients of update and merge weights from those of P, Q, K, G of `slots` chunks; `d_inner` is P's, of all chunks,
-        if not among `d_weights`."""
+        """Gradients of update and merge weights from those of P, Q, K, G of `slots` chunks; `d_inner` is that of P for all
+        chunks, if not among `d_weights`."""
         read, write, total = (x[:slots] for x in d_weights[1:] if x is not None)
         inner = d_weights[0] if d_inner is None else d_inner[first_slot : first_slot + slots]
         assert inner is not None

@@ -1,9 +1,9 @@
-"""How the kernels cut time: rows of tokens into chunks, chunks into segments.
+"""How the kernels split time: rows of tokens into chunks, and chunks into segments.
 
-A row is a sequence of the batch, or the one line of tokens that holds all packed sequences. A chunk of C tokens never crosses
-the border of a sequence. A segment is a run of chunks that one program walks; the state at its beginning is computed first
-where a row has more than one. Workspaces hold one slot for each chunk: segment by segment, and every segment has the same
-number of slots, so that the last ones of a row may be empty.
+A row is a sequence of the batch, or the concatenation of all packed sequences. A chunk of C tokens never crosses a sequence
+border. A segment is a run of chunks that one program walks; if a row has several, their initial states are computed first.
+Workspaces have one slot per chunk, segment by segment; every segment has the same number of slots, so the last ones of a row
+may be empty.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import triton.language as tl
 from torch import Tensor
 
 VARYING = ("num_states", "length", "chunks", "segments", "segment_chunks", "first_segment", "first_slot")
-"""Integer arguments of kernels for whose values no kernel is compiled anew."""
+"""Integers Triton must not specialize on: changing them does not recompile."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The cut of one call."""
+    """The layout of one call."""
 
     chunk: int
-    """C: tokens of a chunk; a power of two, at least 16."""
+    """C, tokens per chunk: a power of two, at least 16."""
     rows: int
     """B, or 1 for packed sequences."""
     length: int
-    """T: tokens of a row."""
+    """T, tokens per row."""
     chunks: int
-    """Chunks of a row; of packed sequences the most that there can be."""
+    """Chunks per row; for packed sequences an upper bound."""
     segments: int
-    """Segments of a row."""
+    """Segments per row."""
     segment_chunks: int
-    """Chunks of a segment; the last segment of a row may have fewer."""
+    """Chunks per segment; the last segment of a row may have fewer."""
     table: Tensor | None
-    """Of packed sequences, int64 `[chunks, 4]`: first token, number of tokens (0 for a chunk that is not there), the sequence
-    that begins with the chunk or -1, the sequence that ends with it or -1."""
+    """For packed sequences, int64 `[chunks, 4]`: first token, number of tokens (0 for an unused chunk), the sequence that
+    begins with the chunk or -1, the sequence that ends with it or -1."""
 
     @property
     def packed(self) -> bool:
@@ -47,17 +47,18 @@ class Layout:
 
     @cached_property
     def slots(self) -> int:
-        """Slots of a workspace for all chunks."""
+        """Number of slots of a workspace for all chunks."""
         return self.rows * self.segments * self.segment_chunks
 
 
 def packed_chunks(length: int, sequences: int, chunk: int) -> int:
-    """The most chunks that `sequences` packed along `length` tokens can have: whole ones, and a part of one for each."""
+    """Upper bound of the chunks of `sequences` sequences packed along `length` tokens: full ones, and a partial one for
+    each."""
     return length // chunk + min(sequences, length)
 
 
 def chunk_table(cu_seqlens: Tensor, length: int, chunk: int) -> Tensor:
-    """`Layout.table` of packed sequences, computed where `cu_seqlens` `[N + 1]` lies, without waiting for it."""
+    """`Layout.table` of packed sequences, computed on the device of `cu_seqlens` `[N + 1]` without synchronizing."""
     borders = cu_seqlens.long()
     starts, lengths = borders[:-1], borders.diff()
     counts = (lengths + chunk - 1).div(chunk, rounding_mode="floor")

@@ -11,13 +11,13 @@ from factorization_memory.ops.memory.kernels.layout import VARYING, locate, plac
 @triton.jit(do_not_specialize=VARYING)
 def walk_kernel(
     value,  # v [tokens, H, D]
-    read,  # P and Q, side by side [slots, H, C, C + MP]
-    write,  # P^T and K, likewise
+    read,  # P and Q, concatenated [slots, H, C, C + MP]
+    write,  # P^T and K, same shape
     total,  # G [slots, H, MP]
-    initial,  # [N, H, M, D]
-    carry,  # states at the beginning of segments [segments, H, MP, D]
+    initial,  # h_0 [N, H, M, D]
+    carry,  # initial states of segments [segments, H, MP, D]
     output,  # out: y [tokens, H, D]
-    final,  # out: [N, H, M, D]
+    final,  # out: final h [N, H, M, D]
     table,
     heads,
     num_states,
@@ -36,7 +36,7 @@ def walk_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Outputs and states in one walk over a segment, with all states of a block of columns held on chip."""
+    """Outputs and states in one walk over a segment, with all states of a block of columns on chip."""
     tiles = tl.cdiv(width, BD)
     segment = tl.program_id(0) // tiles
     head = tl.program_id(1)
@@ -93,7 +93,7 @@ def walk_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def outputs_kernel(
     rows,  # v or dy [tokens, H, D]
-    weights,  # P and Q, or P^T and K, side by side [slots, H, C, C + MP]
+    weights,  # P and Q, or P^T and K, concatenated [slots, H, C, C + MP]
     states,  # h or dh' [slots of the slice, H, MP, D]
     output,  # out: y or dv [tokens, H, D]
     table,
@@ -112,7 +112,7 @@ def outputs_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Outputs of a chunk whose state is in memory: one matrix product, with `v` above `h`."""
+    """Outputs of a chunk whose state is in memory: one matrix product, with `v` stacked on `h`."""
     tiles = tl.cdiv(width, BD)
     index = tl.program_id(0) // tiles
     head = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""How a call is cut and computed: from its shapes, its dtype and the device.
+"""Plans a call, its layout, tiles and precision, from shapes, dtype and device.
 
 Shapes: B sequences, T tokens, H heads, M memory states, D value width of a head, N packed sequences.
 """
@@ -16,17 +16,17 @@ from factorization_memory.ops.memory.kernels.tuning import Tile, tile
 from factorization_memory.ops.runtime import interpreted
 
 SEGMENT_STATES = 4
-"""A segment has at least this many tokens for each state, so that states kept at its border weigh little beside its values."""
+"""Least tokens per state in a segment, so that the state saved at its border is small compared with its values."""
 SEGMENT_LEAST = 256
-"""A segment has at least this many tokens."""
+"""Least tokens per segment."""
 PROGRAMS = 2
-"""Programs for each processor of the GPU that segments aim at, where there is not one for each without them."""
+"""Target programs per multiprocessor when rows are split into segments, which happens if there is less than one without."""
 WORKSPACE_SHARE = 0.5
-"""Bytes of the states in memory at a time, over those of values and outputs."""
+"""Bytes of states in memory at a time, relative to those of values and outputs."""
 WORKSPACE_LEAST = 256 * 2**20
-"""Bytes of states in memory at a time that are never worth saving."""
+"""Bytes of states in memory at a time that are always allowed."""
 LONGEST_CHUNK = 128
-"""Tokens of the longest chunk; segments begin at multiples of it."""
+"""Tokens per chunk, at most; segments begin at multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class Plan:
     width: int
     """D."""
     dtype: torch.dtype
-    """Of the operands of matrix products, and of workspaces."""
+    """Dtype of the operands of matrix products and of workspaces."""
     precision: str
     """`input_precision` of matrix products."""
     processors: int
     """Multiprocessors of the GPU."""
     keeps_weights: bool
-    """Whether P, Q, K and G are kept for backward: if it cuts time into the same chunks, and they weigh less than values
-    and outputs."""
+    """Whether P, Q, K and G are saved for backward: if it uses the same chunks, and they take less memory than values and
+    outputs."""
 
     @property
     def resident(self) -> bool:
-        """Whether all states fit on chip beside a block of columns."""
+        """Whether a program holds all states of a block of columns on chip."""
         return self.padded <= 128
 
     @property
     def carried(self) -> bool:
-        """Whether rows are cut into several segments."""
+        """Whether rows are split into several segments."""
         return self.layout.segments > 1
 
     @property
@@ -69,7 +69,7 @@ class Plan:
         return max(WORKSPACE_LEAST, int(WORKSPACE_SHARE * 2 * values))
 
     def state_bytes(self, tokens: int) -> int:
-        """Bytes of the states before each chunk of so many tokens, in the backward pass's chunks."""
+        """Bytes of the states before each chunk of `tokens` tokens, in backward's chunks."""
         chunk = longest_chunk(self.padded, self.dtype, backward=True)
         return -(-tokens // chunk) * self.heads * self.padded * self.width * self.dtype.itemsize
 
@@ -80,7 +80,7 @@ class Plan:
 
 
 def power_of_two(number: int, least: int) -> int:
-    """The smallest power of two that is not less than either."""
+    """The smallest power of two that is at least `number` and `least`."""
     return max(least, 1 << (number - 1).bit_length())
 
 
@@ -92,9 +92,9 @@ def padded_states(states: int) -> int:
 def operands(dtype: torch.dtype, exact: bool) -> tuple[torch.dtype, str]:
     """Dtype and precision of the operands of matrix products for values of `dtype`.
 
-    bfloat16 values are multiplied as they are. float32 values are multiplied in three TF32 products, which is as exact as
-    float32, or, if not `exact`, in one. So are float16 values, as float32: gradients of states leave float16's range, and
-    one TF32 product, whose operands the GPU cuts off rather than rounds, would err by 1e-3.
+    bfloat16 values stay bfloat16. float32 values use three TF32 products, which is as exact as float32, or one if not `exact`.
+    float16 values are treated as float32: gradients of states exceed float16's range, and a single TF32 product, whose
+    operands the GPU truncates rather than rounds, would have an error of 1e-3.
     """
     if interpreted():
         return torch.float32, "ieee"
@@ -104,25 +104,25 @@ def operands(dtype: torch.dtype, exact: bool) -> tuple[torch.dtype, str]:
 
 
 def longest_chunk(padded: int, dtype: torch.dtype, backward: bool) -> int:
-    """Tokens of a chunk in long sequences. Short ones suit kernels that hold all states on chip; where states go through
-    memory, long ones halve their traffic."""
+    """Tokens per chunk in long sequences. Short chunks suit kernels that hold all states on chip; if states go through memory,
+    long chunks halve their traffic."""
     return 128 if dtype == torch.bfloat16 and (padded > 128 or (backward and padded <= 64)) else 64
 
 
 def plan(update: Tensor, value: Tensor, cu_seqlens: Tensor | None, backward: bool) -> Plan:
     """The plan for weights `[B, T, H, M]` and values `[B, T, H, D]`, of N packed sequences if `cu_seqlens` `[N + 1]` is given;
-    their table is not computed yet."""
+    does not compute their table yet."""
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     exact = value.dtype == torch.bfloat16 or _exact_products()
-    shape = tuple(int(size) for size in update.shape)  # a traced size becomes a fixed one
+    shape = tuple(int(size) for size in update.shape)  # turns traced sizes into constants
     return _plan(shape, int(value.shape[3]), value.dtype, exact, value.device, sequences, backward)
 
 
 def _exact_products() -> bool:
-    """Whether PyTorch is told to multiply float32 as such, by either of its ways to say so."""
+    """Whether PyTorch is set to multiply float32 at full precision, by either of its settings."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # the newer way was used
+    except RuntimeError:  # the newer setting was used
         return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
@@ -143,7 +143,8 @@ def _plan(
     layout = Layout(chunk, batch, length, chunks, 1, chunks, None)
     made = Plan(layout, heads, states, padded, width, dtype, precision, processors, keeps)
 
-    # Segments are the same forward and backward, whatever the chunks and tiles, so that states at their borders serve both.
+    # Segments are the same in forward and backward, whatever the chunks and tiles, so that both can use the states at their
+    # borders.
     blocks = 1 if made.resident else -(-padded // 128)
     programs = batch * heads * -(-width // (64 if made.resident else 256)) * blocks
     parallel = PROGRAMS * processors // programs if programs < PROGRAMS * processors // 2 else 1

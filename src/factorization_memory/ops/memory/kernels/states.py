@@ -1,7 +1,7 @@
-"""States at the borders of chunks: the part of the recurrence that follows time.
+"""States at the borders of chunks: the sequential part of the recurrence.
 
-Forward, `h' = G h + K^T v` from chunk to chunk; backward the same with time reversed, `dh = G dh' + Q^T dy`. A program holds a
-tile of the state and walks the chunks of a segment.
+Forward, `h' = G h + K^T v` from chunk to chunk; backward is the same with time reversed, `dh = G dh' + Q^T dy`. A program
+holds a tile of the state and walks the chunks of a segment.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from factorization_memory.ops.memory.kernels.layout import VARYING, place
 @triton.jit(do_not_specialize=VARYING)
 def states_kernel(
     rows,  # v or dy [tokens, H, D]
-    weights,  # P^T and K, or P and Q, side by side [slots, H, C, C + MP]
+    weights,  # P^T and K, or P and Q, concatenated [slots, H, C, C + MP]
     total,  # G [slots, H, MP]
-    enter,  # initial states or gradients of final states [N, H, M, D], where a sequence is entered
-    leave,  # final states or gradients of initial states [N, H, M, D], where a sequence is left
-    carry,  # states at the beginning of segments (their end, in reverse) [segments, H, MP, D]
-    states,  # out: states before each chunk is walked [slots of the slice, H, MP, D]
-    local,  # out, of a summary: state at the other end of a segment that begins with none [segments, H, MP, D]
-    decay,  # out, of a summary: decay over a segment [segments, H, MP]
+    enter,  # initial states, or gradients of final states in reverse [N, H, M, D]
+    leave,  # out: final states, or gradients of initial states in reverse [N, H, M, D]
+    carry,  # initial states of segments (at their end, in reverse) [segments, H, MP, D]
+    states,  # out: states before each chunk in walking order [slots of the slice, H, MP, D]
+    local,  # out, with SUMMARY: final state of a segment from a zero initial state [segments, H, MP, D]
+    decay,  # out, with SUMMARY: decay over a segment [segments, H, MP]
     table,
     first_segment,
     heads,
@@ -53,7 +53,7 @@ def states_kernel(
     row = segment // segments
     part = segment % segments
     if SUMMARY and not PACKED:
-        # Nothing follows the last segment of a row (the first, in reverse).
+        # No segment follows the last one of a row (the first, in reverse).
         if part == (0 if REVERSE else segments - 1):
             return
 
@@ -119,9 +119,9 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def carry_kernel(
-    local,  # [segments, H, MP, D]: in, states at the other end of segments that begin with none; out, at their beginning
-    decay,  # [segments, H, MP]
-    enter,  # [rows, H, M, D]
+    local,  # in, final states of segments from zero initial states; out, their initial states [segments, H, MP, D]
+    decay,  # decay over a segment [segments, H, MP]
+    enter,  # initial states, or gradients of final states in reverse [rows, H, M, D]
     heads,
     num_states,
     width,
@@ -148,10 +148,10 @@ def carry_kernel(
         state = tl.load(enter + (row * heads + head) * num_states * width + tile, mask=kept, other=0.0).to(tl.float32)
     for i in range(segments):
         at = (row * segments + (segments - 1 - i if REVERSE else i)) * heads + head
-        # What the last segment leaves is not known, nor asked for.
+        # The state after the last segment is neither known nor needed.
         follows = i < segments - 1
         end = tl.load(local + at * MP * width + tile, mask=inside & follows, other=0.0)
         g = tl.load(decay + at * MP + j, mask=(j < MP) & follows, other=0.0)
         tl.store(local + at * MP * width + tile, state, mask=inside)
-        # Where a sequence begins within the segment, nothing comes through, not even what is not finite.
+        # If a sequence begins within the segment, no earlier state passes, not even a non-finite one.
         state = tl.where((g == 0)[:, None], end, end + g[:, None] * state)

@@ -1,11 +1,11 @@
-"""One token, or a few, of the recurrence in place: what decoding runs. The operators `factorization_memory::step` and
+"""In-place steps of one or a few tokens, for decoding: the operators `factorization_memory::step` and
 `factorization_memory::undo`.
 
-A step moves the states it touches to the chip and back, and little else: all M in the dense form, K in the sparse one. Before
-it overwrites them it can put them aside, so that it can be undone to the bit.
+A step reads and writes little more than the states it touches: all M in the dense form, K in the sparse one. It can save them
+to a ring before overwriting them, for a bit-exact undo.
 
-Shapes: B sequences, T tokens of each, H heads, M memory states, K states that a token updates (M in the dense form), R that
-it merges where those are others, D value width of a head; S places for sequences in the state.
+Shapes: B sequences, T tokens of each, H heads, M memory states, K states that a token updates (M in the dense form), R that it
+merges if different, D value width per head; S slots of a pooled state.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from factorization_memory.ops.runtime import on_device_of
 from factorization_memory.ops.runtime.launcher import dependent, launch
 
 TILE = 4096
-"""Numbers of a tile of states."""
+"""Elements of a tile of states."""
 WIDEST = 512
-"""Columns of a tile at most."""
+"""Most columns of a tile."""
 NARROWEST = 32
-"""Columns of a tile at least, where there are more: 128 bytes of a state."""
+"""Least columns of a tile, unless the state is narrower: 128 bytes."""
 PROGRAMS = 2
-"""Programs for each processor of the GPU that tiles aim at."""
+"""Target programs per multiprocessor."""
 
 
 def check_shapes(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], first: str, of: Tensor) -> None:
-    """ValueError for a tensor of another shape than beside its name, which a kernel would read or write beyond; `first` is the
-    name of the tensor that the others go by."""
+    """Raises ValueError for a tensor whose shape differs from the one given, which a kernel would access out of bounds;
+    `first` names the tensor `of` that determines the shapes."""
     for name, (tensor, shape) in shapes.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {shape} with {first} {tuple(of.shape)}")
@@ -42,30 +42,30 @@ def check_shapes(shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]], first
 
 @triton.jit
 def step_kernel(
-    update,  # [B, T, H, K]
-    merge,  # [B, T, H, K], or [B, T, H, R] with `merge_indices`
-    value,  # [B, T, H, D], `value_row` numbers from token to token
-    state,  # in and out: [S, H, M, D]
+    update,  # theta [B, T, H, K]
+    merge,  # phi [B, T, H, K], or [B, T, H, R] with `merge_indices`
+    value,  # v [B, T, H, D], token stride `value_row`
+    state,  # in and out: h [S, H, M, D]
     indices,  # [B, T, H, K]
     merge_indices,  # [B, T, H, R]
-    places,  # [B]
-    undo,  # out: [depth, B, T, H, K, D]
-    position,  # [1]: which of the depth
-    seed,  # int64 [1]
-    output,  # out: [splits, B, T, H, D]
+    places,  # slot of each sequence in `state` [B]; -1 marks a padding row
+    undo,  # out: ring of overwritten states [depth, B, T, H, K, D]
+    position,  # ring entry to write [1]
+    seed,  # of stochastic rounding, int64 [1]
+    output,  # out: partial sums of y [splits, B, T, H, D]
     batch,
     tokens,
     heads,
     num_states,
-    chosen,
-    merged_states,
-    width,
+    chosen,  # K
+    merged_states,  # R
+    width,  # D
     split_rows,
     value_row,
     ROWS: tl.constexpr,
     BD: tl.constexpr,
     SPARSE: tl.constexpr,
-    APART: tl.constexpr,  # whether other states are merged than updated; a program then has all rows
+    APART: tl.constexpr,  # whether merged and updated states differ; a program then has all rows
     HAS_PLACES: tl.constexpr,
     HAS_UNDO: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -110,7 +110,7 @@ def step_kernel(
                     tl.store(undo + aside, held, mask=both)
                 new = held.to(tl.float32) * (1 - theta[:, None]) + theta[:, None] * v[None, :]
                 if ROUNDS:
-                    # To one of the two nearest bfloat16 numbers, to the nearer one more often: right on average.
+                    # Stochastic rounding to one of the two nearest bfloat16 numbers: exact on average.
                     number = ((token * chosen + row[:, None]) * width + column[None, :]).to(tl.int32)
                     noise = tl.randint(tl.load(seed), number).to(tl.uint32, bitcast=True) >> 16
                     bits = (new.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
@@ -121,7 +121,7 @@ def step_kernel(
                     phi = tl.load(merge + token * chosen + row, mask=real, other=0, cache_modifier=".cg").to(tl.float32)
                     merged += tl.sum(tl.where(real[:, None], phi[:, None] * new, 0.0), 0)
             if APART:
-                tl.debug_barrier()  # what is merged may have been written just now
+                tl.debug_barrier()  # merged states may just have been written
                 for start in range(0, merged_states, ROWS):
                     row = start + tl.arange(0, ROWS)
                     real = row < merged_states
@@ -140,19 +140,19 @@ def step_kernel(
 
 @triton.jit
 def undo_kernel(
-    state,  # in and out: [S, H, M, D]
-    undo,  # [depth, B, T, H, K, D]
-    indices,  # [depth, B, T, H, K]
-    places,  # [B]
-    position,  # [1]: one after the last that was put aside
-    count,
+    state,  # in and out: h [S, H, M, D]
+    undo,  # ring of overwritten states [depth, B, T, H, K, D]
+    indices,  # their indices [depth, B, T, H, K]
+    places,  # slot of each sequence in `state` [B]; -1 marks a padding row
+    position,  # ring entry after the last one written [1]
+    count,  # steps to undo
     depth,
     batch,
     tokens,
     heads,
     num_states,
-    chosen,
-    width,
+    chosen,  # K
+    width,  # D
     ROWS: tl.constexpr,
     BD: tl.constexpr,
     SPARSE: tl.constexpr,
@@ -188,7 +188,7 @@ def undo_kernel(
 
 @triton.jit
 def _rate(logits, bias, at, mask, HAS_BIAS: tl.constexpr):
-    """The sigmoid of logits at `at`, plus their bias there."""
+    """Sigmoid of the logits at `at` plus their bias."""
     x = tl.load(logits + at, mask=mask, other=0, cache_modifier=".cg").to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + at, mask=mask, other=0).to(tl.float32)
@@ -197,18 +197,18 @@ def _rate(logits, bias, at, mask, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def dense_step_kernel(
-    affinity,  # logits [B, H, M], `logits_row` numbers from sequence to sequence
-    update,  # logits [B, H, R], likewise
-    merge,  # logits [B, H, R], likewise
-    rate_bias,  # [2, H, R]: of update and merge rates
-    value,  # [B, H, D], `value_row` numbers from sequence to sequence
-    state,  # in and out: [B, H, M, D]
-    undo,  # out: [depth, B, H, M, D]
-    position,  # [1]: which of the depth
-    output,  # out: [splits, B, H, D]
+    affinity,  # logits a [B, H, M], sequence stride `logits_row`
+    update,  # logits e [B, H, R], same stride
+    merge,  # logits m [B, H, R], same stride
+    rate_bias,  # added to e and m [2, H, R]
+    value,  # v [B, H, D], sequence stride `value_row`
+    state,  # in and out: h [B, H, M, D]
+    undo,  # out: ring of overwritten states [depth, B, H, M, D]
+    position,  # ring entry to write [1]
+    output,  # out: partial sums of y [splits, B, H, D]
     batch,
     temperature,
-    width,
+    width,  # D
     split_rows,
     logits_row,
     value_row,
@@ -222,7 +222,7 @@ def dense_step_kernel(
     HAS_UNDO: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`step_kernel` of one token in the dense form, from the logits of its weights: each program does the softmax itself."""
+    """`step_kernel` for one token in the dense form, from logits: each program computes the softmax itself."""
     blocks = tl.cdiv(width, BD)
     column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     unit = tl.program_id(0).to(tl.int64) // blocks
@@ -231,7 +231,7 @@ def dense_step_kernel(
     split = tl.program_id(1)
     memory = state + unit * STATES * width
     first, end = split * split_rows, tl.minimum((split + 1) * split_rows, STATES)
-    # States are under way while the softmax is computed, and each tile of them while the one before is.
+    # Load the first tile during the softmax, and each next one while the current one is computed.
     row = first + tl.arange(0, ROWS)
     both = (row < end)[:, None] & there[None, :]
     held = tl.load(memory + row[:, None] * width + column[None, :], mask=both, other=0, cache_modifier=".cg")
@@ -278,18 +278,18 @@ def dense_step(
 ) -> Tensor:  # fmt: skip
     """One token of each sequence in the dense form, with its routing; `state` is updated in place. Not differentiable.
 
-    What was launched before must not write `state`: it may be read while that still runs.
+    The previously launched kernel must not write `state`, which may be read while it still runs.
 
     Args:
-        affinity: logits `[B, H, M]`, rows `[H, M]` may stand apart, those of the three logits equally.
+        affinity: logits `[B, H, M]`; the batch may be strided, equally for all three logits.
         update: logits of the update rates, `[B, H, R]`; R is M or 1.
-        merge: logits of the merge rates, likewise.
-        rate_bias: added to the logits of the update rates and of the merge rates, contiguous `[2 * H * R]`; None for none.
+        merge: logits of the merge rates, same shape.
+        rate_bias: added to the logits of the update and the merge rates, contiguous `[2 * H * R]`; None for no bias.
         temperature: divides the affinity logits.
-        value: v, `[B, H, D]`, whose rows `[H, D]` may stand apart.
+        value: v, `[B, H, D]`; the batch may be strided.
         state: h, contiguous float32 `[B, H, M, D]`.
-        undo: takes the states as they were, contiguous `[depth, B, H, M, D]`.
-        position: int `[1]`, which of `undo`'s depth to take.
+        undo: ring that receives the overwritten states, contiguous `[depth, B, H, M, D]`.
+        position: int `[1]`, ring entry to write.
 
     Returns:
         y, float32 `[B, H, D]`.
@@ -306,7 +306,7 @@ def dense_step(
     if batch == 0:
         return state.new_empty(batch, heads, width)
     columns, rows, splits = _tiles(batch * heads, states, width, value.device)
-    rows = max(1, rows // 2)  # two tiles are held
+    rows = max(1, rows // 2)  # two tiles are on chip at once
     parts = state.new_empty(splits, batch, heads, width)
     launch(
         dense_step_kernel, (batch * heads * -(-width // columns), splits), affinity, update, merge, rate_bias, value, state,
@@ -320,7 +320,7 @@ def dense_step(
 
 @lru_cache(maxsize=256)
 def _tiles(units: int, rows: int, width: int, device: torch.device) -> tuple[int, int, int]:
-    """Columns and rows of a tile, and parts into which rows are split, so that programs fill the GPU."""
+    """Columns and rows of a tile, and number of splits of the rows, such that programs fill the GPU."""
     wanted = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     columns = min(WIDEST, power_of_two(width, 16))
     while columns > NARROWEST and units * -(-width // columns) < wanted:
@@ -340,15 +340,15 @@ def _step(
 
     Args:
         update: theta, `[B, T, H, K]`.
-        merge: phi, likewise, or `[B, T, H, R]` with `merge_indices`.
+        merge: phi, same shape, or `[B, T, H, R]` with `merge_indices`.
         value: v, `[B, T, H, D]`.
         state: h, contiguous `[S, H, M, D]`, float32 or bfloat16.
-        indices: the distinct states that each token updates, int `[B, T, H, K]`; None is the dense form.
-        merge_indices: the distinct states that it merges, int `[B, T, H, R]`; None for those that it updates.
-        places: which place of `state` each sequence has, int `[B]`, -1 for none (its output is 0); None is one after the other.
-        undo: takes the states as they were, contiguous `[depth, B, T, H, K, D]` of state's dtype.
-        position: int `[1]`, which of `undo`'s depth to take.
-        seed: int64 `[1]`: round to a bfloat16 state at random, with these random numbers.
+        indices: the distinct states that each token updates, int `[B, T, H, K]`; None means the dense form.
+        merge_indices: the distinct states that it merges, int `[B, T, H, R]`; None means those that it updates.
+        places: slot of each sequence in `state`, int `[B]`; -1 marks a padding row (output 0). None means b for sequence b.
+        undo: ring that receives the overwritten states, contiguous `[depth, B, T, H, K, D]` in state's dtype.
+        position: int `[1]`, ring entry to write.
+        seed: int64 `[1]`, seed of stochastic rounding to a bfloat16 state.
 
     Returns:
         y `[B, T, H, D]` in value's dtype.
@@ -372,7 +372,7 @@ def _step(
         return output
     columns, rows, splits = _tiles(batch * heads, chosen, width, value.device)
     if merge_indices is not None or (tokens > 1 and indices is not None):
-        splits = 1  # what a program writes, another might read: for the merge, or at another place among the next token's
+        splits = 1  # one program might read what another writes: to merge it, or for the next token
     parts = output if splits == 1 else value.new_empty(splits, *value.shape, dtype=torch.float32)
     split_rows = -(-chosen // (splits * rows)) * rows
     value_row = value.stride(1) if tokens > 1 else value.stride(0)
@@ -395,14 +395,14 @@ def _fake_step(
 
 @on_device_of
 def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | None, position: Tensor, count: int) -> None:
-    """Take back the last `count` steps, the latest first.
+    """Undoes the last `count` steps, latest first.
 
     Args:
-        state: h, contiguous `[S, H, M, D]`, in place.
-        undo: what steps put aside, contiguous `[depth, B, T, H, K, D]`.
-        indices: their selected states, contiguous int `[depth, B, T, H, K]`; None of dense steps.
-        places: as the steps had them.
-        position: int `[1]`: where the next step would put aside.
+        state: h, contiguous `[S, H, M, D]`, updated in place.
+        undo: ring of overwritten states, contiguous `[depth, B, T, H, K, D]`.
+        indices: their indices, contiguous int `[depth, B, T, H, K]`; None for dense steps.
+        places: those of the steps.
+        position: int `[1]`, ring entry of the next step.
         count: at most depth.
     """
     depth, batch, tokens, heads, chosen, width = undo.shape
@@ -438,6 +438,6 @@ torch.library.register_fake("factorization_memory::step", _fake_step)
 torch.library.register_fake("factorization_memory::undo", lambda *arguments: None)
 
 step = torch.ops.factorization_memory.step.default
-"""The operator; `_step` says what it takes and returns."""
+"""The operator; see `_step` for its arguments and results."""
 undo = torch.ops.factorization_memory.undo.default
-"""The operator; `_undo` says what it takes."""
+"""The operator; see `_undo` for its arguments."""

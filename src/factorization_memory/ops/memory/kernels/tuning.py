@@ -10,21 +10,21 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """The part of a problem that one program computes."""
+    """The part of the problem that one program computes."""
 
     states: int
-    """Memory states; divides their padded number. In `outputs`, the depth of a step of the product instead."""
+    """Memory states; divides their padded number. In `outputs`, the depth of one step of the matrix product instead."""
     width: int
     """Value columns; a power of two."""
     warps: int
-    """Warps of a program."""
+    """Warps per program."""
     stages: int
     """Depth of the software pipeline of loads."""
 
 
 KERNELS = ("walk", "states", "narrow_states", "carry", "outputs", "gradients", "inner_gradient")
 CHOSEN: dict[tuple[str, int, int, torch.dtype], Tile] = {}
-"""Tiles that are taken instead of the ones below, by kernel, tokens of a chunk, padded states and operand dtype."""
+"""Overrides of the tiles below, by kernel, tokens per chunk, padded states and operand dtype."""
 
 
 def tile(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> Tile:
@@ -34,7 +34,7 @@ def tile(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> Tile:
 
 @cache
 def candidates(kernel: str, chunk: int, padded: int, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The tiles worth trying, at most eight, the one found fastest first."""
+    """The tiles worth trying, at most eight, fastest known first."""
     if kernel not in KERNELS:
         raise KeyError(kernel)
     if kernel == "carry":
@@ -51,7 +51,7 @@ def _half(kernel: str, chunk: int, padded: int) -> list[Tile]:
         if padded <= 64:
             return [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 2)]
         return [Tile(128, 256, 8, 2), Tile(128, 128, 8, 3), Tile(64, 128, 4, 2), Tile(128, 128, 8, 2)]
-    if kernel == "narrow_states":  # where wide ones would leave processors idle
+    if kernel == "narrow_states":  # if wide ones would leave multiprocessors idle
         if padded <= 64:
             return [Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)]
         return [Tile(64, 128, 4, 2), Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)]
@@ -76,5 +76,5 @@ def _single(kernel: str, chunk: int, padded: int) -> list[Tile]:
         return [Tile(64, 64, 4 if chunk <= 64 else 8, 3)]
     if kernel == "inner_gradient":
         return [Tile(16, 64, 4, 3)]
-    # Eight warps on 64 tokens and fewer than 64 states: an illegal memory access on an H200 (Triton 3.6).
+    # Eight warps on 64 tokens and fewer than 64 states cause an illegal memory access on an H200 (Triton 3.6).
     return [Tile(64, 64, 8 if chunk >= 64 and padded >= 64 else 4, 2)]

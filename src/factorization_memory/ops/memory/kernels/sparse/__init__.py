@@ -1,16 +1,15 @@
 """The sparse recurrence on a GPU: the operators `factorization_memory::sparse` and `factorization_memory::sparse_backward`.
 
-Within a slot of up to thousands of tokens the output is `y = P v + Q h`, where P `[L, L]` has an entry for each two tokens,
-the sum over the states that both select. There are K K / M such states at each pair of tokens on average, so P is cheap to
-compute from the lists of the states (`lists`, `weights`), whatever the width of values, and `P v` is a product of
-matrices that does not depend on M. A sequence that fits into one slot and begins with no memory needs no state at all, which
-is where this form saves most; longer ones pass states `[M, D]` from slot to slot, in products as large as the dense form's.
+Within a slot of up to thousands of tokens the output is `y = P v + Q h`, where P `[L, L]` has an entry per pair of tokens, the
+sum over the states that both select. A pair shares K K / M states on average, so P is cheap to compute from the lists of the
+states (`lists`, `weights`), whatever the width of values, and the cost of `P v` does not depend on M. A sequence that fits
+into one slot and has no initial state needs no state at all, which is where this form saves most; longer ones pass states from
+slot to slot, in products as large as the dense form's.
 
-Slots of all sequences that stand at the same place in theirs are a wave: waves are computed one after the other, the slots of
-a wave together.
+The n-th slots of all sequences form a wave: waves are computed one after the other, the slots of a wave together.
 
-Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width of a head, N packed sequences; S
-slots, L tokens of a slot.
+Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width per head, N packed sequences; S
+slots, L tokens per slot.
 """
 
 from __future__ import annotations
@@ -33,38 +32,38 @@ from factorization_memory.ops.precision import wide_product
 from factorization_memory.ops.runtime import on_device_of
 
 LONGEST_ALONE = 4096
-"""Tokens of the longest sequence that is one slot, where that saves all states."""
+"""Longest sequence, in tokens, computed as one slot if no state is needed then."""
 LONGEST_PASSING = 1024
-"""Tokens of a slot of sequences that pass states on."""
+"""Tokens per slot of sequences that pass states."""
 GROUP_BYTES = 256 * 2**20
-"""Bytes of P in float32 in memory at a time, if one slot's are not more."""
+"""Bytes of float32 P in memory at a time, unless a single slot needs more."""
 CAUSAL_PARTS = 4
-"""Blocks of rows of a product with P: what lies above the diagonal is left out by blocks."""
+"""Row blocks of a product with P, each of which skips the columns above the diagonal."""
 LIST_DTYPES = (torch.int32, torch.int32, torch.int32, torch.float32, torch.float32, torch.int32)
-"""Of the tensors of `Lists`."""
+"""Dtypes of the tensors of `Lists`."""
 CAUSAL_LEAST = 512
-"""Tokens of a slot from which on that pays."""
+"""Least tokens per slot for which splitting into row blocks pays."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The slots of one call."""
+    """The layout of one call in slots."""
 
     length: int
     """L, a multiple of 32."""
     table: Tensor
     """int64 `[S, 2]`: first token and number of tokens of each slot."""
     waves: list[tuple[slice | Tensor, int]]
-    """Slots of each wave, and their number n: they belong to the first n sequences of `order`."""
+    """Slots of each wave, and their number n; they belong to the first n sequences of `order`."""
     order: Tensor | None
-    """Of packed sequences: the longest first."""
+    """For packed sequences: their indices, longest first."""
     tokens: Tensor | None
-    """Of packed sequences: token at each position of each slot, int64 `[S, L]`, -1 where there is none."""
+    """For packed sequences: token at each position of each slot, int64 `[S, L]`, -1 for padding."""
     positions: Tensor | None
-    """Of packed sequences: slot times L plus position of each token, int64 `[T]`."""
+    """For packed sequences: slot times L plus position of each token, int64 `[T]`."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """`[B, T, H, D]` by slots, `[S H, L, D]`, zero where there is no token."""
+        """`[B, T, H, D]` to slots `[S H, L, D]`, zero in padding."""
         batch, length, heads, width = rows.shape
         if self.tokens is None:
             missing = len(self.table) // batch * self.length - length
@@ -75,7 +74,7 @@ class Cut:
         return slots.transpose(1, 2).reshape(-1, self.length, width)
 
     def scatter(self, slots: Tensor, shape: torch.Size) -> Tensor:
-        """The way back, to tokens `[B, T, H, D]`."""
+        """The inverse, to tokens `[B, T, H, D]`."""
         batch, length, heads, width = shape
         rows = slots.view(-1, heads, self.length, width).transpose(1, 2)
         if self.positions is None:
@@ -84,16 +83,16 @@ class Cut:
 
 
 def slot_length(length: int, alone: bool) -> int:
-    """L for sequences of up to `length` tokens; `alone` if no memory comes into them or leaves them."""
+    """L for sequences of up to `length` tokens; `alone` if they have no initial or final state."""
     longest = LONGEST_ALONE if alone and length <= LONGEST_ALONE else LONGEST_PASSING
     slots = -(-length // longest)
     return -(-length // (slots * WORD)) * WORD
 
 
 def cut(batch: int, length: int, borders: list[int] | None, alone: bool, device: torch.device) -> Cut:
-    """The cut of B rows of T tokens, or of packed sequences with these borders."""
+    """Lays out B rows of T tokens, or packed sequences with these borders."""
     if borders is None:
-        # What is made while a CUDA graph is captured has its numbers only when that is replayed.
+        # Tensors made while a CUDA graph is captured get their values only on replay.
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         make = _cut_of_rows.__wrapped__ if capturing else _cut_of_rows
         return make(batch, length, slot_length(length, alone), device)
@@ -133,14 +132,14 @@ def _cut_of_rows(batch: int, length: int, size: int, device: torch.device) -> Cu
 
 
 def causal_parts(length: int) -> list[tuple[int, int]]:
-    """First and end of the blocks of rows of P."""
+    """Start and end of the row blocks of P."""
     parts = CAUSAL_PARTS if length >= CAUSAL_LEAST else 1
     size = -(-length // (parts * WORD)) * WORD
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _groups(slots: int, heads: int, length: int) -> Iterator[tuple[int, int]]:
-    """First slot and number of slots whose P are in memory together."""
+    """First slot and number of slots of the groups whose P are in memory together."""
     size = max(1, GROUP_BYTES // (heads * length * length * 4))
     size = -(-slots // -(-slots // size))
     for first in range(0, slots, size):
@@ -148,7 +147,7 @@ def _groups(slots: int, heads: int, length: int) -> Iterator[tuple[int, int]]:
 
 
 class _States:
-    """The states that pass from wave to wave."""
+    """Passes states from wave to wave."""
 
     def __init__(self, cut: Cut, lists: Lists, num_states: int, dtype: torch.dtype) -> None:
         self.cut, self.dtype = cut, dtype
@@ -165,30 +164,30 @@ class _States:
         return self.of(slots.view(-1, self.heads, *slots.shape[1:]), wave)
 
     def store(self, target: Tensor, wave: int, x: Tensor) -> None:
-        """Write a wave's x `[n H, ...]` into `[S H, ...]` of all slots."""
+        """Writes a wave's x `[n H, ...]` into `target` `[S H, ...]` of all slots."""
         view = target.view(-1, self.heads, *target.shape[1:])
         view[self.cut.waves[wave][0]] = x.view(-1, self.heads, *x.shape[1:]).to(target.dtype)
 
     def begin(self, state: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A copy of states `[N, H, M, D]`, or zeros, as `[N H, M, D]` in the order of the waves."""
+        """Copies states `[N, H, M, D]`, or zeros, to `[N H, M, D]` in the order of the waves."""
         if state is None:
             return like.new_zeros(shape[0] * shape[1], *shape[2:], dtype=torch.float32)
         state = state.float() if self.cut.order is None else state.float()[self.cut.order]
         return state.reshape(-1, *shape[2:]).clone()
 
     def end(self, state: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The way back, to `[N, H, M, D]`."""
+        """The inverse, to `[N, H, M, D]`."""
         state = state.view(shape)
         return state if self.cut.order is None else torch.empty_like(state).index_copy_(0, self.cut.order, state)
 
     def step(self, state: Tensor, values: Tensor, wave: int) -> None:
-        """The states after a wave, in place."""
+        """Advances the states over a wave, in place."""
         now = state[: self.cut.waves[wave][1] * self.heads]
         written = wide_product(self.of(self.write, wave).mT, self.rows(values, wave))
         now.mul_(self.of(self.total, wave)[..., None]).add_(written)
 
     def entered(self, state: Tensor, wave: int) -> Tensor:
-        """A copy of the states that a wave begins with, as an operand."""
+        """A copy of the initial states of a wave, in the operand dtype."""
         return state[: self.cut.waves[wave][1] * self.heads].to(self.dtype, copy=True)
 
 
@@ -197,7 +196,7 @@ def _borders(cu_seqlens: Tensor | None) -> list[int] | None:
 
 
 def _keeps_inner(value: Tensor, cu_seqlens: Tensor | None, alone: bool) -> int:
-    """L if P is kept for backward, otherwise 0: if it weighs no more than values and outputs."""
+    """L if P is saved for backward, which it is if no larger than values and outputs; otherwise 0."""
     size = slot_length(value.shape[1], alone)
     return size if cu_seqlens is None and size <= 2 * value.shape[3] else 0
 
@@ -216,17 +215,17 @@ def _sparse(
 
     Args:
         update: theta, `[B, T, H, K]`.
-        merge: phi, likewise.
+        merge: phi, same shape.
         value: v, `[B, T, H, D]`.
         indices: the distinct states of each token, int `[B, T, H, K]`.
-        initial: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`), or None for zeros.
-        cu_seqlens: `[N + 1]` integers, the borders of packed sequences (B = 1); they are read, which waits for the GPU.
+        initial: h_0, `[B, H, M, D]` (`[N, H, M, D]` with `cu_seqlens`); None means zeros.
+        cu_seqlens: `[N + 1]` integers, the borders of packed sequences (B = 1); reading them synchronizes.
         num_states: M.
         keep_final: whether to return the final state.
 
     Returns:
-        y `[B, T, H, D]` in value's dtype; the final state in float32, empty unless asked for; and for backward, each empty
-        where it is computed anew there: P `[S, H, L, L]` and the six tensors of `Lists`.
+        y `[B, T, H, D]` in value's dtype; the final state in float32, empty unless requested; and for backward, each empty if
+        recomputed there: P `[S, H, L, L]` and the six tensors of `Lists`.
     """
     dtype = operands(value.dtype, exact=True)[0]
     shape = _state_shape(value, num_states, cu_seqlens)
@@ -268,7 +267,7 @@ def _sparse(
 
 
 def _no_lists(value: Tensor) -> tuple[Tensor, ...]:
-    """In place of `Lists` where backward makes them itself: of packed sequences, whose slots depend on their borders."""
+    """Placeholders for `Lists` if backward recomputes them: for packed sequences, whose slots depend on their borders."""
     return tuple(value.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
 
 
@@ -306,8 +305,8 @@ def _sparse_backward(
     initial: Tensor | None, cu_seqlens: Tensor | None, num_states: int, alone: bool, kept: Tensor, begin: Tensor,
     count: Tensor, origin: Tensor, theta: Tensor, phi: Tensor, place: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and of
-    the final states (None for zero), `sparse`'s arguments and its last seven results; `alone` as `sparse` cut time."""
+    """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and
+    final states (None means zero), and the arguments and last seven results of `sparse`; `alone` as in forward's layout."""
     update, merge, indices = update.contiguous(), merge.contiguous(), indices.contiguous()
     d_update, d_merge = (torch.empty_like(x) if value.numel() > 0 else torch.zeros_like(x) for x in (update, merge))
     shape = _state_shape(value, num_states, cu_seqlens)
@@ -421,4 +420,4 @@ torch.library.register_fake("factorization_memory::sparse_backward", _fake_spars
 torch.library.register_autograd("factorization_memory::sparse", _backward, setup_context=_setup_context)
 
 sparse = torch.ops.factorization_memory.sparse.default
-"""The operator; `_sparse` says what it takes and returns."""
+"""The operator; see `_sparse` for its arguments and results."""

@@ -1,11 +1,11 @@
-"""The tokens that select each memory state, in order of time: what a sparse memory is computed from.
+"""Lists of the tokens that select each memory state, in order of time, from which a sparse memory is computed.
 
-Time is cut into slots of L tokens (the last of a sequence may have fewer). In each slot and head, an entry is one state
-selected by one token, so that there are at most L K of them; the list of a state is a run of entries, and all lists stand one
-after the other. Each token selects a state at most once, so a bit for each token and state says everything: where an entry
-stands follows from counting bits. There is no sort, and the atomic operation on bits gives the same result in any order.
+Time is split into slots of L tokens (the last of a sequence may have fewer). In each slot and head, an entry is one state
+selected by one token, so there are at most L K of them; the list of a state is a run of entries, and all lists are
+concatenated. Each token selects a state at most once, so one bit per token and state suffices: the index of an entry follows
+from counting bits. There is no sort, and the atomic operation on bits gives the same result in any order.
 
-Shapes: S slots, L tokens of a slot, H heads, M memory states, K selected states; W = L / 32 words of bits.
+Shapes: S slots, L tokens per slot, H heads, M memory states, K selected states; W = L / 32 words of bits.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from factorization_memory.ops.runtime.launcher import launch
 
 WORD = 32
-"""Tokens whose bits one word holds."""
+"""Tokens per word of bits."""
 ENTRIES = 1024
-"""Entries of a program."""
+"""Entries per program."""
 COUNTED = 128
-"""States of a program that counts."""
+"""States per program of `count_kernel`."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class Lists:
     begin: Tensor
     """int32 `[S, H, M]`: each state's first entry."""
     count: Tensor
-    """int32 `[S, H, M]`: its number of entries."""
+    """int32 `[S, H, M]`: each state's number of entries."""
     origin: Tensor
-    """int32 `[S, H, L K]`: position in the slot, times K, plus the place among the token's selected states, of an entry."""
+    """int32 `[S, H, L K]`: an entry's position in the slot, times K, plus its index among the token's selected states."""
     update: Tensor
-    """theta of an entry, float32 `[S, H, L K]`."""
+    """theta of each entry, float32 `[S, H, L K]`."""
     merge: Tensor
-    """phi of an entry, likewise."""
+    """phi of each entry, same."""
     place: Tensor
-    """int32 `[S, H, L, K]`: the entry of a token's selected state."""
+    """int32 `[S, H, L, K]`: the entry of each token's selected state."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the fields."""
+        """All tensors, in the order of the fields."""
         return self.begin, self.count, self.origin, self.update, self.merge, self.place
 
 
 @triton.jit
 def _count_bits(word):
-    """Number of bits set in an uint32 word."""
+    """Number of bits set in a uint32 word."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
@@ -60,8 +60,8 @@ def _count_bits(word):
 
 @triton.jit
 def _entry(table, program, heads, L: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Slot, head, position and place among the selected of a program's entries, whether they are there, and where in
-    `[tokens, H, K]` they stand."""
+    """For a program's entries: slot and head, position, index among the selected states, mask, and offset in
+    `[tokens, H, K]`."""
     unit = program // tl.cdiv(L * K, BLOCK)
     entry = (program % tl.cdiv(L * K, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
     slot, head = unit // heads, unit % heads
@@ -74,7 +74,7 @@ def _entry(table, program, heads, L: tl.constexpr, K: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def mark_kernel(
     indices,  # [tokens, H, K]
-    bits,  # out, zero before: int32 [S, H, W, M]
+    bits,  # out, zero-initialised: int32 [S, H, W, M]
     table,  # int64 [S, 2]: first token and number of tokens
     heads,
     num_states,
@@ -91,7 +91,7 @@ def mark_kernel(
 @triton.jit
 def count_kernel(
     bits,  # int32 [S, H, W, M]
-    before,  # out: entries of a state in earlier words, int32 [S, H, W, M]
+    before,  # out: number of a state's entries in earlier words, int32 [S, H, W, M]
     count,  # out: int32 [S, H, M]
     num_states,
     WORDS: tl.constexpr,
@@ -111,7 +111,7 @@ def count_kernel(
 @triton.jit
 def begin_kernel(
     count,  # int32 [S, H, M]
-    begin,  # out: entries of all states before, int32 [S, H, M]
+    begin,  # out: number of entries of all lower states, int32 [S, H, M]
     num_states,
     PADDED: tl.constexpr,
 ):
@@ -125,16 +125,16 @@ def begin_kernel(
 @triton.jit
 def fill_kernel(
     indices,  # [tokens, H, K]
-    update,  # [tokens, H, K]
-    merge,  # [tokens, H, K]
+    update,  # theta [tokens, H, K]
+    merge,  # phi [tokens, H, K]
     bits,  # int32 [S, H, W, M]
     before,  # int32 [S, H, W, M]
     begin,  # int32 [S, H, M]
-    origin_out,  # int32 [S, H, L K]
-    update_out,  # float32 [S, H, L K]
-    merge_out,  # float32 [S, H, L K]
-    place_out,  # int32 [S, H, L, K]
-    table,
+    origin_out,  # out: int32 [S, H, L K]
+    update_out,  # out: theta by entry, float32 [S, H, L K]
+    merge_out,  # out: phi by entry, float32 [S, H, L K]
+    place_out,  # out: int32 [S, H, L, K]
+    table,  # int64 [S, 2]
     heads,
     num_states,
     L: tl.constexpr,
@@ -147,7 +147,7 @@ def fill_kernel(
     earlier = tl.load(bits + word, mask=there, other=0).to(tl.uint32) & ((1 << (position % 32)).to(tl.uint32) - 1)
     entry = tl.load(begin + unit * num_states + state, mask=there, other=0)
     entry += tl.load(before + word, mask=there, other=0) + _count_bits(earlier)
-    # Places of tokens that are not there come last in the lists too: all is written, so that all is the same each time.
+    # Entries of missing tokens come last in the lists and are written too, so that results are deterministic.
     place = position * K + choice
     entry = tl.where(there, entry, place)
     target = unit * L * K + entry
@@ -163,7 +163,7 @@ def lists_of(update: Tensor, merge: Tensor, indices: Tensor, num_states: int, ta
 
     Args:
         update: theta, contiguous `[B, T, H, K]`.
-        merge: phi, likewise.
+        merge: phi, same.
         indices: the distinct states of each token, int, contiguous `[B, T, H, K]`.
         num_states: M.
         table: int64 `[S, 2]`: first token of each slot, in the order of `[B, T]`, and number of tokens, at most L.

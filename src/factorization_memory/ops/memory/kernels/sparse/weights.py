@@ -1,17 +1,17 @@
-"""P, Q, K and G of a sparse memory's slots, from the lists of its states, and the way back.
+"""P, Q, K and G of a sparse memory's slots, from the lists of its states, and their backward.
 
-With a_u = 1 - theta_u along the list of a state, decay(i, k) = prod of a_u over i < u <= k. Of all states, the sum of
-phi_k decay(i, k) theta_i stands in P at the tokens of k and i; Q has phi_k times the decay from the list's beginning to k, K
-has theta_i times the decay from i to its end, G the decay of the whole list. Each decay is a product of its own factors,
-never a quotient, so that theta = 1 is exact.
+With a_u = 1 - theta_u along the list of a state, decay(i, k) = prod of a_u over i < u <= k. P at the tokens of k and i is the
+sum over all states of phi_k decay(i, k) theta_i; Q is phi_k times the decay from the list's beginning to k, K is theta_i times
+the decay from i to its end, and G is the decay of the whole list. Each decay is a product of its own factors, never a
+quotient, so that theta = 1 is exact.
 
-Backward needs, of each state, the products A of the gradients of outputs with values at its tokens, which are the entries of
-P's gradient. A memory at the beginning is one more entry before the list that is written with theta = 1, whose products are
-Q's gradient; that of the memory at the end is one more reader after it, whose products are K's gradient. With R_ki the sum
-over i' < i of A_ki' theta_i' decay(i', i - 1), the gradient of phi_k is R_k,k+1 and that of theta_i the sum over k >= i of
-phi_k decay(i, k) (A_ki - R_ki).
+Backward needs, for each state, the products A of output gradients with values at its tokens, which are entries of P's
+gradient. An initial state acts as one more entry before the list, written with theta = 1, whose products are Q's gradient; a
+final state acts as one more reader after the list, whose products are K's gradient. With R_ki the sum over i' < i of A_ki'
+theta_i' decay(i', i - 1), the gradient of phi_k is R_k,k+1 and that of theta_i the sum over k >= i of phi_k decay(i, k) (A_ki
+- R_ki).
 
-Shapes: S slots, L tokens of a slot, H heads, M memory states, K selected states.
+Shapes: S slots, L tokens per slot, H heads, M memory states, K selected states.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from factorization_memory.ops.memory.kernels.sparse.lists import Lists
 from factorization_memory.ops.runtime.launcher import launch
 
 BLOCK = 32
-"""Entries of a list that are taken at a time."""
+"""Entries of a list processed at a time."""
 GRADIENT_BLOCK, GRADIENT_WARPS = 16, 1
-"""Entries that `gradients_kernel` takes at a time, and its warps."""
+"""Entries that `gradients_kernel` processes at a time, and its warps."""
 
 
 @triton.jit
 def _products(x):
-    """Products of the numbers up to each, along the last axis."""
+    """Cumulative product along the last axis."""
     return tl.cumprod(x, len(x.shape) - 1)
 
 
 @triton.jit
 def _last(x, step, N: tl.constexpr):
-    """The last number of x `[N]`."""
+    """The last element of x `[N]`."""
     return tl.sum(tl.where(step == N - 1, x, 0.0), 0)
 
 
@@ -48,16 +48,16 @@ def rows_kernel(
     place,  # int32 [S, H, L, K]
     begin,  # int32 [S, H, M]
     origin,  # int32 [S, H, L K]
-    update,  # float32 [S, H, L K]
-    merge,  # float32 [S, H, L K]
-    inner,  # in and out, zero before: P, float32 [slots of this call, H, L, L]
+    update,  # theta by entry, float32 [S, H, L K]
+    merge,  # phi by entry, float32 [S, H, L K]
+    inner,  # in and out, zero-initialised: P, float32 [slots of this call, H, L, L]
     table,  # int64 [S, 2]
     first_slot,
     heads,
     num_states,
     L: tl.constexpr,
     K: tl.constexpr,
-    N: tl.constexpr,
+    N: tl.constexpr,  # entries at a time
 ):
     program = tl.program_id(0)
     position = program % L
@@ -75,7 +75,7 @@ def rows_kernel(
             entries = unit * L * K
             weight = tl.load(merge + entries + entry)
             while (entry >= least) & (weight != 0):
-                at = entry - back  # from late to early
+                at = entry - back  # latest first
                 there = at >= least
                 theta = tl.load(update + entries + at, mask=there, other=0)
                 later = tl.load(update + entries + at + 1, mask=there & (back > 0), other=0)
@@ -83,7 +83,7 @@ def rows_kernel(
                 decay = _products(1 - later)
                 held = tl.load(row + column, mask=there, other=0)
                 tl.store(row + column, held + weight * decay * theta, mask=there)
-                # Another of the token's states may have met the same tokens: its numbers are to be seen.
+                # Another state of this token may have written to the same columns: make that visible.
                 tl.debug_barrier()
                 weight *= _last(decay * (1 - theta), back, N)
                 entry -= N
@@ -91,18 +91,18 @@ def rows_kernel(
 
 @triton.jit
 def borders_kernel(
-    begin,
-    count,
-    origin,
-    update,
-    merge,
-    read,  # out, zero before: Q [S, H, L, M]
-    write,  # out, zero before: K [S, H, L, M]
+    begin,  # int32 [S, H, M]
+    count,  # int32 [S, H, M]
+    origin,  # int32 [S, H, L K]
+    update,  # theta by entry, float32 [S, H, L K]
+    merge,  # phi by entry, float32 [S, H, L K]
+    read,  # out, zero-initialised: Q [S, H, L, M]
+    write,  # out, zero-initialised: K [S, H, L, M]
     total,  # out: G, float32 [S, H, M]
     num_states,
     L: tl.constexpr,
     K: tl.constexpr,
-    N: tl.constexpr,
+    N: tl.constexpr,  # entries at a time
 ):
     unit, state = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = unit * L * K + tl.load(begin + unit * num_states + state)
@@ -122,7 +122,7 @@ def borders_kernel(
     tl.store(total + unit * num_states + state, decay)
     decay = tl.full([], 1, tl.float32)
     for start in range(0, entries, N):
-        at = entries - 1 - start - step  # from late to early
+        at = entries - 1 - start - step  # latest first
         there = at >= 0
         theta = tl.load(update + first + at, mask=there, other=0)
         later = tl.load(update + first + at + 1, mask=there & (step > 0), other=0)
@@ -135,9 +135,9 @@ def borders_kernel(
 
 @triton.jit
 def _from_each(theta, before, step):
-    """Of a block of a list: decay(i, k) as `[i, k]`, and theta_i decay(i, k - 1) as `[i, k]`, 0 unless i < k.
+    """For a block of a list: decay(i, k) as `[i, k]`, and theta_i decay(i, k - 1) as `[i, k]`, 0 unless i < k.
 
-    theta of the entries (0 where there is none), and of those before each (0 for the first)."""
+    Takes theta of the entries (0 past the end), and `before`, theta of each one's predecessor (0 for the first)."""
     later = step[None, :] > step[:, None]
     decay = _products(tl.where(later, 1 - theta[None, :], 1.0))
     until = _products(tl.where(step[None, :] > step[:, None] + 1, 1 - before[None, :], 1.0))
@@ -146,26 +146,26 @@ def _from_each(theta, before, step):
 
 @triton.jit
 def gradients_kernel(
-    begin,
-    count,
-    origin,
-    update,
-    merge,
-    d_inner,  # of P, float32 [slots of this call, H, L, L]
-    d_read,  # of Q [S, H, L, M]
-    d_write,  # of K [S, H, L, M]
-    d_total,  # of G, float32 [S, H, M]
+    begin,  # int32 [S, H, M]
+    count,  # int32 [S, H, M]
+    origin,  # int32 [S, H, L K]
+    update,  # theta by entry, float32 [S, H, L K]
+    merge,  # phi by entry, float32 [S, H, L K]
+    d_inner,  # dP, float32 [slots of this call, H, L, L]
+    d_read,  # dQ [S, H, L, M]
+    d_write,  # dK [S, H, L, M]
+    d_total,  # dG, float32 [S, H, M]
     kept,  # workspace, float32 [S, H, L K]: decay from an entry to the last one read so far
     d_update_kept,  # workspace, float32 [S, H, L K]
-    d_update,  # out [tokens, H, K]
-    d_merge,  # out [tokens, H, K]
-    table,
+    d_update,  # out: of theta [tokens, H, K]
+    d_merge,  # out: of phi [tokens, H, K]
+    table,  # int64 [S, 2]
     first_slot,
     heads,
     num_states,
     L: tl.constexpr,
     K: tl.constexpr,
-    N: tl.constexpr,
+    N: tl.constexpr,  # entries at a time
     HAS_READ: tl.constexpr,
     HAS_WRITE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,7 +190,7 @@ def gradients_kernel(
         row = source // K
         passed = _products(1 - theta)
         block_decay = _last(passed, step, N)
-        gathered = tl.zeros([N], tl.float32)  # R at the beginning of the block of columns
+        gathered = tl.zeros([N], tl.float32)  # R at the start of the block of columns
         if HAS_READ:
             gathered = tl.load(d_read + at_borders + row * num_states, mask=there, other=0).to(tl.float32)
         for early in range(0, start, N):
@@ -220,7 +220,7 @@ def gradients_kernel(
         d_phi = gathered * passed + tl.sum(tl.where(causal, product * reach * theta[None, :], 0.0), 1)
         tl.store(d_merge + ((token + row) * heads + head) * K + source % K, d_phi, mask=there)
         tl.store(d_update_kept + first + at, d_theta, mask=there)
-        # Entries that are not there have theta 0, so that the last of the block is the last of the list.
+        # Entries past the end have theta 0, so the decay to the end of the block is that to the end of the list.
         tl.store(kept + first + at, tl.sum(tl.where(step[None, :] == N - 1, decay, 0.0), 1), mask=there)
         tl.debug_barrier()
     held = tl.full([], 0, tl.float32)
@@ -274,17 +274,17 @@ def weight_gradients(
     """Gradients of theta and phi of some slots.
 
     Args:
-        lists: of all slots.
+        lists: lists of all slots.
         num_states: M.
         table: as in `lists_of`.
         first_slot: the first slot that `d_inner` belongs to.
-        d_inner: of P, float32 `[slots, H, L, L]`; what lies above the diagonal, or beyond a slot's tokens, is not looked at.
-        d_read: of Q, `[S, H, L, M]`, or None where no memory is read that stood before the slot.
-        d_write: of K, likewise, or None where no memory that is left has a gradient.
+        d_inner: of P, float32 `[slots, H, L, L]`; entries above the diagonal or past a slot's tokens are ignored.
+        d_read: of Q, `[S, H, L, M]`, or None if no slot reads an initial state.
+        d_write: of K, same shape, or None if no final state of a slot has a gradient.
         d_total: of G, float32 `[S, H, M]`, with `d_write`.
-        d_update: written, contiguous `[B, T, H, K]`.
-        d_merge: written, likewise.
-        precision: `input_precision` of products of float32.
+        d_update: output, contiguous `[B, T, H, K]`.
+        d_merge: output, same.
+        precision: `input_precision` of float32 matrix products.
     """
     slots, heads, length = d_inner.shape[:3]
     chosen = lists.place.shape[3]
