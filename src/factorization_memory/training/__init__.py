@@ -1,5 +1,5 @@
-"""Training on one device: the loop, the optimizer and guards. Files on disk are handled by `runs`, whose names can be imported from
-here too, as in version 0.1."""
+"""Training on one device: the loop, the optimizer and guards. Files on disk are handled by `runs`, whose names can
+also be imported from here, as in version 0.1."""
 
 from factorization_memory.models.device import resolve_device
 from factorization_memory.runs.checkpoint import load_checkpoint, save_checkpoint
