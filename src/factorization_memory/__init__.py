@@ -1,6 +1,6 @@
 """Factorization Memory: a recurrent language-model layer with a two-dimensional memory (arXiv 2511.00315).
 
-The names below are imported when first used, so that `import factorization_memory` itself stays light.
+The names below are imported lazily, so that `import factorization_memory` itself stays light.
 """
 
 from __future__ import annotations

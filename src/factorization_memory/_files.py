@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there, the right to write one, and JSON read back.
+"""Atomic writes of files and folders, file locks, and reading JSON.
 
-What is written stands beside its place under a name of its own, `NAME.<8 hex digits>.partial`, reaches the disk, and is renamed
-when it is whole: readers never see half a file, a power cut leaves the old one or the new one, and two writers never share a
-file. What a killed writer left is removed by the next one: a living writer holds a lock on its own. Standard library only.
+Data are written next to the target under a unique name, `NAME.<8 hex digits>.partial`, synced to disk, and renamed when
+complete: readers never see half a file, a power cut leaves the old or the new one, and two writers never share a file.
+Leftovers of killed writers are removed by the next one: a live writer holds a lock on its own. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from pathlib import Path
 from typing import Any
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-"""Numbers of the `OSError`s of a full disk and of a used-up quota."""
+"""`errno` values of a full disk and of an exceeded quota."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 MAX_DEPTH = 500
-"""Objects and lists within each other in JSON that is read. From Python 3.12 on `json` itself reads deeper than it writes."""
+"""Maximum nesting depth of JSON that is read. From Python 3.12 on, `json` itself reads deeper nesting than it can write."""
 _TRIES = 100
-"""To have a new file to oneself, which another writer may remove before it is locked."""
+"""Attempts to create and lock a new file, which another writer may remove before it is locked."""
 
-# NFS locks only what is open for writing, which a folder never is (EBADF).
+# NFS locks only files open for writing, and a folder never is (EBADF).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 
 
 class JSONError(ValueError):
-    """Text that is not JSON, or that no writer of ours can take; the message is `reason`, after the `place` if known."""
+    """Text that is not JSON, or that our writers do not accept; the message is the `place`, if known, and the `reason`."""
 
     def __init__(self, reason: str, place: str = "") -> None:
         super().__init__(f"{place}: {reason}" if place else reason)
@@ -45,32 +45,32 @@ class JSONError(ValueError):
 
 
 class JSONSyntaxError(JSONError):
-    """Text that is not JSON, perhaps since it was cut short."""
+    """Text that is not JSON, perhaps because it is truncated."""
 
 
 class DiskFullError(OSError):
-    """A full disk or used-up quota, of which the message names the place; what stood there is untouched."""
+    """A full disk or exceeded quota; the message names the path, whose old content is untouched."""
 
     def __str__(self) -> str:
         return f"{self.filename}: No space left on the disk; nothing was written there; free some, or write elsewhere"
 
 
 class UnreadableError(OSError):
-    """A file or folder that is there and cannot be read, for want of permission or by a fault of the disk."""
+    """A file or folder exists but cannot be read, for lack of permission or because of a disk error."""
 
     def __str__(self) -> str:
         return f"{self.filename}: cannot be read ({self.strerror}); give read access to it, or put a readable copy there"
 
 
 def cache_folder() -> Path:
-    """Where notes are kept from one call to the next: in `$XDG_CACHE_HOME`, else `~/.cache`. Raises RuntimeError for a user
+    """Folder of notes kept between calls: in `$XDG_CACHE_HOME`, else `~/.cache`. Raises RuntimeError for a user
     without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factorization_memory"
 
 
 @contextmanager
 def explain_unreadable(path: Path) -> Iterator[None]:
-    """Turn an error of reading `path` into an `UnreadableError`; FileNotFoundError and NotADirectoryError stay as they are."""
+    """Turns errors of reading `path` into `UnreadableError`; FileNotFoundError and NotADirectoryError are passed on."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -81,10 +81,10 @@ def explain_unreadable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """An empty file to write to, which takes the place of `path` when the block ends well, and else is removed.
+    """An empty file to write to, which replaces `path` if the block succeeds, and is removed otherwise.
 
-    The folders above `path` are made. Raises FileExistsError where `path` is something else than a file (a folder, a device),
-    and OSError as writing does; what stood at `path` is then untouched.
+    Parent folders are created. Raises FileExistsError if `path` exists and is not a file (a folder, a device), and OSError for
+    failed writes; the old content of `path` is then untouched.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -97,18 +97,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file, text as UTF-8, through `atomic_file`."""
+    """Writes a complete file, text as UTF-8, through `atomic_file`."""
     with atomic_file(path) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """An empty folder to write into, which becomes `path` when the block ends well, and else is removed.
+    """An empty folder to write into, which becomes `path` if the block succeeds, and is removed otherwise.
 
-    The folders above `path` are made. A folder that is there by then is replaced if `overwrite`; otherwise, unless it is empty,
-    FileExistsError is raised. A failure leaves the old folder at `path`; where the process is killed just between the two
-    renames, it waits beside it as `NAME.<8 hex digits>.replaced`, and the next writer puts it back.
+    Parent folders are created. If a folder exists at `path` by then, it is replaced if `overwrite`; otherwise FileExistsError
+    is raised unless it is empty. A failure leaves the old folder at `path`; if the process is killed between the two renames,
+    it remains next to it as `NAME.<8 hex digits>.replaced`, and the next writer restores it.
     """
     path = Path(path)
     with _aside(path, folder=True) as partial:
@@ -131,11 +131,12 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def lock(path: Path, held: Callable[[str], Exception]) -> Iterator[None]:
-    """The exclusive right that the file `path` stands for, among processes and threads.
+    """Holds the file `path` as an exclusive lock among processes and threads.
 
-    A lock of the operating system, which goes with the process however that ends: no stale one needs to be cleared by hand. The
-    file is made (its folder must be there) and removed. Where another holds the lock, `held(holder)` is raised, with the holder
-    in words: "process 123 on HOST". A file system without locks gets a warning.
+    Uses a lock of the operating system, released however the process ends, so stale locks never need manual cleanup. The file
+    is created (its folder must exist) and removed. If another process holds the lock, raises `held(holder)`, with the holder
+    as
+    text: "process 123 on HOST". Warns if the file system has no locks.
     """
     path = Path(path)
     while True:
@@ -162,7 +163,7 @@ def lock(path: Path, held: Callable[[str], Exception]) -> Iterator[None]:
 
 
 def require_readable(path: Path) -> None:
-    """Raise `UnreadableError` for a file that may not be read, of which some libraries say that it is missing."""
+    """Raises `UnreadableError` for a file without read permission, which some libraries report as missing."""
     with explain_unreadable(path), open(path, "rb"):
         pass
 
@@ -182,7 +183,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_or_none(path: Path) -> Any:
-    """What a JSON file holds; None where there is no such file or it was cut short."""
+    """The value in a JSON file; None if there is no such file or it is truncated."""
     try:
         return read_json(path)
     except (FileNotFoundError, JSONError):
@@ -190,7 +191,7 @@ def read_json_or_none(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a log of one to a line, none where there is no such file; a line that was cut short is passed over.
+    """The objects in a log with one per line, none if there is no such file; truncated lines are skipped.
 
     Raises `JSONError`, naming the file and the line, for one that is JSON and yet no object that can be read, and
     `UnreadableError`.
@@ -212,7 +213,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
-    """The value that JSON text (bytes: UTF-8) stands for.
+    """Parses JSON text (bytes: UTF-8).
 
     Raises `JSONError` for what is not JSON, for nesting and numbers beyond what Python reads, and (unless `any_text`) for lone
     surrogates, which no UTF-8 file can hold.
@@ -222,7 +223,7 @@ def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
         value = json.loads(text)
         if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
             raise RecursionError
-        # An escape is the only way in for a surrogate without its other half.
+        # Lone surrogates can only come from escapes.
         if not any_text and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
@@ -239,7 +240,7 @@ def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether lists and objects stand within each other more than `MAX_DEPTH` times."""
+    """Whether lists and objects are nested more than `MAX_DEPTH` deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [
@@ -255,7 +256,7 @@ def _is_deep(value: Any) -> bool:
 
 @contextmanager
 def _aside(path: Path, folder: bool) -> Iterator[Path]:
-    """A new file or folder beside `path`, locked while the block runs and removed after it if it is still there."""
+    """A new file or folder next to `path`, locked during the block and removed after it if it still exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear(path)
     for _ in range(_TRIES):
@@ -304,13 +305,13 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove what killed writers of `path` left, or put back what they were about to replace."""
+    """Removes leftovers of killed writers of `path`, or restores what they were about to replace."""
     pattern = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{8}\.(partial|replaced)")
     for leftover in sorted(each for each in path.parent.iterdir() if pattern.fullmatch(each.name)):
         try:
             descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
-            continue  # removed meanwhile, or somebody else's
+            continue  # removed meanwhile, or not ours to open
         try:
             if _try_lock(descriptor) and _is_open_at(descriptor, leftover):
                 if leftover.suffix == ".replaced" and not path.exists():
@@ -338,7 +339,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk. Some file systems cannot do it for folders."""
+    """Syncs a file, or the entries of a folder, to disk. Some file systems cannot do so for folders."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -350,7 +351,7 @@ def _sync(path: Path) -> None:
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Whether the lock is ours now; None where the file system has no locks."""
+    """Whether we got the lock; None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -363,7 +364,7 @@ def _try_lock(descriptor: int) -> bool | None:
 
 
 def _is_open_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that `path` names now."""
+    """Whether an open file is still the one at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     return False

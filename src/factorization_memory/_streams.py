@@ -1,4 +1,4 @@
-"""Standard streams that may go away while a program runs: standard library only."""
+"""Standard streams that may close while a program runs. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any, TextIO, cast
 
 
 class BestEffortStream:
-    """A text stream for people to read, whose loss ends nothing: what cannot be written is dropped.
+    """A text stream for human readers whose failure is not fatal: what cannot be written is dropped.
 
     The reader of a pipe may have left, a terminal may be closed, a disk full. Each write is tried anew, since a disk may have
     room again. Characters that the stream's encoding lacks are written as backslash escapes. Everything else is the wrapped
@@ -47,7 +47,7 @@ class BestEffortStream:
 
 
 class ClosedStream:
-    """Stands in for a standard stream that was closed before the program started: to write to it is an error that says so."""
+    """Replaces a standard stream that was closed before the program started: writing to it raises an error that says so."""
 
     encoding = "utf-8"
 
@@ -70,13 +70,13 @@ def _loss_ignored() -> Iterator[None]:
         yield
     except OSError:
         pass
-    except ValueError as error:  # how Python says it of a stream that this program has closed
+    except ValueError as error:  # raised by Python for a stream that this program has closed
         if "closed file" not in str(error) and "detached" not in str(error):
             raise
 
 
 def best_effort(stream: IO[str] | None) -> TextIO:
-    """`stream` as a `BestEffortStream`, which it may be already."""
+    """`stream` as a `BestEffortStream`, unchanged if it already is one."""
     return cast(TextIO, stream if isinstance(stream, BestEffortStream) else BestEffortStream(stream))
 
 
@@ -91,7 +91,7 @@ def prepare_standard_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free descriptor
     sys.stderr = best_effort(sys.stderr)
     if sys.stdout is None:
         sys.stdout = cast(TextIO, ClosedStream("stdout"))
@@ -100,7 +100,7 @@ def prepare_standard_streams() -> None:
 
 
 def lacks(stream: IO[str], text: str) -> bool:
-    """Whether `text` has characters that the encoding of `stream` does not."""
+    """Whether `text` has characters that the encoding of `stream` cannot represent."""
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")
     except UnicodeEncodeError:

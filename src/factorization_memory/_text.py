@@ -1,4 +1,4 @@
-"""Names and other foreign text made safe to show: on terminals, in figures and on pages. Standard library only."""
+"""Makes names and other untrusted text safe to display on terminals, in figures and on pages. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with what has no look of its own written out: control characters, marks of direction, line separators, lone
-    surrogates become `\\x1b`, `\\u202e` and the like. Characters of `keep` stay."""
+    """`text` with invisible characters escaped: control characters, direction marks, line separators and lone surrogates
+    become `\\x1b`, `\\u202e` and the like. Characters in `keep` are kept."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -24,5 +24,5 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """`text` as it is, in a cell of a Markdown table: nothing in it is markup, a formula or HTML, or ends the cell."""
+    """Escapes `text` for a cell of a Markdown table: nothing in it acts as markup, a formula or HTML, or ends the cell."""
     return "".join(f"\\{character}" if character in "\\`*[]|$~<>&" else character for character in visible(text))

@@ -1,1 +1,1 @@
-"""Is a backend right here, how fast is it, and what does it hold: results as JSON-ready dicts, shown by the command line."""
+"""Correctness, speed and memory of backends on this machine: JSON-ready results, displayed by the command line."""

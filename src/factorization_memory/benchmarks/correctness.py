@@ -1,4 +1,4 @@
-"""Whether a backend computes the recurrence: its outputs and gradients against the reference loop in float64.
+"""Correctness of a backend: its outputs and gradients against the reference loop in float64.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K selected states, D value width of a head, N packed sequences.
 """
@@ -17,9 +17,9 @@ from factorization_memory.ops import factorization_memory
 from factorization_memory.ops.precision import state_dtype
 
 TRUTH_BYTES = 1 << 30
-"""About the most that the reference loop may keep for its backward pass at one time; a quarter of what is free on a GPU."""
+"""Approximate limit on what the reference loop keeps for its backward pass; on a GPU, a quarter of the free memory."""
 TRUTH_COPIES = 5
-"""Tensors of the memory's size that autograd keeps for each token of the loop, about."""
+"""Approximate number of tensors of the memory's size that autograd keeps per token of the loop."""
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Largest relative error (of a whole tensor, in norm) by dtype of the values; float32 products on a GPU must not be TF32."""
@@ -27,7 +27,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, t
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one call, and the gradients that come back to its results."""
+    """The arguments of one call, and the gradients of its results."""
 
     update: Tensor
     merge: Tensor
@@ -99,7 +99,7 @@ class Problem:
         return replace(self, **{name: x.to(target) for name, x in tensors.items()})
 
     def leaves(self) -> tuple[Tensor, ...]:
-        """What gradients flow to: update, merge, value and, where given, the initial state; as tensors that ask for them."""
+        """Tensors that require gradients: update, merge, value and, if given, the initial state."""
         given = (self.update, self.merge, self.value, self.initial_state)
         return tuple(x.detach().requires_grad_() for x in given if x is not None)
 
@@ -120,8 +120,8 @@ class Problem:
         return (output,) if final is None else (output, final)
 
     def columns(self, part: slice) -> Problem:
-        """The problem of some columns of the values alone. Columns meet only in the gradients of both weights, which are sums
-        over them."""
+        """The problem restricted to some columns of the values. Columns interact only in the gradients of both weights, which
+        are sums over them."""
         return replace(
             self,
             value=self.value[..., part],
@@ -148,7 +148,7 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     width = problem.value.shape[-1]
     token_bytes = problem.d_final.numel() // width * 8 * problem.value.shape[1] * TRUTH_COPIES
     limit = TRUTH_BYTES
-    if problem.value.is_cuda:  # few long blocks: the loop's time on a GPU is that of its steps, whatever their width
+    if problem.value.is_cuda:  # few wide blocks: the loop's time on a GPU depends on the number of steps, not their width
         limit = max(limit, torch.cuda.mem_get_info(problem.value.device)[0] // 4)
     block = max(1, min(width, limit // max(token_bytes, 1)))
     parts = [problem.columns(slice(start, start + block)).solve("reference") for start in range(0, width, block)]
@@ -171,7 +171,7 @@ def check(backend: str, problem: Problem) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         got = {name: x.cpu().double() for name, x in problem.solve(backend).items()}
-    except Exception as error:  # whatever a backend trips over here is the finding
+    except Exception as error:  # any failure of a backend is a result
         reason = f"{type(error).__name__}: {error}"
         return result | {"seconds": time.perf_counter() - start, "reason": reason}
     result["seconds"] = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What the recurrence cannot do without, and how fast this device moves and multiplies: the least time a token can take.
+"""Lower bound on the time per token: the recurrence's compulsory traffic and FLOPs at this device's measured rates.
 
 Shapes: B sequences, T tokens, H heads, M memory states, K selected states (M in the dense form), D value width of a head.
 """
@@ -39,7 +39,7 @@ PEAK_TERAFLOPS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a device is at what bounds the recurrence, measured."""
+    """Measured rates of a device for what bounds the recurrence."""
 
     copy_bytes_per_second: float
     """Of a large copy on the device, bytes read and bytes written both counted."""
@@ -60,7 +60,7 @@ def measure_rates(device: torch.device, repeats: int = 5) -> Rates:
     size, width, dtype = (1 << 30, 8192, torch.bfloat16) if gpu else (128 << 20, 1024, torch.float32)
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
-    # Random numbers: a product of zeros draws less power and runs faster than any real one.
+    # Random numbers: a product of zeros draws less power and runs faster than a realistic one.
     left, right = (torch.randn(width, width, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}
     seconds = {name: statistics.median(s) for name, s in interleaved_seconds(calls, repeats, device, cold=True).items()}

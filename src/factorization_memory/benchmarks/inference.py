@@ -1,9 +1,9 @@
 """Reading prompts and writing tokens with whole models of random weights: time to the first token, and latency of each further
 one, over the tokens read, the sequences at once and the memory states that a token selects.
 
-A step takes one token of each sequence to the likeliest next one, which the next step reads; the host waits for it, as a
-program must that shows text. It is measured as `eager`, its kernels launched one by one from Python, and on a GPU also as
-`graph`, replayed as a CUDA graph, which is what `generate` does.
+A step maps one token of each sequence to the likeliest next one, which the next step reads; the host waits for it, as any
+program that displays text must. It is measured as `eager`, with kernels launched one by one from Python, and on a GPU also as
+`graph`, replayed as a CUDA graph, as in `generate`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Ours:
 
     def invent(self, context: int) -> None:
         for tensor in self._room().state.tensors():
-            if tensor.is_floating_point():  # the others are indices, which the first step sets
+            if tensor.is_floating_point():  # the rest are indices, set by the first step
                 tensor.normal_()
         self.invented = context
 
@@ -162,7 +162,7 @@ def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable
     release(device)
     records: Records = []
     missing: dict[str, str] = {}
-    first = 0  # record of the model in hand
+    first = 0  # first record of the current model
     with Interruption() as interruption:
         for kind in (OURS, *dict.fromkeys(benchmark.peers)):
             contenders = CONTENDERS[kind](benchmark, device)
@@ -225,7 +225,7 @@ def _measure(
         try:
             contender.begin(batch, most_steps(benchmark))
             _measure_batch(contender, found, benchmark, device, rates, progress)
-        except Exception as error:  # a size that does not fit is worth knowing, and others may
+        except Exception as error:  # a size that does not fit is a result, and others may fit
             for record in found:
                 record["error"] = record["error"] or reason(error)
         contender.end()
@@ -253,7 +253,7 @@ def _measure_batch(
             record |= {"state_bytes": contender.state_bytes(), "step_bytes": contender.step_bytes()}
             record["floor_seconds"] = record["step_bytes"] / rates.copy_bytes_per_second
             writing.append((record, Writing(contender, benchmark, record["batch"], device)))
-    # Contexts take turns, as the modes of a step do, so that a machine's slower minutes are not taken for a context's.
+    # Contexts are interleaved, like the modes of a step, so that slow phases of the machine do not bias one of them.
     for number in range(benchmark.repeats):
         progress(f"{contender.name}: {records[0]['batch']} sequences write, round {number + 1}")
         for record, one in writing:
@@ -267,13 +267,13 @@ def _measure_batch(
 
 @contextmanager
 def _failing_alone(record: dict[str, Any], device: torch.device) -> Iterator[None]:
-    """A block whose failure is written down and harms nothing else."""
+    """A block whose failure is recorded and does not affect anything else."""
     try:
         yield
     except Exception as error:
         record["error"] = reason(error)
     if record["error"] is not None:
-        release(device)  # here, where the error no longer holds what was allocated
+        release(device)  # here, where the error no longer references what was allocated
 
 
 def _spread(records: Records) -> Records:

@@ -1,4 +1,4 @@
-"""What the inference benchmark measures: the sizes asked for, and a model as it is measured."""
+"""What the inference benchmark measures: the requested sizes, and the interface of a model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Protocol
 from torch import Tensor
 
 Step = Callable[[Tensor], Tensor]
-"""Tokens `[B]` to logits `[B, V]`, going on from where the sequences stand."""
+"""Tokens `[B]` to logits `[B, V]`, continuing the sequences."""
 
 
 class Contender(Protocol):
-    """A model that reads and writes, as it is measured.
+    """Interface of a model to measure.
 
     `begin` comes first; after `read` or `invent`, the steps of `modes` go on from there.
     """
@@ -22,28 +22,28 @@ class Contender(Protocol):
     parameters: int
     weight_bytes: int
     growth: float
-    """Time to read a prompt grows with this power of its length."""
+    """Exponent: the time to read a prompt grows with this power of its length."""
 
     def begin(self, batch: int, steps: int) -> None:
-        """Get ready for `batch` sequences, with at most so many steps after each reading; nothing of it is timed."""
+        """Prepare for `batch` sequences with at most `steps` steps after each prompt; not timed."""
 
     def read(self, tokens: Tensor) -> Tensor:
         """Read int64 `[B, context]` from the beginning; logits `[B, V]` of the next token."""
 
     def invent(self, context: int) -> None:
-        """Random numbers in place of what `context` tokens would have left."""
+        """Fill the state with random numbers, as if `context` tokens had been read."""
 
     def keep(self) -> Callable[[], None]:
-        """What takes the sequences back to where they stand now, or to as good a place."""
+        """Returns a function that restores the current state, or an equivalent one."""
 
     def modes(self) -> dict[str, Step]:
         """The forms of a step, all of the same sequences."""
 
     def state_bytes(self) -> int:
-        """Bytes of what all sequences carry."""
+        """Bytes of the state of all sequences."""
 
     def step_bytes(self) -> int:
-        """Bytes that a step cannot but move: weights and what it needs of the state read, what it changes of that written."""
+        """Bytes that a step must move: reads of the weights and the parts of the state it needs, writes of what it changes."""
 
     def end(self) -> None:
-        """Give the room back."""
+        """Free the memory."""

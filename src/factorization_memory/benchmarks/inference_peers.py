@@ -22,7 +22,7 @@ from factorization_memory.models.huggingface import CACHE_NAME
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer in tensors made once, of which attention sees the part that is filled.
+    """Keys and values of one layer in preallocated tensors; attention sees the part that is filled.
 
     `transformers`' growing cache copies all of it for every token, and its static one attends to what is not filled yet: this
     does neither.
@@ -34,14 +34,14 @@ class _Layer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes `[B, H, T, D]` behind what is there; all keys and values so far."""
+        """Appends `[B, H, T, D]`; returns all keys and values so far."""
         start, self.length = self.length, self.length + key_states.shape[2]
         for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, start : self.length] = new
         return self.room[0][:, :, : self.length], self.room[1][:, :, : self.length]
 
     def get_seq_length(self) -> int:
-        """Tokens that are there."""
+        """Tokens stored."""
         return self.length
 
 
@@ -69,7 +69,7 @@ class Llama:
         self.cache: Cache | None = None
 
     def begin(self, batch: int, steps: int) -> None:
-        """Remembers how much room to make."""
+        """Remembers how much to allocate."""
         self.batch, self.steps = batch, steps
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Llama:
         return sum(tensor_bytes(room[:, :, : layer.length]) for layer in self._layers() for room in layer.room)
 
     def step_bytes(self) -> int:
-        """Bytes that a step cannot but read: weights, keys and values."""
+        """Bytes that a step must read: weights, keys and values."""
         weights, config = self.weight_bytes, self.model.config
         if not config.tie_word_embeddings:  # a table to look B rows up in, and not also the head's weight
             rows = self.model.get_input_embeddings().weight
@@ -113,7 +113,7 @@ class Llama:
         return weights + self.state_bytes()
 
     def end(self) -> None:
-        """Lets keys and values go."""
+        """Frees keys and values."""
         self.cache = None
 
     def _forward(self, tokens: Tensor) -> Tensor:

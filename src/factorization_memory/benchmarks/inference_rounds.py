@@ -1,4 +1,4 @@
-"""How a model's reading and writing are timed: prompts as long as they are quick enough, steps in rounds."""
+"""Times prefill and decoding of a model: prompts unless they would take too long, steps in rounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from factorization_memory.benchmarks.timing import summary, synchronise
 from factorization_memory.generation import default_chunk
 
 WARM_UP = 2
-"""Steps before each series of steps that is timed."""
+"""Untimed steps before each timed series."""
 
 
 class Reading:
@@ -41,7 +41,7 @@ class Reading:
         if expected > limit:
             return None
         tokens = self._tokens(batch, context)
-        self._seconds(tokens)  # kernels for this size are compiled
+        self._seconds(tokens)  # compiles kernels for this size
         spent: list[float] = []
         while len(spent) < self.benchmark.repeats and sum(spent) + expected <= limit:
             spent.append(self._seconds(tokens))
@@ -71,7 +71,7 @@ class Reading:
 
 
 class Writing:
-    """Steps from where a contender stands when this is made, in rounds."""
+    """Times steps in rounds, each starting from the contender's state at construction."""
 
     def __init__(self, contender: Contender, benchmark: InferenceBenchmark, batch: int, device: torch.device) -> None:
         self.resume, self.modes = contender.keep(), contender.modes()
@@ -124,7 +124,7 @@ def _series(step: Step, tokens: Tensor, count: int, device: torch.device) -> lis
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A block in which the collector need not look at what was there before."""
+    """A block in which the garbage collector ignores existing objects."""
     gc.collect()
     gc.freeze()
     try:

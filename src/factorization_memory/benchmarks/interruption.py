@@ -1,4 +1,4 @@
-"""Measurements that are stopped keep what they have found."""
+"""Interrupted measurements keep their results so far."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         if not self._inside:
-            return  # on the way out already
+            return  # already leaving
         raise KeyboardInterrupt(self.signal)

@@ -1,6 +1,7 @@
 """The recurrence alone: time per token of each backend and of peers, against each other and against the floor, and memory.
 
-Nothing is timed before every backend has been found right at the widths in question: `run` raises `IncorrectBackendError`.
+Nothing is timed until every backend has passed the correctness gate at these widths; else `run` raises
+`IncorrectBackendError`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Show = Callable[[str, Records], None]
 
 
 class IncorrectBackendError(RuntimeError):
-    """A backend that does not compute the recurrence; its speed means nothing. `checks` are the gate's results."""
+    """A backend is wrong, so its speed is meaningless. `checks` are the gate's results."""
 
     def __init__(self, checks: Records) -> None:
         self.checks = checks
@@ -272,7 +273,7 @@ def measure(
         except peers.MissingPeerError as error:
             if missing is not None:
                 missing[name] = str(error)
-        except Exception as error:  # a peer's trouble is its own
+        except Exception as error:  # a failing peer must not affect the others
             records[name] = _record(name, shape, peer=True) | {"error": reason(error)}
         else:
             contenders.append(contender)
@@ -338,7 +339,7 @@ def _graph_figures(call: Callable[[], Any], repeats: int, shape: Shape, device: 
         return figures
     try:
         figures["graph_ns_per_token"] = statistics.median(graph_seconds(call, repeats, device)) / shape.tokens * 1e9
-    except Exception as error:  # not every call can be captured, which is worth knowing and no more
+    except Exception as error:  # not every call can be captured; just report it
         figures["graph_error"] = reason(error)
     return figures
 
@@ -383,7 +384,7 @@ def measure_memory(shape: Shape, backend: str, dtype: torch.dtype, device: torch
     record |= {"input_output_bytes": standing, "gradient_bytes": differentiable}
     record |= dict.fromkeys(("peak_bytes", "ratio", "ratio_with_gradients", "extra_bytes", "extra_ratio"))
     try:
-        contender.forward_backward()  # what is made once, on a first call, is none of a call's memory
+        contender.forward_backward()  # one-time allocations of the first call do not count
         beyond = peak_bytes(contender.forward_backward, device)
     except Exception as error:
         record["error"] = reason(error)

@@ -1,7 +1,7 @@
 """Other people's sequence mixers as contenders: built from a problem of the recurrence, at its size or at equal width.
 
 A width W = H * D of values stands for a layer of hidden size W: attention gets W, Mamba-2 its usual 2 W. Inputs are made before
-any clock runs, in the form that suits the peer best; what a layer computes around them counts for nobody.
+timing starts, in the form that suits the peer best; what a layer computes around them is not counted for anyone.
 
 Shapes: B sequences, T tokens, H heads, M memory states, D value width of a head.
 """
@@ -36,12 +36,12 @@ Function = Callable[..., Tensor]
 
 
 class MissingPeerError(RuntimeError):
-    """A peer that is not here; the message says what to do."""
+    """A peer is not available; the message gives the remedy."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: a function of tensors that ask for gradients."""
+    """Something to time: a function of tensors that require gradients."""
 
     name: str
     function: Function
@@ -122,7 +122,7 @@ def _ssd(problem: Problem) -> Contender:
     size = f"inner width {inner}, heads {count} x {SSD_HEAD}, state {SSD_STATE}"
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except Exception as error:  # its compiled parts fail in many ways where they do not fit this PyTorch
+    except Exception as error:  # its compiled parts fail in many ways with an incompatible PyTorch
         why = f"mamba-ssm cannot be imported ({type(error).__name__})"
     else:
 

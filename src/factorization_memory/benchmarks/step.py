@@ -145,7 +145,7 @@ def check(contender: Contender, dtype: torch.dtype, device: torch.device) -> dic
     result |= {"error": None, "worst": None, "tolerance": tolerance, "restored": None, "reason": None}
     try:
         errors, restored = _gate(contender, dtype, device)
-    except Exception as error:  # whatever a step trips over here is the finding
+    except Exception as error:  # any failure of a step is a result
         return result | {"reason": reason(error)}
     result["restored"] = restored if shape.top_k else None
     unfinite = [name for name, value in errors.items() if not math.isfinite(value)]
@@ -208,7 +208,7 @@ def _measure(group: list[Contender], benchmark: StepBenchmark, device: torch.dev
         prepared = {name: _captured(call, device) for name, (call, _) in calls.items()}
         whole = interleaved_seconds(prepared, benchmark.repeats, device, failures=failures)
         seconds = {name: [spent / repeated[name] for spent in every] for name, every in whole.items()}
-    except Exception as error:  # a size that does not fit is worth knowing, and others may
+    except Exception as error:  # a size that does not fit is a result, and others may fit
         why = reason(error)
         for record in (*steps.values(), *rollbacks.values()):
             record["error"] = why
@@ -315,7 +315,7 @@ def _captured(call: Callable[[], None], device: torch.device) -> Callable[[], No
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        call()  # what is set up on a first call must not be captured
+        call()  # one-time setup must not be captured
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

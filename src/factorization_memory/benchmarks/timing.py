@@ -1,4 +1,4 @@
-"""Durations and allocation peaks that can be compared: contenders take turns, so that all see the same machine.
+"""Comparable timings and peak memory: contenders are interleaved, so that all see the same machine conditions.
 
 On a GPU a call can be timed in three ways, which answer different questions: by the host's clock (what a training loop
 waits for), by the device's events with the cache emptied before each call (what the call costs between others), and as a
@@ -71,7 +71,7 @@ def interleaved_seconds(
         return None
 
     gc.collect()
-    gc.freeze()  # what is there now need not be looked at again in each turn
+    gc.freeze()  # existing objects need not be scanned in every turn
     try:
         calls = {}
         for name in contenders:
@@ -125,7 +125,7 @@ def graph_seconds(call: Callable[[], Any], repeats: int, device: torch.device) -
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        call()  # what is set up on a first call must not be captured
+        call()  # one-time setup must not be captured
         with _waiting_is_an_error():
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
@@ -160,14 +160,14 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def release(device: torch.device) -> None:
-    """Give memory that nothing refers to back to a GPU."""
+    """Returns unreferenced memory to a GPU."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what runs on a GPU."""
+    """Synchronizes with a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -227,7 +227,7 @@ class _LiveStorages(TorchDispatchMode):
 
 
 def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median over rounds of the ratio within a round, which the machine's slower and faster minutes leave alone."""
+    """Median over rounds of the ratio within a round, which is robust to slow and fast phases of the machine."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 

@@ -179,7 +179,7 @@ def _our_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
 
 
 def _unfit(benchmark: TrainingBenchmark) -> dict[str, str]:
-    """Why peers have no form of the model's width, by name."""
+    """Why peers cannot have the model's width, by name."""
     whole = {"llama": 2 * benchmark.llama_heads, "mamba2": MAMBA2_HEAD // 2}
     return {
         name: f"no {name}: its heads need a hidden_size that is a multiple of {whole[name]}"

@@ -1,4 +1,4 @@
-"""Search of the Triton kernels' tiles on the device at hand: kernel by kernel, with the best found so far for the others."""
+"""Tunes the Triton kernels' tiles on the current device: kernel by kernel, with the best found so far for the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tune(
     reason = why_unsupported(torch.empty(0, dtype=dtype, device=device))
     if reason is not None:
         raise ConfigError(f"tune=True: {reason}; tune on the GPU that is to run the kernels")
-    # Not before the check above: Triton may be missing.
+    # Import only after the check above: Triton may be missing.
     from factorization_memory.ops.memory.kernels import plan, tuning
 
     records: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""`fmem`, the command: one verb a module, imported when called, so that `fmem --help` costs nothing.
+"""The `fmem` command: one module per verb, imported when called, so that `fmem --help` is fast.
 
 Human text goes to stderr; with `--json` a verb writes its result to stdout as one JSON line. Exit status: 0 done, 1 a failed
 run, 2 bad usage, 128 + the signal's number when stopped by one.
@@ -33,7 +33,7 @@ VERBS = {
 }
 
 MODULES = {"import": "import_model"}
-"""Modules of verbs that are words of Python."""
+"""Modules of verbs that are Python keywords."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,12 +84,12 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def _with_flag(message: str) -> str:
-    """The library names an argument of its own; here that is a flag. Fields of a run, with their section, are spelled alike."""
+    """Replaces the name of a library argument by that of its flag. Fields of a run, with their section, are spelled alike."""
     return re.sub(r"^(?!contenders=)[a-z]+(_[a-z]+)*=", lambda name: "--" + name[0].replace("_", "-"), message)
 
 
 def _in_words(error: Exception) -> str:
-    """What an error says; of a machine that has no more memory, what people can do about it."""
+    """The message of an error; for lack of memory, also the remedy."""
     message = str(error)
     asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d+ bytes|[\d.]+ \w+)", message)
     if isinstance(error, MemoryError) or asked or "out of memory" in message or "Storage size calculation" in message:
@@ -101,12 +101,12 @@ def _in_words(error: Exception) -> str:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Ended from outside: by an exception, so that what was being written aside is removed on the way out."""
+    """Signal handler: exits by an exception, so that temporary files are removed on the way out."""
     raise SystemExit(128 + number)
 
 
 def complain(message: str, status: int) -> int:
-    """Say what went wrong on stderr; returns `status`."""
+    """Prints an error on stderr; returns `status`."""
     from factorization_memory._text import visible
 
     print(f"fmem: {visible(message, keep=chr(10))}", file=best_effort(sys.stderr))
@@ -114,13 +114,13 @@ def complain(message: str, status: int) -> int:
 
 
 def _lost_stdout(error: OSError) -> int:
-    """Keep the interpreter from flushing into what is lost; of a reader that left, as `| head` does, nothing is said."""
+    """Keeps the interpreter from flushing to a lost stdout; silent if the reader has left, as `| head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1 if isinstance(error, BrokenPipeError) else complain(f"stdout: {error.strerror or error}", 1)
 
 
 def _help() -> str:
-    # Not `listing` of common.py, which imports what this must not.
+    # Not `listing` of common.py, whose imports are too slow here.
     lines = "\n".join(
         textwrap.fill(what, 80, initial_indent=f"  {verb:<10}", subsequent_indent=" " * 12) for verb, what in VERBS.items()
     )

@@ -1,7 +1,7 @@
 """`fmem bench`: the speed and memory of the recurrence (`op`), of one decoding step of it (`step`), of whole training steps
 (`training`) and of reading and writing with whole models (`inference`) on this machine.
 
-Tables go to stderr as soon as their figures are there, the whole result to stdout as one JSON line at the end.
+Tables go to stderr as soon as their figures are available, the whole result to stdout as one JSON line at the end.
 """
 
 from __future__ import annotations

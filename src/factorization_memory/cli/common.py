@@ -1,4 +1,4 @@
-"""What the verbs share: parsing, the console, results."""
+"""Shared by the verbs: parsing, the console, results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse(options: type[T], arguments: list[str], verb: str, default: T | None =
         words.append(word)
     if not {"-h", "--help"} & {*words}:
         return tyro.cli(options, prog=f"fmem {verb}", args=words, **extra)
-    page = io.TextIOWrapper(io.BytesIO(), "utf-8")  # tyro draws boxes for UTF-8 alone
+    page = io.TextIOWrapper(io.BytesIO(), "utf-8")  # tyro draws boxes only for UTF-8
     try:
         with contextlib.redirect_stdout(page):
             return tyro.cli(options, prog=f"fmem {verb}", args=words, **extra)
@@ -57,7 +57,7 @@ def parse(options: type[T], arguments: list[str], verb: str, default: T | None =
 
 def flags_that_may_be_none(options: type[Any], prefix: str = "--") -> set[str]:
     """The flags of the dataclass `options`, and of those in it, that take a number or `None`, which people write `none`."""
-    if not dataclasses.is_dataclass(options):  # one of several verbs
+    if not dataclasses.is_dataclass(options):  # one of several subcommands
         members = [
             typing.get_args(each)[0] if typing.get_origin(each) is Annotated else each for each in typing.get_args(options)
         ]
@@ -81,7 +81,7 @@ def checked(kind: type[T], options: T) -> T:
 
 
 def listing(items: dict[str, str], width: int) -> str:
-    """Names and what they are, for help: the names in a column of `width`, broken so that a terminal of 80 shows them whole."""
+    """Names and descriptions for help texts: names in a column of `width`, wrapped to fit a terminal of 80 columns."""
     return "\n".join(
         textwrap.fill(what, 80, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (width + 2))
         for name, what in items.items()
@@ -89,14 +89,14 @@ def listing(items: dict[str, str], width: int) -> str:
 
 
 def choose(name: str, known: dict[str, Any], what: str) -> Any:
-    """`known[name]`, or a usage error that names the nearest."""
+    """`known[name]`, or a usage error that suggests the most similar name."""
     if name not in known:
         raise ConfigError(f"{what} {name!r} is not known{suggestion(name, known)}")
     return known[name]
 
 
 def at_least(options: Any, **bounds: int) -> None:
-    """A usage error for the first of the named options that is set below its bound."""
+    """Raises a usage error for the first of the named options below its bound."""
     for name, least in bounds.items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -104,8 +104,8 @@ def at_least(options: Any, **bounds: int) -> None:
 
 
 def console() -> Console:
-    """Where people read: stderr, whose loss ends nothing. What would steer the terminal is written out; names from data go
-    through `plain`, as markup is read in what is printed."""
+    """The console for human readers: stderr, whose failure is not fatal. Terminal control characters are escaped; names from
+    data go through `plain`, since printed strings are parsed as markup."""
     from rich.console import Console
 
     class VisibleConsole(Console):
@@ -116,7 +116,7 @@ def console() -> Console:
 
 
 def plain(text: str) -> Text:
-    """A name from data, for a line or a cell: it is shown as it is, nothing in it is markup."""
+    """A name from data, for a line or a cell, shown verbatim without parsing markup."""
     from rich.text import Text
 
     return Text(visible(text))
@@ -132,7 +132,7 @@ def resolve(run: Path | None) -> tuple[Path | None, Path | None]:
 
 
 def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunConfig]:
-    """The model that a verb was given, or else the one that comes with the package; `device` is its `--device`."""
+    """The model given to a verb, or else the one that comes with the package; `device` is its `--device`."""
     from factorization_memory.models.device import resolve_device
     from factorization_memory.models.pretrained import builtin_model
     from factorization_memory.runs import load_model
@@ -143,19 +143,19 @@ def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunCo
 
 
 def say(message: str) -> None:
-    """A line for people that holds paths: nothing in it is markup, and it is not broken."""
+    """Prints a line that contains paths, without parsing markup or wrapping."""
     console().print(message, markup=False, soft_wrap=True)
 
 
 def emit(result: Any, as_json: bool) -> None:
-    """With `--json`, the result as one line on stdout, in ASCII where stdout's encoding lacks any of its characters."""
+    """With `--json`, prints the result as one line on stdout, in ASCII if stdout's encoding lacks any of its characters."""
     if as_json:
         line = json.dumps(result, ensure_ascii=False, allow_nan=False)
         write_out((json.dumps(result, allow_nan=False) if lacks(sys.stdout, line) else line) + "\n")
 
 
 def write_out(text: str) -> None:
-    """Write to stdout at once. Raises OSError that names it, BrokenPipeError where its reader has left."""
+    """Writes to stdout and flushes. Raises OSError that names stdout, BrokenPipeError if its reader has left."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -180,7 +180,7 @@ def bench_status(result: dict[str, Any], failed: bool) -> int:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file's text, or that of stdin for "-", without the byte order mark that some editors put before it."""
+    """The text of a UTF-8 file, or of stdin for "-", without the byte-order mark that some editors add."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except FileNotFoundError:

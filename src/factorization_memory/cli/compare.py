@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from factorization_memory.experiments.plan import Plan
 
 WIDTH = 132
-"""Of the tables where nobody's terminal sets it: six losses with their spreads beside a name."""
+"""Width of the tables without a terminal: six losses with their spreads next to a name."""
 
 
 def run(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""How the runs of `fmem compare` stand, while they run."""
+"""Live progress of the runs of `fmem compare`."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ class Display(Watcher):
             self._live = None
 
     def on_start(self, job: Job) -> None:
-        """A job begins."""
+        """A job has started."""
         self._running[job.folder] = (job, {})
-        if (line := job.latest()) is not None:  # it goes on where it was stopped
+        if (line := job.latest()) is not None:  # it resumes
             self._first_step[job.folder] = line["step"]
             self._done_before += line["step"]
         self._say(f"{job.title}: begins")
 
     def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
-        """A job has come further."""
+        """A job has made progress."""
         self._running[job.folder] = (job, metrics)
 
     def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
@@ -86,7 +86,7 @@ class Display(Watcher):
         self._say(f"{job.title}: {'was done before' if before else 'done'}{loss}")
 
     def on_tick(self) -> None:
-        """Where no terminal shows them, say now and then how the runs stand."""
+        """Without a terminal, prints the progress of the runs now and then."""
         if self._live is None and time.monotonic() - self._said >= self.PLAIN_SECONDS:
             self._said = time.monotonic()
             for job, line in self._running.values():
@@ -95,7 +95,7 @@ class Display(Watcher):
                 self._say(left)
 
     def time_left(self) -> str | None:
-        """How long all runs together still take at the pace so far, evaluations aside; None while that is not known."""
+        """Remaining time of all runs at the pace so far, excluding evaluations; None while unknown."""
         here = self._done_here + sum(
             max(0, line["step"] - self._first_step.get(folder, 0)) for folder, (_, line) in self._running.items() if line
         )

@@ -1,4 +1,4 @@
-"""What `fmem compare` was asked for, as a plan."""
+"""Turns the options of `fmem compare` into a plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from factorization_memory.experiments.plan import Plan
 
 SEARCHED_FACTORS = (0.5, 1.0, 2.0)
-"""Learning rates that are tried where none are given, times the contender's own."""
+"""Learning rates to try if none are given, as multiples of the contender's own."""
 
 
 @dataclass(frozen=True)

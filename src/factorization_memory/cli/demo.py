@@ -1,4 +1,4 @@
-"""`fmem demo`: the whole road, from two books to a report, on the texts that come with the package."""
+"""`fmem demo`: the whole pipeline, from two books to a report, on the texts that come with the package."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _recall(run_dir: Path, out: Console) -> dict[str, Any]:
-    """The recall demonstration's record; how far both models have come is shown as they learn."""
+    """The recall demonstration's record; shows the progress of both models as they learn."""
     from rich.live import Live
     from rich.table import Table
 
@@ -152,7 +152,7 @@ def _resume_command(run_dir: Path, options: DemoOptions) -> str:
 
 
 def _packed(run_dir: Path) -> PackedCorpus:
-    """The corpus of a demo that was stopped."""
+    """The corpus of an interrupted demo."""
     from factorization_memory.data.shards import PackedCorpus
 
     if not (run_dir / CORPUS_NAME).is_dir():

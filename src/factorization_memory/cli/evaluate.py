@@ -114,7 +114,7 @@ def evaluation_progress() -> Iterator[Progress]:
 
 
 def say_kept(run_dir: Path, report: Path | None) -> None:
-    """Say what became of an evaluation: the path of the `report` it stands in, None where it took no other's place."""
+    """Reports what was done with an evaluation: the path of the `report` with it; None if it was not saved."""
     if report is None:
         path = run_dir / EVALUATION_NAME
         say(f"{path}: tells all that this evaluation does and more, and stays as it is; --json gives this one")

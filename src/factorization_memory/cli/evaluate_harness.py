@@ -58,7 +58,7 @@ def run(options: EvaluateOptions) -> int:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the process as an exception does, so that temporary files go."""
+    """Turns SIGTERM into an exception, so that temporary files are removed."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -86,7 +86,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _short(value: float | None) -> str:
-    """Four digits behind the point, unless a perplexity is that of a model that knows nothing."""
+    """Four decimals, except for huge perplexities."""
     if value is None:
         return ""
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

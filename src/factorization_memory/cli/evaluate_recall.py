@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_recall(corpus: PackedCorpus, lengths: Sequence[int]) -> None:
-    """Raises ConfigError where the held-out text is too short for the recall suite: better now than when all else is done."""
+    """Raises ConfigError early if the held-out text is too short for the recall suite, before the rest is evaluated."""
     from factorization_memory.evaluation.recall_suite import held_out_texts
 
     longest = max(map(len, held_out_texts(corpus).values()), default=0)
@@ -76,7 +76,7 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
 
 
 def _grid(out: Console, title: str, cells: dict[str, dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> None:
-    """A row for each name, a column for each heading that any of them has, by the number it begins with."""
+    """A row per name, a column per heading that any of them has, sorted by the number at its start."""
     headings = sorted({heading for row in cells.values() for heading in row}, key=lambda text: int(re.findall(r"\d+", text)[0]))
     table = Table(title, *headings)
     for name, row in cells.items():

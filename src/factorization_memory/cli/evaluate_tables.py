@@ -43,7 +43,7 @@ def _show_losses(result: dict[str, Any], out: Console) -> None:
 
 
 def _show_repeated(recall: dict[str, Any], out: Console) -> None:
-    """The loss by what the window held before a token."""
+    """The loss by what the window contained before a token."""
     from rich.table import Table
 
     from factorization_memory.reports.recall_text import as_text, distances_as_text

@@ -1,4 +1,4 @@
-"""`fmem export RUN --to huggingface DIR`: a run's model as Hugging Face's libraries keep models."""
+"""`fmem export RUN --to huggingface DIR`: a run's model in the format of Hugging Face's libraries."""
 
 from __future__ import annotations
 

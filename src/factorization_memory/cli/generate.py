@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
 
 
 def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -> list[dict[str, Any]]:
-    """Write continuations as they come, the first live, others after it; returns their records."""
+    """Streams continuations, the first live, the others after it; returns their records."""
     from factorization_memory.experiments.samples import continue_prompts
 
     def write(text: str) -> None:
@@ -107,7 +107,7 @@ def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -
 
 
 def show_speeds(results: list[dict[str, Any]], samples: int) -> None:
-    """How fast prompts were read and `samples` continuations of each were written, on stderr."""
+    """Prints on stderr how fast prompts were read and `samples` continuations of each were generated."""
     first = results[0]
     read, written = sum(each["prompt_tokens"] for each in results[::samples]), sum(each["tokens"] for each in results)
     seconds, captured = max(each["seconds"] for each in results), max(each["capture_seconds"] for each in results)

@@ -1,4 +1,4 @@
-"""The help that tyro prints, tidied: its texts wrapped to their box, optional values as people write them."""
+"""Tidies tyro's help: texts rewrapped to their box, optional values as people write them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def without_boxes(text: str) -> str:
 
 
 def _box(rows: list[str]) -> list[str]:
-    """The rows of a box, each "│ ... │", wrapped anew; as they are where there is no column of texts."""
+    """The rows of a box, each "│ ... │", rewrapped; unchanged if there is no column of texts."""
     contents = [row[2:-2] for row in rows]
     column = _column(contents)
     if column is None:
@@ -63,7 +63,7 @@ def _box(rows: list[str]) -> list[str]:
 
 
 def _column(contents: list[str]) -> int | None:
-    """Where the texts of a box begin: where its continued lines do. None in a list of verbs."""
+    """Column of the texts of a box, i.e. of its continuation lines. None in a list of verbs."""
     if any("•" in content for content in contents):
         return None
     indents = {len(content) - len(content.lstrip()) for content in contents if content.strip() and not content[0].strip()}
@@ -74,6 +74,6 @@ def _column(contents: list[str]) -> int | None:
 
 
 def _names(flags: str) -> str:
-    """`{None}|INT` as `INT|none`, and as `INT` in the brackets of what may be left out."""
+    """`{None}|INT` as `INT|none`, or as `INT` in the brackets of an optional argument."""
     flags = re.sub(r"\[\{None\}\|([^\]\s]+)\]", r"[\1]", flags)
     return re.sub(r"\{None\}\|(\S+)", r"\1|none", flags)

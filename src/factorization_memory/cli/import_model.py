@@ -1,4 +1,4 @@
-"""`fmem import DIR RUN`: a model as Hugging Face's libraries keep it, as a run folder."""
+"""`fmem import DIR RUN`: turns a model in Hugging Face's format into a run folder."""
 
 from __future__ import annotations
 

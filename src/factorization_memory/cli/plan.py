@@ -1,4 +1,4 @@
-"""`fmem plan PRESET`: what a run would be and cost, without weights, data or a GPU."""
+"""`fmem plan PRESET`: size and cost of a run, computed without weights, data or a GPU."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _short(number: float) -> str:
-    """A number in three digits with its SI prefix."""
+    """A number with three digits and an SI prefix."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {prefix}"

@@ -1,4 +1,4 @@
-"""How the benchmarks' figures look on a terminal."""
+"""Formatting of the benchmarks' figures for a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TABLE_WIDTH = 110
 
 
 def wide_console() -> Console:
-    """A console that gives tables room where nobody's terminal sets the width."""
+    """A console that is wide enough for tables if no terminal sets the width."""
     people = console()
     if not people.is_terminal:
         people.width = max(people.width, TABLE_WIDTH)
@@ -32,7 +32,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """Three figures or more; nothing where there is no number."""
+    """At least three significant digits; empty if there is no number."""
     if value is None:
         return ""
     places = 0 if value >= 100 else 1 if value >= 10 else 2
@@ -40,7 +40,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def show_machine(result: dict[str, Any], people: Console) -> None:
-    """Where a benchmark ran, and how fast that copies and multiplies."""
+    """Prints where a benchmark ran, and the device's copy and matmul rates."""
     where = result["machine"]
     packages = "".join(f", {package} {version}" for package, version in where["packages"].items())
     text = (

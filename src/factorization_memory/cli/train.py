@@ -62,7 +62,7 @@ def preset_and_options(arguments: list[str], verb: str, options: type[Any]) -> A
 
 
 def value_of(arguments: list[str], flag: str) -> str | None:
-    """The value that is given for a flag, if there is one."""
+    """The value given for a flag, if any."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument == flag and following and not following.startswith("--"):
             return following
@@ -72,7 +72,7 @@ def value_of(arguments: list[str], flag: str) -> str | None:
 
 
 def _started_from(source: str, preset: RunConfig | None) -> RunConfig:
-    """The preset with the model that `training.init_from` names, or without one what that model was trained with."""
+    """The preset with the model named by `training.init_from`; without a preset, that model's own run configuration."""
     from factorization_memory.training import initial_config
 
     config = initial_config(source)
@@ -85,7 +85,7 @@ def _started_from(source: str, preset: RunConfig | None) -> RunConfig:
 
 
 def _resumed(arguments: list[str]) -> tuple[Path, list[str]] | None:
-    """The run that `fmem train --resume RUN [flags]`, without a preset, goes on with, and the flags."""
+    """The run that `fmem train --resume RUN [flags]`, without a preset, resumes, and the flags."""
     if not arguments or not arguments[0].startswith("-"):
         return None
     given = value_of(arguments, "--resume")
@@ -134,7 +134,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _last_line(result: dict[str, Any], run_dir: Path) -> str:
-    """How good a finished run is, how long it took, and what to do with it."""
+    """Quality and duration of a finished run, and what to do with it."""
     from factorization_memory.training.progress import clock
 
     held_out, train = result["evaluation"], result["train"]

@@ -1,7 +1,7 @@
 """Documents from files: .txt, .jsonl, .jsonl.zst, .parquet or a folder of these.
 
-Everything that comes out is Unicode NFC with LF line ends. A jsonl line or parquet row is one document: `text`, and if it has
-them `id`, `author` and `language`.
+All text is returned in Unicode NFC with LF line ends. Each jsonl line or parquet row is one document: `text`, and optionally
+`id`, `author` and `language`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
 _READ_SIZE = 1 << 18
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_WINDOW = 1 << 31
-"""Bytes that a file of `zstd --long=31` looks back over, the most there is; memory is taken for what a file uses."""
+"""Window size of `zstd --long=31`, the maximum; memory is allocated only for the window that a file uses."""
 
 
 class CorpusError(ValueError):
-    """Text or a packed corpus that cannot be used: the message names the file, the place in it and the remedy."""
+    """Unusable text or an unusable packed corpus; the message names the file, the place in it and the remedy."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, whole."""
+    """One complete text."""
 
     text: str
     """NFC, LF line ends, not empty."""
     id: str
     source: str
-    """The mixture component it belongs to: the name given, or else its language, or else the stem of its file."""
+    """The mixture component it belongs to: the given name, else its language, else the stem of its file."""
     language: str | None
     author: str | None
 
@@ -53,15 +53,14 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of a file, or of all files in a folder (sorted, subfolders too, links followed once).
 
-    A document's source is `source` if given, else its language, else the subfolder that its file stands in, else the folder's
-    name, or that of a file named by itself.
+    A document's source is `source` if given, else its language, else the subfolder of its file, else the name of the folder,
+    or of the file if a single file is given.
 
-    `skipped(path, reason)` is called, before the first document, with what a folder holds and is not read: files of other
-    kinds, hidden ones, links that lead nowhere or in a circle. If not given, links are logged as warnings, the rest as
-    information.
+    `skipped(path, reason)` is called, before the first document, for everything in a folder that is not read: files of other
+    types, hidden ones, broken or circular links. By default, links are logged as warnings, the rest at level info.
 
-    Raises `CorpusError`, before the first document, for a path that cannot hold any, and later for one that turns out bad:
-    not UTF-8, damaged, a line or row without text, a file without documents.
+    Raises `CorpusError`, before the first document, for a path that cannot have any, and later for invalid content: not
+    UTF-8, damaged, a line or row without text, a file without documents.
     """
     path = Path(path)
     require_file(path)
@@ -84,13 +83,13 @@ def read_documents(
 
 
 def builtin_corpus() -> Path:
-    """The folder of the two books that ship with the package, one in `en`, one in `ja`, in the public domain."""
+    """The folder of the two public-domain books that ship with the package, one in `en`, one in `ja`."""
     return Path(str(importlib.resources.files(__package__) / "books"))
 
 
 @contextmanager
 def explain_full_disk(output: Path) -> Iterator[None]:
-    """Turn the error of a full disk (or quota) into a `CorpusError` that says so."""
+    """Turns the error of a full disk (or quota) into a `CorpusError` that says so."""
     try:
         yield
     except OSError as error:
@@ -100,7 +99,7 @@ def explain_full_disk(output: Path) -> Iterator[None]:
 
 
 def require_file(path: Path) -> None:
-    """Raise `CorpusError`, suggesting the sibling with the nearest name, unless `path` exists."""
+    """Raises `CorpusError` if `path` does not exist, suggesting the sibling with the most similar name."""
     with explain_unreadable(path):
         if path.exists():
             return
@@ -173,13 +172,13 @@ def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iter
 
 
 def optional_text(row: Mapping[str, Any], field: str) -> str | None:
-    """A field of a row as text; None where it is missing or empty."""
+    """A field of a row as text; None if missing or empty."""
     value = row.get(field)
     return None if value is None or value == "" else str(value)
 
 
 def utf8_length(text: str) -> int:
-    """Bytes of `text` as UTF-8, counted without a copy of it all."""
+    """Bytes of `text` as UTF-8, counted without copying it all."""
     return sum(len(text[start : start + _READ_SIZE].encode("utf-8")) for start in range(0, len(text), _READ_SIZE))
 
 
@@ -200,9 +199,9 @@ def _decode(data: bytes, path: Path, place: str = "", offset: int = 0) -> str:
     if is_wide(data):
         raise CorpusError(f"{place or path}: not text in UTF-8, as every other byte or so is zero; {conversion(data)}")
     try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")  # a byte-order mark is no part of the text
+        return data.decode("utf-8-sig" if offset == 0 else "utf-8")  # a byte-order mark is not part of the text
     except UnicodeDecodeError as error:
-        # error.start leaves out the byte-order mark; error.object is what was decoded after it
+        # error.start does not count the byte-order mark; error.object is the data after it
         start = offset + error.start + len(data) - len(error.object)
         raise CorpusError(
             f"{place or path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {start}; {conversion(data)}"
@@ -210,13 +209,13 @@ def _decode(data: bytes, path: Path, place: str = "", offset: int = 0) -> str:
 
 
 def _json_rows(path: Path, *, compressed: bool) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(line number from 1, "file, line n", object) of each line that is not blank."""
+    """(line number from 1, "file, line n", object) for each non-blank line."""
     offset = 0
     for number, line in enumerate(_lines(_zstd_blocks(path) if compressed else _file_blocks(path)), start=1):
         place = f"{path}, line {number}"
         text = _decode(line, path, f"{place} (offset in the text it unpacks to)" if compressed else place, offset)
         offset += len(line)
-        del line  # a line may be a whole library: it is held once
+        del line  # a line may be huge: keep only one copy in memory
         if text.isspace():
             continue
         try:
@@ -243,7 +242,7 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _joined(pieces: list[bytes]) -> bytes:
-    """The pieces in one, which are held no longer."""
+    """Joins the pieces and empties the list, to free them."""
     line = pieces[0] if len(pieces) == 1 else b"".join(pieces)
     pieces.clear()
     return line
@@ -262,13 +261,13 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
     frame = None
     try:
         for block in _file_blocks(path):
-            while block:  # a file may be several frames, one after the other
+            while block:  # a file may have several frames
                 frame = frame if frame is not None and not frame.eof else decompressor.decompressobj()
                 yield frame.decompress(block)
                 block = frame.unused_data if frame.eof else b""
     except zstandard.ZstdError as error:
         raise CorpusError(f"{path}: not Zstandard data, or damaged ({error}); fetch or compress it again") from error
-    # The library's own stream reader takes a file that was cut short for a short one.
+    # The library's own stream reader does not detect truncated files.
     if frame is not None and not frame.eof:
         raise CorpusError(f"{path}: the compressed data is cut short; fetch or compress it again")
 
@@ -295,7 +294,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
 
 
 def _rows_of(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
-    """The rows of a record batch that comes after `before` rows of its file."""
+    """The rows of a record batch; `before` rows of its file precede it."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):  # bytes that are not UTF-8, a date beyond Python's

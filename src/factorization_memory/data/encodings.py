@@ -1,11 +1,11 @@
-"""What to say of text that is not UTF-8."""
+"""Advice for text that is not UTF-8."""
 
 from __future__ import annotations
 
 import codecs
 
 _SEEN_BYTES = 1 << 18
-"""How much of a text is looked at."""
+"""How much of a text is examined."""
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -13,17 +13,17 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 _JAPANESE = {"EUC-JP": "euc_jp", "SHIFT_JIS": "cp932", "UTF-16LE": "utf-16-le", "UTF-16BE": "utf-16-be"}
-"""Encodings by their names for `iconv`, with Python's."""
+"""Names of encodings: `iconv`'s to Python's."""
 
 
 def is_wide(data: bytes) -> bool:
-    """Whether text looks like UTF-16 or UTF-32: of ASCII in these every other byte or more is zero, which is valid UTF-8."""
+    """Whether text looks like UTF-16 or UTF-32: ASCII in these has at least every other byte zero, which is valid UTF-8."""
     seen = data[:_SEEN_BYTES]
     return seen.count(0) > len(seen) // 4
 
 
 def conversion(data: bytes) -> str:
-    """A remedy for text that is not UTF-8: how to convert it."""
+    """How to convert text that is not UTF-8."""
     found = _encoding(data[:_SEEN_BYTES])
     if found is None:
         return "convert it from the encoding that it is in, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
@@ -31,7 +31,7 @@ def conversion(data: bytes) -> str:
 
 
 def _encoding(data: bytes) -> str | None:
-    """The encoding that the beginning of a text shows by its byte-order mark, its zeros or its kana; None if it does not."""
+    """Guesses the encoding from the start of a text, by byte-order mark, zero bytes or kana; None if unclear."""
     for mark, name in _MARKS:
         if data.startswith(mark):
             return name

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or files laid out like them, streamed once to a file, with a record of their origin."""
+"""Streams data sets of the Hugging Face hub, or local files laid out like them, to a file, with a record of their origin."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from factorization_memory.data.named_corpora import (
 
 @dataclass(frozen=True)
 class FetchRecord:
-    """Where a fetched file comes from; written beside it."""
+    """Origin of a fetched file; written next to it."""
 
     data_set: str
-    """OWNER/NAME on the hub, or the folder that was named."""
+    """OWNER/NAME on the hub, or the given folder."""
     config: str | None
     split: str
     revision: str | None
-    """The commit that was read. Of local files it is the one asked for: they do not tell theirs."""
+    """The commit that was read. For local files the requested one, since they do not record theirs."""
     local_files: tuple[str, ...] | None
-    """What was read instead of the hub, relative to the folder given; None: the hub, or the folder as a whole."""
+    """Files read instead of the hub, relative to the given folder; None: the hub, or the whole folder."""
     text_column: str
     language: str | None
-    """What was set on every document; None: what the rows say."""
+    """Language set on every document; None: as given by the rows."""
     licence: str | None
     documents: int
     max_documents: int | None
     fetched: str
-    """Date and time in UTC."""
+    """Date and time of the fetch in UTC."""
 
 
 def fetch_dataset(
@@ -62,14 +62,14 @@ def fetch_dataset(
 ) -> FetchRecord:
     """Stream a data set once, through the `datasets` library, into `output` (.jsonl.zst).
 
-    `name` is a short one of `named_corpora`, which brings its configuration, revision and language with it, or OWNER/NAME on
-    the hub, or a folder; what else is given goes before what the short name says. With `data_dir`, files on disk laid out
-    like the data set are read and the hub is not asked. `progress` gets the documents and (unpacked) bytes written so far.
+    `name` is a short name of `named_corpora`, which implies a configuration, revision and language, or OWNER/NAME on the hub,
+    or a folder; explicit arguments take precedence over those implied. With `data_dir`, files on disk laid out like the data
+    set are read instead of the hub. `progress` gets the documents and (uncompressed) bytes written so far.
 
-    Rows without text are left out; `id`, `title`, `author` and `language` are kept where there are any. The file and the
-    record beside it (`source_record`), which is also returned, are written aside and renamed when whole.
+    Rows without text are skipped; `id`, `title`, `author` and `language` are kept if present. The file and its record
+    (`source_record`), which is also returned, are written under temporary names and renamed when complete.
 
-    Raises `ConfigError` for an unknown short name or a `max_documents` below 1, and `CorpusError` when `datasets` is not
+    Raises `ConfigError` for an unknown short name or a `max_documents` below 1, and `CorpusError` if `datasets` is not
     installed, the hub cannot be reached, the data set has no such column or no text, or `output` exists or is being fetched.
     """
     output = Path(output)
@@ -86,7 +86,7 @@ def fetch_dataset(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
-        # Again, now that no other process can write there.
+        # Check again, now that no other process can write there.
         _require_free(output)
         with atomic_file(output) as aside:
             documents = _write_rows(_explain_reading(rows, name), aside, name, asked, max_documents, progress)
@@ -103,7 +103,7 @@ def fetch_dataset(
                 max_documents=max_documents,
                 fetched=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            # First, so that no fetched file ever stands there without its record.
+            # The record first, so that no fetched file ever exists without one.
             write_atomic(source_record(output), json.dumps(dataclasses.asdict(record), ensure_ascii=False, indent=2) + "\n")
     return record
 
@@ -114,14 +114,14 @@ def _require_free(output: Path) -> None:
 
 
 def source_record(output: Path) -> Path:
-    """Where `fetch_dataset` writes what it knows of `output`: `NAME.source.json` beside `NAME.jsonl.zst`."""
+    """Path of the record that `fetch_dataset` writes for `output`: `NAME.source.json` next to `NAME.jsonl.zst`."""
     return output.with_name(output.name.removesuffix(".jsonl.zst") + ".source.json")
 
 
 def _open_data_set(
     name: str, corpus: HubCorpus, data_dir: Path | None
 ) -> tuple[Iterable[Any], str | None, tuple[str, ...] | None]:
-    """Rows to stream, the revision they are of, and the local files they come from."""
+    """Rows to stream, their revision, and the local files they come from."""
     files: list[Path] = []
     if data_dir is not None:
         require_file(data_dir)
@@ -135,7 +135,7 @@ def _open_data_set(
         if len(kinds) > 1:
             raise CorpusError(f"{data_dir}: {corpus.pattern} are files of several kinds ({', '.join(kinds)}); keep one")
     elif name in CORPORA and Path(corpus.data_set).is_dir():
-        # The library would take it for the data set, whatever revision it is of.
+        # The library would use it as the data set, whatever its revision.
         raise CorpusError(
             f"{corpus.data_set}: this folder has the name of the data set of {name!r}; read it with "
             f"--data-dir {corpus.data_set}, or work in another folder"
@@ -146,7 +146,7 @@ def _open_data_set(
         raise CorpusError(f"fetching {name!r} needs the `datasets` library: pip install datasets") from error
     try:
         if files:
-            # The library takes paths for patterns. Links are left as they are: what they point to may have another suffix.
+            # The library treats paths as patterns. Do not resolve links: their targets may have another suffix.
             paths = [glob.escape(str(path.absolute())) for path in files]
             builder = datasets.load_dataset_builder(str(reader(files[0])), data_files={corpus.split: paths})
         elif data_dir is not None:
@@ -166,7 +166,7 @@ def _open_data_set(
         return rows, corpus.revision, tuple(path.relative_to(data_dir).as_posix() for path in files) or None
     commit = builder.hash if _is_commit(builder.hash) else corpus.revision
     if _is_commit(corpus.revision) and commit != corpus.revision:
-        # Where there is no network, the library takes what it finds in its cache, of any revision.
+        # Without a network the library falls back to its cache, whatever the revision.
         raise CorpusError(
             f"data set {name!r}: the hub cannot be reached, and the cache holds revision {commit}, not {corpus.revision}; "
             f"take it with --revision {commit}, or download the files where there is a network, "
@@ -176,7 +176,7 @@ def _open_data_set(
 
 
 def _is_of_network(error: Exception) -> bool:
-    """Whether nothing answered, as told by Python or by one of the clients that versions of the library use."""
+    """Whether the error is a network failure, raised by Python or by one of the HTTP clients that the library has used."""
     client = type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
     return client or isinstance(error, (ConnectionError, TimeoutError))
 
@@ -186,7 +186,7 @@ def _is_commit(revision: str | None) -> bool:
 
 
 def _explain_reading(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    """The rows, with the many kinds of error of their reading as a `CorpusError` each."""
+    """Passes on the rows, turning any error of reading them into a `CorpusError`."""
     number = 0
     iterator = iter(rows)
     while True:

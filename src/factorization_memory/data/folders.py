@@ -1,4 +1,4 @@
-"""The files of a folder, links followed, and what was passed over with the reason."""
+"""The files of a folder, following links, and the skipped paths with reasons."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ READ_ALREADY = "read already, by another way"
 NO_FILE = "neither a file nor a folder"
 
 Skipped = list[tuple[Path, str]]
-"""Each path that was passed over and one of the reasons above."""
+"""Each skipped path, with one of the reasons above."""
 
 
 def find_files(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[Path], Skipped]:
-    """The files in `folder` and below whose names are `wanted`, sorted, and what was passed over.
+    """The files in `folder` and below whose names are `wanted`, sorted, and the skipped paths.
 
-    Links are followed, each file and folder is taken once: under its own name before that of a link, and of two links under the
-    first in order. Hidden files and folders are passed over. Raises OSError for a folder that cannot be listed.
+    Links are followed, and each file and folder is used once: preferably under its own name, else under that of the first link
+    in order. Hidden files and folders are skipped. Raises OSError for a folder that cannot be listed.
     """
     files: list[Path] = []
     taken: set[tuple[int, int]] = set()
@@ -68,7 +68,7 @@ def find_files(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[Path],
             skipped.append((link, BROKEN_LINK, None))
             continue
         except OSError as error:
-            # A link to itself, perhaps through others.
+            # A circular link.
             skipped.append((link, f"{BROKEN_LINK} ({error.strerror})", None))
             continue
         place = link.parent.resolve()
@@ -80,7 +80,7 @@ def find_files(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[Path],
             walk(link)
         else:
             take(link, status)
-    # A file of another name than its link, as caches keep them, was read through the link.
+    # A file whose name differs from its link's, as in caches, is read through the link.
     return sorted(files), sorted((path, why) for path, why, identity in skipped if identity not in taken)
 
 

@@ -1,4 +1,4 @@
-"""Batches of a packed corpus, prepared ahead of the training step by a thread."""
+"""Batches of a packed corpus, prefetched by a thread."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class Batch:
     """One micro-batch of B rows of T tokens."""
 
     tokens: Tensor
-    """int64 [B, T]; [1, B*T], the rows one after the other, when `cu_seqlens` is given."""
+    """int64 [B, T]; [1, B*T], the rows concatenated, if `cu_seqlens` is given."""
     targets: Tensor
-    """Next tokens, same shape; -100 where there is none."""
+    """Next tokens, same shape; -100 if there is none."""
     cu_seqlens: Tensor | None
-    """int32 [N + 1]: where the N sequences start, and B*T. Given only if the memory starts anew inside a row."""
+    """int32 [N + 1]: starts of the N sequences, and B*T. Given only if the memory is reset inside a row."""
     row_starts: Tensor | None
     """int64 [B]: with `cu_seqlens`, the index of the sequence that begins row r."""
     reset: Tensor
-    """bool [B]: whether the row starts from empty memory; with carried state, False where it reads on."""
+    """bool [B]: whether the row starts from empty memory; with carried state, False if it continues."""
     windows: list[str]
-    """Where each row stands, "source:first token", for messages."""
+    """Position of each row, "source:first token", for messages."""
 
 
 class BatchLoader:
-    """Endless training batches: an iterator of lists of micro-batches, one list for each optimizer step.
+    """Infinite training batches: an iterator of lists of micro-batches, one list per optimizer step.
 
-    A step is a pure function of the corpus, the configuration, the seed and its number: starting at `start_step` gives what a
-    loader from the beginning gives after that many steps. Close it after use, or use it as a context manager.
+    A step is a pure function of the corpus, the configuration, the seed and its number: starting at `start_step` gives the
+    same batches as a loader started from 0 after that many steps. Close it after use, or use it as a context manager.
     """
 
     wait_seconds: float
@@ -60,9 +60,9 @@ class BatchLoader:
         seed: int,
         start_step: int = 0,
     ) -> None:
-        """`carry_state`: each row reads on where it stopped in the last step, instead of a window from anywhere.
+        """`carry_state`: each row continues where it stopped in the previous step, instead of reading a shuffled window.
 
-        Raises `ConfigError` for sizes or weights that do not fit each other or the corpus.
+        Raises `ConfigError` for sizes or weights that are inconsistent with each other or with the corpus.
         """
         if sequences_per_step < 1 or micro_batch_size < 1 or sequences_per_step % micro_batch_size:
             raise ConfigError(f"micro_batch_size={micro_batch_size}: must divide the {sequences_per_step} sequences of a step")
@@ -76,7 +76,7 @@ class BatchLoader:
         self._names, weights = _mixture(corpus, config)
         self._tokens = [corpus.sources[name].splits[TRAIN].tokens for name in self._names]
         for name, tokens in zip(self._names, self._tokens, strict=True):
-            # A window has one token more than the context, the last target.
+            # A window has one more token than the context, the last target.
             if len(tokens) <= self._context_length:
                 raise ConfigError(
                     f"data.context_length={self._context_length}: longer than the training text of source {name!r}, which has "
@@ -119,7 +119,7 @@ class BatchLoader:
         """Stop the thread; iteration ends."""
         self._stopped.set()
         if self._thread is not None:
-            # It may stand waiting for room in the queue.
+            # It may be waiting for room in the queue.
             while self._thread.is_alive():
                 while not self._ready.empty():
                     self._ready.get_nowait()
@@ -137,11 +137,11 @@ class BatchLoader:
             while not self._stopped.is_set():
                 self._ready.put(self._batches(self._step))
                 self._step += 1
-        except BaseException as error:  # raised again where the batch is asked for
+        except BaseException as error:  # re-raised in the consumer
             self._ready.put(error)
 
     def _stream_rows(self) -> list[tuple[int, int, int]]:
-        """With carried state, (source, row within it, rows of it) of each row of a step."""
+        """With carried state: (source, row within it, number of its rows) for each row of a step."""
         try:
             shares = order.shared_rows(self._sequences, self._weights)
         except ValueError as error:
@@ -172,8 +172,8 @@ class BatchLoader:
         read = np.stack([_read(self._tokens[source], start - 1, length + 2) for source, start in places])
         starts = read[:, :-2] == self._document_end
         tokens, targets = torch.from_numpy(read[:, 1:-1].copy()), torch.from_numpy(read[:, 2:].copy())
-        # What follows the end of a document is chosen by the corpus, not by the text: there is nothing to predict, whether
-        # the memory goes on or not.
+        # The token after the end of a document depends on the order of the corpus, not on the text: do not predict it, whether
+        # or not the memory is carried on.
         targets[tokens == self._document_end] = IGNORED_TARGET
         reset = np.ones(len(rows), dtype=bool)
         if self._carry_state and step > 0:
@@ -207,7 +207,7 @@ def _mixture(corpus: PackedCorpus, config: DataConfig) -> tuple[list[str], list[
 
 
 def _read(tokens: np.ndarray, start: int, count: int) -> np.ndarray:
-    """int64 [count]: the tokens from `start` on, around the ring."""
+    """int64 [count]: the tokens from `start` on, wrapping around."""
     if start >= 0 and start + count <= len(tokens):
         return tokens[start : start + count].astype(np.int64)
     return np.take(tokens, np.arange(start, start + count), mode="wrap").astype(np.int64)

@@ -1,8 +1,8 @@
-"""The folder of a packed corpus as it is written: its manifest and fingerprint, and the files of a split.
+"""The on-disk format of a packed corpus: its manifest and fingerprint, and the files of a split.
 
 A packed corpus is a folder: `manifest.json`, `tokenizer.json`, and for each source and split a `.tokens` file (little-endian
-uint16 or uint32, documents whole, each ended by the tokenizer's `document_end`) and a `.documents.npy` (int64, where each
-document starts, and the total). Sizes and checksums stand in the manifest.
+uint16 or uint32, documents whole, each ended by the tokenizer's `document_end`) and a `.documents.npy` (int64, the start of
+each document, and the total). The manifest has sizes and checksums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT, VERSION = "factorization_memory.corpus", 1
 DTYPES = ("<u2", "<u4")
 
 MAPPED_BYTES = 1 << 20
-"""Splits from this size on are mapped; smaller ones are read, as each mapping holds a file open."""
+"""Splits of at least this size are memory-mapped; smaller ones are read, as each mapping keeps a file open."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Split:
     """The text of one source for training, or for validation."""
 
     tokens: np.ndarray
-    """Token ids [num_tokens], uint16 or uint32, read-only, memory-mapped if there are many."""
+    """Token ids [num_tokens], uint16 or uint32, read-only, memory-mapped if large."""
     document_starts: np.ndarray
-    """int64 [num_documents + 1]: where each document starts, and num_tokens."""
+    """int64 [num_documents + 1]: the start of each document, and num_tokens."""
     text_bytes: int
     """UTF-8 bytes of the text, the divisor of bits per byte."""
     language: str | None
-    """Language of all its documents; None if they say none or several."""
+    """Language of all its documents; None if they have none or several."""
 
     @property
     def num_documents(self) -> int:
@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise `CorpusError` for the first field of the manifest that is not as `pack` writes it."""
+    """Raises `CorpusError` for the first field of the manifest that is not as `pack` writes it."""
 
     def field(entry: Any, name: str, *kinds: type, fits: Callable[[Any], bool] = lambda _: True) -> Any:
         value = entry.get(name) if isinstance(entry, dict) else None

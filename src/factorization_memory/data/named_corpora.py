@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub that go by a short name here, each pinned to one commit; and their files on a local disk.
+"""Data sets of the Hugging Face hub with short names, each pinned to a commit; and their files on a local disk.
 
-A commit keeps a run repeatable: what a branch of the hub holds can change between two fetches.
+Pinning keeps runs reproducible: a branch on the hub can change between two fetches.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ READERS = {
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where on the hub a corpus is, and what its rows hold."""
+    """Location of a corpus on the hub, and the contents of its rows."""
 
     data_set: str
     """OWNER/NAME on the hub."""
     about: str = ""
     """What it is, in one line."""
     size: str = ""
-    """Documents, and bytes to download, of the split; rough."""
+    """Approximate documents and download size of the split."""
     licence: str | None = None
     language: str | None = None
-    """That of every document, as the name of its source; None: the rows tell, if anything does."""
+    """Language of every document, which names its source; None: given by the rows, if at all."""
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     """A full commit hash; None: whatever the hub has now."""
     files: str | None = None
-    """Pattern, without the suffix, of the files on the hub; {config} and {split} stand in it where others may be put."""
+    """Pattern of the files on the hub, without suffix; may contain the placeholders {config} and {split}."""
     text_column: str = "text"
     id_column: str = "id"
     title_column: str = "title"
 
     @property
     def pattern(self) -> str | None:
-        """`files`, of this configuration and split."""
+        """`files` for this configuration and split."""
         return self.files and self.files.format(config=self.config, split=self.split)
 
     def choose(self, *, config: str | None, split: str | None, text_column: str | None, revision: str | None) -> HubCorpus:
-        """The same with what is not None put in; what is known of one configuration only is not said of another."""
+        """A copy with the arguments that are not None; facts known only for one configuration are dropped for another."""
         chosen = replace(
             self,
             config=config or self.config,
@@ -169,13 +169,13 @@ CORPORA = {
         files="{config}/{split}-*",
     ),
 }
-"""Each revision was found in public use for its data set; a corpus whose commit cannot be told stays out."""
+"""Each revision is in public use for its data set; a corpus whose commit is unknown is not listed."""
 
 
 def find_corpus(name: str) -> HubCorpus:
-    """The corpus of a short name, or one about which nothing is known for OWNER/NAME or a folder.
+    """The corpus of a short name; for OWNER/NAME or a folder, one with nothing else filled in.
 
-    Raises `ConfigError`, with the nearest, for a short name that is not known.
+    Raises `ConfigError`, suggesting the most similar one, for an unknown short name.
     """
     if name in CORPORA:
         return CORPORA[name]
@@ -188,7 +188,7 @@ def find_corpus(name: str) -> HubCorpus:
 
 
 def download_command(corpus: HubCorpus) -> str:
-    """A shell command that brings the corpus's files into a folder DIR, where there is a network."""
+    """A shell command that downloads the corpus's files to a folder DIR."""
     options = ["--repo-type", "dataset"]
     if corpus.revision:
         options += ["--revision", corpus.revision]
@@ -208,7 +208,7 @@ def local_files(corpus: HubCorpus, folder: Path) -> list[Path]:
     inner = pattern.parent.parts
     is_inner = folder.resolve().parts[-len(inner) :] == inner
     found = [*folder.glob(str(pattern)), *(folder.glob(pattern.name) if is_inner else [])]
-    # macOS leaves "._NAME" files beside those copied to other disks.
+    # macOS leaves "._NAME" files next to those copied to other disks.
     return sorted(path for path in found if path.is_file() and reader(path) and not path.name.startswith("."))
 
 

@@ -1,14 +1,14 @@
-"""The order of training text: what sequence number n of a run reads, as a pure function of the seed and n.
+"""The order of training text: what sequence n of a run reads, as a pure function of the seed and n.
 
-Nothing is stored and nothing is drawn: a run resumes at any step, at any batch cut, from that number alone. Three parts:
+Nothing is stored or drawn at random: a run resumes at any step, with any batch size, from that number alone. Three parts:
 
-1. `draw` gives sequence n to a source, so that after any number of sequences each source had its share of them, exact to less
+1. `draw` assigns sequence n to a source, so that after any number of sequences each source had its share, to within less
    than the number of sources, and counts the sequence within its source.
 2. `window_start` orders the windows of a source: each epoch visits all of them once, permuted by a keyed Feistel network.
-3. `stream_start` is the other way to read (carried state): every row of a batch reads on where it stopped.
+3. `stream_start` is the alternative (carried state): every row of a batch continues where it stopped.
 
-The tokens of a source are taken as a ring, on which the first document follows the last: each epoch cuts it into windows at
-another offset, so that the places where text is cut differ from epoch to epoch.
+The tokens of a source are treated as circular, the first document following the last: each epoch cuts them into windows at a
+different offset, so that text is cut at different points in each epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WEIGHT_UNITS = 1 << 32
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """Weights as whole numbers in proportion to `weights` (to one part in 2^32), on which `draw` calculates exactly.
+    """Integers proportional to `weights` (to one part in 2^32), with which `draw` computes exactly.
 
     A positive weight stays positive.
     """
@@ -32,11 +32,11 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 
 
 def counts(n: int, weights: Sequence[int]) -> list[int]:
-    """How many of the first `n` sequences each source has; never falls as n grows, and sums to n."""
+    """How many of the first `n` sequences each source has; nondecreasing in n, and sums to n."""
     result = []
     rest, total = n, sum(weights)
     for weight in weights:
-        # The first source takes its share of all sequences, the second its share of those that are left, and so on.
+        # The first source takes its share of all sequences, the second its share of the rest, and so on.
         own = rest * weight // total if total else 0
         result.append(own)
         rest -= own
@@ -52,7 +52,7 @@ def draw(n: int, weights: Sequence[int]) -> tuple[int, int]:
 
 
 def shared_rows(rows: int, weights: Sequence[int]) -> list[int]:
-    """`rows` given to the sources by weight, at least one to each of positive weight (Sainte-Laguë's method).
+    """Distributes `rows` among the sources by weight, at least one to each of positive weight (Sainte-Laguë's method).
 
     Raises ValueError if there are fewer rows than such sources.
     """
@@ -78,15 +78,15 @@ def window_start(seed: int, source: str, k: int, num_tokens: int, length: int) -
 def stream_start(seed: int, source: str, row: int, rows: int, step: int, num_tokens: int, length: int) -> int:
     """Where on the ring of `num_tokens` tokens row `row` of the `rows` rows of `source` reads its `length` tokens of `step`.
 
-    The rows start evenly spread over the source, and each reads on where it stopped.
+    The rows start evenly spread over the source, and each continues where it stopped.
     """
     return (_key(seed, source, 0) + row * num_tokens // rows + step * length) % num_tokens
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where `index` lies in the permutation of range(size) that `key` (64 bits) names."""
+    """The image of `index` under the permutation of range(size) given by `key` (64 bits)."""
     # A Feistel network permutes numbers of an even number of bits; walking its cycles until it lands below `size` permutes
-    # range(size). The domain is less than four times as large, so that this takes few turns.
+    # range(size). The domain is less than four times as large, so this takes few iterations.
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:

@@ -1,4 +1,4 @@
-"""Documents into the files of a packed corpus: which split each belongs to, and its tokens written as they come."""
+"""Writes documents to the files of a packed corpus: assigns each to a split and appends its tokens."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from factorization_memory.data.tokenizer import Tokenizer
 Holdout = Literal["auto", "hash", "author", "tail"]
 
 _PENDING_BYTES = 1 << 16
-"""Tokens of a split that are held while packing."""
+"""Bytes of tokens buffered per split while packing."""
 
 
 class Packer:
-    """Writes documents into the files of their source and split."""
+    """Writes documents to the files of their source and split."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, holdout: Holdout, fraction: float) -> None:
         self.documents = 0
@@ -62,7 +62,7 @@ class Packer:
         yield _drawn(document, self._holdout, self._fraction), document.text
 
     def finish(self) -> None:
-        """Finish the files and write tokenizer and manifest, which comes last."""
+        """Finishes the files and writes the tokenizer and, last, the manifest."""
         entries: dict[str, Any] = {}
         for source in sorted(self._writers):
             languages = self._languages[source]
@@ -105,7 +105,8 @@ def _drawn(document: Document, holdout: Holdout, fraction: float) -> str:
 def choose_holdout(
     texts: Callable[[], Iterable[Document]], holdout: Holdout, fraction: float
 ) -> tuple[Literal["hash", "author", "tail"], str]:
-    """What "auto" takes, with the reason for "tail". Raises `CorpusError` if another one would leave a split empty."""
+    """The method that "auto" chooses, with the reason if "tail". Raises `CorpusError` if another method leaves a split
+    empty."""
     if holdout == "tail":
         return holdout, ""
     by: Literal["hash", "author"] = "hash" if holdout == "auto" else holdout
@@ -127,7 +128,7 @@ def choose_holdout(
 
 
 class _SplitWriter:
-    """The two files of one split. None is open between two calls: a corpus may have more sources than files may be open."""
+    """The two files of a split. Closed between calls: a corpus may have more sources than the limit of open files."""
 
     def __init__(self, folder: Path, stem: str, dtype: np.dtype[Any]) -> None:
         self._folder, self._stem, self._dtype = folder, stem, dtype
@@ -179,12 +180,12 @@ class _SplitWriter:
 
 
 def _file_stem(source: str) -> str:
-    """A source's name for the names of its files, which may have 255 bytes each."""
+    """The stem of a source's file names, which may have at most 255 bytes."""
     return re.sub(r"[^\w.-]", "_", source).encode("utf-8")[:128].decode("utf-8", errors="ignore")
 
 
 def _tail(text: str, fraction: float) -> int:
-    """Where the last `fraction` of `text` begins: at a line if one begins shortly before, else at a character."""
+    """Start of the last `fraction` of `text`: at a line if one starts shortly before, else at a character."""
     cut = round(len(text) * (1 - fraction))
     line = text.rfind("\n", 0, cut) + 1
     return line if cut - line < fraction * len(text) and line > 0 else cut

@@ -1,8 +1,9 @@
 """Packed corpora: the token ids of every source, cut into training and validation text, as memory-mapped files.
 
 A packed corpus is a folder: `manifest.json`, `tokenizer.json`, and for each source and split a `.tokens` file (little-endian
-uint16 or uint32, documents whole, each ended by the tokenizer's `document_end`) and a `.documents.npy` (int64, where each
-document starts, and the total). It is written aside and renamed when whole; sizes and checksums stand in the manifest.
+uint16 or uint32, documents whole, each ended by the tokenizer's `document_end`) and a `.documents.npy` (int64, the start of
+each document, and the total). It is written under a temporary name and renamed when complete; the manifest has sizes and
+checksums.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ class Source:
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A packed corpus, opened: in memory are the index and what is small."""
+    """An open packed corpus: the index and small splits are in memory."""
 
     folder: Path
     sources: dict[str, Source]
     """By name, in the manifest's order (sorted)."""
     tokenizer: Tokenizer
     fingerprint: str
-    """sha256 over the manifest, checksums of all files included: equal corpora have equal ones."""
+    """sha256 of the manifest, which has the checksums of all files: equal for equal corpora."""
 
     @classmethod
     def open(cls, folder: Path) -> PackedCorpus:
-        """Open what `pack` wrote.
+        """Open a corpus written by `pack`.
 
-        Its files are read whole, and their checksums and token ids checked, once on a machine and again when one has changed
-        (see `verification`); `verify` reads them anew.
+        The checksums and token ids of all files are checked once per machine, and again when a file has changed (see
+        `verification`); `verify` always rereads them.
 
-        Raises `CorpusError`, naming the file and the remedy, for a folder that is no packed corpus, of a newer version, with a
-        file missing or changed, with borders or ids that cannot be, or with another tokenizer than it was packed with.
+        Raises `CorpusError`, naming the file and the remedy, for a folder that is not a packed corpus, is of a newer version,
+        has a missing or changed file or invalid boundaries or ids, or has a tokenizer other than the one it was packed with.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -81,7 +82,7 @@ class PackedCorpus:
         return cls(folder=folder, sources=sources, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read every file again and compare its checksum. Raises `CorpusError` naming the first that changed since packing.
+        """Reread every file and compare its checksum. Raises `CorpusError` naming the first that changed since packing.
 
         `progress(read, total)` is called with bytes.
         """
@@ -104,18 +105,18 @@ def pack(
 ) -> PackedCorpus:
     """Tokenize the documents of `inputs`, (source name or None, file or folder) each, into the packed corpus `output`.
 
-    `holdout` says what is kept for validation, about `holdout_fraction` of it: "hash", whole documents, by a hash of their text
-    (equal documents stay together); "author", all documents of an author, by a hash of the name; "tail", the end of every
-    document, cut at a line; "auto", "hash" where that gives every source both kinds of text, else "tail", as for a few books.
-    All but "tail" read the texts twice, so that a source without held-out text is seen before any is tokenized.
+    `holdout` sets what is kept for validation, about `holdout_fraction` of the text: "hash", whole documents, by a hash of
+    their text (equal documents stay together); "author", all documents of an author, by a hash of the name; "tail", the end of
+    every document, cut at a line; "auto", "hash" if that gives every source both splits, else "tail", as for a few books. All
+    but "tail" read the texts twice, so that a source without held-out text is detected before tokenizing.
 
-    `progress(documents, bytes)` is called with the totals so far, `skipped(path, reason)` with what the folders hold and is
-    not read (see `read_documents`), `notice(message)` with why "auto" has taken "tail".
+    `progress(documents, bytes)` is called with the totals so far, `skipped(path, reason)` for paths in the folders that are
+    not read (see `read_documents`), `notice(message)` with the reason if "auto" chose "tail".
 
-    The result does not depend on anything but the arguments and the text. Raises `CorpusError` for bad text, a source whose
+    The result depends only on the arguments and the text. Raises `CorpusError` for bad text, a source whose
     training or validation text would be empty, a full disk, an `output` that another process is packing into, or one that
-    exists (unless `overwrite`, which replaces a packed corpus once the new one is whole). Interrupted, it leaves nothing under
-    the name `output`; the next call starts anew.
+    exists (unless `overwrite`, which replaces a packed corpus once the new one is complete). If interrupted, it leaves nothing
+    under the name `output`; the next call starts over.
     """
     output = Path(output)
     if holdout not in get_args(Holdout):
@@ -126,18 +127,18 @@ def pack(
         raise CorpusError("no input to pack; name at least one file or folder")
     _require_free(output, overwrite)
     for source, path in inputs:
-        read_documents(path, source=source, skipped=skipped)  # refuses a path that holds no texts
+        read_documents(path, source=source, skipped=skipped)  # rejects a path without texts
 
     def texts() -> Iterator[Document]:
         for source, path in inputs:
-            yield from read_documents(path, source=source, skipped=lambda *_: None)  # told of above
+            yield from read_documents(path, source=source, skipped=lambda *_: None)  # reported above
 
     def held(holder: str) -> CorpusError:
         return CorpusError(f"{output}: another process is packing into it; wait for that one, or choose another folder")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
-        # Again, now that no other process can write there.
+        # Check again, now that no other process can write there.
         _require_free(output, overwrite)
         holdout, why = choose_holdout(texts, holdout, holdout_fraction)
         if why and notice is not None:

@@ -1,4 +1,4 @@
-"""An even part of texts too large to train a tokenizer on."""
+"""An even sample of texts too large to train a tokenizer on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from factorization_memory.data.corpora import read_documents, utf8_length
 class TextSample:
     """The documents of files and folders, or every n-th of each, so that about `limit` bytes remain.
 
-    Reads all of them once to know their size, `total`; `read` are the bytes that iterating has given so far. `skipped` is
-    called as `read_documents` calls it, once for each.
+    Reads them all once to determine their size, `total`; `read` counts the bytes iterated so far. `skipped` is called as in
+    `read_documents`, once per path.
     """
 
     def __init__(self, inputs: Sequence[Path], limit: int, skipped: Callable[[Path, str], None]) -> None:
@@ -23,7 +23,7 @@ class TextSample:
 
     def __iter__(self) -> Iterator[str]:
         for path in self.inputs:
-            for number, document in enumerate(read_documents(path, skipped=lambda *_: None)):  # told of before
+            for number, document in enumerate(read_documents(path, skipped=lambda *_: None)):  # reported before
                 if number % self._keep == 0:
                     self.read += utf8_length(document.text)
                     yield document.text

@@ -1,4 +1,4 @@
-"""Byte-level tokenizers: plain bytes (no training), or byte-pair merges trained on text. Both give every text back exactly.
+"""Byte-level tokenizers: plain bytes (no training), or byte-pair merges trained on text. Both are lossless.
 
 Text is normalised to NFC and cut into pieces by runs of one script; merges never cross a piece. Without word spaces a Japanese
 sentence would be one "word", which makes training superlinear and tokens whole phrases, hence the cut by script.
@@ -45,10 +45,10 @@ _PRE_SPLIT = "|".join(
     )
 )
 
-# Chunks: stretches of text whose encodings, one after the other, are the encoding of the whole, because _PRE_SPLIT cuts at
-# every chunk's end whatever surrounds it. Natural text repeats them, so that most are encoded once and then looked up, several
-# times faster than encoding everything anew. The classes are parts of those above, on purpose small ones: a cut is made only
-# between characters known to be in different classes, which holds in every version of Unicode.
+# Chunks: stretches of text whose concatenated encodings are the encoding of the whole, because _PRE_SPLIT cuts at every
+# chunk's end whatever the context. Chunks recur in natural text, so most are encoded once and then looked up, several times
+# faster than encoding everything. The classes are deliberately small subsets of those above: a cut is made only between
+# characters known to be in different classes, in every version of Unicode.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _HAN, _HIRAGANA, _KATAKANA, _MARK = "一-龥々〇", "ぁ-んゝゞ", "ァ-ヶ", "、。「」『』（）！？…"
 _CHUNK = re.compile(
@@ -69,13 +69,13 @@ _CHUNK = re.compile(
 # text has none of these, it is cut where the pre-split at least cuts: between letters, digits and signs of ASCII.
 _CHUNK_END = re.compile(rf"(?<=[^{_SPACE}])(?=[{_SPACE}])|(?<=[{_MARK}])(?=[{_HAN}{_HIRAGANA}{_KATAKANA}])")
 _PIECE_END = re.compile(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])")
-_CACHED_CHARACTERS = 1 << 22  # some 700,000 chunks and 100 MB of memory
+_CACHED_CHARACTERS = 1 << 22  # about 700,000 chunks and 100 MB of memory
 _JOINED_CHUNKS = 1000
 _TRAINING_BLOCK, _ENCODING_BLOCK = 1 << 10, 1 << 20  # characters
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file that cannot be used, text that cannot be encoded, or a vocabulary that cannot be trained."""
+    """An invalid tokenizer file, text that cannot be encoded, or a vocabulary that cannot be trained."""
 
 
 LARGEST_VOCABULARY = 1 << 22
@@ -115,9 +115,9 @@ class Tokenizer:
         self.token_bytes: list[bytes] = [
             b"" if i in (document_end, padding) else bytes(byte_of[c] for c in token_of[i]) for i in range(self.vocab_size)
         ]
-        # Text is normalised here, before it is cut into chunks, and with one version of Unicode.
+        # Text is normalized here, before it is cut into chunks, with a single version of Unicode.
         self._backend.normalizer = None
-        self._backend.encode_special_tokens = True  # "</s>" written in a text is four characters, never the control token
+        self._backend.encode_special_tokens = True  # "</s>" in a text is four characters, never the special token
         self._newline = self.token_bytes.index(b"\n")
         self._cache: dict[str, bytes] = {}
         self._cached_characters = 0
@@ -131,13 +131,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-pair merges trained on `documents`, up to `vocab_size` ids (a small text may hold fewer merges).
+        """Byte-pair merges trained on `documents`, up to `vocab_size` ids (a small text may give fewer).
 
-        Raises `TokenizerError` for a `vocab_size` below the 258 of bytes and special tokens, or when there is no text.
+        Raises `TokenizerError` for a `vocab_size` below the 258 of bytes and special tokens, or if there is no text.
         """
         if vocab_size < 258:
             raise TokenizerError(f"vocab_size={vocab_size}: use 258 (256 bytes and 2 special tokens) or more")
-        if vocab_size > LARGEST_VOCABULARY:  # the trainer asks for room for all of them at once, and aborts where there is none
+        if vocab_size > LARGEST_VOCABULARY:  # the trainer preallocates, and aborts without memory
             raise TokenizerError(f"vocab_size={vocab_size}: use {LARGEST_VOCABULARY:,} or fewer")
         backend = _new_backend(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -148,8 +148,8 @@ class Tokenizer:
             max_token_length=_MAX_TOKEN_BYTES,
             show_progress=False,
         )
-        # The library trains on its inputs in parallel, one per thread: long documents go in as blocks. Short ones, as it takes
-        # time with the square of the longest word.
+        # The library trains on its inputs in parallel, one per thread: split long documents into blocks. Short ones, as its
+        # time is quadratic in the length of the longest word.
         blocks = chain.from_iterable(_blocks(text, _TRAINING_BLOCK) for text in documents)
         first = next(blocks, None)
         if first is None:
@@ -159,7 +159,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """The tokenizer that `save` wrote. Raises `TokenizerError` naming the file, and `UnreadableError`."""
+        """Loads a tokenizer written by `save`. Raises `TokenizerError` naming the file, or `UnreadableError`."""
         try:
             with explain_unreadable(path):
                 definition = Path(path).read_text(encoding="utf-8")
@@ -172,7 +172,7 @@ class Tokenizer:
             raise TokenizerError(f"{path}: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`, aside and renamed; the Hugging Face `tokenizers` library reads it too."""
+        """Writes `tokenizer.json` atomically; the Hugging Face `tokenizers` library can read it too."""
         write_atomic(Path(path), self._definition)
 
     def encode(self, text: str) -> list[int]:
@@ -184,7 +184,7 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def encode_blocks(self, text: str) -> Iterator[np.ndarray]:
-        """Token ids of `text` as uint32 arrays, to be joined: bounded memory for a text of any length."""
+        """Token ids of `text` as uint32 arrays to concatenate: bounded memory for a text of any length."""
         for block in _blocks(unicodedata.normalize("NFC", text), _ENCODING_BLOCK):
             chunks = _CHUNK.findall(block)
             new = set(filterfalse(self._cache.__contains__, chunks))
@@ -197,8 +197,9 @@ class Tokenizer:
 
     def _encode_chunks(self, chunks: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Each chunk with its ids as the bytes of a uint32 array."""
-        # The library takes 20 microseconds for a call or a list entry, however short: most chunks go in joined by newlines,
-        # which are tokens of their own between two chunks that hold none and do not start with what a newline would attract.
+        # The library takes 20 microseconds per call or list entry, however short, so most chunks are joined by newlines:
+        # between chunks that neither contain one nor start with a character that merges with it, a newline is a separate
+        # token.
         joined: list[str] = []
         alone: list[str] = []
         for chunk in chunks:
@@ -221,7 +222,7 @@ class Tokenizer:
             yield chunk, np.array(encoding.ids, dtype=np.uint32).tobytes()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens are nothing, bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`; special tokens are dropped, invalid UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
@@ -230,8 +231,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of ids that come one by one. A character can span tokens: only whole ones are given out. Bytes that no character
-    begins or goes on with are U+FFFD."""
+    """Decodes ids one by one. A character can span tokens: only whole ones are returned. Bytes that cannot start or continue a
+    character become U+FFFD."""
 
     def __init__(self, token_bytes: list[bytes]) -> None:
         self._token_bytes = token_bytes
@@ -242,8 +243,8 @@ class TextStream:
         return self._decoder.decode(self._token_bytes[token])
 
     def flush(self) -> str:
-        """What is left at the end: "" or U+FFFD for an incomplete character. Text that a model has written ends without it: the
-        character is not what the model chose."""
+        """The rest at the end: "" or U+FFFD for an incomplete character. Generated text leaves it out: the model did not
+        choose that character."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -261,8 +262,8 @@ def _new_backend(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def _as_first_written(definition: dict[str, Any]) -> dict[str, Any]:
-    """The definition without what `transformers` writes into it when it saves a tokenizer that was used: how to pad and to cut,
-    and a template that adds nothing. What would change the ids is refused."""
+    """The definition without what `transformers` adds when it saves a tokenizer: padding, truncation, and a template that adds
+    no tokens. Changes that would affect the ids are refused."""
     template = definition.get("post_processor")
     if template is not None:
         single = template.get("single") if template.get("type") == "TemplateProcessing" else None
@@ -283,7 +284,7 @@ def _canonical(definition: object) -> str:
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary: itself where it can be seen, else one from U+0100."""
+    """The character for each byte in a byte-level vocabulary: the byte itself if printable, else one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = (byte for byte in range(256) if byte not in visible)
     moved = {byte: 0x100 + i for i, byte in enumerate(hidden)}
@@ -293,8 +294,8 @@ def _byte_characters() -> list[str]:
 def _blocks(text: str, size: int) -> Iterator[str]:
     """`text` in stretches of `size` to 2 * `size` characters, cut where the pre-split cuts it too.
 
-    A word (of one script, without spaces) that is longer than that is cut anywhere: training takes time with the square of a
-    word's length, encoding takes memory with the length.
+    A longer word (of one script, without spaces) is cut anywhere: training time is quadratic in the length of a word, and the
+    memory of encoding is proportional to it.
     """
     start = 0
     while len(text) - start > 2 * size:

@@ -1,8 +1,8 @@
-"""Whether the files of a packed corpus are what was packed: sizes, checksums, token ids and document borders.
+"""Verifies the files of a packed corpus: sizes, checksums, token ids and document boundaries.
 
-Reading all of a large corpus takes a while, and it is damaged rarely: it is read whole once on a machine, and then only after a
-file has changed, as its times and number on the file system tell. What was read is remembered in the user's cache folder
-(`$XDG_CACHE_HOME`, else `~/.cache`), beside no corpus, so that one on a read-only disk is remembered too.
+Reading all of a large corpus takes a while, and damage is rare: it is read completely once per machine, and again only after a
+file's timestamps or inode have changed. This is recorded in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`), not
+next to the corpus, which may be on a read-only disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from factorization_memory._files import JSONError, cache_folder, explain_unreada
 from factorization_memory.data.corpora import CorpusError
 
 REMEMBERED_BYTES = 1 << 26
-"""Smaller corpora are read anew whenever they are opened, which takes a tenth of a second."""
+"""Smaller corpora are reread whenever they are opened, which takes a tenth of a second."""
 
 _BLOCK_BYTES = 1 << 22
 
@@ -29,7 +29,7 @@ REMEDY = "put back the file as it was packed, or pack the corpus again"
 
 
 def listed_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the manifest says of each file: `name`, `size` (bytes), `sha256`."""
+    """The manifest's entry of each file: `name`, `size` (bytes), `sha256`."""
     for entry in manifest["sources"].values():
         for files in entry["splits"].values():
             yield files["tokens_file"]
@@ -37,7 +37,7 @@ def listed_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise `CorpusError` for the first file that is missing or not as long as it was packed."""
+    """Raises `CorpusError` for the first file that is missing or of a different size than when packed."""
     for file in listed_files(manifest):
         path = folder / file["name"]
         try:
@@ -57,10 +57,10 @@ def verify_once(
     again: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Read every file, unless this machine has read these very files before and not `again`.
+    """Reads and checks every file, unless this machine has already checked these same files and `again` is False.
 
-    `progress(read, total)` is called with bytes. Raises `CorpusError` for the first file that has another checksum or holds a
-    token id of `vocab_size` or above.
+    `progress(read, total)` is called with bytes. Raises `CorpusError` for the first file with a wrong checksum or a token
+    id of `vocab_size` or above.
     """
     remembered = sum(file["size"] for file in listed_files(manifest)) >= REMEMBERED_BYTES
     stamp = _stamp(folder, manifest)
@@ -71,7 +71,7 @@ def verify_once(
         pass  # no note, or one that cannot be read
     _check_contents(folder, manifest, vocab_size, progress)
     if remembered:
-        # Where there is no place for notes, the corpus is read again next time.
+        # If notes cannot be written, the corpus is reread next time.
         with contextlib.suppress(OSError, RuntimeError):
             write_atomic(_note(folder), json.dumps(stamp))
 
@@ -102,7 +102,7 @@ def _check_contents(
 
 
 def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What changes with any file, short of a disk that fails."""
+    """A stamp that changes whenever a file does, barring disk failures."""
     stats = {file["name"]: (folder / file["name"]).stat() for file in listed_files(manifest)}
     return {
         "fingerprint": manifest["fingerprint"],
@@ -111,6 +111,6 @@ def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _note(folder: Path) -> Path:
-    """Where it is noted what was read in `folder`. Raises RuntimeError for a user without a home."""
+    """Path of the note about `folder`. Raises RuntimeError for a user without a home."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     return cache_folder() / "verified" / f"{name}.json"

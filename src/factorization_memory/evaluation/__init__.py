@@ -1,7 +1,7 @@
-"""How good a model is and how it uses its memory: held-out loss, loss by position, an n-gram yardstick, recall tasks,
-inspection of a text.
+"""Evaluates a model and its use of memory: held-out loss, loss by position, an n-gram baseline, recall tasks, inspection of
+single texts.
 
-`evaluate_run` does it all and returns what `evaluation.json` of a run folder holds; `run.py` describes that layout.
+`evaluate_run` does it all and returns the contents of a run folder's `evaluation.json`; `run.py` describes the layout.
 """
 
 from factorization_memory.evaluation.inspection import inspect_text

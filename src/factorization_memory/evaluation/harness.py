@@ -1,8 +1,9 @@
-"""Our models in lm-evaluation-harness: its `LM` on a `LanguageModel` and a `Tokenizer`, with the metrics of its own adapter.
+"""Adapter for lm-evaluation-harness: an `LM` of a `LanguageModel` and a `Tokenizer`, with the metrics of the harness's own
+one.
 
-A memory of constant size makes it cheap: each distinct context is read once and all its continuations go on from copies of the
-state; what the contexts of a batch begin with in common, such as the same examples before every question, is read once for all;
-a text of any length is scored exactly, its state carried. Sequences are packed one behind the other, without padding.
+Constant-size memory makes it cheap: each distinct context is read once and its continuations start from copies of the state; a
+prefix shared by the contexts of a batch, such as few-shot examples, is read only once; texts of any length are scored exactly,
+by carrying the state. Sequences are packed, without padding.
 
     from factorization_memory.evaluation.harness import FactorizationMemoryLM
     lm_eval.simple_evaluate(model=FactorizationMemoryLM(model, tokenizer), tasks=["hellaswag"])
@@ -36,24 +37,24 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"the harness is not installed ({error}): pip install 'factorization_memory[harness]'") from error
 
 MAX_GENERATED_TOKENS = 256
-"""Tokens that a task without a limit of its own is given, as the harness's own adapters have it."""
+"""Token limit of tasks that set none, as in the harness's own adapters."""
 _LOGITS = 1 << 26
-"""Logits held at a time."""
+"""Maximum number of logits in memory at once."""
 _SHARED = 16
-"""Tokens in common that are worth a forward of their own."""
+"""Minimum length of a shared prefix that is worth a separate forward pass."""
 
 Tokens = Sequence[int]
 
 
 @register_model("factorization_memory")
 class FactorizationMemoryLM(TemplateLM):
-    """A model and its tokenizer as lm-evaluation-harness takes them. It runs where the model is, under the caller's autocast.
+    """A model and its tokenizer as an `LM` of lm-evaluation-harness. Runs on the model's device, under the caller's autocast.
 
     By name, `simple_evaluate(model="factorization_memory", model_args={"model": model, "tokenizer": tokenizer})`, once this
     module is imported.
 
     Args:
-        batch_size: contexts read, continuations scored and texts generated at a time.
+        batch_size: number of contexts read, continuations scored or texts generated at a time.
         device: where to move the model; None leaves it where it is.
 
     Raises:
@@ -72,24 +73,24 @@ class FactorizationMemoryLM(TemplateLM):
             )
         self.model = model if device is None else model.to(device)
         self.batch_size = int(batch_size)
-        self._text = tokenizer  # not `tokenizer`: the harness takes that for one of transformers
+        self._text = tokenizer  # not `tokenizer`: the harness expects that to be a transformers one
         self._device = next(model.parameters()).device
         self._chunk = 16384 if self._device.type == "cuda" else 1024
         self._encode_head = lru_cache(maxsize=256)(tokenizer.encode)
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a document, and stands before its first token."""
+        """The end-of-document token, which also precedes the first token of a document."""
         return self._text.document_end
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens generated where a task does not say how many."""
+        """Token limit of generation for tasks that set none."""
         return MAX_GENERATED_TOKENS
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text; none is ever added."""
-        # Up to its last line a context is the same for all its continuations, and no token goes on over the end of a line.
+        """Token ids of a text; special tokens are never added."""
+        # A context is the same for all its continuations up to its last line, and no token crosses the end of a line.
         cut = string.rfind("\n")
         while cut > 0 and string[cut - 1] == "\n":
             cut -= 1
@@ -98,10 +99,10 @@ class FactorizationMemoryLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood in nats of each continuation after its context, and whether it is what greedy decoding gives.
+        """Log-likelihood in nats of each continuation given its context, and whether greedy decoding would produce it.
 
         Raises:
-            ValueError: a continuation holds no token.
+            ValueError: a continuation has no tokens.
         """
         contexts: dict[tuple[int, ...], list[int]] = {}
         for index, (strings, context, continuation) in enumerate(requests):
@@ -114,7 +115,7 @@ class FactorizationMemoryLM(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
         with evaluating(self.model), progress:
-            # In this order contexts that begin alike are neighbours.
+            # Sorting puts contexts with a common prefix next to each other.
             for some in _batches(sorted(contexts), self.batch_size):
                 logits, state = self._read(some)
                 forks = [(row, index) for row, context in enumerate(some) for index in contexts[context]]
@@ -128,7 +129,7 @@ class FactorizationMemoryLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each text, every token given all before it, however long; the first given `</s>`."""
+        """Log-likelihood in nats of each text of any length: every token given all previous ones, the first given `</s>`."""
         texts = [request.args[0] for request in requests]
         encoded = [self._text.encode(text) for text in texts]
         whole = [(None, [self.prefix_token_id], tokens) for tokens in encoded if tokens]
@@ -139,9 +140,9 @@ class FactorizationMemoryLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to the first of its `until` strings or the end of the document.
+        """The model's continuation of each context, up to the first of its `until` strings or the end of the document.
 
-        Prompts of any lengths go on side by side. The options of a request are those of `Decoding`.
+        Prompts of any lengths are continued in parallel. The options of a request are those of `Decoding`.
         """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -177,13 +178,13 @@ class FactorizationMemoryLM(TemplateLM):
         return [row.finish() for row in rows]
 
     def _read(self, sequences: Sequence[Tokens]) -> tuple[Tensor, ModelState]:
-        """Logits `[N, V]` after the last token of each of N sequences, none of them empty, and the state of N rows.
+        """Logits `[N, V]` after the last token of each of N non-empty sequences, and the state of N rows.
 
-        What the first and the last have in common at their beginning all have: they are sorted.
+        The sequences are sorted, so the common prefix of the first and the last is common to all.
         """
         shared = 0
         if len(sequences) > 1:
-            most = min(map(len, sequences)) - 1  # something is left of each
+            most = min(map(len, sequences)) - 1  # leaves at least one token of each
             pairs = zip(sequences[0][:most], sequences[-1][:most], strict=True)
             shared = next((place for place, (one, other) in enumerate(pairs) if one != other), most)
         begin: ModelState | None = None
@@ -235,15 +236,15 @@ class FactorizationMemoryLM(TemplateLM):
         size: int,
         last_only: bool,
     ) -> Iterator[tuple[list[tuple[int, int, int]], Tensor, ModelState]]:
-        """Read sequences packed one behind the other, `size` tokens and `batch_size` sequences in one forward.
+        """Read packed sequences, at most `size` tokens and `batch_size` sequences per forward pass.
 
         Args:
-            begin: the state that the sequences of these numbers begin from, a new one; None for an empty one.
-            last_only: give logits of the last token of each piece alone.
+            begin: returns a new initial state for the sequences with these indices; None starts from empty memory.
+            last_only: yield only the logits of the last token of each piece.
 
         Yields:
-            Of each forward the pieces (sequence, start, stop) of which it read, logits `[T, V]`, or a row for each piece, and
-            the state after each piece. A piece that ends short of its sequence goes on as the first of the next forward.
+            For each forward pass: the pieces (sequence, start, stop) read, logits `[T, V]` or one row per piece, and the state
+            after each piece. A sequence that is cut continues as the first piece of the next forward pass.
         """
         carried: ModelState | None = None
         for piece in _pieces([len(sequence) for sequence in sequences], size, self.batch_size):
@@ -256,7 +257,7 @@ class FactorizationMemoryLM(TemplateLM):
                     state.load(carried, [0])
             tokens = torch.tensor([token for row, start, stop in piece for token in sequences[row][start:stop]])
             borders = None
-            if len(piece) > 1:  # one sequence needs no borders, and costs less without
+            if len(piece) > 1:  # a single sequence needs no boundaries, and is cheaper without
                 borders = torch.tensor([0, *accumulate(stop - start for _, start, stop in piece)], dtype=torch.int32)
                 borders = borders.to(self._device)
             logits, after = self.model(tokens.to(self._device)[None], state=state, cu_seqlens=borders, last_only=last_only)
@@ -266,20 +267,20 @@ class FactorizationMemoryLM(TemplateLM):
 
 
 class Decoding:
-    """How the texts of a task are generated, from the options of its requests.
+    """Generation settings of a task, from the options of its requests.
 
     `until` (stop strings), `max_gen_toks` (or one of its other names), `do_sample`, `temperature`, `top_k`, `top_p`. Greedy
-    unless `do_sample` is set, or a temperature alone. Drawn from PyTorch's own generator, which the harness seeds.
+    unless `do_sample` is set, or only a temperature. Samples with PyTorch's global generator, which the harness seeds.
 
     Raises:
-        ValueError: an option is out of range or none of these.
+        ValueError: an option is unknown or out of range.
     """
 
     def __init__(self, options: dict[str, Any], max_tokens: int) -> None:
         options = dict(options)
         until = options.pop("until", None) or []
         self.until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "max_gen_toks"):  # the last one counts
+        for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "max_gen_toks"):  # the last one wins
             given = options.pop(name, None)
             max_tokens = max_tokens if given is None else given
         self.max_tokens = int(max_tokens)
@@ -322,12 +323,12 @@ class _Continuation:
     def __init__(self, tokenizer: Tokenizer, until: list[str]) -> None:
         self._stream = tokenizer.stream()
         self._end = tokenizer.document_end
-        # The characters "</s>" end a text too, as with the harness's own adapter.
+        # The literal characters "</s>" also end a text, as in the harness's own adapter.
         self._until = [*until, *([] if DOCUMENT_END in until else [DOCUMENT_END])]
         self._text = ""
 
     def push(self, token: int) -> bool:
-        """Take the next token; whether the text goes on."""
+        """Adds the next token; returns whether the text continues."""
         if token == self._end:
             return False
         old, self._text = len(self._text), self._text + self._stream.push(token)
@@ -343,12 +344,12 @@ class _Continuation:
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Stretches of `size` items; the last may be shorter."""
+    """Batches of `size` items; the last may be smaller."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _pieces(lengths: Sequence[int], size: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Sequences one behind the other, cut every `size` tokens or `most` sequences, as lists of (sequence, start, stop)."""
+    """Packed sequences, cut every `size` tokens or `most` sequences, as lists of (sequence, start, stop)."""
     piece: list[tuple[int, int, int]] = []
     room = size
     for row, length in enumerate(lengths):

@@ -1,16 +1,16 @@
-"""Tasks of lm-evaluation-harness for a model of ours: named groups, names checked before anything is loaded, data from files.
+"""Runs lm-evaluation-harness tasks: named groups, task names checked before anything is loaded, data from local files.
 
     with choose_tasks(["japanese", "hellaswag"], data=Path("data")) as chosen:
         record = run_tasks(chosen, model, tokenizer)
 
-The record is what `harness.json` of a run folder holds:
+The record is the contents of a run folder's `harness.json`:
 
 tasks       {name: {metrics: {metric: {value, stderr, filter, higher_is_better}}, shots, examples, version, local_data}}; stderr
-            is null where the harness has none, a metric with several filters stands as "metric, filter"
-groups      the same of groups that the harness averages over
-asked       {tasks, shots, limit, batch_size}: what was asked for, null is the default
+            is null if the harness gives none; a metric with several filters is named "metric, filter"
+groups      the same for groups that the harness averages over
+asked       {tasks, shots, limit, batch_size}: the request; null is the default
 versions    {lm_eval, factorization_memory, torch}
-seconds     time of the evaluation, without loading the data
+seconds     time of the evaluation, excluding loading the data
 
 The command line adds `checkpoint`, `device` and `precision`.
 """
@@ -57,51 +57,51 @@ GROUPS: dict[str, tuple[str, ...]] = {
         for name in ("jcommonsenseqa", "jnli", "marc_ja", "jsquad", "jaqket_v2", "xlsum", "xwinograd", "mgsm")
     ),
 }
-"""Names of ours for several tasks of the harness."""
+"""Our names for groups of harness tasks."""
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""Kinds of data files, and what the `datasets` library calls them."""
+"""Suffixes of data files and their format names in the `datasets` library."""
 BOOTSTRAPS = 1000
-"""Resamplings behind the standard error of a metric that has no formula for it."""
+"""Bootstrap resamples for the standard error of metrics without a closed form."""
 _NAME = re.compile(rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
 
 
 class HarnessDataError(ValueError):
-    """Data of a task that cannot be had."""
+    """The data of a task cannot be loaded."""
 
 
 @dataclass(frozen=True)
 class ChosenTasks:
-    """Tasks that exist, and where their data come from."""
+    """Tasks known to exist, and the sources of their data."""
 
     asked: tuple[str, ...]
-    """As they were named."""
+    """The names as given."""
     names: tuple[str, ...]
-    """Names of the harness."""
+    """Names in the harness."""
     manager: Any
     """`TaskManager` that knows them."""
     leaves: dict[str, dict[str, Any]]
-    """The single tasks in them, with their configurations."""
+    """The individual tasks in them, with their configurations."""
     shots: int | None
-    """Examples before each question, None: the tasks' own numbers."""
+    """Few-shot examples before each question; None: the tasks' defaults."""
     local: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Tasks whose data are read from files, and the file of each split."""
+    """Tasks whose data are read from local files, with the file of each split."""
 
 
 @contextmanager
 def choose_tasks(
     names: Iterable[str], *, data: Path | None = None, own_tasks: Path | None = None, shots: int | None = None
 ) -> Iterator[ChosenTasks]:
-    """Look up tasks, and point those with files in `data` to them; nothing is read yet.
+    """Look up tasks and point them to their files in `data`, if any; no data are read yet.
 
     Args:
         names: tasks and groups of the harness, or `GROUPS`.
-        data: folder with `TASK/SPLIT.jsonl` (or .json, .parquet), rows like those of the data set that the task has on the hub;
-            tasks that are not in it take theirs from the hub.
-        own_tasks: folder with YAML files of tasks, which come before those of the harness.
-        shots: examples before each question; None: the tasks' own numbers.
+        data: folder with `TASK/SPLIT.jsonl` (or .json, .parquet), rows as in the task's data set on the hub; tasks not in it
+            use the hub.
+        own_tasks: folder with YAML task files, which take precedence over those of the harness.
+        shots: few-shot examples before each question; None: the tasks' defaults.
 
     Raises:
-        ConfigError: a name does not exist (the nearest are named), or is there twice; a folder is not there.
+        ConfigError: a name does not exist (similar ones are suggested), or is defined twice; a folder does not exist.
         HarnessDataError: a task's folder lacks a file that the task needs.
     """
     asked = tuple(dict.fromkeys(names))
@@ -124,13 +124,13 @@ def choose_tasks(
             if data is not None and (data / name).is_dir():
                 change, local[name] = _from_files(name, config, data / name, shots)
                 inherited = {"include": str(manager.task_index[name].yaml_path), "task": name, **change}
-                # JSON is YAML. The folder of a task with functions in it stays the one of the file that is included.
+                # JSON is YAML. Functions of a task are still resolved relative to the included file's folder.
                 (Path(workspace) / f"{len(local)}.yaml").write_text(json.dumps(inherited), encoding="utf-8")
         if local:
             from lm_eval.tasks import TaskManager
 
             changed = TaskManager(include_path=workspace, include_defaults=False).task_index
-            # Not its tags: they hold these tasks alone.
+            # Not its tags: they list only these tasks.
             manager.task_index.update({name: changed[name] for name in local})
         yield ChosenTasks(asked, expanded, manager, leaves, shots, local)
 
@@ -141,10 +141,10 @@ def run_tasks(
     """Evaluate a model on the tasks, under the caller's autocast.
 
     Args:
-        limit: only the first so many examples of each task.
+        limit: evaluate only the first `limit` examples of each task.
         batch_size: of `FactorizationMemoryLM`.
 
-    Returns the record that the head of this file describes. Raises `HarnessDataError` when a task's data cannot be loaded.
+    Returns the record described in the module docstring. Raises `HarnessDataError` if a task's data cannot be loaded.
     """
     from lm_eval import simple_evaluate
 
@@ -161,7 +161,7 @@ def run_tasks(
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
         )
-    except Exception as error:  # of which kind depends on what is wrong with which row
+    except Exception as error:  # its type depends on what is wrong with the row
         better = _in_rows(chosen, limit)
         if better is None:
             raise
@@ -187,7 +187,7 @@ def run_tasks(
 
 
 def _metrics(row: dict[str, Any], higher_is_better: dict[str, bool | None]) -> dict[str, dict[str, Any]]:
-    """The metrics of a row of results, which stand there as "metric,filter" and "metric_stderr,filter"."""
+    """The metrics of a row of results, whose keys are "metric,filter" and "metric_stderr,filter"."""
     found = [key.partition(",") for key in row if "," in key and not key.partition(",")[0].endswith("_stderr")]
     names = [name for name, _, _ in found]
     metrics = {}
@@ -204,7 +204,7 @@ def _metrics(row: dict[str, Any], higher_is_better: dict[str, bool | None]) -> d
 
 
 def _number(value: Any) -> float | None:
-    """None for what is no number, such as the harness's "N/A"."""
+    """The value as a float; None if it is not a number, such as the harness's "N/A"."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -218,7 +218,7 @@ def _standard_tasks() -> Path:
 
 @cache
 def _named_files(folder: Path) -> dict[str, Path]:
-    """The YAML file of each task and group in a folder, by a look at the text: a tenth of the time of reading all as YAML."""
+    """The YAML file of each task and group in a folder, found by text search: ten times faster than parsing all YAML."""
     found: dict[str, Path] = {}
     for place, _, files in os.walk(folder):
         for name in files:
@@ -230,8 +230,8 @@ def _named_files(folder: Path) -> dict[str, Path]:
 
 
 def _task_manager(names: Iterable[str], own: Path | None) -> Any:
-    """A `TaskManager` that knows the names and all that is in them: of their folders alone if that will do, which saves reading
-    some 14,000 files, otherwise of all. Raises ConfigError for a name that is not there."""
+    """A `TaskManager` that knows the names and their members. It indexes only their folders if that suffices, which saves
+    reading some 14,000 files, else all of them. Raises ConfigError for an unknown name."""
     from lm_eval.tasks import TaskManager
 
     standard, extra = _standard_tasks(), [] if own is None else [own]
@@ -253,7 +253,7 @@ def _task_manager(names: Iterable[str], own: Path | None) -> Any:
 
 
 def _is_mentioned(folder: Path, name: str) -> bool:
-    """Whether a word stands in some file of a folder, as a tag would: a quick no spares reading all files as YAML."""
+    """Whether a file in a folder contains the word, as a tag would: a quick no saves parsing all files as YAML."""
     word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
     return any(
         word.search(Path(place, file).read_bytes())
@@ -264,7 +264,7 @@ def _is_mentioned(folder: Path, name: str) -> bool:
 
 
 def _unknown(name: str, known: list[str]) -> ConfigError:
-    """The error that names up to three: those that hold `name`, the shortest first, and those spelt like it."""
+    """The error for an unknown name, with up to three suggestions: names that contain it, shortest first, and similar ones."""
     holding = sorted((one for one in known if name and name in one), key=len)[:2]
     near = list(dict.fromkeys([*holding, *difflib.get_close_matches(name, known, n=3, cutoff=0.6)]))[:3]
     remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm_eval ls tasks` lists all"
@@ -272,7 +272,7 @@ def _unknown(name: str, known: list[str]) -> ConfigError:
 
 
 def _children(entry: Any) -> list[str]:
-    """The names of what a group or tag holds."""
+    """The names of the members of a group or tag."""
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
     children = (entry.cfg or {}).get("task") or []
@@ -281,7 +281,7 @@ def _children(entry: Any) -> list[str]:
 
 
 def _is_whole(index: dict[str, Any], name: str) -> bool:
-    """Whether an index of some folders holds all there is to a name. Of a tag it cannot tell."""
+    """Whether an index of some folders has all members of a name. It cannot tell for a tag."""
     entry = index.get(name)
     if entry is None or entry.kind.name == "TAG":
         return False
@@ -289,9 +289,9 @@ def _is_whole(index: dict[str, Any], name: str) -> bool:
 
 
 def _leaves(index: dict[str, Any], name: str) -> dict[str, None]:
-    """The single tasks of a name, in their order, each once."""
+    """The individual tasks of a name, in order, each once."""
     entry = index.get(name)
-    if entry is None:  # written out within its group
+    if entry is None:  # defined inline in its group
         return {}
     if entry.kind.name not in ("GROUP", "TAG"):
         return {name: None}
@@ -299,7 +299,7 @@ def _leaves(index: dict[str, Any], name: str) -> dict[str, None]:
 
 
 def _splits(config: dict[str, Any], shots: int | None) -> tuple[str, str | None]:
-    """The split that a task is evaluated on, and the one that its examples come from, None without examples."""
+    """The split that a task is evaluated on, and the split of its few-shot examples (None without examples)."""
     evaluated = config.get("test_split") or config.get("validation_split") or "test"
     own = config.get("num_fewshot")
     if not (own if own == 0 or shots is None else shots):
@@ -310,13 +310,13 @@ def _splits(config: dict[str, Any], shots: int | None) -> tuple[str, str | None]
 
 
 def _wanted(config: dict[str, Any], shots: int | None) -> list[str]:
-    """The splits that a task cannot do without."""
+    """The splits that a task requires."""
     evaluated, examples = _splits(config, shots)
     return [evaluated] if examples in (None, evaluated) else [str(examples), evaluated]
 
 
 def _from_files(name: str, config: dict[str, Any], folder: Path, shots: int | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """What to change in a task's configuration so that it reads the files of a folder, and the file of each split."""
+    """Changes to a task's configuration that make it read the files of a folder, and the file of each split."""
     if "class" in config:
         raise HarnessDataError(
             f"{folder}: task {name} gets its data by a program of its own, not from files; remove the folder"
@@ -349,7 +349,7 @@ def _from_files(name: str, config: dict[str, Any], folder: Path, shots: int | No
         "dataset_kwargs": {"data_files": files},
         "custom_dataset": None,
     }
-    # Splits that are not there, and not needed, must not be asked for: the harness takes examples from another one.
+    # Do not ask for splits that are missing but not needed: the harness takes examples from another one.
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         if config.get(key) not in (None, *files):
             change[key] = None
@@ -364,7 +364,7 @@ def _load(chosen: ChosenTasks) -> list[Any]:
     for name in chosen.names:
         try:
             loaded = chosen.manager.load([name])
-        except Exception as error:  # of which kind depends on the library, the cache and the network
+        except Exception as error:  # its type depends on the library, the cache and the network
             task, cause = _culprit(chosen, name, error)
             raise HarnessDataError(_complaint(chosen, task, cause)) from cause
         group = loaded.get("groups", {}).get(name)
@@ -373,7 +373,7 @@ def _load(chosen: ChosenTasks) -> list[Any]:
 
 
 def _culprit(chosen: ChosenTasks, name: str, error: Exception) -> tuple[str, Exception]:
-    """The first single task of `name` that cannot be loaded, and why."""
+    """The first individual task of `name` that cannot be loaded, and why."""
     leaves = _leaves(chosen.manager.task_index, name)
     for leaf in leaves if len(leaves) > 1 else ():
         try:
@@ -384,7 +384,7 @@ def _culprit(chosen: ChosenTasks, name: str, error: Exception) -> tuple[str, Exc
 
 
 def _in_rows(chosen: ChosenTasks, limit: int | None) -> HarnessDataError | None:
-    """The error that names the first task whose questions cannot be made, and why; None if those of all can."""
+    """The error for the first task whose questions cannot be built, with the reason; None if all can."""
     for leaf in chosen.leaves:
         try:
             task = chosen.manager.load([leaf])["tasks"][leaf]
@@ -401,7 +401,7 @@ def _in_rows(chosen: ChosenTasks, limit: int | None) -> HarnessDataError | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a line, with the cause where the error itself says nothing of it."""
+    """What went wrong, in one line, with the cause if the error itself does not mention it."""
     parts = [f"{type(error).__name__}: {error}"]
     while error.__cause__ is not None and len(parts) < 3:
         error = error.__cause__
@@ -410,7 +410,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _complaint(chosen: ChosenTasks, task: str, error: Exception) -> str:
-    """What to say when a task cannot be loaded."""
+    """The message for a task that cannot be loaded."""
     reason = _reason(error)
     if isinstance(error, ImportError):
         return f"task {task}: {error}; install what is missing, or leave the task out"

@@ -1,20 +1,20 @@
-"""The memory at work on one text: which memory states each token updates and reads, layer by layer.
+"""Memory use on a single text: which memory states each token updates and reads, layer by layer.
 
-`inspect_text` gives the record, ready for JSON; `reports.inspection_html` shows it as a picture.
+`inspect_text` returns a JSON-ready record; `reports.inspection_html` displays it.
 
     tokens        token ids of the text
-    pieces        whole characters as the tokens spell them: {text, start, end}, the text of tokens start <= t < end; one token
-                  each, except where a character spans several
+    pieces        the text in whole characters: {text, start, end}, the text of tokens start <= t < end; one token each, unless
+                  a character spans several
     num_states    M
-    update_lag    0: a token writes into the states that it reads. L: into those that the token L before it reads, so that a
-                  state is written after one piece of text, holds what followed it, and is read where that piece comes again
+    update_lag    0: a token writes into the states that it reads. L: into those read by the token L before it, so a state is
+                  written after a piece of text, stores what followed it, and is read when that piece occurs again
     layers        the memory layers, in order: {layer, heads: [{head, writes, reads, states}]}, layer the number of the block
-      writes      {states, weights}: for each token its states with the largest update weights, and these weights
-      reads       the same of the merge weights
-      states      the states by falling share of updates: {state, write_share, read_share, memory_length, pieces}, pieces
-                  being those that write into the state most: {text, count, weight}, weight the mean of the update weights.
-                  With a lag also written_after, likewise the pieces after which it is written, and read_at, those that read
-                  it, weight the mean of the merge weights
+      writes      {states, weights}: for each token, the states with the largest update weights, and these weights
+      reads       the same for the merge weights
+      states      the states by decreasing share of updates: {state, write_share, read_share, memory_length, pieces}; pieces
+                  are those that write into the state most: {text, count, weight}, weight being the mean update weight. With
+                  a lag, also written_after, the pieces after which the state is written, and read_at, those that read it,
+                  weight being the mean merge weight
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 MAX_TOKENS = 4096
-"""Tokens of one inspected text: a longer one makes no picture that can be read."""
+"""Maximum number of tokens of an inspected text: a longer one would give an unreadable picture."""
 
 
 def inspect_text(
@@ -42,10 +42,10 @@ def inspect_text(
     """Record how a model uses its memory on a text, read from an empty memory.
 
     Args:
-        strongest: states kept for each token; those with weight zero are left out.
-        pieces_per_state: pieces of text listed for each state.
+        strongest: states kept per token; those with weight zero are omitted.
+        pieces_per_state: pieces of text listed per state.
 
-    Returns the record that the head of this file describes. Raises ValueError for a text without tokens or with more than
+    Returns the record described in the module docstring. Raises ValueError for a text without tokens or with more than
     `MAX_TOKENS`, or a model without memory layers.
     """
     numbers = list(memory_layers(model))
@@ -63,7 +63,7 @@ def inspect_text(
         model(torch.tensor([tokens], device=device))
     layers = []
     for index, (routing,) in zip(numbers, observed, strict=True):
-        # Of the only row, [T, H, M].
+        # The only row, [T, H, M].
         update, merge = (weights[0].double().cpu().numpy() for weights in routing.of_all_states())
         heads = [
             {
@@ -85,7 +85,7 @@ def inspect_text(
 
 
 def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]]:
-    """The text of the tokens cut wherever both a token and a character end: `{text, start, end}`, all tokens in some piece."""
+    """The text cut wherever a token and a character end together: `{text, start, end}`; every token is in some piece."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pieces: list[dict[str, Any]] = []
     text, start = "", 0
@@ -98,7 +98,7 @@ def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]
 
 
 def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:
-    """States with the largest weights [T, M] of each token, and the weights, largest first."""
+    """For each token, the states with the largest weights [T, M], and the weights, largest first."""
     order = np.argsort(-weights, axis=1, kind="stable")[:, :count]
     values = np.take_along_axis(weights, order, axis=1)
     keep = [row[row > 0] for row in values]
@@ -109,7 +109,7 @@ def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:
 
 
 def _states(update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]], count: int, lag: int) -> list[dict[str, Any]]:
-    """Each state's part in one head, from update and merge weights [T, M]."""
+    """The use of each state of one head, from update and merge weights [T, M]."""
     write_share = update.sum(axis=0) / max(update.sum(), 1e-30)
     read_share = merge.sum(axis=0) / max(merge.sum(), 1e-30)
     uses = {"pieces": update}
@@ -131,14 +131,14 @@ def _states(update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]],
 
 
 def _pieces_of_states(weights: np.ndarray, pieces: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
-    """For each state the pieces of text whose tokens have the largest weights [T, M] in the mean."""
+    """For each state, the pieces of text whose tokens have the largest mean weights [T, M]."""
     texts, piece_of = np.unique([piece["text"] for piece in pieces], return_inverse=True)
     text_of_token = np.repeat(piece_of, [piece["end"] - piece["start"] for piece in pieces])
     times = np.bincount(piece_of, minlength=len(texts))
     totals = np.zeros((len(texts), weights.shape[1]))
     np.add.at(totals, text_of_token, weights)
     spelled = np.bincount(text_of_token, minlength=len(texts))
-    # A mean over few occurrences is luck: it is drawn towards zero as if there were two more without weight.
+    # A mean over few occurrences is noisy: shrink it towards zero, as if there were two more with weight zero.
     score = totals / (spelled + 2)[:, None]
     result = []
     for state in range(weights.shape[1]):
@@ -153,7 +153,7 @@ def _pieces_of_states(weights: np.ndarray, pieces: list[dict[str, Any]], count: 
 
 
 def memory_length(update: np.ndarray) -> float | None:
-    """Tokens after which a state with these update weights [T] keeps 1/e of what it holds; None for one never updated."""
-    # A full overwrite forgets everything at once; a floor keeps its logarithm finite.
+    """Tokens after which a state with these update weights [T] retains 1/e of its content; None if it is never updated."""
+    # A full overwrite forgets everything at once; the floor keeps its logarithm finite.
     decay = float(-np.log1p(-np.minimum(update, 1 - 1e-6)).mean())
     return round(1 / decay, 1) if decay > 0 else None

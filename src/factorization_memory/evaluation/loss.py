@@ -1,8 +1,8 @@
-"""Held-out loss of a packed corpus: every text token of a split once, in windows that start from an empty memory.
+"""Held-out loss on a packed corpus: scores every text token of a split once, in windows that start from empty memory.
 
-What is scored: each document is cut into windows of `context_length` predictions; within a document every token but the first
-is a target exactly once (the first has nothing before it). Special tokens stand for no text, so the cost of "</s>" counts
-nowhere: loss, perplexity and bits per byte all speak of the same tokens, and bits per byte compares with byte models.
+Each document is cut into windows of `context_length` predictions; every token of a document except the first is a target
+exactly once. Special tokens such as "</s>" are not scored: loss, perplexity and bits per byte all cover the same tokens, and
+bits per byte is comparable with byte models.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 IGNORED = -100
-"""Target of positions that are not scored."""
+"""Target at positions that are not scored."""
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
-    """The model in evaluation mode without gradients, back in its mode afterwards; yields its device.
+    """Puts the model in evaluation mode without gradients, and restores its mode afterwards; yields its device.
 
-    `no_grad` and not `inference_mode`: anything the model caches meanwhile must stay usable by a training that goes on.
+    Uses `no_grad`, not `inference_mode`: anything the model caches here must remain usable when training continues.
     """
     was_training = model.training
     model.eval()
@@ -44,12 +44,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
 
 
 def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each token id stands for, int64 [V]; 0 for special tokens."""
+    """Bytes of text per token id, int64 [V]; 0 for special tokens."""
     return np.fromiter(map(len, tokenizer.token_bytes), dtype=np.int64, count=len(tokenizer.token_bytes))
 
 
 def summarize(nats: float, tokens: int, text_bytes: int) -> dict[str, float | int]:
-    """Mean loss (nats per token), perplexity and bits per byte of `tokens` scored tokens that stand for `text_bytes` bytes."""
+    """Mean loss (nats per token), perplexity and bits per byte of `tokens` scored tokens, which cover `text_bytes` bytes."""
     loss = nats / tokens
     return {
         "loss": loss,
@@ -72,20 +72,20 @@ def evaluate_loss(
     recall: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Held-out loss of documents that stand one after the other in `tokens`.
+    """Held-out loss of documents stored one after the other in `tokens`.
 
     Args:
         tokens: ids of all documents, [N]; may be memory-mapped.
         document_starts: index of each document's first token and, last, N: int64 [documents + 1].
-        context_length: predictions of one window; the memory is empty where a window starts.
-        max_tokens: about this many tokens are scored, in windows spread evenly over the text; None scores all.
-        batch_size: windows of one forward.
-        recall: whether to tell apart what the window held before, see recall.py.
-        progress: called with (tokens done, tokens in all).
+        context_length: predictions per window; each window starts from empty memory.
+        max_tokens: score about this many tokens, in windows spread evenly over the text; None scores all.
+        batch_size: windows per forward pass.
+        recall: whether to break the loss down by what the window contained before, see recall.py.
+        progress: called with (tokens done, total tokens).
 
-    Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and with `recall` these of each kind of
-    tokens that there is, as `recall`; its repeated ones also hold a list of these by distance, with `start` and `end` (None:
-    none), as `by_distance`. Raises ValueError when no token can be scored.
+    Returns `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`, and with `recall` a dict `recall` of the
+    same for each kind of token that occurs; for repeated tokens, `by_distance` lists the same by distance, with `start` and
+    `end` (None: open). Raises ValueError if no token can be scored.
     """
     for name, value in (("context_length", context_length), ("batch_size", batch_size), ("max_tokens", max_tokens or 1)):
         if value < 1:
@@ -95,13 +95,13 @@ def evaluate_loss(
         kept = max(1, round(max_tokens * len(starts) / int(lengths.sum())))
         chosen = (np.arange(kept) + 0.5) * len(starts) / kept
         starts, lengths = starts[chosen.astype(np.int64)], lengths[chosen.astype(np.int64)]
-    # Windows of like length share a batch, so that padding costs little where documents are short.
+    # Windows of similar length share a batch, so that padding costs little for short documents.
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
     text_length = token_lengths(tokenizer)
     done = 0
-    of_kind = np.zeros((len(KINDS) + 1, 3))  # nats, tokens, bytes; the last row is of what is not scored
-    at_distance = np.zeros((len(DISTANCES) + 1, 3))  # the same; the first row is of what is not repeated
+    of_kind = np.zeros((len(KINDS) + 1, 3))  # nats, tokens, bytes; the last row is for tokens not scored
+    at_distance = np.zeros((len(DISTANCES) + 1, 3))  # the same; the first row is for tokens not repeated
     with evaluating(model) as device:
         for first in range(0, len(starts), batch_size):
             rows = slice(first, first + batch_size)
@@ -110,12 +110,12 @@ def evaluate_loss(
             losses, _ = model(
                 torch.from_numpy(inputs).to(device),
                 torch.from_numpy(targets).to(device),
-                # Right padding changes no loss, but whoever observes the routing must not take it for text.
+                # Right padding does not change the loss, but observers of the routing must not count it as text.
                 padding_mask=None if real.all() else torch.from_numpy(real).to(device),
                 reduction="none",
                 keep_state=False,
             )
-            kind = np.where(targets == IGNORED, len(KINDS), 0)  # all in one row where they are not told apart
+            kind = np.where(targets == IGNORED, len(KINDS), 0)  # without recall, all in one row
             if recall:
                 kind = np.stack([kinds(*row) for row in zip(inputs, targets, strict=True)])
                 distance = np.stack([distances(*row) for row in zip(inputs, targets, strict=True)])
@@ -144,7 +144,7 @@ def evaluate_loss(
 
 
 def _sums(place: np.ndarray, places: int, figures: Sequence[np.ndarray]) -> np.ndarray:
-    """Sums of each of `figures` over the tokens of each place, [places, figures]; all the shape of `place`."""
+    """Sums of each of `figures` over the tokens of each place, [places, figures]; all have the shape of `place`."""
     return np.stack([np.bincount(place.ravel(), each.ravel(), places) for each in figures], axis=1)
 
 
@@ -159,13 +159,13 @@ def evaluate_corpus(
     recall: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`evaluate_loss` of each source of a packed corpus, and of all together.
+    """`evaluate_loss` for each source of a packed corpus, and for all together.
 
-    `max_tokens` holds for each source; `progress` is called with (source, tokens done, tokens in all). The forward runs on the
-    model's device, under whatever autocast the caller has set. Sources whose split has no text are left out.
+    `max_tokens` applies to each source; `progress` is called with (source, tokens done, total tokens). Runs on the model's
+    device, under the caller's autocast. Sources whose split has no text are omitted.
 
     Returns `{"sources": {name: {loss, perplexity, bits_per_byte, tokens, bytes}}, "total": {the same}}`; the total's bits per
-    byte are all bits over all bytes. With `recall` also `{"recall": {name: {kind: {the same}}}}`. Raises ValueError when no
+    byte are all bits over all bytes. With `recall` also `{"recall": {name: {kind: {the same}}}}`. Raises ValueError if no
     source has text in the split.
     """
     sources: dict[str, dict[str, Any]] = {}
@@ -195,7 +195,7 @@ def evaluate_corpus(
 
 
 def has_text(document_starts: np.ndarray) -> bool:
-    """Whether some document has a token to score: a first one, one predicted from it, and the end-of-document token."""
+    """Whether any document has a token to score, i.e. a first one, one predicted from it, and the end-of-document token."""
     return len(document_starts) > 1 and int(np.diff(document_starts).max()) >= 3
 
 
@@ -211,7 +211,7 @@ def _windows(document_starts: np.ndarray, context_length: int) -> tuple[np.ndarr
 def _batch(
     tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, text_length: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, int64 [B, longest]; right padding and targets that stand for no text are `IGNORED`."""
+    """Inputs and targets, int64 [B, longest]; the targets of right padding and special tokens are `IGNORED`."""
     inputs = np.zeros((len(starts), int(lengths.max())), dtype=np.int64)
     targets = np.full_like(inputs, IGNORED)
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):

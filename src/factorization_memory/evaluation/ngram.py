@@ -1,8 +1,8 @@
-"""An interpolated n-gram model over bytes: the yardstick of small runs, fitted and scored on the same text as the model.
+"""An interpolated byte n-gram model: the baseline of small runs, fitted and scored on the same text as the model.
 
-Modified Kneser-Ney smoothing (Chen and Goodman 1998, three discounts for each order), interpolated down to a uniform byte:
-the strongest of the standard n-gram smoothings. Counts stand in sorted arrays of 64-bit keys, up to eight bytes in one key,
-so fitting is a few sorts and scoring a few binary searches.
+Modified Kneser-Ney smoothing (Chen and Goodman 1998, three discounts per order), interpolated down to the uniform
+distribution: the strongest standard n-gram smoothing. Counts are kept in sorted arrays of 64-bit keys, up to eight bytes per
+key, so fitting is a few sorts and scoring a few binary searches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Order:
     """Counts of one order: n-grams of k bytes, and their contexts of k - 1 bytes."""
 
     grams: np.ndarray  # uint64, sorted
-    kept: np.ndarray  # float64, count less its discount, over the context's total
+    kept: np.ndarray  # float64, discounted count over the context's total
     contexts: np.ndarray  # uint64, sorted
     backoff: np.ndarray  # float64, weight of the next lower order after each context
 
@@ -31,7 +31,7 @@ class NgramModel:
 
     Args:
         documents: training texts; no n-gram crosses from one to the next.
-        order: n, from 1 to 8; a byte is predicted from the n - 1 before it.
+        order: n, from 1 to 8; a byte is predicted from the previous n - 1.
     """
 
     def __init__(self, documents: Sequence[bytes], order: int = 5) -> None:
@@ -44,7 +44,7 @@ class NgramModel:
         self._orders = [_fit(data, position, k, highest=k == order) for k in range(1, order + 1)]
 
     def bits(self, document: bytes) -> np.ndarray:
-        """Cost of each byte of a text, predicted from those before it, in bits: float64 [len(document)]."""
+        """Cost in bits of each byte of a text given the previous ones: float64 [len(document)]."""
         data, position = _concatenate([document])
         probability = np.full(len(data), 1 / 256)
         for k, order in enumerate(self._orders, start=1):
@@ -54,7 +54,7 @@ class NgramModel:
         return -np.log2(probability)
 
     def probabilities(self, context: bytes) -> np.ndarray:
-        """Distribution over the byte that follows a context, float64 [256]."""
+        """Distribution of the byte after a context, float64 [256]."""
         probability = np.full(256, 1 / 256)
         for k, order in enumerate(self._orders[: len(context) + 1], start=1):
             key = np.uint64(int.from_bytes(context[len(context) - k + 1 :], "big"))
@@ -63,7 +63,7 @@ class NgramModel:
         return probability
 
     def bits_per_byte(self, documents: Sequence[bytes]) -> float:
-        """Mean cost of a byte over texts, each scored from its beginning. Raises ValueError when they are empty."""
+        """Mean bits per byte over texts, each scored from its beginning. Raises ValueError if they are empty."""
         size = sum(map(len, documents))
         if not size:
             raise ValueError("documents: no text to score; give at least one byte")
@@ -77,7 +77,7 @@ def _concatenate(documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _keys(data: np.ndarray, k: int) -> np.ndarray:
-    """The k bytes that end at each index as one big-endian key, uint64 [N]; the first k - 1 of a document mean nothing."""
+    """The k bytes that end at each index as one big-endian key, uint64 [N]; the first k - 1 of a document are meaningless."""
     keys = np.zeros_like(data)
     for back in range(min(k, len(data))):
         keys[back:] |= data[: len(data) - back] << np.uint64(8 * back)
@@ -88,8 +88,8 @@ def _fit(data: np.ndarray, position: np.ndarray, k: int, highest: bool) -> _Orde
     if highest:
         grams, counts = np.unique(_keys(data, k)[position >= k - 1], return_counts=True)
     else:
-        # A lower order counts in how many different contexts a gram was seen, plus one for standing at a document's start,
-        # where it has no byte before it.
+        # Lower orders count the distinct bytes that precede a gram, plus one if it occurs at a document's start, where no byte
+        # precedes it.
         longer = np.unique(_keys(data, k + 1)[position >= k])
         first = np.unique(_keys(data, k)[position == k - 1])
         mask = np.uint64((1 << (8 * k)) - 1)
@@ -104,11 +104,11 @@ def _fit(data: np.ndarray, position: np.ndarray, k: int, highest: bool) -> _Orde
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """What is taken from a count of 0, 1, 2 and 3 or more: float64 [4]."""
+    """The discounts of counts 0, 1, 2 and 3 or more: float64 [4]."""
     n1, n2, n3, n4 = (max(int((counts == c).sum()), 1) for c in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2)
     estimate = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    # Small or odd counts make the estimates fall outside; every count must give something and keep something.
+    # Few or unusual counts can put the estimates out of range: a discount must be above zero and below its count.
     return np.clip(estimate, [0, 0.1, 0.1, 0.1], [0, 0.95, 1.9, 2.85])
 
 

@@ -1,9 +1,9 @@
-"""Loss by position: how prediction gains, or suffers, as the memory reads on far past the context it was trained on.
+"""Loss by position: how prediction improves or degrades as the memory reads far beyond the training context.
 
-Each stretch of text is read from its beginning with the state carried from segment to segment, at memory that does not grow
-with the position. The very same tokens are also scored with the memory restarted every `context_length` tokens, as in
-training. Different positions hold different text, so the curve over positions alone says little; the matched difference of
-the two readings on the same tokens (`gain`) says what the long memory is worth there.
+Each stretch of text is read from its beginning with the state carried from segment to segment, in memory that does not grow
+with the position. The same tokens are also scored with the memory restarted every `context_length` tokens, as in training.
+Different positions have different text, so the curve over positions alone says little; the paired difference of the two on
+the same tokens (`gain`) measures what the long memory contributes there.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 
 def position_edges(context_length: int, max_position: int) -> np.ndarray:
-    """Edges of the position bins, int64: 1, then powers of sqrt(2) times the training context, from 1/32 of it, `max_position`.
+    """Edges of the position bins, int64: 1, powers of sqrt(2) times the training context (from 1/32 of it), `max_position`.
 
     Every power of two of the context is an edge, so no bin mixes positions within the training context with those beyond.
     """
     steps = np.arange(-10, 2 * math.ceil(math.log2(max(max_position / context_length, 1))) + 1)
     edges = np.rint(context_length * 2.0 ** (steps / 2)).astype(np.int64)
-    # An edge just below the last one would cut off a bin of a single position.
+    # An edge just below the last one would leave a bin of a single position.
     return np.unique(np.concatenate([[1], edges[(edges > 1) & (edges < max_position - 1)], [max_position]]))
 
 
 def reading_stretches(tokens: np.ndarray, document_starts: np.ndarray, *, max_position: int, count: int) -> list[np.ndarray]:
-    """About `count` stretches of at most `max_position + 1` tokens to read by position, none crossing a document's end.
+    """About `count` stretches of at most `max_position + 1` tokens to evaluate by position, none crossing a document's end.
 
-    The longest documents are read from their beginnings. Where there are fewer documents than `count`, further stretches start
-    inside them at even distances, as far as a whole stretch fits (in a document shorter than that, up to its middle): these
-    overlap, so their tokens appear at several positions, and errors computed as if they were independent are too small.
+    The longest documents are read from their beginnings. If there are fewer documents than `count`, more stretches start
+    inside them, evenly spaced as far as a whole stretch fits (in shorter documents, up to the middle). These overlap, so their
+    tokens appear at several positions, and standard errors that assume independence are too small.
     """
     lengths = np.diff(document_starts)
     longest = [int(i) for i in np.argsort(-lengths, kind="stable")[:count] if lengths[i] >= 2]
@@ -47,7 +47,7 @@ def reading_stretches(tokens: np.ndarray, document_starts: np.ndarray, *, max_po
         begin, end = int(document_starts[document]), int(document_starts[document + 1])
         share = count // len(longest) + (rank < count % len(longest))
         last = max(end - begin - max_position - 1, (end - begin) // 2)
-        # Starts nearer to each other than this add more reading, hardly any evidence.
+        # Starts closer together than this add work, but hardly any evidence.
         share = min(share, 1 + last // 64)
         for start in np.linspace(begin, begin + last, share).astype(np.int64):
             stretches.append(tokens[start : min(start + max_position + 1, end)])
@@ -65,22 +65,22 @@ def loss_by_position(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Loss of each text token by the number of tokens read before it, in log-spaced bins, memory carried and restarted.
+    """Loss of text tokens by the number of tokens read before, in log-spaced bins, with memory carried and restarted.
 
     Args:
-        stretches: 1-D token arrays, each read from its first token with an empty memory (see `reading_stretches`).
-        context_length: the training context; the restarted reading empties the memory this often, and it is a bin edge.
+        stretches: 1-D token arrays, each read from its first token with empty memory (see `reading_stretches`).
+        context_length: the training context; the restarted pass empties the memory this often, and it is a bin edge.
         max_position: tokens beyond this position are not read.
-        segment: tokens of one forward; the state goes from one segment to the next.
-        batch_size: stretches read in lock-step.
-        progress: called with (tokens read, tokens to read), both readings counted.
+        segment: tokens per forward pass; the state is carried from one segment to the next.
+        batch_size: stretches read in lockstep.
+        progress: called with (tokens read, tokens to read), counting both passes.
 
     Returns `context_length`, `max_position` (the last one reached), `stretches`, `tokens`, and `bins`, a list with, for
     positions `start <= position < end`: `tokens`, `bytes`, `loss` and `restarted_loss` (nats per token), `loss_error`,
     `bits_per_byte`, `restarted_bits_per_byte`, `gain` (restarted minus carried loss of the same tokens), `gain_error` and
-    `gain_stretch_error`. Errors are standard errors over tokens taken as independent; `gain_stretch_error` is the one over
-    stretches, which allows for what the tokens of a stretch have in common (None where only one reaches). Tokens that stand for
-    no text are read but not scored. Raises ValueError when there is nothing to score.
+    `gain_stretch_error`. Errors are standard errors that treat tokens as independent; `gain_stretch_error` treats only
+    stretches as independent, allowing for correlation within a stretch (None if only one stretch reaches the bin). Special
+    tokens are read but not scored. Raises ValueError if there is nothing to score.
     """
     for name, value in (("context_length", context_length), ("max_position", max_position), ("segment", segment)):
         if value < 1:
@@ -88,7 +88,7 @@ def loss_by_position(
     text_length = token_lengths(tokenizer)
     edges = position_edges(context_length, max_position + 1)
     sums = np.zeros((len(edges) - 1, 7))
-    gains_of_stretches: list[np.ndarray] = []  # of each its tokens and summed gain by bin, [bins, 2]
+    gains_of_stretches: list[np.ndarray] = []  # for each, tokens and summed gain by bin, [bins, 2]
     ordered = sorted((s[: max_position + 1] for s in stretches if len(s) >= 2), key=len, reverse=True)
     total, done, reached = 2 * sum(len(s) - 1 for s in ordered), 0, 0
 
@@ -134,10 +134,10 @@ def loss_by_position(
 
 
 def beyond_context(result: dict[str, Any], multiple: int = 16) -> dict[str, Any] | None:
-    """The tokens of `loss_by_position` at positions from half of `multiple` training contexts to `multiple` of them, in one.
+    """One bin of `loss_by_position` results for positions from half of `multiple` training contexts to `multiple` of them.
 
-    The same fields as a bin but `gain_stretch_error`; a power of two for `multiple` falls on bin edges. None when no tokens
-    stand that far.
+    Has the fields of a bin except `gain_stretch_error`; with a power of two as `multiple`, the limits are bin edges. None if
+    no tokens are at such positions.
     """
     low, high = result["context_length"] * multiple // 2, result["context_length"] * multiple
     bins = [b for b in result["bins"] if b["start"] >= low and b["end"] <= high + 1]
@@ -163,7 +163,7 @@ def _read(
     device: torch.device,
     report: Callable[[int], None],
 ) -> list[np.ndarray]:
-    """Loss of every target of each stretch (longest first), float64 [length - 1]; the memory is carried on or restarted at
+    """Loss of every target of each stretch (longest first), float64 [length - 1]; the memory is carried or restarted at
     every segment."""
     losses = [np.zeros(len(stretch) - 1) for stretch in group]
     state = None
@@ -195,7 +195,7 @@ def _read(
 
 
 def _error_of_ratio(parts: np.ndarray) -> float | None:
-    """Standard error of the mean per token from (tokens, sum) of each stretch [S, 2], stretches taken as independent."""
+    """Standard error of the mean per token from (tokens, sum) of each stretch [S, 2], treating stretches as independent."""
     if len(parts) < 2:
         return None
     tokens, total = parts.sum(axis=0)
@@ -204,7 +204,7 @@ def _error_of_ratio(parts: np.ndarray) -> float | None:
 
 
 def _summary(row: np.ndarray) -> dict[str, Any]:
-    """One bin of the result from its sums: tokens, bytes, loss, loss squared, restarted loss, gain, gain squared."""
+    """One bin of the result, from its sums of: tokens, bytes, loss, loss squared, restarted loss, gain, gain squared."""
     tokens, text_bytes, loss, loss_squares, restarted, gain, gain_squares = (float(x) for x in row)
 
     def error(total: float, squares: float) -> float:

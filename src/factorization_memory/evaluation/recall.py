@@ -1,7 +1,7 @@
-"""Which tokens of a window its earlier tokens could tell.
+"""Which tokens of a window could be predicted from its earlier tokens.
 
-A model that recalls names a token that has followed its predecessor before, in the same window: an "associative recall hit"
-(arXiv 2312.04927). The loss of these, beside that of the others, tells recall from everything else that a model knows.
+A token that followed its predecessor earlier in the same window is an "associative recall hit" (arXiv 2312.04927): recall
+suffices to predict it. Its loss, next to that of other tokens, separates recall from everything else a model knows.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from factorization_memory.runs.recall_names import KINDS
 
 
 def kinds(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The kind of each target of one window, as its place in `KINDS`.
+    """The kind of each target of one window, as its index in `KINDS`.
 
     Args:
         inputs: token ids, int64 [T].
-        targets: the token behind each, int64 [T]; negative where there is none, which is of no kind: len(KINDS).
+        targets: the token after each, int64 [T]; negative if there is none, which gives len(KINDS), no kind.
     """
     real = targets >= 0
     pairs = inputs * (max(int(targets.max(initial=0)), 0) + 1) + np.where(real, targets, 0)
@@ -28,11 +28,11 @@ def kinds(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def distances(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """How many tokens ago each target of one window last followed its predecessor, int64 [T]; 0 where it is not repeated.
+    """How many tokens ago each target of one window last followed its predecessor, int64 [T]; 0 if it never did.
     Arguments as of `kinds`."""
     places = np.flatnonzero(targets >= 0)
     pairs = inputs[places] * (int(targets.max(initial=0)) + 1) + targets[places]
-    order = np.argsort(pairs, kind="stable")  # equal pairs side by side, in order of time
+    order = np.argsort(pairs, kind="stable")  # equal pairs adjacent, in time order
     again = np.flatnonzero(pairs[order][1:] == pairs[order][:-1]) + 1
     result = np.zeros(len(inputs), dtype=np.int64)
     result[places[order[again]]] = places[order[again]] - places[order[again - 1]]
@@ -40,7 +40,7 @@ def distances(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _seen_before(values: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Whether each of `values` stands at an earlier place that is `real`, bool [T]."""
+    """Whether each of `values` occurs at an earlier position that is `real`, bool [T]."""
     places = np.arange(len(values))
     _, inverse = np.unique(values, return_inverse=True)
     first = np.full(len(values), len(values))

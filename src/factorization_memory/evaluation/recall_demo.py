@@ -1,17 +1,17 @@
-"""Recall learned side by side by two small models that differ in `update_lag` alone: what writing one token later is worth.
+"""Trains two small models on recall that differ only in `update_lag`: what writing one token later is worth.
 
 The record, ready for JSON:
 
-    pairs       P; a sequence is P keys with their values, then places where the keys stand again, see recall_tasks.py
+    pairs       P; a sequence is P keys with their values, then positions where the keys are repeated, see recall_tasks.py
     seconds     of both models together
-    tokens      one sequence of the test split in letters: keys "A", "B", ..., their values "a", "b", ..., fillers "·"
-    asked       where in it the keys stand again, those of A first
-    models      of the associative form and of the paper's form: {name, update_lag, config, parameters, step, accuracy, answers,
+    tokens      a sequence of the test split in letters: keys "A", "B", ..., their values "a", "b", ..., fillers "·"
+    asked       positions of the repeated keys in it, that of A first
+    models      for the associative form and the paper's form: {name, update_lag, config, parameters, step, accuracy, answers,
                 layer, reads}
-      step        list of steps, and `accuracy` the share of values named right in the test split after each
-      answers     what the trained model names at each place of `asked`, a letter, or "?" for a value not in the sequence
-      layer       the memory layer looked into: the one in which the questions read most where their values were written
-      reads       [P][T]: of all that each place of `asked` reads there, the part that each token wrote; see reading.py
+      step        list of steps; `accuracy` is the share of correct values in the test split after each
+      answers     the trained model's answer at each position of `asked`: a letter, or "?" for a value not in the sequence
+      layer       the memory layer shown: the one whose questions read most from where their values were written
+      reads       [P][T]: the share of each token's write in what each position of `asked` reads in it; see reading.py
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def recall_demo(
     """Train both models on the CPU, in turn, a few steps each; about ten seconds.
 
     Args:
-        progress: called after each `every` steps with where both stand, by their names.
+        progress: called every `every` steps with the progress of both, by name.
 
     Returns the record that the head of this file describes. Raises ValueError for arguments that `learn_recall` refuses.
     """
@@ -91,7 +91,7 @@ def recall_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, which on a busy machine wait for each other at every one of them."""
+    """Uses one thread: tensors this small gain nothing from more, which on a busy machine wait for each other at every op."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,7 +101,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _example(pairs: int) -> tuple[torch.Tensor, list[int], dict[int, str]]:
-    """The first test sequence whose values all differ: its tokens [T], where its keys stand again, and letters of both."""
+    """The first test sequence whose values all differ: tokens [T], positions of the repeated keys, and letters of both."""
     for row in associative_recall(pairs, "test", 0, TEST_SEQUENCES)[0]:
         keys, values = row[: 2 * pairs : 2].tolist(), row[1 : 2 * pairs : 2].tolist()
         if len(set(values)) == pairs:

@@ -1,4 +1,4 @@
-"""Associative recall learned from scratch: how soon does a small model find the value behind a key?"""
+"""Trains small models on associative recall from scratch: how soon do they find the value of a key?"""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ TEST_SEQUENCES = 256
 
 @dataclass(frozen=True)
 class RecallProgress:
-    """How far a model has come.
+    """Training progress of a model.
 
     Attributes:
-        step: steps of training behind it.
-        loss: mean loss of these since the last report, in nats per value asked for.
-        accuracy: share of the values named right in the test split.
+        step: training steps done.
+        loss: mean loss since the last report, in nats per queried value.
+        accuracy: share of correct values in the test split.
         parameters: of the model.
-        seconds: since the beginning.
-        model: the model itself, which the steps after this report go on changing.
+        seconds: since the start.
+        model: the model itself, which later steps keep changing.
     """
 
     step: int
@@ -50,17 +50,17 @@ def learn_recall(
     warmup_steps: int = 100,
     device: torch.device | str = "cpu",
 ) -> Iterator[RecallProgress]:
-    """Train a model on `associative_recall` and report after each `every` steps, and after the last.
+    """Trains a model on `associative_recall`; reports every `every` steps and after the last.
 
-    AdamW (weight decay 0.1, betas 0.9 and 0.95), gradients clipped to norm 1; the rate rises over `warmup_steps` and falls
-    linearly to a tenth. The test split is the same for all models and seeds, and no sequence of it is trained on.
+    AdamW (weight decay 0.1, betas 0.9 and 0.95), gradients clipped to norm 1; the learning rate rises over `warmup_steps`,
+    then falls linearly to a tenth. The test split is the same for all models and seeds; none of its sequences is trained on.
 
     Args:
-        config: of the model; its `vocab_size` is replaced by the task's, 8 * pairs + 1.
-        pairs: P of the task: sequences have 6 P tokens.
+        config: of the model; the task sets its `vocab_size`, 8 * pairs + 1.
+        pairs: P of the task; sequences have 6 P tokens.
         seed: of the initial weights and of the training sequences.
 
-    Raises ValueError for an argument out of range, when the first report is asked for.
+    Raises ValueError for an argument out of range, when the first report is requested.
     """
     for name, value in (("steps", steps), ("every", every), ("batch_size", batch_size), ("warmup_steps", warmup_steps)):
         if value < 1:
@@ -68,7 +68,7 @@ def learn_recall(
     started = time.monotonic()
     test, answers = (torch.from_numpy(x).to(device) for x in associative_recall(pairs, "test", 0, TEST_SEQUENCES))
     asked = answers != IGNORED
-    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU; the caller's generator is left alone
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU; keep the caller's random state
         torch.manual_seed(seed)
         model = LanguageModel(replace(config, vocab_size=8 * pairs + 1)).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())

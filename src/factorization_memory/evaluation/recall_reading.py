@@ -1,4 +1,4 @@
-"""How the recall suite reads: batches of sequences in pieces of bounded size, with copies of the state for each question."""
+"""Forward passes of the recall suite: batches in pieces of bounded size, and a copy of the state for each question."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 MAX_LOGITS = 1 << 26
-"""Logits held at once; longer pieces are cut."""
+"""Maximum number of logits in memory at once; longer pieces are cut."""
 MAX_COPIED_BYTES = 1 << 28
-"""Bytes of state copied at once to try the candidate answers."""
+"""Maximum bytes of state copied at once to score the candidate answers."""
 
 
 class Reader:
-    """A model that reads and is asked.
+    """Reads sequences with a model and asks it questions.
 
     Args:
         model: in evaluation mode, gradients off (see `loss.evaluating`).
-        segment: most tokens of one forward.
-        batch_size: sequences of one forward.
+        segment: maximum tokens per forward pass.
+        batch_size: sequences per forward pass.
     """
 
     def __init__(self, model: LanguageModel, segment: int, batch_size: int) -> None:
@@ -35,10 +35,10 @@ class Reader:
         self.device = next(model.parameters()).device
 
     def associate(self, batch: Sequence[Associations]) -> tuple[np.ndarray, np.ndarray]:
-        """Of each query of items with equally many pairs, the likeliest of the item's values, and of the whole vocabulary:
-        token ids, [B, P] each."""
+        """For each query of items with the same number of pairs, the likeliest of the item's values and the likeliest of the
+        whole vocabulary: token ids, [B, P] each."""
         tokens, values = self._tensor([each.tokens for each in batch]), self._tensor([each.values for each in batch])
-        asked = batch[0].asked  # equal in all of them
+        asked = batch[0].asked  # the same for all
         chosen, likeliest = (np.zeros((len(batch), len(asked)), dtype=np.int64) for _ in range(2))
         for start, logits in self._logits(tokens[:, :-1]):
             here = (asked >= start) & (asked < start + logits.shape[1])
@@ -49,7 +49,8 @@ class Reader:
         return chosen, likeliest
 
     def score(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nats of each token of `tokens` [B, T] but the first, and whether it was the likeliest: [B, T - 1] each."""
+        """Loss in nats of each token of `tokens` [B, T] except the first, and whether it was the likeliest: [B, T - 1]
+        each."""
         rows, nats, hits = self._tensor(tokens), [], []
         for start, logits in self._logits(rows[:, :-1]):
             targets = rows[:, start + 1 : start + 1 + logits.shape[1]]
@@ -58,10 +59,10 @@ class Reader:
         return np.concatenate(nats, 1), np.concatenate(hits, 1)
 
     def ask(self, group: Sequence[Haystack]) -> Iterator[tuple[int, Needle, bool, bool]]:
-        """Ask for every needle of haystacks of one length, each with its own copy of the state behind the haystack.
+        """Ask for every needle of haystacks of one length, each with its own copy of the state after the haystack.
 
-        Yields the haystack's number, the needle, whether its answer is the likeliest candidate, and whether it would be written
-        greedily.
+        Yields the haystack's index, the needle, whether its answer is the likeliest candidate, and whether greedy decoding
+        would give it.
         """
         state = self._state(self._tensor([each.tokens for each in group]))
         # Prompts of one length share a batch.
@@ -75,7 +76,7 @@ class Reader:
             last = first + max(1, copies // NUM_CANDIDATES)
             some = [each for each in questions[first:last] if len(each[1].prompt) == length]
             first += len(some)
-            # The prompt's last token is left to the candidates: what they read is then never empty.
+            # The prompt's last token is read with the candidates, so that their input is never empty.
             prompts = self._tensor([needle.prompt[:-1] for _, needle in some])
             rows = self._state(prompts, state.select([row for row, _ in some]))
             likelihood, greedy = self._try([needle for _, needle in some], rows)
@@ -83,10 +84,11 @@ class Reader:
                 yield row, needle, int(scores.argmax()) == needle.right, bool(written[needle.right])
 
     def _try(self, needles: Sequence[Needle], state: ModelState) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihood of each candidate behind its needle's prompt, and whether greedy writing gives it: [B, candidates]."""
+        """Log-likelihood of each candidate after its needle's prompt, and whether greedy decoding gives it: [B,
+        candidates]."""
         rows = [(needle.prompt[-1], *candidate) for needle in needles for candidate in needle.candidates]
         longest = max(map(len, rows))
-        # Right padding needs no mask: later tokens change no logit, and the state is not kept.
+        # Right padding needs no mask: later tokens do not affect earlier logits, and the state is discarded.
         tokens = self._tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         real = self._tensor([[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in rows]).bool()
         likelihood, greedy = torch.zeros(len(rows), device=self.device), torch.ones_like(real[:, 0])
@@ -111,7 +113,7 @@ class Reader:
         return state
 
     def _logits(self, tokens: Tensor, state: ModelState | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Where each piece of tokens [B, T] begins, and its logits, float32 [B, piece, V]."""
+        """The start of each piece of tokens [B, T], and its logits, float32 [B, piece, V]."""
         most = MAX_LOGITS // (len(tokens) * self.model.config.vocab_size)
         start = 0
         for piece in tokens.split(max(1, min(self.segment, most)), 1):

@@ -1,23 +1,24 @@
-"""The recall suite: does a language model find again what its context held?
+"""The recall suite: can a language model retrieve what its context contained?
 
-version        of the items: figures of different versions do not compare
-items          haystacks of each length and number of needles; of each size four times as many pairs, twice as many copies
+version        of the items: figures of different versions are not comparable
+items          haystacks per length and number of needles; four times as many sequences per number of pairs, twice as many
+               copies per length
 associative    keys and values, random tokens: the pairs once, then again in another order
                by_pairs      a list: pairs, and the figures of all queries
-               by_distance   a list: pairs (the largest number alone), start, end, and the figures of the queries whose key
-                             stood from `start` to `end` - 1 tokens before
-needle         {source: the number behind a name, in sentences hidden in the source's text}: language and
+               by_distance   a list: pairs (only the largest number), start, end, and the figures of the queries whose key
+                             occurred `start` to `end` - 1 tokens earlier
+needle         {source: the number of a name, in sentences hidden in the source's text}: language and
                by_length     a list: length of the haystack in tokens, needles in it, and the figures
                by_needles    a list: needles, over all lengths
                by_depth      a list: start and end of the share of the haystack before the needle
                by_distance   a list: start, end of the tokens between needle and question
 copy           {"random" or source: the second copy of a stretch of tokens}
                by_length     a list: length, sequences, tokens, accuracy, loss (nats per token), first_loss (of the first copy)
-left_out       a list of sentences: what was not asked, and why
+left_out       a list of sentences: what was skipped, and why
 
-Figures of queries are: sequences, asked, chance; choice, the share whose right answer is the likeliest of the candidates;
-exact, the share that the model would name if it wrote greedily. Standard errors (choice_error, exact_error, accuracy_error)
-take sequences, not queries, as independent, and are never below those of independent queries; None for a single sequence.
+Figures of queries are: sequences, asked, chance; choice, the share whose correct answer is the likeliest candidate; exact,
+the share that greedy decoding answers correctly. Standard errors (choice_error, exact_error, accuracy_error) treat sequences,
+not queries, as independent, and are never below those of independent queries; None for a single sequence.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ NEEDLES = (1, 4, 16)
 PAIRS = (4, 8, 16, 32, 64)
 COPIES = (16, 64, 256)
 MAX_TEXT_TOKENS = 1 << 20
-"""Held-out tokens of a source that haystacks are made of."""
+"""Maximum held-out tokens per source used for haystacks."""
 
 
 def held_out_texts(corpus: PackedCorpus, split: str = "validation") -> dict[str, np.ndarray]:
@@ -83,21 +84,21 @@ def evaluate_recall(
     batch_size: int = 16,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Ask a model the items 0, 1, ... of each task; returns the record that the head of this file describes.
+    """Asks a model items 0, 1, ... of each task; returns the record described in the module docstring.
 
     Args:
         texts: the text of each source without special tokens, int64 [N] (see `held_out_texts`).
-        items: haystacks of each length and number of needles, each needle asked for; 4 * items sequences of pairs,
+        items: haystacks per length and number of needles, every needle being asked for; 4 * items sequences of pairs,
             2 * items copies.
-        lengths: tokens of a haystack.
-        needles: needles in one.
-        pairs: pairs of key and value.
+        lengths: tokens per haystack.
+        needles: needles per haystack.
+        pairs: key-value pairs per sequence.
         copies: tokens of a stretch to copy.
-        segment: most tokens of one forward; the state goes from one piece to the next.
-        batch_size: sequences of one forward.
-        progress: called with (task, sequences done, sequences in all).
+        segment: maximum tokens per forward pass; the state is carried from one piece to the next.
+        batch_size: sequences per forward pass.
+        progress: called with (task, sequences done, total sequences).
 
-    Raises ValueError for an argument out of range, and when no source has text enough for any haystack.
+    Raises ValueError for an argument out of range, or if no source has enough text for any haystack.
     """
     for name, values in {
         "items": [items],
@@ -134,7 +135,7 @@ def evaluate_recall(
 
 
 def headline(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """One share of each task and text: keys and values and needles by choice over all sizes, copies by accuracy."""
+    """One score per task and text: choice over all sizes for keys and values and for needles, accuracy for copies."""
 
     def over(parts: Sequence[Mapping[str, Any]], share: str, count: str) -> float:
         return float(sum(part[share] * part[count] for part in parts) / sum(part[count] for part in parts))
@@ -274,7 +275,7 @@ def _copying(
                 made = [copied(stretch, separator) for stretch in stretches[first : first + read.batch_size]]
                 _, once, twice = made[0]
                 nats, hit = read.score(np.stack([each[0] for each in made]))
-                # What stands at t is predicted at t - 1.
+                # The token at t is predicted at t - 1.
                 right += hit[:, twice - 1 :].sum(1).tolist()
                 losses += nats[:, twice - 1 :].mean(1).tolist()
                 first_losses += nats[:, once - 1 : once - 1 + length].mean(1).tolist()
@@ -297,7 +298,7 @@ def _copying(
 
 
 def _grouped(queries: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of queries with the same `key`, in order of it."""
+    """The figures of queries grouped by `key`, in its order."""
     groups: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for query in queries:
         named = key(query)
@@ -319,8 +320,8 @@ def _figures(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _error(right: Sequence[float], asked: Sequence[int]) -> float | None:
-    """Standard error of sum(right) / sum(asked) over independent sequences, but not below that of as many independent queries
-    at a share half a query away from 0 and 1: a few sequences that happen to agree are no certainty."""
+    """Standard error of sum(right) / sum(asked) over independent sequences, but at least that of as many independent queries
+    at a share half a query away from 0 and 1: a few sequences that happen to agree do not give certainty."""
     n, all_asked = len(right), sum(asked)
     if n < 2:
         return None

@@ -1,9 +1,9 @@
-"""Recall tasks: key-value pairs, needles in a haystack of real text, copying.
+"""Recall tasks: key-value pairs, needles in a haystack of real text, and copying.
 
 Every item is a pure function of the task, its sizes, the split and an index, on every machine and with every version of numpy:
-only the bit stream of PCG64 is used, whose compatibility numpy guarantees, not `Generator`, whose draws may change. The splits
-are disjoint by construction: a hash of what is drawn decides which split it belongs to, and an item is drawn again until it
-falls into its own. Text is not divided this way: pass text that the model was not trained on.
+only the bit stream of PCG64 is used, which numpy guarantees to be stable, not `Generator`, whose draws may change. The splits
+are disjoint by construction: a hash of what is drawn decides its split, and an item is redrawn until it falls into the right
+one. Text is not split this way: pass text that the model was not trained on.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
 
 VERSION = "recall-1"
-"""Seeds every item: any change to what is drawn needs a new one."""
+"""Seeds every item: change it whenever the items change."""
 IGNORED = -100
-"""Target of positions where nothing is asked."""
+"""Target at positions where nothing is asked."""
 NUM_CANDIDATES = 8
-"""Numbers that the answer to a needle's question is chosen from; chance is one in so many."""
+"""Number of candidate answers to a needle's question; chance is one in this many."""
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Depths of a single needle, by the item's index."""
+"""Depths of a single needle, indexed by the item's index."""
 _SENTENCE_SEARCH = 128
-"""Tokens after its depth within which a needle moves to the end of a sentence."""
+"""How many tokens past its depth a needle may move to reach the end of a sentence."""
 
 Split = Literal["train", "test"]
 
 
 class Draws:
-    """The random numbers of one item."""
+    """The random numbers of an item."""
 
     def __init__(self, *name: str | int) -> None:
         seed = hashlib.sha256("/".join(map(str, (VERSION, *name))).encode()).digest()[:16]
@@ -50,7 +50,7 @@ class Draws:
 
 
 def split_of(content: np.ndarray) -> Split:
-    """The split that drawn numbers belong to: about a quarter of all is test."""
+    """The split that drawn numbers belong to: about a quarter is test."""
     return "test" if hashlib.sha256(content.astype("<i8").tobytes()).digest()[0] < 64 else "train"
 
 
@@ -64,12 +64,12 @@ def _drawn(draw: Callable[[], np.ndarray], split: Split) -> np.ndarray:
 def associative_recall(pairs: int, split: Split, first: int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Items `first` to `first + count - 1` of multi-query associative recall (arXiv 2312.04927) with a vocabulary of its own.
 
-    A sequence holds P pairs of a key (of 4 P, all different) and a value (of 4 P), then 4 P places, P of which hold the keys
-    again in any order and the others a filler. Ids: keys from 0, values from 4 P, and 8 P, the filler.
+    A sequence has P pairs of a key (out of 4 P, all different) and a value (out of 4 P), then 4 P positions: P have the keys
+    again in random order, the others a filler. Ids: keys from 0, values from 4 P, filler 8 P.
 
     Args:
         pairs: P, at least 2.
-        seed: another one gives other items of the same split.
+        seed: different seeds give different items of the same split.
 
     Returns tokens and targets, int64 [count, 6 P]: the target of a repeated key is its value, all others are `IGNORED`.
     """
@@ -89,12 +89,12 @@ def associative_recall(pairs: int, split: Split, first: int, count: int, seed: i
 
 @dataclass(frozen=True)
 class Associations:
-    """Pairs of tokens, then the same pairs in another order: each key tells its value.
+    """Pairs of tokens, then the same pairs in another order: each key determines its value.
 
     Attributes:
         tokens: int64 [4 P].
-        asked: where the keys stand again; the token behind each is its value. Int64 [P], ascending.
-        distances: how many tokens before it each key stood first, int64 [P].
+        asked: positions of the repeated keys; the token after each is its value. Int64 [P], ascending.
+        distances: how many tokens earlier each key first occurred, int64 [P].
         values: all values, the candidates, int64 [P].
     """
 
@@ -130,7 +130,7 @@ def text_stretch(text: np.ndarray, length: int, split: Split, index: int) -> np.
 
 
 def copied(stretch: np.ndarray, separator: Sequence[int]) -> tuple[np.ndarray, int, int]:
-    """Separator, stretch, separator, stretch: int64; and where the first and the second copy begin."""
+    """Separator, stretch, separator, stretch: int64; and where the two copies begin."""
     mark = np.asarray(separator, dtype=np.int64)
     return np.concatenate((mark, stretch, mark, stretch)), len(mark), 2 * len(mark) + len(stretch)
 
@@ -212,7 +212,7 @@ LANGUAGES = {
 
 
 def language_of(text: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The language of `LANGUAGES` to ask in: Japanese where a tenth of the first characters are kana, else English."""
+    """The language of `LANGUAGES` to ask in: Japanese if a tenth of the first characters are kana, else English."""
     start = b"".join(tokenizer.token_bytes[i] for i in text[:2000].tolist()).decode("utf-8", "ignore")
     kana = sum("ぁ" <= character <= "ヿ" for character in start)
     return "ja" if 10 * kana > len(start) else "en"
@@ -223,12 +223,12 @@ class Needle:
     """A sentence to recall, and the question for it.
 
     Attributes:
-        prompt: tokens that the needle begins with, and the question.
-        answer: tokens of the number that the needle goes on with.
-        candidates: tokens of the numbers to choose from, sorted, so that where the right one stands tells nothing.
-        depth: share of the text before it that was asked for.
-        place: where the answer's first token stands in the haystack.
-        distance: from there to where the answer to the question would stand.
+        prompt: tokens that the needle begins with; also the question.
+        answer: tokens of the number that follows.
+        candidates: tokens of the numbers to choose from, sorted, so that the position of the correct one reveals nothing.
+        depth: requested share of the text before it.
+        place: position of the answer's first token in the haystack.
+        distance: from there to the position of the answer to the question.
     """
 
     prompt: tuple[int, ...]
@@ -240,13 +240,13 @@ class Needle:
 
     @property
     def right(self) -> int:
-        """Which candidate is the answer."""
+        """Index of the correct candidate."""
         return self.candidates.index(self.answer)
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text with needles in it, int64 [length]; a question is for one of them."""
+    """Text with needles in it, int64 [length]; each question asks for one of them."""
 
     tokens: np.ndarray
     needles: tuple[Needle, ...]
@@ -254,17 +254,17 @@ class Haystack:
 
 @cache
 def _numbers(split: Split) -> np.ndarray:
-    """The numbers of four digits that needles of a split hold, int64."""
+    """The four-digit numbers that needles of a split use, int64."""
     return np.array([n for n in range(1000, 10000) if split_of(np.array([n])) == split])
 
 
 def haystack(
     text: np.ndarray, tokenizer: Tokenizer, language: str, length: int, needles: int, split: Split, index: int
 ) -> Haystack | None:
-    """A haystack of `length` tokens, needles included, with so many needles of different names and numbers.
+    """A haystack of `length` tokens, including the given number of needles with different names and numbers.
 
-    Each needle goes to the end of a sentence at its depth or behind it. None where the needles would take more than half of the
-    haystack, or the text does not fill the rest.
+    Each needle is placed at the end of a sentence at or after its depth. None if the needles would take more than half of the
+    haystack, or the text is too short to fill the rest.
     """
     form, draws = LANGUAGES[language], Draws("needle", language, length, needles, split, index)
     if needles > len(form.names):
@@ -299,7 +299,7 @@ def haystack(
 
 
 def _sentence_end(tokens: np.ndarray, place: int, tokenizer: Tokenizer) -> int:
-    """The first place from `place` on that a sentence ends before; `place` itself where none is near."""
+    """The first position from `place` on that follows the end of a sentence; `place` itself if none is near."""
     for end in range(max(place, 1), min(place + _SENTENCE_SEARCH, len(tokens))):
         # Without merges "。" is three tokens.
         before = b"".join(tokenizer.token_bytes[token] for token in tokens[max(0, end - 3) : end].tolist())

@@ -1,17 +1,17 @@
-"""The whole evaluation of a trained model on the held-out text of a packed corpus: what `evaluation.json` holds.
+"""Full evaluation of a trained model on the held-out text of a packed corpus: the contents of `evaluation.json`.
 
-context_length   tokens of a training sequence, and of the windows that the loss is measured in
+context_length   tokens of a training sequence, and of the windows used to measure the loss
 sources          {name: {loss, perplexity, bits_per_byte, tokens, bytes}}: see loss.py
-total            the same of all sources together
-recall           {name: {kind: the same of the tokens that the window told, or not}}: see recall.py; of repeated ones also
-                 `by_distance`, a list
-ngram            the yardstick, for small corpora: {orders, training_bytes, sources: {name: {"3": bits per byte, ...}},
+total            the same for all sources together
+recall           {name: {kind: the same for tokens that the window could predict, or not}}: see recall.py; for repeated ones
+                 also `by_distance`, a list
+ngram            the baseline, for small corpora: {orders, training_bytes, sources: {name: {"3": bits per byte, ...}},
                  total: {...}}
 position         {name: loss by position, see position.py, and "beyond": {"16": one bin for 8 to 16 training contexts, ...}}
-recall_tasks     if asked for: see recall_suite.py
+recall_tasks     if requested: see recall_suite.py
 routing          use of the memory states, a list per memory layer: see RoutingHealth.summary
 
-and `evaluated`, which says of what and how it was made: see experiments/evaluation.py
+and `evaluated`, which records what was evaluated and how: see experiments/evaluation.py
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 NGRAM_BYTES = 1 << 23
-"""Training text up to which an n-gram model is fitted: with more, memory and time are no longer those of a yardstick."""
+"""Maximum bytes of training text for fitting an n-gram model: more would take too much memory and time for a baseline."""
 
 
 def evaluate_run(
@@ -56,17 +56,17 @@ def evaluate_run(
     """Evaluate a model on the validation split of every source.
 
     Args:
-        max_position: how far to read by position; None takes 16 training contexts, 0 leaves positions out.
-        max_tokens: tokens of each source that the loss is measured on; None takes all.
-        stretches: stretches of text of each source read by position.
-        batch_size: windows of one forward.
-        ngram_orders: orders of the n-gram yardsticks, fitted where the training text has at most `NGRAM_BYTES`; () for none.
-        recall_items: if given, the recall suite is asked too, with so many items.
+        max_position: last position of the loss by position; None means 16 training contexts, 0 skips it.
+        max_tokens: tokens per source to measure the loss on; None means all.
+        stretches: stretches of text per source for the loss by position.
+        batch_size: windows per forward pass.
+        ngram_orders: orders of the n-gram baselines, fitted if the training text has at most `NGRAM_BYTES`; () for none.
+        recall_items: if given, run the recall suite too, with this many items.
         recall_lengths: tokens of its haystacks.
-        progress: called with (what is being done, how much is done, how much in all).
+        progress: called with (current task, amount done, total amount).
 
-    Returns the record that the head of this file describes. Raises ValueError when no source has held-out text, or too little
-    for the recall suite.
+    Returns the record described in the module docstring. Raises ValueError if no source has held-out text, or there is too
+    little for the recall suite.
     """
     context_length = config.data.context_length
     health = RoutingHealth(model)
@@ -112,7 +112,7 @@ def evaluate_run(
 
 
 def ngram_yardstick(corpus: PackedCorpus, orders: tuple[int, ...]) -> dict[str, Any] | None:
-    """Bits per byte of byte n-gram models fitted on the training text of all sources together; None when it is too much."""
+    """Bits per byte of byte n-gram models fitted on the training text of all sources together; None if it is too large."""
     size = sum(source.splits["train"].text_bytes for source in corpus.sources.values())
     if not orders or not 0 < size <= NGRAM_BYTES:
         return None

@@ -1,4 +1,4 @@
-"""The folder of a comparison: its plan, its runs, and the record, table and figure that are made of them."""
+"""The folder of a comparison: its plan, its runs, and the record, table and figure made from them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PLAN_NAME, RECORD_NAME, TABLE_NAME, FIGURE_NAME = "plan.json", "compare.json", "
 
 
 class Comparison:
-    """The work on a plan, in its folder.
+    """Carries out a plan in its folder.
 
     Args:
         arguments: of the command, for the record.
-        parallel: runs at the same time.
-        gpus: GPUs to share out over them.
-        warn: told of what goes wrong and ends nothing.
+        parallel: number of concurrent runs.
+        gpus: GPUs to distribute over them.
+        warn: called with messages about non-fatal problems.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Comparison:
     def run(
         self, show: Callable[[Callable[[Job], None]], AbstractContextManager[Watcher]]
     ) -> tuple[dict[str, Any], str | None]:
-        """Do what is not done yet; returns the record, and the signal that stopped the work, if one did.
+        """Runs whatever is not done yet; returns the record, and the signal that stopped the work, if any.
 
-        `show` makes the watcher of the runs, which calls what it is given when one that it saw begin has ended. Raises
-        ConfigError where the folder holds another comparison, RunLockedError where another process works in it.
+        `show` creates the watcher of the runs, which calls its argument when a run that it saw start has ended. Raises
+        ConfigError if the folder has a different comparison, RunLockedError if another process is working in it.
         """
         with RunLock(self.plan.folder):
             more = self._keep_plan()
@@ -71,7 +71,7 @@ class Comparison:
             return self._write_record(changed=more or started > 0), stopped
 
     def record_without_training(self) -> dict[str, Any]:
-        """The record of the runs that are done, written anew. Raises ConfigError where the folder holds no comparison."""
+        """Rewrites the record from the finished runs. Raises ConfigError if the folder has no comparison."""
         if not (self.plan.folder / PLAN_NAME).exists():
             raise ConfigError(
                 f"out={self.plan.folder}: holds no comparison to make a record of; leave --no-train out to begin one"
@@ -81,9 +81,9 @@ class Comparison:
             return self._write_record(changed=True, trained=False)
 
     def _keep_plan(self) -> bool:
-        """Write the plan, or see that the folder holds it or one that it goes on from; returns whether it was written."""
+        """Writes the plan, or checks that the folder has it or one that it extends; returns whether it was written."""
         path = self.plan.folder / PLAN_NAME
-        # Through JSON, which knows lists alone.
+        # Through JSON, which has only lists.
         own = json.loads(json.dumps(self.plan.description()))
         if path.exists():
             kept = self._begun(with_defaults(read_json_or_none(path)))
@@ -101,8 +101,7 @@ class Comparison:
         return True
 
     def _begun(self, kept: Any) -> Any:
-        """The plan that the folder holds without the contenders and seeds that have no folder there: of these nothing can be
-        lost."""
+        """The plan in the folder without contenders and seeds that have no run folder yet: they have nothing to lose."""
         if not is_plan(kept):
             return kept
         contenders = {}
@@ -116,8 +115,9 @@ class Comparison:
         return kept | {"contenders": contenders, "order": order}
 
     def _work(self, show: Callable[[Callable[[Job], None]], AbstractContextManager[Watcher]]) -> tuple[int, str | None]:
-        """Run what is not done yet; returns the number of processes started, and the signal that stopped it. The record is
-        written whenever a training of a seed has ended, so that what is there can be read whatever happens to the others."""
+        """Runs whatever is not done yet; returns the number of processes started, and the signal that stopped it. The record
+        is written whenever the training of a seed ends, so that finished results are available whatever happens to the
+        others."""
         plan, started = self.plan, 0
         gpus = visible_gpus(self.gpus)
         with GracefulStop() as stop, show(self._keep_record) as watcher:
@@ -135,19 +135,19 @@ class Comparison:
             return started, stop.requested
 
     def _keep_record(self, job: Job) -> None:
-        """Write the record as it stands, where a training of a seed has ended."""
+        """Writes the current record if a seed's training has ended."""
         if job.kind != "seed" or not job.done:
             return
         folder = self.plan.folder
         try:
-            for name in (TABLE_NAME, FIGURE_NAME):  # of fewer runs; made again at the end
+            for name in (TABLE_NAME, FIGURE_NAME):  # of fewer runs; recreated at the end
                 (folder / name).unlink(missing_ok=True)
             write_atomic(folder / RECORD_NAME, _as_json(self._make_record()))
-        except Exception as error:  # the others must not end with it
+        except Exception as error:  # must not stop the other runs
             self.warn(f"{folder / RECORD_NAME}: not written yet: {error}")
 
     def _write_record(self, changed: bool, trained: bool = True) -> dict[str, Any]:
-        """The record, written with its table and figure; the one on disk where nothing has changed since."""
+        """Writes and returns the record, with its table and figure; the record on disk if nothing has changed."""
         path = self.plan.folder / RECORD_NAME
         record, before = self._make_record(trained), read_json_or_none(path)
         same = before is not None and all(before[part] == record[part] for part in ("schema_version", "failures"))
@@ -155,13 +155,12 @@ class Comparison:
             write_pages(self.plan.folder, before, again=False)
             return dict(before)
         write_pages(self.plan.folder, record, again=True)
-        # Last: with it, the comparison is there.
+        # Last: it marks the comparison as complete.
         write_atomic(path, _as_json(record))
         return record
 
     def _make_record(self, trained: bool = True) -> dict[str, Any]:
-        """The record as it stands, of values that JSON knows. Where nothing is trained, the machine that it names is that of
-        the run that began last."""
+        """The current record, as JSON values. If nothing is trained, it names the machine of the most recently started run."""
         made = make_record(self.plan)
         device, count = self.plan.entries[0].config.training.device, threads(torch.get_num_threads(), self.parallel)
         environment = describe_environment(resolve_device(device if trained else "cpu"))
@@ -200,7 +199,7 @@ def write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
 
 
 def visible_gpus(count: int) -> list[str]:
-    """The first `count` GPUs that this process sees, as CUDA_VISIBLE_DEVICES calls them; none where one is enough.
+    """The first `count` GPUs visible to this process, as named in CUDA_VISIBLE_DEVICES; empty if one is enough.
 
     Raises ConfigError where there are fewer.
     """
@@ -213,12 +212,12 @@ def visible_gpus(count: int) -> list[str]:
 
 
 def threads(available: int, parallel: int) -> int:
-    """CPU threads of each of `parallel` processes."""
+    """CPU threads for each of `parallel` processes."""
     return max(1, available // parallel)
 
 
 def _runs(record: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Which runs a record tells of."""
+    """The runs that a record covers."""
     return [
         (each["name"], each.get("planned_seeds"), [seed["seed"] for seed in each["seeds"]]) for each in record["contenders"]
     ]

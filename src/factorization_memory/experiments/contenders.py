@@ -1,6 +1,6 @@
 """Contenders of a comparison, read from text: `paper`, `paper-sparse:model.top-k=8,model.num-heads=4`, `runs/mine/config.json`.
 
-A value is read as the field's type says, then checked as any configuration is, so that a wrong one is told as everywhere.
+A value is parsed by the field's type, then validated like any configuration, so errors are reported in the same way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from factorization_memory.runs.names import CONFIG_NAME
 
 SECTIONS = ("model", "data", "optimizer", "training")
 OWN_FIELDS = ("model.", "optimizer.", "training.micro_batch_size")
-"""What contenders may differ in: the cut into micro-batches moves neither the order of the text nor the size of a step."""
+"""Fields in which contenders may differ: the micro-batch size changes neither the order of the text nor the batch size."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Contender:
     """One side of a comparison."""
 
     name: str
-    """How tables, figures and folders call it."""
+    """Name in tables, figures and folders."""
     text: str
     """As it was given."""
     config: RunConfig
     own_fields: frozenset[str] = frozenset()
-    """Those that its text sets."""
+    """The fields that its text sets."""
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Command-line words without the flags that name a field of a run, and these flags: `--model.top-k 8` is
+    """Splits command-line words into other words and flags that name a field of a run: `--model.top-k 8` becomes
     `{"model.top_k": "8"}`."""
     rest: list[str] = []
     overrides: dict[str, str] = {}
@@ -79,7 +79,7 @@ def read_contender(text: str, overrides: Mapping[str, str]) -> Contender:
     body = named[2] if named else text
     base, _, settings = body.partition(":")
     own: dict[str, str] = {}
-    # A comma parts two settings where a name and "=" follow; others part the values of one field.
+    # A comma followed by a name and "=" separates settings; other commas separate the values of one field.
     for part in re.split(r",(?=[\w.-]+=)", settings) if settings else ():
         name, equals, value = part.partition("=")
         if not equals:
@@ -128,7 +128,7 @@ def override(config: RunConfig, settings: Mapping[str, str]) -> RunConfig:
 
 
 def field_type(name: str) -> Any:
-    """The type of a field of RunConfig, from a name like "model.top_k". Raises ConfigError with the nearest name."""
+    """The type of a field of RunConfig, from a name like "model.top_k". Raises ConfigError with the most similar name."""
     kind: Any = RunConfig
     for i, part in enumerate(parts := name.split(".")):
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}

@@ -1,4 +1,4 @@
-"""What a run would be and cost, without weights, a GPU or, where none is named, a corpus."""
+"""Size and cost of a run, computed without weights, a GPU or, if none is named, a corpus."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from factorization_memory.training.preparation import complete_config
 from factorization_memory.training.schedule import learning_rate
 
 ASSUMED_VOCABULARY = 16384
-"""Of a run whose corpus is not named yet; for the preset `demo`, that of `fmem demo`."""
+"""Vocabulary size of a run whose corpus is not named yet; the preset `demo` uses that of `fmem demo`."""
 
 
 def run_cost(config: RunConfig) -> dict[str, Any]:
-    """Counts, memory and schedule of a run."""
+    """Parameter counts, memory and schedule of a run."""
     model, corpus = config.model, None
     if config.data.corpus:
         corpus = PackedCorpus.open(Path(config.data.corpus))
@@ -61,7 +61,7 @@ def run_cost(config: RunConfig) -> dict[str, Any]:
 
 
 def _epochs(config: RunConfig, corpus: PackedCorpus) -> dict[str, Any]:
-    """How often a run reads the corpus's training text: `total`, and of each source where `data.weights` sets shares."""
+    """Epochs of the corpus's training text: `total`, and per source if `data.weights` sets shares."""
     read = config.training.steps * config.training.tokens_per_step
     sizes = {name: len(source.splits["train"].tokens) for name, source in corpus.sources.items()}
     weights = {name: config.data.weights.get(name, 0.0) for name in sizes} if config.data.weights else {}
@@ -71,7 +71,7 @@ def _epochs(config: RunConfig, corpus: PackedCorpus) -> dict[str, Any]:
 
 
 def _time(config: RunConfig, flops: int) -> dict[str, Any] | None:
-    """`seconds` of all steps by the last `fmem bench training` on this machine, and its `date`; None where there is none."""
+    """`seconds` of all steps by the last `fmem bench training` on this machine, and its `date`; None if there is none."""
     try:
         device = resolve_device(config.training.device)
     except ConfigError:

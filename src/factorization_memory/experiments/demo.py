@@ -1,4 +1,4 @@
-"""What `fmem demo` trains on and shows: two books, prompts, a text to be inspected, two models that learn to recall."""
+"""Contents of `fmem demo`: two books, prompts, a text to inspect, two models that learn to recall."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def pack_books(folder: Path) -> PackedCorpus:
     from factorization_memory.data.tokenizer import Tokenizer
 
     books = list(read_documents(builtin_corpus()))
-    # A little less than the training part: in these two books the held-out end begins after it.
+    # Slightly less than the training part: in these two books the held-out tail starts after it.
     texts = [book.text[: int(len(book.text) * (1 - 1.2 * HELD_OUT))] for book in books]
     tokenizer: Tokenizer = Tokenizer.train(texts, VOCABULARY)
     return pack([(None, builtin_corpus())], tokenizer, folder, holdout="tail", holdout_fraction=HELD_OUT)
 
 
 def inspected_text(corpus: PackedCorpus) -> str:
-    """The beginning of what is held out of each book."""
+    """The start of the held-out part of each book."""
     return "\n\n".join(_held_out_text(corpus, name)[:length] for name, length in INSPECTED_CHARACTERS.items())
 
 
 def learn_recall(
     run_dir: Path, steps: int, progress: Callable[[dict[str, RecallProgress]], None] | None = None
 ) -> dict[str, Any]:
-    """Let two small models learn to recall (see evaluation/recall_demo.py), recorded for the report of the run in `run_dir`."""
+    """Trains two small models on recall (see evaluation/recall_demo.py), recorded for the report of the run in `run_dir`."""
     from factorization_memory.evaluation import recall_demo
 
     record = recall_demo(steps, progress=progress)

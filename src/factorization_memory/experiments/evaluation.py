@@ -1,7 +1,7 @@
-"""The evaluation of a trained model as `evaluation.json` of its run keeps it: what evaluation/run.py describes, and
+"""The evaluation of a trained model as stored in its run's `evaluation.json`: the record of evaluation/run.py, and
 
-evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stretches}: what made it; null is the default; with
-                 recall_tasks also recall_items and, if given, recall_lengths
+evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stretches}: its arguments; null is the default;
+                 with recall_tasks also recall_items and, if given, recall_lengths
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much in all."""
+"""Called with the current task, the amount done, and the total."""
 BUILTIN = "builtin"
-"""What stands in place of a checkpoint's name for the model that comes with the package."""
+"""Replaces the checkpoint's name for the model that comes with the package."""
 
 
 def evaluate_model(
@@ -45,7 +45,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """`evaluate_run` in the precision of the run that `config` is of; `recall` are its arguments for the recall suite.
 
-    `evaluated` in the record says what was evaluated, the model by the name of its `checkpoint`, and how.
+    `evaluated` in the record says what was evaluated (the name of the `checkpoint`) and how.
     """
     options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches, **recall}
     with autocast(config.training, next(model.parameters()).device):
@@ -54,9 +54,9 @@ def evaluate_model(
 
 
 def keep_evaluation(run_dir: Path, record: dict[str, Any]) -> Path | None:
-    """Keep an evaluation in its run folder and bring the report up to date; returns the report's path.
+    """Saves an evaluation in its run folder and updates the report; returns the report's path.
 
-    None where the run keeps one of the same checkpoint that tells all that this one does, and more.
+    Returns None if the run already has an evaluation of the same checkpoint that covers more.
     """
     path = run_dir / EVALUATION_NAME
     kept = read_json_or_none(path)
@@ -67,7 +67,7 @@ def keep_evaluation(run_dir: Path, record: dict[str, Any]) -> Path | None:
 
 
 def told_by(record: dict[str, Any], kept: dict[str, Any]) -> bool:
-    """Whether `kept`, of the same model and text as `record`, has all that it has, of as much text, and more of something."""
+    """Whether `kept`, of the same model and text as `record`, covers all of it on as much text, and more in some part."""
     evaluated = kept.get("evaluated", {})
     if any(evaluated.get(name) != record["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")):
         return False
@@ -87,5 +87,5 @@ def told_by(record: dict[str, Any], kept: dict[str, Any]) -> bool:
 
 
 def pack_books(tokenizer: Tokenizer, folder: Path) -> PackedCorpus:
-    """The two books that come with the package, nearly all of them as held-out text, packed into `folder`."""
+    """Packs the two books that come with the package into `folder`, almost entirely as held-out text."""
     return pack([(None, builtin_corpus())], tokenizer, folder / "packed", holdout="tail", holdout_fraction=0.99)

@@ -1,4 +1,4 @@
-"""A trained model on tasks of lm-evaluation-harness, which must be installed, as `harness.json` of its run keeps it."""
+"""Evaluates a trained model on lm-evaluation-harness tasks (it must be installed), for its run's `harness.json`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def evaluate_on_tasks(
 ) -> dict[str, Any]:
     """`run_tasks` in the precision of the run that `config` is of; the record says of which `checkpoint`, and where.
 
-    On a CPU in float32, as the harness's own adapter has it, whatever the model was trained in.
+    On a CPU it uses float32, as the harness's own adapter does, whatever precision the model was trained in.
     """
     device = next(model.parameters()).device
     halved = device.type == "cuda" and config.training.precision != "float32"
@@ -41,7 +41,7 @@ def evaluate_on_tasks(
 
 
 def keep_results(run_dir: Path, record: dict[str, Any]) -> Path:
-    """Keep the record in its run folder, in place of one that is there; returns the file."""
+    """Saves the record in its run folder, replacing any earlier one; returns the file."""
     path = run_dir / HARNESS_NAME
     write_atomic(path, json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1))
     return path

@@ -1,4 +1,4 @@
-"""The plan that the folder of a comparison holds: read as one of today, and how another command's plan differs from it."""
+"""The plan stored in the folder of a comparison: upgraded to the current format, and compared with a command's plan."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from factorization_memory.experiments.plan import PLAN_VERSION, SAME_COMMAND_MAY
 
 
 def with_defaults(plan: Any) -> Any:
-    """A plan as `Plan.description` gave it, in the form of today: with the defaults of fields that have come since, which are
-    what it was trained with, without retired fields at their neutral value, and with each contender's seeds, which were once
-    the same for all."""
+    """A stored `Plan.description` in the current format: with the defaults of fields added since, which are what it was
+    trained with, without retired fields at their neutral value, and with seeds per contender, which used to be the same for
+    all."""
     if not isinstance(plan, dict) or not isinstance(plan.get("contenders"), dict):
         return plan
     if plan.get("schema_version") == 1 and "seeds" not in plan:
@@ -31,7 +31,7 @@ def with_defaults(plan: Any) -> Any:
 
 
 def _without_neutral(config: Any) -> Any:
-    """A contender's configuration without the retired fields of its model that hold their neutral value."""
+    """A contender's configuration without the retired fields of its model that have their neutral value."""
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         return config
     section = ModelConfig.__name__
@@ -40,7 +40,7 @@ def _without_neutral(config: Any) -> Any:
 
 
 def is_plan(plan: Any) -> bool:
-    """Whether a JSON document is built as `Plan.description` gives it, as far as its contenders' seeds and the order go."""
+    """Whether a JSON document has the structure of `Plan.description`, checking the contenders' seeds and the order."""
     if not isinstance(plan, dict) or not all(isinstance(plan.get(part), dict) for part in ("contenders", "order")):
         return False
     seeds = [each.get("seeds") if isinstance(each, dict) else None for each in plan["contenders"].values()]
@@ -48,8 +48,8 @@ def is_plan(plan: Any) -> bool:
 
 
 def part_to_keep(old: Any, new: dict[str, Any]) -> dict[str, Any]:
-    """The part of the plan `new` that must be equal to `old` for it to go on from there: without the contenders and seeds that
-    `old` does not have, if `new` has all that it has. Both as `Plan.description` gives them."""
+    """The part of the plan `new` that must equal `old` for `new` to extend it: without the contenders and seeds missing from
+    `old`, if `new` has all those of `old`. Both are in the form of `Plan.description`."""
     if not is_plan(old):
         return new
     contenders = {}
@@ -73,7 +73,7 @@ def _filled(values: Any, default: dict[str, Any]) -> Any:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Name, old and new value of the first place in which two JSON documents differ."""
+    """Path, old and new value of the first difference between two JSON documents."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             name = f"{path}.{key}" if path else key

@@ -1,8 +1,8 @@
-"""Models of equal size: the width, or depth, that gives a configuration a wanted number of parameters.
+"""Models of equal size: finds the width or depth that gives a configuration a target number of parameters.
 
-Counted are the parameters outside embedding and head, since these follow from the vocabulary. Where blocks have a feed-forward
-layer its width is varied, and nothing else. Blocks without one, as Mamba-2's own, vary their number and the width of their
-mixer: a few coarse sizes each, so several pairs are looked through and the one that departs least from the given is taken.
+Parameters are counted outside embedding and head, which depend on the vocabulary. If blocks have a feed-forward layer, only
+its width is varied. Otherwise, as in Mamba-2's own layout, the number of blocks and the width of their mixer are varied: both
+have few possible values, so several pairs are tried and the one closest to the given is used.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from factorization_memory.layers import MIXERS, MixerWidth
 from factorization_memory.models.counting import count
 
 TOLERANCE = 0.005
-"""Relative difference up to which two models count as equally large."""
+"""Maximum relative difference between models of equal size."""
 FEED_FORWARD_MULTIPLES = (32, 16, 8, 4)
-"""Widths of a feed-forward layer are multiples of the first of these that comes near enough."""
+"""Feed-forward widths are multiples of the first of these that comes close enough."""
 FARTHEST = 2.0
 """Depth and mixer width of blocks without feed-forward may change by this factor, up or down."""
 FEED_FORWARD_FARTHEST = 4.0
 """The same for the width of a feed-forward layer."""
 TRIED = 16
-"""Sizes between the least and the largest that are tried for one that fits all."""
+"""Number of sizes between the smallest and the largest to try when looking for one that fits all."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A model made equally large as another."""
+    """A model matched in size to another."""
 
     model: ModelConfig
     parameters: int
     """Outside embedding and head."""
     target: int
     varied: dict[str, tuple[Any, Any]]
-    """Fields that were changed: from, to. Empty where the model was near enough as it was."""
+    """Changed fields: from, to. Empty if the model was already close enough."""
 
     @property
     def difference(self) -> float:
-        """Relative difference that remains."""
+        """Remaining relative difference."""
         return self.parameters / self.target - 1
 
 
@@ -55,7 +55,7 @@ def non_embedding_parameters(model: ModelConfig) -> int:
 def match_parameters(model: ModelConfig, target: int, tolerance: float = TOLERANCE) -> Match:
     """`model` with as many parameters outside embedding and head as `target`, to within `tolerance`.
 
-    Raises ConfigError where no choice comes near enough: it says what was varied and how near it came.
+    Raises ConfigError if no choice comes close enough: it says what was varied and how close it came.
     """
     own = non_embedding_parameters(model)
     if abs(own / target - 1) <= tolerance:
@@ -81,8 +81,7 @@ def reach(model: ModelConfig) -> tuple[int, int]:
 
 
 def fitting_target(models: Sequence[ModelConfig], target: int) -> int | None:
-    """The number of parameters nearest to `target` that all `models` can be given, of those that suggest themselves; None where
-    there is none."""
+    """Of a number of candidates, the parameter count nearest to `target` that all `models` can have; None if there is none."""
     ranges = [reach(model) for model in models]
     lowest, highest = max(least for least, _ in ranges), min(most for _, most in ranges)
     if lowest > highest:
@@ -101,14 +100,14 @@ def fitting_target(models: Sequence[ModelConfig], target: int) -> int | None:
 
 
 def _feed_forward_range(model: ModelConfig) -> tuple[int, int]:
-    """The least and the largest width that a feed-forward layer may take."""
+    """The smallest and the largest width allowed for a feed-forward layer."""
     step = FEED_FORWARD_MULTIPLES[-1]
     lowest = max(1, math.ceil(model.feed_forward_size / FEED_FORWARD_FARTHEST / step)) * step
     return lowest, max(lowest, math.floor(model.feed_forward_size * FEED_FORWARD_FARTHEST / step) * step)
 
 
 def _repeats_range(model: ModelConfig) -> tuple[int, int]:
-    """The fewest and the most repeats of the pattern of mixers that a model may have."""
+    """The fewest and the most repeats allowed of the pattern of mixers."""
     pattern = len(model.mixers)
     fewest = max(1, math.ceil(model.num_layers / FARTHEST / pattern))
     return fewest, max(fewest, math.floor(model.num_layers * FARTHEST / pattern))
@@ -185,12 +184,12 @@ def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> Mo
 
 
 def _width(model: ModelConfig) -> MixerWidth | None:
-    """The width of mixers that is varied: of the first in the pattern that has one."""
+    """The mixer width to vary: that of the first mixer in the pattern that has one."""
     return next((width for name in model.layer_mixers if (width := MIXERS[name].width) is not None), None)
 
 
 def _expands(model: ModelConfig) -> tuple[float, list[float]]:
-    """The ratio of the mixers' width, and all that it may be, itself among them."""
+    """The expansion ratio of the mixers, and all its allowed values, including itself."""
     width = _width(model)
     if width is None:
         return model.expand, [model.expand]
@@ -198,7 +197,7 @@ def _expands(model: ModelConfig) -> tuple[float, list[float]]:
     size = own * base
     widths = range(step * math.ceil(size / FARTHEST / step), math.floor(size * FARTHEST) + 1, step)
     expands = {own, *(each / base for each in widths)}
-    # A quotient that is rounded may not come back as a whole width.
+    # A rounded quotient may not give back an integer width.
     return own, sorted(expand for expand in expands if float(expand * base).is_integer())
 
 

@@ -1,8 +1,8 @@
-"""Models compared on equal terms: as many parameters, the same tokens in the same order, each at its own best learning rate.
+"""Compares models on equal terms: equal parameters, the same tokens in the same order, each at its own best learning rate.
 
-A plan says everything that decides the result; it stands in `plan.json`, and a folder takes no other, but for one with more
-contenders or more seeds: what was trained stays. Its trainings are jobs (processes.py): for each contender short ones to choose
-the learning rate, then one for each seed. What they leave in their run folders is read back into one record (record.py).
+A plan has everything that determines the result. It is stored in `plan.json`; a folder accepts no other plan, except one that
+adds contenders or seeds, which keeps what was trained. Its trainings are jobs (processes.py): for each contender short ones to
+choose the learning rate, then one per seed. Their run folders are read back into one record (record.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from factorization_memory.experiments.processes import Job
 
 PLAN_VERSION = 2
 SAME_COMMAND_MAY_CHANGE = ("data.corpus", "data.read_ahead")
-"""Fields left out of `plan.json`: where the corpus lies (its fingerprint tells which it is) and how it is read."""
+"""Fields omitted from `plan.json`: the corpus's location (its fingerprint identifies it) and how it is read."""
 
 
 SCHEDULE = ("schedule", "warmup_steps", "decay_fraction", "final_ratio")
@@ -36,7 +36,7 @@ SCHEDULE = ("schedule", "warmup_steps", "decay_fraction", "final_ratio")
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a comparison needs to know of its corpus."""
+    """What a comparison needs to know about its corpus."""
 
     folder: Path
     fingerprint: str
@@ -45,13 +45,13 @@ class Corpus:
 
 
 def slug(name: str) -> str:
-    """A contender's name as a folder's."""
+    """A contender's name as a folder name."""
     return re.sub(r"[^\w.+=-]+", "-", name)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender, made equally large and given the shared text and steps."""
+    """A contender, matched in size and with the shared text and steps."""
 
     name: str
     text: str
@@ -60,17 +60,17 @@ class Entry:
     rates: tuple[float, ...]
     """Learning rates to choose from, ascending."""
     seeds: tuple[int, ...]
-    """A training for each."""
+    """One training for each."""
 
     @property
     def slug(self) -> str:
-        """Its name as a folder's."""
+        """Its name as a folder name."""
         return slug(self.name)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what a comparison finds."""
+    """Everything that determines the result of a comparison."""
 
     folder: Path
     entries: tuple[Entry, ...]
@@ -110,11 +110,11 @@ class Plan:
         }
 
     def jobs(self) -> list[Job]:
-        """The first jobs: of each contender its search, or its seeds where there is nothing to search."""
+        """The first jobs: each contender's search, or its seeds if there is nothing to search."""
         return [job for entry in self.entries for job in (self.search_jobs(entry) or self.seed_jobs(entry))]
 
     def after(self, job: Job) -> list[Job]:
-        """The jobs that can begin when `job` has ended: the seeds, after the last of a search."""
+        """The jobs that can start when `job` has ended: the seeds, after the last of a search."""
         entry = next(each for each in self.entries if each.name == job.contender)
         if job.kind != "search" or not all(each.done for each in self.search_jobs(entry)):
             return []
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all trainings together: searches, seeds and those alone."""
+        """Total optimizer steps of all trainings: searches, seeds, and those run alone."""
         each = [
             len(entry.seeds) * entry.config.training.steps
             + (len(entry.rates) * self.search_steps if len(entry.rates) > 1 else 0)
@@ -148,7 +148,7 @@ class Plan:
         return jobs
 
     def seed_jobs(self, entry: Entry) -> list[Job]:
-        """One training for each seed at the chosen learning rate; none while that is not known."""
+        """One training for each seed at the chosen learning rate; none until that is known."""
         rate = self.search(entry)["chosen"]
         if rate is None:
             return []
@@ -161,7 +161,7 @@ class Plan:
         return jobs
 
     def alone_jobs(self) -> list[Job]:
-        """One short training of each contender, to be run one after the other, for their tokens per second."""
+        """One short training of each contender, run one after the other, to measure tokens per second."""
         jobs = []
         for entry in self.entries if self.alone_steps else ():
             training = dataclasses.replace(
@@ -190,7 +190,7 @@ class Plan:
         return {"chosen": chosen, "searched": True, "at_edge": at_edge, "candidates": candidates}
 
     def all_jobs(self) -> Iterator[Job]:
-        """Every job that is known so far."""
+        """Every job known so far."""
         for entry in self.entries:
             yield from self.search_jobs(entry)
             yield from self.seed_jobs(entry)
@@ -206,7 +206,7 @@ class Plan:
 
 
 def _what_fits(configs: Sequence[RunConfig], target: int) -> str:
-    """What sizes contenders can take, and one that fits all: for who asked for one that does not."""
+    """Advice for an impossible size: the sizes contenders can have, and one that fits all."""
     ranges = "; ".join(f"{config.name} {least:,} to {most:,}" for config in configs for least, most in [reach(config.model)])
     number = fitting_target([config.model for config in configs], target)
     remedy = (
@@ -289,7 +289,7 @@ def make_entries(
 
 
 def _held_out(result: dict[str, Any] | None) -> dict[str, float | None]:
-    """Loss and bits per byte of all sources together, at the end of a training."""
+    """Loss and bits per byte over all sources at the end of a training."""
     evaluation = None if result is None else result["evaluation"]
     if evaluation is None or evaluation["bits_per_byte"] is None:
         return {"loss": None, "bits_per_byte": None}

@@ -37,15 +37,15 @@ def make_plan(
     Args:
         rates: learning rates to choose from, by contender.
         seeds: of the trainings, by contender.
-        match_to: number of parameters outside the embedding that all take, or the contender that has it.
-        own_schedules: each contender keeps its own schedule of the learning rate; else all have the first's.
+        match_to: number of parameters outside the embedding for all, or the contender that sets it.
+        own_schedules: each contender keeps its own learning rate schedule; else all use the first's.
         search_seed: of the short trainings that choose the learning rate.
-        search_steps: their steps; None takes `search_fraction` of all.
-        alone_steps: steps of each contender with nothing beside it, for its speed.
+        search_steps: their steps; None means `search_fraction` of all.
+        alone_steps: steps that each contender runs alone, to measure its speed.
         positions: multiples of the training context to evaluate at.
-        max_tokens: held-out tokens of each source that the loss is measured on; None takes all.
-        stretches: of text of each source, read by position.
-        recall: also ask the recall suite.
+        max_tokens: held-out tokens per source to measure the loss on; None means all.
+        stretches: stretches of text per source for the loss by position.
+        recall: also run the recall suite.
 
     Raises ConfigError for what cannot be compared, RuntimeError where contenders would read another text.
     """

@@ -1,4 +1,4 @@
-"""Trainings as processes side by side: started, watched, stopped together, and known by what they leave on disk.
+"""Runs trainings as concurrent processes: starts, watches and stops them; their state is what they leave on disk.
 
 A job is a run folder. The process that works on it reads `job.json` there, trains (or goes on), evaluates, and exits; it is
 done when `result.json` says "finished" and, where an evaluation was asked for, `evaluation.json` is one as asked for. What went
@@ -23,7 +23,7 @@ from factorization_memory.runs.names import EVALUATION_NAME, FAILURE_NAME, JOB_N
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
-"""Between two looks at what a running job has written."""
+"""Polling interval for the output of running jobs."""
 _TAIL_BYTES = 1 << 16
 
 Kind = Literal["search", "seed", "alone"]
@@ -31,12 +31,12 @@ Kind = Literal["search", "seed", "alone"]
 
 @dataclass(frozen=True)
 class Job:
-    """One training, in a process of its own."""
+    """One training, in its own process."""
 
     contender: str
     kind: Kind
     label: str
-    """What tells it from the contender's other jobs: "seed 0", "learning rate 0.001"."""
+    """Distinguishes it from the contender's other jobs: "seed 0", "learning rate 0.001"."""
     folder: Path
     config: RunConfig
     evaluation: dict[str, Any] | None = None
@@ -47,7 +47,7 @@ class Job:
         return f"{self.contender}, {self.label}"
 
     def result(self) -> dict[str, Any] | None:
-        """What `result.json` holds, if the training has finished."""
+        """The contents of `result.json`, if the training has finished."""
         result = read_json_or_none(self.folder / RESULT_NAME)
         return result if result is not None and result["stopped"] == "finished" else None
 
@@ -61,11 +61,11 @@ class Job:
         return bool((self.failure() or {}).get("diverged"))
 
     def failure(self) -> dict[str, Any] | None:
-        """`message`, and whether it `diverged`; None where nothing went wrong."""
+        """`message`, and whether it `diverged`; None if nothing went wrong."""
         return read_json_or_none(self.folder / FAILURE_NAME)
 
     def parallel(self) -> list[int]:
-        """How many jobs could run at once when a process began to work on this one, each number once."""
+        """How many jobs could run at once whenever a process started on this one, without duplicates."""
         return list((read_json_or_none(self.folder / JOB_NAME) or {}).get("parallel", []))
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ class Job:
         return _training_lines(path.read_bytes()) if path.exists() else []
 
     def latest(self) -> dict[str, Any] | None:
-        """The last training line, from the end of the file alone."""
+        """The last training line, reading only the end of the file."""
         try:
             with open(self.folder / METRICS_NAME, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -85,10 +85,10 @@ class Job:
 
 
 class Watcher:
-    """Told how the jobs go; does nothing. Override what you want to see."""
+    """Callbacks on the progress of jobs; the default ones do nothing."""
 
     def on_start(self, job: Job) -> None:
-        """The job's process runs."""
+        """The job's process has started."""
 
     def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
         """The last line that the job's training wrote, about once a second."""
@@ -182,7 +182,7 @@ class _Process:
             "kind": job.kind,
             "threads": threads,
         }
-        # All there have been: a job that goes on may have other company than when it began.
+        # All values so far: a resumed job may run next to a different number of others than before.
         order["parallel"] = sorted({*job.parallel(), parallel})
         order["parent"] = os.getpid()
         write_atomic(job.folder / JOB_NAME, json.dumps(order, ensure_ascii=False, indent=1))
@@ -193,7 +193,7 @@ class _Process:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._log = open(os.open(job.folder / LOG_NAME, flags, 0o666), "ab")  # noqa: SIM115 - open as long as the process
         try:
-            # In a session of its own: Ctrl-C reaches it through us alone, once, and it has time for its checkpoint.
+            # In its own session: Ctrl-C reaches it only through us, once, and it has time for its checkpoint.
             self._process = subprocess.Popen(
                 command(job.folder / JOB_NAME),
                 stdin=subprocess.DEVNULL,
@@ -257,7 +257,7 @@ def is_evaluated(folder: Path, options: dict[str, Any] | None) -> bool:
 def _training_lines(text: bytes) -> list[dict[str, Any]]:
     lines = []
     for line in text.splitlines():
-        # The first may be cut by where reading began, the last by a writer who is not through.
+        # The first line may be cut where reading started, the last may not be completely written yet.
         if line.startswith(b'{"kind": "train"'):
             try:
                 lines.append(parse_json(line))

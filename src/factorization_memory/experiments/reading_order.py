@@ -1,4 +1,4 @@
-"""Whether all contenders of a comparison read the same text in the same order."""
+"""Checks that all contenders of a comparison read the same text in the same order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def same_order(corpus: PackedCorpus, configs: dict[str, RunConfig], seed: int) -
     found = {}
     for name, config in configs.items():
         steps = config.training.steps
-        # The loader knows no more of a run than this.
+        # The loader depends on nothing else of a run.
         known = (config.data.__repr__(), config.sequences_per_step, config.micro_batch_size, config.training.carry_state, steps)
         if known not in digests:
             digest = hashlib.blake2b(digest_size=8)

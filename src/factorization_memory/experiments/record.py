@@ -1,4 +1,4 @@
-"""What a comparison found, read back from its run folders: `compare.json`.
+"""The results of a comparison, read back from its run folders: `compare.json`.
 
 schema_version   2
 command, environment, threads
@@ -38,7 +38,7 @@ FIGURES = (*UNITS, "accuracy")
 
 
 def make_record(plan: Plan) -> dict[str, Any]:
-    """The comparison as far as it has come: all of `compare.json` but the command, the environment and how it was run."""
+    """The comparison so far: all of `compare.json` except the command, the environment and how it was run."""
     contenders = [_contender_record(plan, entry) for entry in plan.entries]
     trained = [contender for contender in contenders if contender["seeds"]]
     for contender in contenders:
@@ -73,7 +73,7 @@ def make_record(plan: Plan) -> dict[str, Any]:
 
 def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
     jobs = plan.seed_jobs(entry)
-    # Those that failed stand in the record's failures.
+    # Failed runs are listed in the record's failures.
     seeds = [_seed_record(plan, job) for job in jobs if job.done and not job.diverged and _finite(job)]
     embedding = entry.config.model.vocab_size * entry.config.model.hidden_size
     embedding *= 1 if entry.config.model.tie_word_embeddings else 2
@@ -153,7 +153,7 @@ def _finite(job: Job) -> bool:
 
 
 def _tokens_per_second(job: Job) -> float | None:
-    """Median over the intervals of the log, the first left out where there are others: it holds what is done once."""
+    """Median over the intervals of the log, without the first (unless it is the only one): it includes one-time costs."""
     rates = [line["tokens_per_second"] for line in job.metrics()]
     return statistics.median(rates[1:] or rates) if rates else None
 
@@ -184,7 +184,7 @@ def _places(seed: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, A
 
 
 def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread over seeds of every figure, in the same places."""
+    """Mean and spread over seeds of every figure, in the same structure."""
     collected: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for seed in seeds:
         for place, part in _places(seed):
@@ -238,7 +238,7 @@ def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _failures(plan: Plan) -> list[dict[str, Any]]:
-    """What is missing: runs that failed, are not through, or could not begin."""
+    """Missing runs: those that failed, are not finished, or could not start."""
     failures = []
     for job in plan.all_jobs():
         failure = job.failure()

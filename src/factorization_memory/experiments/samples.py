@@ -1,4 +1,4 @@
-"""What a model writes after given prompts, as records."""
+"""Continuations of given prompts by a model, as records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run as a library call: train, evaluate, let the model write, report.
+"""One run as a library call: train, evaluate, generate, report.
 
     session = Session(config, "runs/mine")
     session.run(prompts=("Once upon a time",))
@@ -70,7 +70,7 @@ class Session:
 
     def train(self, resume: bool = False) -> dict[str, Any]:
         """Train, evaluating and sampling as the configuration says; returns what `result.json` holds."""
-        self.__dict__.pop("trained", None)  # another checkpoint may be the best now
+        self.__dict__.pop("trained", None)  # the best checkpoint may have changed
         trainer = Trainer(
             self.config,
             self.corpus,
@@ -88,7 +88,7 @@ class Session:
         return checkpoint.name, *load_model(checkpoint, resolve_device(self.config.training.device))
 
     def evaluate(self, **options: Any) -> dict[str, Any]:
-        """The whole evaluation on held-out text; `options` are those of `evaluate_model`."""
+        """The full evaluation on held-out text; `options` are those of `evaluate_model`."""
         checkpoint, model, _, config = self.trained
         return evaluate_model(model, self.corpus, config, checkpoint, **options)
 
@@ -98,7 +98,7 @@ class Session:
         return continue_prompts(model, tokenizer, (prompt,), **options)
 
     def keep_samples(self, samples: list[dict[str, Any]]) -> None:
-        """Keep what `write` returned, for the report."""
+        """Saves what `write` returned, for the report."""
         write_atomic(self.run_dir / SAMPLES_NAME, json.dumps(samples, ensure_ascii=False, indent=1))
 
     def inspect(self, text: str) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Session:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """`config` with the paths in it made absolute, so that the run finds them from wherever it is called later."""
+    """`config` with absolute paths, so that the run finds them from any working directory."""
     corpus, source = str(Path(config.data.corpus).resolve()), config.training.init_from
     if source and source != BUILTIN:
         source = str(Path(source).resolve())

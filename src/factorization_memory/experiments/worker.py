@@ -36,7 +36,7 @@ def command(job_file: Path) -> list[str]:
 def main(job_file: Path) -> int:
     """Work on a job; returns the exit status."""
     try:
-        return _work(job_file)  # which imports what may fail, so that it stands in the log and in failure.json
+        return _work(job_file)  # its imports may fail; this way the error is logged and in failure.json
     except Exception as error:
         traceback.print_exc()
         from factorization_memory.training import TrainingDivergedError
@@ -76,15 +76,15 @@ def _work(job_file: Path) -> int:
     if job["kind"] == "seed":
         prune_checkpoints(folder, 1, None)
     elif list_checkpoints(folder):
-        # Of a search or a timing, only the figures matter.
+        # For a search or a timing, only the figures matter.
         shutil.rmtree(folder / CHECKPOINTS_NAME)
     return 0
 
 
 def end_with(parent: int) -> None:
-    """Stop as SIGTERM does when the process `parent` that started this one is gone: killed, it could not say so.
+    """Stops as on SIGTERM when the parent process `parent` is gone: if it was killed, it could not stop this one.
 
-    Does nothing where another started this one, as a person may by hand.
+    Does nothing if another process started this one, as when run by hand.
     """
 
     def watch() -> None:
@@ -97,7 +97,7 @@ def end_with(parent: int) -> None:
 
 
 def _record_memory(folder: Path, device: torch.device) -> None:
-    """Peak memory of the training, the largest of all its parts where it was resumed."""
+    """Records the peak memory of the training: the maximum over its parts if it was resumed."""
     import torch
 
     from factorization_memory.runs.record import write_json

@@ -1,6 +1,6 @@
-"""Text from a trained model: `generate` continues a prompt, `generate_batch` many, `SamplingConfig` says how the next token is
-chosen. Below them `Engine` continues token ids, of requests that come and go, and `steps_for` gives one step of a batch (on a
-GPU as a CUDA graph)."""
+"""Text generation: `generate` continues one prompt, `generate_batch` many; `SamplingConfig` sets how the next token is chosen.
+Underneath, `Engine` continues token ids of requests that may come and go, and `steps_for` runs decoding steps of a batch (as a
+CUDA graph on a GPU)."""
 
 from factorization_memory.generation.decode import Generation, generate, generate_batch
 from factorization_memory.generation.engine import Engine, LogitsError

@@ -1,4 +1,4 @@
-"""Text from a prompt: read once, and continued by the engine one token after the other, at memory that does not grow."""
+"""Generates text: each prompt is read once, then the engine continues it token by token in constant memory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Generation:
     """One continuation of a prompt."""
 
     text: str
-    """The continuation, without the prompt, the stop string that ended it, and a last character that is incomplete."""
+    """The continuation, without the prompt, the stop string that ended it, or an incomplete last character."""
     tokens: list[int]
-    """Every token generated, also those of a stop string or the end of the document."""
+    """All tokens generated, including those of a stop string or the end of the document."""
     stop_reason: StopReason
     """What ended it: `max_tokens`, the model's end of document, or a stop string."""
     prompt_tokens: int
@@ -38,7 +38,7 @@ class Generation:
     seconds: float
     """From the end of the prefill to this sample's last token, without `capture_seconds`."""
     capture_seconds: float = 0.0
-    """On a GPU, time that captures of the step as a CUDA graph took until then."""
+    """On a GPU, time spent capturing CUDA graphs of the step until then."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,14 +60,13 @@ def generate(
 ) -> list[Generation]:
     """Continue a prompt `num_samples` times.
 
-    The prompt is read once, in chunks of `prefill_chunk` tokens (None takes `default_chunk`); the samples then go on from
-    copies of its state, all in one batch, and a finished one leaves the batch (on a GPU, where another size is another CUDA
-    graph, once half of them have finished). A sample ends after `max_tokens` tokens, at the end-of-document token, or before
-    the first of the `stop` strings. Only tokens that stand for text, and the end of the document, can be drawn.
+    The prompt is read once, in chunks of `prefill_chunk` tokens (None means `default_chunk`); the samples then continue from
+    copies of its state in one batch, which finished samples leave (on a GPU, where each batch size needs its own CUDA graph,
+    only once half have finished). A sample ends after `max_tokens` tokens, at the end-of-document token, or before the first
+    of the `stop` strings. Only text tokens and the end-of-document token can be drawn.
 
-    `on_text(sample, piece)` receives the text as it is made, in whole characters (one that is incomplete at the end is
-    dropped); a piece that may be the beginning of a stop string is held back until that is settled, so the pieces of a sample
-    join to exactly its text.
+    `on_text(sample, piece)` receives the text as it is generated, in whole characters (an incomplete last one is dropped).
+    Text that may begin a stop string is held back until that is known, so the pieces of a sample concatenate to its text.
 
     Raises ValueError for an empty prompt or an argument out of range.
     """
@@ -91,11 +90,11 @@ def generate_batch(
     prefill_chunk: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Continue each of `prompts`, of any lengths, `num_samples` times, all at once. `generate` of each alone draws the same
-    random numbers.
+    """Continue each of `prompts`, of any lengths, `num_samples` times, in one batch. `generate` on each prompt alone draws the
+    same random numbers.
 
-    The prompts are read packed one behind the other, without padding. Returns the samples of the first prompt, then those of
-    the second, and so on; `on_text(i, piece)` counts them in this order. All else is as in `generate`.
+    The prompts are packed for reading, without padding. Returns the samples of the first prompt, then those of the second, and
+    so on; `on_text(i, piece)` numbers them in this order. Everything else is as in `generate`.
 
     Raises ValueError for no prompts, an empty one, an argument out of range, or more samples than the machine can hold.
     """
@@ -147,7 +146,7 @@ def _continue(
     sampling: SamplingConfig,
     prefill_chunk: int | None,
 ) -> list[Generation]:
-    """The prompts continued to the end, as many times as there are streams of text for each."""
+    """Runs the continuations to the end: each prompt has an equal share of `streams`."""
     num_samples, device = len(streams) // len(prompt_ids), device_of(model)
     engine = Engine(model, len(streams), prefill_chunk)
     begin = time.perf_counter()
@@ -158,8 +157,8 @@ def _continue(
     begin = time.perf_counter()
     barred = barred_tokens(tokenizer, model.config.vocab_size).to(device)
     engine.admit([Request(prompts[n // num_samples], sampling, n % num_samples, barred) for n in range(len(streams))])
-    del prompts  # their state, which is copied into the slots
-    going = list(range(len(streams)))  # by slot, which continuation runs there
+    del prompts  # frees their state, which has been copied into the slots
+    going = list(range(len(streams)))  # by slot, the continuation running there
     finished: dict[int, Generation] = {}
     while engine.running:
         for slot, token in engine.step().items():

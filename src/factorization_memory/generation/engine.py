@@ -1,7 +1,7 @@
-"""Generation for many sequences at once, on token ids alone: requests are admitted to slots, step together, and are released.
+"""Batched generation on token ids: requests are admitted to slots, step together, and are released.
 
-The slots share one state of fixed size, so that on a GPU a single CUDA graph serves all requests, however they come and go.
-Text stands on top of this (`generate`).
+The slots share one pooled state of fixed size, so on a GPU a single CUDA graph serves all requests as they come and go.
+`generate` adds text on top.
 
 Shapes: S slots, T tokens, V vocabulary size.
 """
@@ -30,7 +30,7 @@ class LogitsError(ValueError):
     """Logits of some slots are NaN or infinite.
 
     Attributes:
-        slots: which. Once these are released, the others go on as if they had never been there.
+        slots: the slots affected. Once they are released, the others continue unaffected.
     """
 
     def __init__(self, message: str, slots: list[int]) -> None:
@@ -40,28 +40,28 @@ class LogitsError(ValueError):
 
 @dataclass
 class _Running:
-    """A request in its slot."""
+    """A request running in a slot."""
 
     length: int
-    """Tokens of the prompt and drawn."""
+    """Number of tokens, prompt included."""
     logits: Tensor | None
-    """After the prompt, `[V]`, until the first token is drawn from them."""
+    """Logits `[V]` after the prompt, until the first token is drawn from them."""
     unread: bool = False
     """Whether the model has yet to read the last token drawn."""
 
 
 class Engine:
-    """Continues prompts in a fixed number of slots, one token of each in a step; requests may come and go between steps.
+    """Continues prompts in a fixed number of slots, one token per step each; requests may come and go between steps.
 
-    A request's tokens do not depend on the other requests, on when it is admitted, or on its slot (but for rounding, which may
-    differ with the number of slots and with the prompts that are read together). Free slots are computed too, so a CPU is
-    served best by few. Not to be called from several threads at once.
+    A request's tokens do not depend on other requests, on when it is admitted, or on its slot (except for rounding, which may
+    vary with the number of slots and with the prompts read together). Free slots are computed too, so use few on a CPU. Not
+    thread-safe.
 
     Args:
         model: in evaluation mode.
-        slots: S, requests that can run at once. Their state is allocated by the first step that needs it (and captured on a
-            GPU).
-        prefill_chunk: prompt tokens read in one forward; None takes `default_chunk`.
+        slots: S, the number of requests that can run at once. Their state is allocated (and on a GPU the step captured) by the
+            first step that needs it.
+        prefill_chunk: prompt tokens per forward pass; None means `default_chunk`.
 
     Raises:
         ValueError: an argument out of range, or more slots than the machine can hold.
@@ -84,12 +84,12 @@ class Engine:
         self._running: dict[int, _Running] = {}  # by slot
         self._pool = StatePool(model, slots)
         self._sampler = SlotSampler(slots, model.config.vocab_size, device)
-        self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)  # drawn last
-        self._logits: Tensor | None = None  # [S, V], while no token has been drawn from them
+        self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)  # the last ones drawn
+        self._logits: Tensor | None = None  # [S, V], until tokens are drawn from them
 
     @property
     def slots(self) -> int:
-        """S, requests that can run at once."""
+        """S, the number of requests that can run at once."""
         return self._pool.slots
 
     @property
@@ -104,27 +104,27 @@ class Engine:
 
     @property
     def capture_seconds(self) -> float:
-        """On a GPU, time that captures of the step as a CUDA graph took so far."""
+        """On a GPU, time spent capturing CUDA graphs of the step so far."""
         return self._pool.capture_seconds
 
     @torch.inference_mode(False)
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Prefilled]:
-        """Read prompts, packed one behind the other, for requests to go on from. No slot is needed.
+        """Read prompts, packed, for requests to continue from. Needs no slot.
 
         Raises:
-            ValueError: a prompt is empty or has an id that is not the model's.
+            ValueError: a prompt is empty or has an id outside the model's vocabulary.
         """
         return self._prefill([token_ids(f"prompts[{i}]", prompt, self.model) for i, prompt in enumerate(prompts)])
 
     @torch.inference_mode(False)
     def admit(self, requests: Sequence[Request]) -> list[int]:
-        """Read those prompts that have not been read, packed one behind the other, and give each request a slot.
+        """Read the prompts that are not yet prefilled, packed, and give each request a slot.
 
         Returns:
             The slots, in the order of the requests.
 
         Raises:
-            ValueError: fewer slots are free, or a request cannot be served. None is admitted then.
+            ValueError: too few slots are free, or a request is invalid. No request is then admitted.
         """
         free = self.free
         if len(requests) > len(free):
@@ -146,10 +146,10 @@ class Engine:
         return slots
 
     def release(self, slot: int) -> None:
-        """End the request in this slot, which is free then.
+        """End the request in this slot and free the slot.
 
         Raises:
-            ValueError: no request runs in it.
+            ValueError: no request is running in it.
         """
         if slot not in self._running:
             raise ValueError(f"slot={slot!r}: no request runs there; running are those in {self.running}")
@@ -163,13 +163,13 @@ class Engine:
         """Draw the next token of every request; returns them by slot.
 
         Raises:
-            LogitsError: logits are NaN or infinite. No token is drawn; release the slots that it names to go on.
+            LogitsError: logits are NaN or infinite. No token is drawn; release the slots it names to continue.
         """
         if not self._running:
             return {}
         self._logits = self._next_logits()
         draw = self._sampler.draw(self._logits)
-        # Read together: each reading waits for the device.
+        # Read together: each transfer waits for the device.
         tokens, finite = torch.stack([draw.tokens, draw.finite.to(draw.tokens.dtype)]).tolist()
         self._require_finite([slot for slot, fine in zip(draw.slots, finite, strict=True) if not fine])
         self._sampler.accept(draw)
@@ -179,15 +179,15 @@ class Engine:
         return dict(sorted(zip(draw.slots, tokens, strict=True)))
 
     def worth_compacting(self) -> bool:
-        """Whether so few slots are in use that `compact` pays: on a GPU it costs another capture."""
+        """Whether few enough slots are in use for `compact` to pay off: on a GPU it costs another capture."""
         return self._pool.worth_compacting()
 
     @torch.inference_mode(False)
     def compact(self) -> list[int]:
-        """Give up the free slots, for good: the requests move to slots 0, 1, ... in their order. One slot at least is kept.
+        """Permanently drop the free slots: the requests move to slots 0, 1, ... in order. At least one slot is kept.
 
         Returns:
-            The slot that each of the slots there now was before.
+            For each remaining slot, its previous number.
         """
         kept = self.running or [0]
         if len(kept) < self.slots:
@@ -205,7 +205,7 @@ class Engine:
         return [Prefilled(self.model, tokens, logits[row], state, row) for row, tokens in enumerate(ids)]
 
     def _next_logits(self) -> Tensor:
-        """What the next token of each slot is drawn from, `[S, V]`; of free ones anything."""
+        """Logits of the next token of each slot, `[S, V]`; arbitrary for free slots."""
         logits = self._logits
         reading = [slot for slot, one in self._running.items() if one.unread]
         if reading:

@@ -1,4 +1,4 @@
-"""The states of many sequences in one pooled state of fixed size, a slot each, of which some may be free.
+"""A pooled state of fixed size, with one slot per sequence; slots may be free.
 
 Shapes: S slots, V vocabulary size.
 """
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel, ModelState
 
 SMALL_BATCH = 8
-"""A CUDA graph of up to this many sequences is kept as they end: it takes about as long as one of fewer."""
+"""CUDA graphs of up to this many sequences are not compacted as sequences end: smaller ones take about as long."""
 FREE_SLOT_TOKENS = 64
-"""Tokens that a free slot of a growing state is fed before it is emptied."""
+"""Tokens fed to a free slot of a growing state before it is emptied."""
 
 
 def slot_bytes(model: LanguageModel, tokens: int = 0) -> int:
-    """Memory that a slot takes once it has read `tokens`: its state, and as logits, scores and history a number for every id.
-    None of it is allocated."""
+    """Bytes of a slot after `tokens` tokens: its state, and its rows of vocabulary size for logits, scores and history.
+    Computed without allocating."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return model.initial_state(1, tokens).num_bytes + 8 * model.config.vocab_size
 
 
 class StatePool:
-    """Where the sequences in S slots stand. It is allocated by the first step, and on a GPU captured; sequences that come and
-    go after that change nothing in its size.
+    """The pooled state of the sequences in S slots. It is allocated (on a GPU: captured) by the first step; its size does not
+    change as sequences come and go.
 
     Args:
         model: in evaluation mode.
@@ -41,7 +41,7 @@ class StatePool:
 
     Attributes:
         slots: S.
-        capture_seconds: time that captures of the step as a CUDA graph took so far.
+        capture_seconds: time spent capturing CUDA graphs of the step so far.
     """
 
     def __init__(self, model: LanguageModel, slots: int) -> None:
@@ -49,41 +49,41 @@ class StatePool:
         self.capture_seconds = 0.0
         self._model = model
         self._steps: Steps | None = None
-        self._held: set[int] = set()  # slots of sequences in the state of `_steps`
-        self._waiting: dict[int, tuple[ModelState, int]] = {}  # of others the state, and which of its sequences they are
+        self._held: set[int] = set()  # slots whose sequences are in the state of `_steps`
+        self._waiting: dict[int, tuple[ModelState, int]] = {}  # the other slots: a state and the row in it
         self._forwards = 0
 
     def put(self, slot: int, state: ModelState, row: int) -> None:
-        """A sequence begins in a free slot: sequence `row` of `state`, which is not copied before it is stepped."""
+        """Start a sequence in a free slot from row `row` of `state`, which is not copied until it is stepped."""
         self._waiting[slot] = (state, row)
 
     def remove(self, slot: int) -> None:
-        """The slot is free."""
+        """Free the slot."""
         self._held.discard(slot)
         self._waiting.pop(slot, None)
         if not self._held and not self._waiting and grows(self._model):
             self._steps = None  # as large as the longest text so far
 
     def worth_compacting(self) -> bool:
-        """Whether steps of fewer slots would save more than it costs to make them, a capture on a GPU."""
+        """Whether fewer slots would save more time per step than switching costs (a capture on a GPU)."""
         used = len(self._held) + len(self._waiting)
         if self._steps is None or not self._steps.captured:
             return used < self.slots
         return self.slots > SMALL_BATCH and used <= self.slots // 2
 
     def compact(self, kept: list[int]) -> None:
-        """Slot i becomes what `kept[i]` was; there are no others any more."""
+        """Keep only the slots `kept`: slot `kept[i]` becomes slot i."""
         waiting = {new: self._waiting[old] for new, old in enumerate(kept) if old in self._waiting}
         held = [(new, old) for new, old in enumerate(kept) if old in self._held]
         if self._steps is not None and held:
             state = self._steps.state.select([old for _, old in held])
             waiting |= {new: (state, row) for row, (new, _) in enumerate(held)}
-        self._steps = None  # the old pool is let go before a new one is made
+        self._steps = None  # free the old pool before allocating a new one
         self._waiting, self._held, self.slots = waiting, set(), len(kept)
 
     def step(self, tokens: Tensor, reading: list[int]) -> Tensor:
-        """Logits `[S, V]`, which the next step may overwrite, after `tokens` int64 `[S]`. Only those of the slots `reading`
-        mean anything: free slots are fed anything, and sequences of others that wait stay where they are."""
+        """Logits `[S, V]`, which the next step may overwrite, after `tokens` int64 `[S]`. Only rows of the slots `reading` are
+        meaningful: free slots read arbitrary tokens, and sequences waiting in other slots do not advance."""
         steps = self._allocated()
         self._load(steps, [slot for slot in reading if slot in self._waiting])
         if grows(self._model) and self._forwards % FREE_SLOT_TOKENS == 0:
@@ -101,7 +101,7 @@ class StatePool:
         return self._steps
 
     def _load(self, steps: Steps, slots: list[int]) -> None:
-        """Copy in the sequences that wait for these slots."""
+        """Copy in the sequences waiting in these slots."""
         together: dict[int, list[int]] = {}
         for slot in slots:
             together.setdefault(id(self._waiting[slot][0]), []).append(slot)
@@ -114,13 +114,13 @@ class StatePool:
                 del self._waiting[slot]
 
     def _empty_free_slots(self, steps: Steps) -> None:
-        """So that those of a growing state do not grow without end."""
+        """Keeps the free slots of a growing state from growing without bound."""
         free = [slot for slot in range(self.slots) if slot not in self._held]
         if free:
             steps.load(self._model.initial_state(len(free)), free)
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait for what runs on a GPU, so that the clock tells what it took."""
+    """Synchronizes with a GPU, so that wall-clock times include its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Reads prompts: many of any lengths, packed one behind the other and cut into chunks, each of them one forward.
+"""Prefill: prompts of any lengths are packed and cut into chunks, one forward pass each.
 
 Shapes: N prompts, T tokens, V vocabulary size.
 """
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def default_chunk(device: torch.device) -> int:
-    """Prompt tokens to read at a time: on a GPU enough to fill it, on a CPU few enough for its caches."""
+    """Prompt tokens per chunk: enough to fill a GPU, few enough for the caches of a CPU."""
     return 16384 if device.type == "cuda" else 1024
 
 
 def prefill(model: LanguageModel, tokens: Tensor, chunk: int | None = None) -> tuple[Tensor, ModelState]:
-    """Logits [1, V] after the last of `tokens` (int64 [T], T >= 1) and the state of one row; `chunk` tokens in one forward."""
+    """Logits [1, V] after the last of `tokens` (int64 [T], T >= 1) and the state of one row; `chunk` tokens per forward."""
     return prefill_batch(model, [tokens], chunk)
 
 
@@ -31,13 +31,13 @@ def prefill(model: LanguageModel, tokens: Tensor, chunk: int | None = None) -> t
 def prefill_batch(model: LanguageModel, prompts: Sequence[Tensor], chunk: int | None = None) -> tuple[Tensor, ModelState]:
     """Logits [N, V] after the last token of each of N prompts, and the state of N rows.
 
-    The prompts are packed one behind the other and cut every `chunk` tokens (None takes `default_chunk`): each forward is full,
-    and a prompt that is cut goes on from its state in the next one.
+    The prompts are packed and cut every `chunk` tokens (None means `default_chunk`): every forward pass but the last is full,
+    and a prompt that is cut continues from its state in the next one.
 
     Args:
         model: in evaluation mode.
         prompts: int64 [T] each, T >= 1.
-        chunk: tokens in one forward.
+        chunk: tokens per forward pass.
     """
     device = prompts[0].device
     packed = torch.cat(list(prompts))
@@ -48,11 +48,11 @@ def prefill_batch(model: LanguageModel, prompts: Sequence[Tensor], chunk: int | 
     carried: ModelState | None = None
     for start in range(0, borders[-1], chunk):
         stop = min(start + chunk, borders[-1])
-        # Prompts with tokens in this piece: from `first` up to, not with, `end`. The last of them may be cut.
+        # Prompts with tokens in this piece: `first` up to but excluding `end`. The last may be cut.
         first, end = bisect_right(borders, start) - 1, bisect_left(borders, stop)
         whole = end if borders[end] == stop else end - 1
         cu_seqlens = None
-        if end - first > 1:  # one sequence needs no borders, and costs less without
+        if end - first > 1:  # a single sequence needs no boundaries, and is cheaper without
             cuts = [0, *(border - start for border in borders[first + 1 : end]), stop - start]
             cu_seqlens = torch.tensor(cuts, dtype=torch.int32, device=device)
             carried = None if carried is None else carried.place([0], end - first)
@@ -62,9 +62,9 @@ def prefill_batch(model: LanguageModel, prompts: Sequence[Tensor], chunk: int | 
         if first == 0 and whole == len(prompts):
             final = state
         elif whole > first:
-            # Into one state of all prompts, so that none is held twice.
+            # Copy into one state of all prompts, so that none is stored twice.
             final = model.initial_state(len(prompts)) if final is None else final
-            # Views: the last of the piece may not be at its end.
+            # Slices (views) leave out the last prompt if it is cut.
             final.load(state.apply(lambda tensor, ended=whole - first: tensor[:ended]), list(range(first, whole)))
     assert final is not None, "there is no prompt without tokens"
     return torch.cat(last_logits), final

@@ -1,4 +1,4 @@
-"""What is asked of the engine: a prompt as token ids, or one that has been read, and how its continuation is drawn.
+"""Requests to the engine: a prompt, as token ids or already prefilled, and how to sample its continuation.
 
 Shapes: T tokens, V vocabulary size.
 """
@@ -21,37 +21,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """A prompt that has been read (`Engine.prefill`). Any number of requests can go on from it, each from its own copy of the
+    """A prompt that has been read (`Engine.prefill`). Any number of requests can continue it, each from its own copy of the
     state."""
 
     model: LanguageModel
-    """The model that has read it."""
+    """The model that read it."""
     tokens: Tensor
     """The prompt, int64 `[T]`."""
     logits: Tensor
-    """After its last token, `[V]`."""
+    """Logits after its last token, `[V]`."""
     state: ModelState
-    """Of all prompts that were read together; never changed."""
+    """State of all prompts read together; never modified."""
     row: int
-    """Which of them this one is."""
+    """Row of this prompt in `state`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt to continue. The tokens drawn depend on nothing but what stands here, and the model."""
+    """A prompt to continue. The tokens drawn depend only on these fields and the model."""
 
     prompt: Sequence[int] | Prefilled
-    """Token ids, at least one; or a prompt that has been read."""
+    """At least one token id; or a prefilled prompt."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the next token is chosen."""
     sample: int = 0
     """Which sample of the prompt this is: the random numbers are a function of (`sampling.seed`, `sample`)."""
     barred: Tensor | None = None
-    """Tokens that are never drawn, bool `[V]` on the model's device. Requests that share one tensor are drawn together."""
+    """Tokens never drawn, bool `[V]` on the model's device. Requests that share the same tensor are sampled together."""
 
 
 def token_ids(name: str, prompt: Sequence[int], model: LanguageModel) -> Tensor:
-    """The prompt as int64 `[T]` on the model's device. ValueError, by this name, unless it has ids of the model alone."""
+    """The prompt as int64 `[T]` on the model's device. Raises ValueError, under this name, for ids outside the model's
+    vocabulary."""
     size = model.config.vocab_size
     if len(prompt) == 0:
         raise ValueError(f"{name}={prompt!r}: it holds no token to start from; give one id or more")
@@ -68,7 +69,7 @@ def token_ids(name: str, prompt: Sequence[int], model: LanguageModel) -> Tensor:
 
 
 def check_request(name: str, request: Request, model: LanguageModel) -> None:
-    """ValueError, by this name, for a request that cannot be served. The token ids of a prompt are left to `token_ids`."""
+    """Raises ValueError, under this name, for an invalid request. `token_ids` checks the token ids of a prompt."""
     size, device, barred = model.config.vocab_size, device_of(model), request.barred
     if isinstance(request.prompt, Prefilled) and request.prompt.model is not model:
         raise ValueError(f"{name}.prompt: another model has read it; prefill it with this engine")

@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature, filters, penalty, and draws that depend on nothing but a seed."""
+"""From logits to the next token: temperature, filters, repetition penalty, and draws that depend only on a seed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SamplingConfig:
 
 def sample_generator(seed: int, number: int) -> torch.Generator:
     """The random generator of sample `number` of a prompt, a function of (seed, number)."""
-    # Neighbouring seeds of the Mersenne twister start alike; a prime stride and a warm-up draw keep samples apart.
+    # Adjacent seeds of the Mersenne twister give similar first numbers; a prime stride and a warm-up draw decorrelate samples.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % (1 << 63))
     torch.rand(8, generator=generator)
     return generator
@@ -61,34 +61,34 @@ def sample_generators(seed: int, num_samples: int) -> list[torch.Generator]:
 
 
 class Uniforms:
-    """Uniform random numbers for many slots, each with a generator of its own. They are drawn for many tokens at a time: one
+    """Uniform random numbers for many slots, each with its own generator. They are drawn for many tokens at a time: drawn one
     by one they would cost as much as a step of a large batch.
 
     Args:
-        slots: how many.
-        device: where the numbers are wanted.
+        slots: number of slots.
+        device: where the numbers are needed.
     """
 
     block = 64
-    """Tokens that numbers are drawn for at a time."""
+    """Tokens per block of numbers drawn at once."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
-        # A ring in time: row `t % block` has the numbers of draw t, so that a draw of all slots is one row.
+        # A circular buffer over time: row `t % block` has the numbers of draw t, so a draw for all slots is one row.
         self._drawn = torch.zeros(self.block, slots, dtype=torch.float64, device=device)
         self._time = 0
         self._generators: dict[int, torch.Generator] = {}
         self._due: dict[int, int] = {}  # the draw for which a slot's next block is needed
 
     def begin(self, slot: int, generator: torch.Generator) -> None:
-        """From the next draw on the slot's numbers are those of this CPU generator, from its first."""
+        """From the next draw on, the slot's numbers come from this CPU generator."""
         self._generators[slot], self._due[slot] = generator, self._time
 
     def end(self, slot: int) -> None:
-        """The slot needs no numbers any more."""
+        """The slot needs no more numbers."""
         del self._generators[slot], self._due[slot]
 
     def peek(self) -> Tensor:
-        """The numbers of the draw to come, float64 `[slots]`; of slots without a generator any."""
+        """The numbers of the upcoming draw, float64 `[slots]`; arbitrary for slots without a generator."""
         due = [slot for slot, time in self._due.items() if time == self._time]
         if due:
             blocks = [torch.rand(self.block, generator=self._generators[slot], dtype=torch.float64) for slot in due]
@@ -99,11 +99,11 @@ class Uniforms:
         return self._drawn[self._time % self.block]
 
     def advance(self) -> None:
-        """The draw is done."""
+        """Move on to the next draw."""
         self._time += 1
 
     def select(self, slots: list[int]) -> None:
-        """Slot i becomes what `slots[i]` was; there are no others any more."""
+        """Keep only the given slots: slot `slots[i]` becomes slot i."""
         self._drawn = self._drawn[:, slots]
         used = [(new, old) for new, old in enumerate(slots) if old in self._generators]
         self._generators = {new: self._generators[old] for new, old in used}
@@ -117,9 +117,9 @@ def sample(
 
     Args:
         logits: [B, V], any float dtype; -inf bars a token.
-        generators: one CPU generator for each row; each gives one uniform number (none when greedy). Or these numbers,
-            float64 [B].
-        history: bool [B, V], True for the tokens that the repetition penalty holds against the row.
+        generators: one CPU generator per row, each giving one uniform number (none when greedy); or these numbers, float64
+            [B].
+        history: bool [B, V], True for tokens that the repetition penalty applies to.
 
     Returns int64 [B], on the device of the logits.
     """
@@ -129,7 +129,7 @@ def sample(
         scores = torch.where(history, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     if config.temperature == 0:
         return scores.argmax(dim=-1)
-    # The best logit is taken off first and the rest is float64, so that a very small temperature gives no NaN.
+    # Subtract the maximum first and divide in float64, so that a very small temperature gives no NaN.
     scores = (scores - scores.amax(dim=-1, keepdim=True)).double() / config.temperature
     weights = _filter(scores.softmax(dim=-1), config)
     if not isinstance(generators, Tensor):
@@ -137,12 +137,12 @@ def sample(
     uniform = generators.to(weights.device)
     cumulative = weights.cumsum(dim=-1)
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    # Rounding can put a draw past the last token: that draw is the likeliest one's.
+    # Rounding can put a draw past the last token: take the likeliest token then.
     return torch.where(drawn < logits.shape[-1], drawn, weights.argmax(dim=-1))
 
 
 def _filter(probabilities: Tensor, config: SamplingConfig) -> Tensor:
-    """Probabilities [B, V] with the tokens that a filter drops at zero; not renormalised."""
+    """Probabilities [B, V] with filtered tokens set to zero; not renormalized."""
     size = probabilities.shape[-1]
     if config.top_k is None and config.top_p is None and config.min_p is None:
         return probabilities

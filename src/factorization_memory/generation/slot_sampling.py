@@ -1,6 +1,6 @@
-"""The next token of many sequences at once, each drawn in its own way and by its own random numbers.
+"""Samples the next token of many sequences at once, each with its own settings and random numbers.
 
-Shapes: S slots, N of them drawn for, V vocabulary size.
+Shapes: S slots, N of them sampled, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from factorization_memory.generation.sampling import SamplingConfig, Uniforms, s
 
 @dataclass(frozen=True)
 class _Group:
-    """Slots whose tokens are drawn in one call: they differ in nothing but their random numbers."""
+    """Slots sampled in one call: they differ only in their random numbers."""
 
     sampling: SamplingConfig
     barred: Tensor | None
@@ -24,7 +24,7 @@ class _Group:
     index: Tensor
     """The slots, int64."""
     whole: bool
-    """Whether they are all there are."""
+    """Whether these are all slots."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """The group's rows of `[S, ...]`."""
@@ -36,17 +36,17 @@ class Draw:
     """Tokens of N slots."""
 
     slots: list[int]
-    """Which, in any order."""
+    """The slots, in any order."""
     index: Tensor
     """The same, int64 `[N]`."""
     tokens: Tensor
     """int64 `[N]`."""
     finite: Tensor
-    """Whether the logits of the slot are finite, bool `[N]`; its token means nothing if they are not."""
+    """Whether the logits of the slot are finite, bool `[N]`; if not, its token is meaningless."""
 
 
 class SlotSampler:
-    """How tokens are drawn in S slots, and what was drawn there.
+    """Samples tokens in S slots and records the tokens drawn.
 
     Args:
         slots: S.
@@ -56,38 +56,38 @@ class SlotSampler:
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
         self._slots, self._vocab_size, self._device = slots, vocab_size, device
-        self._ways: dict[int, tuple[SamplingConfig, Tensor | None]] = {}  # by slot: sampling but for the seed, tokens barred
+        self._ways: dict[int, tuple[SamplingConfig, Tensor | None]] = {}  # by slot: sampling without the seed, barred tokens
         self._uniforms = Uniforms(slots, device)
-        self._history: Tensor | None = None  # bool [S, V], tokens held against a slot; None: against none
-        self._groups: list[_Group] | None = None  # None: requests have come or gone
+        self._history: Tensor | None = None  # bool [S, V], tokens to penalize; None: no slot has a penalty
+        self._groups: list[_Group] | None = None  # None: stale, requests have come or gone
 
     def begin(self, slot: int, request: Request, tokens: Tensor) -> None:
-        """A request in a free slot, whose prompt is `tokens`, int64 `[T]`."""
+        """Start a request in a free slot; its prompt is `tokens`, int64 `[T]`."""
         if request.sampling.repetition_penalty != 1:
             if self._history is None:
                 self._history = torch.zeros(self._slots, self._vocab_size, dtype=torch.bool, device=self._device)
             self._history[slot] = False
             self._history[slot, tokens] = True
-        # Not the request, whose prompt may hold a large state.
+        # Do not keep the request: its prompt may hold a large state.
         self._ways[slot] = (replace(request.sampling, seed=0), request.barred)
         self._uniforms.begin(slot, sample_generator(request.sampling.seed, request.sample))
         self._groups = None
 
     def end(self, slot: int) -> None:
-        """The slot is free."""
+        """Free the slot."""
         del self._ways[slot]
         self._uniforms.end(slot)
         self._groups = None
 
     def compact(self, kept: list[int]) -> None:
-        """Slot i becomes what `kept[i]` was; there are no others any more."""
+        """Keep only the slots `kept`: slot `kept[i]` becomes slot i."""
         self._ways = {new: self._ways[old] for new, old in enumerate(kept) if old in self._ways}
         self._uniforms.select(kept)
         self._history = None if self._history is None else self._history[kept]
         self._groups, self._slots = None, len(kept)
 
     def draw(self, logits: Tensor) -> Draw:
-        """The next token of every request, by the logits `[S, V]`. Until it is accepted another draw gives the same."""
+        """Draws the next token of every request from the logits `[S, V]`. Repeated draws agree until one is accepted."""
         if self._groups is None:
             self._groups = self._grouped()
         groups, uniforms = self._groups, self._uniforms.peek()
@@ -98,7 +98,7 @@ class SlotSampler:
         return Draw(slots, torch.cat([group.index for group in groups]), torch.cat(drawn), torch.cat(finite))
 
     def accept(self, draw: Draw) -> None:
-        """The tokens stand: they count as repeated from now on, and the next draw is by other numbers."""
+        """Accepts the tokens: the repetition penalty now applies to them, and the next draw uses new random numbers."""
         self._uniforms.advance()
         if self._history is not None:
             self._history[draw.index, draw.tokens] = True
@@ -120,4 +120,4 @@ class SlotSampler:
             allowed = allowed.masked_fill(group.barred, -torch.inf)
         history = None if group.sampling.repetition_penalty == 1 or self._history is None else group.of(self._history)
         drawn = sample(allowed, group.sampling, group.of(uniforms), history)
-        return drawn, allowed.amax(dim=-1).isfinite()  # NaN goes through the maximum
+        return drawn, allowed.amax(dim=-1).isfinite()  # the maximum propagates NaN

@@ -1,4 +1,4 @@
-"""Text out of tokens: streamed in whole characters, never a part of a stop string."""
+"""Turns tokens into streamed text: whole characters only, never part of a stop string."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
 
 StopReason = Literal["length", "document_end", "stop_string"]
-"""What ends a continuation: its greatest number of tokens, the model's end of document, or a stop string."""
+"""Why a continuation ended: the token limit, the model's end-of-document token, or a stop string."""
 
 
 def note_on_prompt(tokenizer: Tokenizer, prompt: str) -> str | None:
-    """What to say of a prompt that ends in a space, where the tokenizer has the space before a word in the word's token; None
-    for other prompts. In texts so encoded hardly any word stands behind a space that is a token of its own."""
+    """A warning for a prompt that ends in a space, if the tokenizer merges the space before a word into the word's token; None
+    otherwise. With such a tokenizer, words almost never follow a separate space token."""
     if not prompt.endswith(" ") or not any(piece.startswith(b" ") and len(piece) > 1 for piece in tokenizer.token_bytes):
         return None
     return (
@@ -27,7 +27,7 @@ def note_on_prompt(tokenizer: Tokenizer, prompt: str) -> str | None:
 
 
 def barred_tokens(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """Tokens never drawn, bool [V]: special ones but the end of the document, and ids that no token has."""
+    """Tokens never drawn, bool [V]: special tokens except the end of the document, and unused ids."""
     barred = torch.ones(vocab_size, dtype=torch.bool)
     barred[: len(tokenizer.token_bytes)] = torch.tensor([not piece for piece in tokenizer.token_bytes])
     barred[tokenizer.document_end] = False
@@ -35,16 +35,16 @@ def barred_tokens(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 
 
 class TextStream:
-    """Text of one continuation, let out piece by piece, never a part of a stop string.
+    """Text of one continuation, emitted piece by piece, never part of a stop string.
 
     Args:
         tokenizer: of the tokens.
         stop: strings that end it and are cut off.
-        on_piece: is called with each piece as it is let out.
+        on_piece: called with each piece as it is emitted.
 
     Attributes:
-        tokens: all that were pushed.
-        text: all that was let out.
+        tokens: all tokens pushed.
+        text: all text emitted.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_piece: Callable[[str], None] | None = None) -> None:
@@ -57,7 +57,7 @@ class TextStream:
         self._on_piece = on_piece
 
     def push(self, token: int, last: bool) -> StopReason | None:
-        """Take the next token; the reason to end here, if there is one."""
+        """Adds the next token; returns the reason to stop here, or None."""
         self.tokens.append(token)
         if token == self._document_end:
             return self._end("document_end")
@@ -66,7 +66,7 @@ class TextStream:
         return self._end("length") if last else None
 
     def _take(self, piece: str) -> bool:
-        """Add whole characters; True when they complete a stop string, which is cut off."""
+        """Adds whole characters; returns True if they complete a stop string, which is cut off."""
         self._held += piece
         found = [index for index in map(self._held.find, self._stop) if index >= 0]
         if found:
@@ -88,5 +88,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, short of the whole."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Pages, tables and figures, made of what runs and benchmarks have left on disk."""
+"""Pages, tables and figures, made from the records of runs and benchmarks."""
 
 from factorization_memory.reports.inspection_page import inspection_html
 from factorization_memory.reports.report import ReportError, write_report

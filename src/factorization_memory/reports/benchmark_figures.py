@@ -1,5 +1,5 @@
-"""Pictures of benchmarks: of the recurrence, time per token of each contender at each size, over the floor; of whole models,
-latency over what was read and tokens per second over the sequences at once."""
+"""Plots of benchmarks: for the recurrence, time per token of each contender at each size, relative to the floor; for whole
+models, latency against context length and tokens per second against batch size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS = ("#2257c4", "#c2541d", "#1f8a5b", "#8a4fc4", "#b8860b", "#59616c", "#b
 MARKERS = "osD^vPX*"
 DENSE, SPARSE = "triton-dense", "triton-sparse"
 LEAST_SPAN = 8.0
-"""Of the axis of times, top over bottom: nearly equal times are to look equal."""
+"""Minimum ratio of top to bottom of the time axis, so that nearly equal times look equal."""
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
 _STYLE: Any = {
     "font.size": 10,
@@ -51,7 +51,7 @@ _STYLE: Any = {
 
 
 def check_path(path: Path) -> None:
-    """ConfigError unless `path` can become a plot: its suffix one of `SUFFIXES`, and no folder in its place."""
+    """Raises ConfigError if `path` cannot be a plot: its suffix must be one of `SUFFIXES`, and it must not be a folder."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"plot={str(path)!r}: name a file that ends in {' or '.join(SUFFIXES)}")
     if path.is_dir():
@@ -59,7 +59,7 @@ def check_path(path: Path) -> None:
 
 
 def save(result: dict[str, Any], path: Path, drawing: Callable[[dict[str, Any]], Figure] | None = None) -> None:
-    """Draw a result into a .png or .svg file, written aside and renamed; folders are made. `drawing` is `draw` unless given.
+    """Draws a result to a .png or .svg file, written atomically; creates folders. `drawing` defaults to `draw`.
 
     Raises ConfigError as `check_path`.
     """
@@ -71,8 +71,8 @@ def save(result: dict[str, Any], path: Path, drawing: Callable[[dict[str, Any]],
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """The figure: a panel for each pass with the sizes side by side; below, where lengths were measured, time over length, and
-    where both forms of a sparse memory were, how many times faster its own is than the masked dense one."""
+    """The figure: a panel per pass with the sizes side by side. Below, if lengths were measured, time against length; if both
+    forms of a sparse memory were measured, the speedup of the sparse form over the masked dense one."""
     with matplotlib.rc_context(_STYLE):
         names = list(dict.fromkeys(record["contender"] for record in (*result["comparison"], *result["lengths"])))
         gains = {part: _gains(result, part) for part in PASSES}
@@ -136,7 +136,7 @@ def _line(axes: Axes, points: list[tuple[int, float]], label: str | None, **look
 
 
 def _frame(figure: Figure, result: dict[str, Any]) -> None:
-    """One legend of all panels, and where the figures come from."""
+    """One legend for all panels, and the origin of the figures."""
     labels: dict[str, Artist] = {}
     for panel in figure.axes:
         handles, texts = panel.get_legend_handles_labels()
@@ -161,7 +161,7 @@ def _compare(axes: Axes, result: dict[str, Any], part: str, names: list[str]) ->
         axes.plot((position - 0.42, position + 0.42), (least, least), color=INK, linewidth=1.6, label=label, zorder=1)
         there = [r for r in result["comparison"] if r["shape"] == shape and r[part] is not None]
         for slot, record in enumerate(there):
-            # Contenders stand beside each other in their order, so that equal times do not hide one another.
+            # Contenders are placed side by side in order, so that equal times do not hide each other.
             x = position + (slot - (len(there) - 1) / 2) * min(0.16, 0.8 / max(len(there), 1))
             index, y = names.index(record["contender"]), record[part]["ns_per_token"]
             axes.plot(x, y, **_look(index), linestyle="none", label=record["contender"])
@@ -171,8 +171,8 @@ def _compare(axes: Axes, result: dict[str, Any], part: str, names: list[str]) ->
 
 
 def _gains(result: dict[str, Any], part: str) -> dict[str, list[tuple[float, float]]]:
-    """M / K and the time of the masked dense form over that of the sparse one, by the rest of the size; of CUDA graphs where
-    both were captured."""
+    """M / K and the speedup of the sparse form over the masked dense one, by the rest of the size; from CUDA graphs if both
+    were captured."""
     found: dict[str, list[tuple[float, float]]] = {}
     for shape in result["floors"]:
         records = {r["contender"]: r for r in result["comparison"] if r["shape"] == shape and r[part] is not None}

@@ -11,7 +11,7 @@ from factorization_memory._text import markdown_cell
 from factorization_memory.runs.recall_names import KINDS, distance_name, distance_ranges
 
 TASKS = {"associative": "values", "needle": "needles", "copy": "copies"}
-"""Of the recall suite, as the tables call them."""
+"""Tasks of the recall suite, with their names in the tables."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ def _extended(contender: dict[str, Any]) -> str:
 
 
 def notes(record: dict[str, Any]) -> list[str]:
-    """What one has to know to read the tables, a sentence each; then what failed."""
+    """Sentences needed to read the tables, then the failures."""
     shared, environment = record["shared"], record["environment"]
     context = shared["context_length"]
     said = [
@@ -94,13 +94,13 @@ def notes(record: dict[str, Any]) -> list[str]:
 
 
 def change(name: str, old: float, new: float) -> str:
-    """A field that matching has varied, with the factor where it is beyond 2."""
+    """A field changed by size matching, with the factor if it exceeds 2."""
     factor = max(old / new, new / old)
     return f"{name} from {old:g} to {new:g}" + (f" (a factor of {factor:.2f})" if factor > 2 else "")
 
 
 def differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What contenders differ in beside the model and the learning rate, by their configurations as JSON: a sentence or none."""
+    """A sentence on how contenders differ apart from model and learning rate, from their configurations as JSON; or none."""
     first = next(iter(configs.values()))
     places = [("optimizer", name) for name in first["optimizer"] if name != "learning_rate"] + [
         ("training", "micro_batch_size")
@@ -114,7 +114,7 @@ def differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(record: dict[str, Any], figure: bool) -> str:
-    """The text of `compare.md`; `figure` tells whether `compare.png` is there."""
+    """The text of `compare.md`; `figure` says whether `compare.png` exists."""
     parts = ["# Comparison", f"`{record['command']}`"]
     losses, models = _losses(record), _models(record)
     # A page is wider than a terminal: losses and models side by side.
@@ -140,7 +140,7 @@ def _sources(record: dict[str, Any]) -> list[str]:
 
 
 def _columns(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
-    """Heading and place in a summary of every loss that the tables show."""
+    """Heading and path in a summary of every loss that the tables show."""
     context = record["shared"]["context_length"]
     places: list[tuple[str, tuple[str, ...]]] = []
     for source in _sources(record):
@@ -157,14 +157,14 @@ def _at(summary: dict[str, Any], place: tuple[str, ...]) -> Any:
 
 
 def seeds_text(seeds: Mapping[str, Sequence[int]]) -> str:
-    """The seeds of contenders as people read them: "seeds 0, 1", or "seeds 0; best: 0, 1, 2" where not all have the same."""
+    """The seeds of contenders in readable form: "seeds 0, 1", or "seeds 0; best: 0, 1, 2" if they differ."""
     usual = statistics.mode(tuple(each) for each in seeds.values())
     own = [f"{name}: {', '.join(map(str, each))}" for name, each in seeds.items() if tuple(each) != usual]
     return "; ".join([f"seeds {', '.join(map(str, usual))}", *own])
 
 
 def _planned(record: dict[str, Any]) -> dict[str, list[int]]:
-    """The seeds of each contender that were asked for; in records of before they had their own, the same for all."""
+    """The planned seeds of each contender; in older records, the same for all."""
     return {each["name"]: each.get("planned_seeds", record["shared"]["seeds"]) for each in record["contenders"]}
 
 
@@ -221,7 +221,7 @@ def _tasks(record: dict[str, Any]) -> Table:
 
 
 def _loss_table(record: dict[str, Any], title: str, places: Sequence[tuple[str, tuple[str, ...]]], unit: str = "loss") -> Table:
-    """A row of losses, or of another unit, for each contender, from places of its summary with their headings."""
+    """A row of losses, or of another unit, per contender, from the given paths of its summary and their headings."""
     table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
         losses = [_figure(_at(contender["summary"], (*place, unit))) for _, place in places]

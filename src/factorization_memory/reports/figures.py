@@ -45,7 +45,7 @@ def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure | None:
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=2.2, marker="o", markersize=4.5)
                 ends.append((f"{named(name)}, held-out", points[-1][1], colour))
                 shown += [value for _, value in points]
-        # The first steps fall from eight bits per byte; the axis shows what comes after.
+        # The first steps fall from eight bits per byte; scale the axis to what follows.
         low, high = min(shown), max(shown)
         axes.set_ylim(low - 0.08 * (high - low) - 0.02, high + 0.05 * (high - low) + 0.02)
         axes.set_xlim(0, x[-1])
@@ -69,7 +69,7 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def recall_curves(record: dict[str, Any] | None) -> Figure | None:
-    """Share of values named right against steps of training, for each form, from `recall_demo.json`; None without a record."""
+    """Share of correct values against training steps, for each form, from `recall_demo.json`; None without a record."""
     if not record:
         return None
     with matplotlib.rc_context(STYLE):
@@ -102,8 +102,8 @@ def recall_curves(record: dict[str, Any] | None) -> Figure | None:
 
 
 def recall_reads(record: dict[str, Any] | None) -> Figure | None:
-    """For one sequence, what each question reads: a row for each key asked again, a cell for each token that wrote, its
-    colour the stronger the more of what is read; from `recall_demo.json`. None without a record."""
+    """For one sequence, what each question reads: a row per repeated key, a cell per token that wrote, darker the larger its
+    share of what is read; from `recall_demo.json`. None without a record."""
     if not record:
         return None
     tokens, asked = record["tokens"], record["asked"]
@@ -144,12 +144,12 @@ def recall_reads(record: dict[str, Any] | None) -> Figure | None:
 
 
 def memory_use(routing: Sequence[dict[str, Any]], context_length: int) -> Figure | None:
-    """Share of use of every memory state and how long each remembers, from `RoutingHealth.summary()`; None when it is empty."""
+    """Share of use of every memory state and how long each remembers, from `RoutingHealth.summary()`; None if empty."""
     if not routing:
         return None
     rows = [
         (f"{layer + 1}" if len(health["share"]) == 1 else f"{layer + 1}.{head + 1}", share, health["memory_length"][head])
-        # Records of models of memory layers alone once had no number of the layer.
+        # Older records of models with only memory layers have no layer number.
         for layer, health in ((health.get("layer", index), health) for index, health in enumerate(routing))
         for head, share in enumerate(health["share"])
     ]
@@ -158,7 +158,7 @@ def memory_use(routing: Sequence[dict[str, Any]], context_length: int) -> Figure
         use, length = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for y, (_, share, lengths) in enumerate(rows):
             _share_row(use, y, share)
-            # The dead say nothing about memory; a length past every text is drawn at the edge of what can be told.
+            # Dead states say nothing about memory; lengths beyond any text are drawn at the limit of what can be measured.
             points = [(n, s) for n, s in zip(lengths, share, strict=True) if n is not None and s >= DEAD_SHARE / len(share)]
             if points:
                 x, size = [min(n, 1e7) for n, _ in points], [8 + 60 * min(s * len(share), 6) / 6 for _, s in points]
@@ -191,7 +191,7 @@ def memory_use(routing: Sequence[dict[str, Any]], context_length: int) -> Figure
 
 
 def _share_row(axes: Axes, y: int, share: list[float]) -> None:
-    """One head's states as cells, the darker the larger their share; four times an even share is full colour."""
+    """One head's states as cells, darker for larger shares; four times a uniform share is full color."""
     even = 1 / len(share)
     for x, part in enumerate(share):
         axes.add_patch(

@@ -1,4 +1,4 @@
-"""The picture of `inspect_text`'s record: the text coloured by its strongest memory state, and what each state is used for."""
+"""Visualizes `inspect_text`'s record: the text colored by its strongest memory state, and what each state is used for."""
 
 from __future__ import annotations
 
@@ -193,19 +193,19 @@ _SCRIPT = """
 
 
 def inspection_fragment(result: dict[str, Any]) -> str:
-    """The picture as a part of a page whose style has `pages.STYLE` and `INSPECTION_STYLE`."""
+    """The visualization as a fragment of a page whose style includes `pages.STYLE` and `INSPECTION_STYLE`."""
     shown = {
         "pieces": result["pieces"],
         "layers": [_compact(layer) for layer in result["layers"]],
         "lists": LAGGED_LISTS if result.get("update_lag") else LISTS,
     }
-    # "<" could end the script element from inside a string; \u003c is the same character to JSON.
+    # "<" inside a string could end the script element; \u003c is the same character in JSON.
     data = json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return _BODY.replace("@SCRIPT@", _SCRIPT).replace("@DATA@", data)
 
 
 def _compact(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer with the weights of tokens in whole thousandths: half the size, and finer than a colour can show."""
+    """A layer with token weights in integer thousandths: half the size, and finer than a color can show."""
     heads = []
     for head in layer["heads"]:
         use = {
@@ -220,7 +220,7 @@ def _compact(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def inspection_html(result: dict[str, Any], title: str = "Memory at work") -> str:
-    """The record of `inspect_text` as one page that opens in any browser and loads nothing from elsewhere."""
+    """The record of `inspect_text` as a self-contained HTML page."""
     heads, layers = len(result["layers"][0]["heads"]), len(result["layers"])
     size = f"{len(result['tokens']):,} tokens, {layers} layers"
     memory = f"{result['num_states']} memory states" + (f" in each of {heads} heads" if heads > 1 else " in each")
@@ -231,13 +231,13 @@ def inspection_html(result: dict[str, Any], title: str = "Memory at work") -> st
 
 
 def explanation(result: dict[str, Any]) -> str:
-    """What the picture of a record shows, in a paragraph."""
+    """A paragraph that explains the visualization of a record."""
     return LAGGED_EXPLANATION if result.get("update_lag") else EXPLANATION
 
 
 LISTS = [("pieces", "", "update")]
 LAGGED_LISTS = [("read_at", "read at", "merge"), ("written_after", "written after", "update"), ("pieces", "holds", "update")]
-"""The lists of pieces beside a state: field of the record, label, and which weight ranks them."""
+"""The lists of pieces shown for a state: field of the record, label, and the weight that ranks them."""
 
 EXPLANATION = (
     "Each piece of text is coloured by the memory state it uses most, the stronger the more. Point at the text to see the "

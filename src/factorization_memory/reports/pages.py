@@ -1,4 +1,4 @@
-"""The look that every HTML page of the package shares: one column of text, light and dark, nothing loaded from elsewhere."""
+"""Shared style of the package's HTML pages: one column of text, light and dark mode, self-contained."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ code, pre { font-family: var(--mono); font-size: .875em; }
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """A whole HTML document around `body`, which is HTML; `title` is text."""
+    """A complete HTML document around `body`, which is HTML; `title` is text."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

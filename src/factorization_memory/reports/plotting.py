@@ -1,4 +1,4 @@
-"""How the plots of reports look, what they share, and how they are written."""
+"""Style, shared helpers and output of the reports' plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INK, SOFT, LINE = "#1d2127", "#59616c", "#e3e4e0"
 SERIES = ("#2257c4", "#c2541d", "#1f8a5b", "#8a4fc4")
 BAD = "#b3261e"
 MOST_SOURCES = 12
-"""Sources that a figure shows, those with the most text; tables hold all."""
+"""Maximum number of sources in a figure, those with the most text; tables show all."""
 _PAGE_COLOURS = {
     INK: "--ink",
     SOFT: "--soft",
@@ -62,7 +62,7 @@ STYLE: Any = {
 
 
 def label_ends(axes: Axes, ends: list[tuple[str, float, str]], number: str = "{:.3f}") -> None:
-    """Name each curve at its right end, pushed apart where they would overlap."""
+    """Labels each curve at its right end; labels that would overlap are moved apart."""
     low, high = axes.get_ylim()
     gap = 0.058 * (high - low)
     placed = -math.inf
@@ -90,33 +90,33 @@ def short(value: float) -> str:
 
 
 def largest(sizes: Mapping[str, int]) -> list[str]:
-    """The names, in their order, of the `MOST_SOURCES` with the largest sizes."""
+    """The names of the `MOST_SOURCES` largest, in their original order."""
     kept = sorted(sizes, key=lambda name: -sizes[name])[:MOST_SOURCES]
     return [name for name in sizes if name in kept]
 
 
 def named(name: str) -> str:
-    """The name of a source or model as figures have room for it."""
+    """The name of a source or model, shortened to fit in figures."""
     shown = visible(name)
     return shown if len(shown) <= 40 else f"{shown[:39]}…"
 
 
 @contextmanager
 def _any_script() -> Iterator[None]:
-    """Drawing names in scripts that matplotlib's font lacks: an SVG leaves the font to the reader, a PNG shows boxes."""
+    """Allows names in scripts that matplotlib's font lacks: an SVG leaves the font to the viewer, a PNG shows boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         yield
 
 
 def png(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG on white, whole or not at all."""
+    """Writes a figure as a PNG on white, atomically."""
     with atomic_file(path) as partial, _any_script():
         figure.savefig(partial, format="png", dpi=160, facecolor="white")
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element to stand in a page with `pages.STYLE`; `name` (unique in the page) keeps its ids apart."""
+    """A figure as an SVG element for a page with `pages.STYLE`; `name`, unique in the page, keeps its ids distinct."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}), _any_script():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

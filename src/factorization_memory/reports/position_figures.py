@@ -35,7 +35,7 @@ def position_curves(position: dict[str, dict[str, Any]]) -> Figure | None:
                 continue
             name, result = list(position.items())[index]
             colour = SERIES[index % len(SERIES)]
-            # Where few tokens stand, the curve is noise and would stretch the axis.
+            # With few tokens the curve is noise and would stretch the axis.
             bins = [b for b in result["bins"] if b["tokens"] >= 256] or result["bins"]
             x = [math.sqrt(b["start"] * (b["end"] - 1)) for b in bins]
             _loss_axes(above, name, bins, x, colour)
@@ -77,7 +77,7 @@ def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int
                     continue
                 x = [math.sqrt(b["start"] * (b["end"] - 1)) for b in bins]
                 mean, spread = [b["loss"]["mean"] for b in bins], [b["loss"]["spread"] or 0.0 for b in bins]
-                # More models than colours go on in another dash.
+                # With more models than colors, continue with another dash pattern.
                 colour, dash = SERIES[turn % len(SERIES)], ("-", (0, (4, 2)), (0, (1, 1.5)))[turn // len(SERIES) % 3]
                 low, high = zip(*((m - s, m + s) for m, s in zip(mean, spread, strict=True)), strict=True)
                 axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
@@ -116,7 +116,7 @@ def _loss_axes(axes: Axes, name: str, bins: Sequence[dict[str, Any]], x: Sequenc
 
 
 def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[float], context: int, colour: str) -> None:
-    """Carried minus restarted on the same tokens, with two standard errors; up to the context the two are one reading."""
+    """Carried minus restarted on the same tokens, with two standard errors; up to the context the two are identical."""
     beyond = [i for i, b in enumerate(bins) if b["start"] >= context]
     difference = [bins[i]["bits_per_byte"] - bins[i]["restarted_bits_per_byte"] for i in beyond]
     axes.axhline(0, color=SOFT, linewidth=1)
@@ -126,7 +126,7 @@ def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[flo
         return
     errors = []
     for i in beyond:
-        # Records from before there was an error over stretches have the one over tokens alone.
+        # Older records have only the error over tokens.
         over_tokens, over_stretches = bins[i]["gain_error"], bins[i].get("gain_stretch_error")
         error = over_tokens if over_stretches is None else max(over_tokens, over_stretches)
         errors.append(2 * error * bins[i]["tokens"] / math.log(2) / bins[i]["bytes"])

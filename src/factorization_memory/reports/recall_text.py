@@ -1,4 +1,4 @@
-"""Losses of tokens by what their window held before, as people read them."""
+"""Losses of tokens by what their window contained before, as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def as_text(parts: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def distances_as_text(recall: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
-    """The same of repeated tokens by distance, of several texts: a heading for each distance that there is, and the cells."""
+    """The same for repeated tokens by distance, for several texts: a heading per distance that occurs, and the cells."""
     found = {
         name: {part["start"]: part for part in parts.get("repeated", {}).get("by_distance", [])}
         for name, parts in recall.items()

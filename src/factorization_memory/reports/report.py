@@ -1,4 +1,4 @@
-"""`report.html` of a run folder: everything its records say, on one page that opens in any browser and loads nothing.
+"""`report.html` of a run folder: all its records on one self-contained page.
 
 Read are `config.json`, `environment.json`, `metrics.jsonl`, `result.json` (see runs/record.py), `evaluation.json` (see
 evaluation/run.py), `inspection.json` (see evaluation/inspection.py), `recall_demo.json` (see evaluation/recall_demo.py) and
@@ -34,13 +34,13 @@ from factorization_memory.runs.names import (
 
 
 class ReportError(ValueError):
-    """A run folder that no report can be made of: the message names the file and what to do."""
+    """No report can be made from a run folder; the message names the file and the remedy."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` and `plots/*.png` of the run in `run_dir` from its records; returns the report's path.
+    """Writes `report.html` and `plots/*.png` of the run in `run_dir` from its records; returns the report's path.
 
-    Raises ReportError where there is no run, or where a record cannot be read or its configuration is not a whole one.
+    Raises ReportError if there is no run, a record cannot be read, or the configuration is incomplete.
     """
     config = _read_config(run_dir)
     environment = _read(run_dir / ENVIRONMENT_NAME) or {}
@@ -112,8 +112,7 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
     values = _read(path)
     if values is None:
         raise ReportError(f"{run_dir}: there is no run here ({CONFIG_NAME} is missing); give a run folder")
-    # Defaults in place of what is not there would describe a run that never was.
-    # A field alone may be missing: a run that is older than the field had its default.
+    # Filling in defaults for missing parts would describe a run that never was. Single fields may be missing.
     if missing := ", ".join(name for name in to_dict(RunConfig()) if isinstance(values, dict) and name not in values):
         raise ReportError(f"{path}: {missing} missing; restore the file")
     try:

@@ -65,7 +65,7 @@ CAPTIONS = {
         "The outlined cell is the value that stood right behind the key: where it is filled, the answer is there to be read."
     ),
 }
-"""What stands under a figure, by its name."""
+"""Captions of figures, by name."""
 MEMORY_NOTE = (
     "Left: each layer's memory states, the stronger the colour the larger the state's part of all affinity; a red mark is a "
     "state that held-out text hardly ever selects. Right: for how many tokens each state holds what it has read (to 1/e), "
@@ -74,12 +74,12 @@ MEMORY_NOTE = (
 
 
 def _shown(text: str) -> str:
-    """Text as it stands in a page: nothing in it is HTML, or steers how what stands around it looks."""
+    """Text made safe for a page: it cannot act as HTML or affect how the text around it is displayed."""
     return escape(visible(text, keep="\n"))
 
 
 def section(title: str, note: str, *content: str | None) -> str:
-    """A section of the page; empty where none of `content` is there."""
+    """A section of the page; empty if all of `content` is missing."""
     shown = "\n".join(part for part in content if part)
     return f"<section>\n<h2>{_shown(title)}</h2>\n<p class='note'>{note}</p>\n{shown}\n</section>" if shown else ""
 
@@ -138,7 +138,7 @@ def _model(model: dict[str, Any]) -> str:
 
 
 def headline(evaluation: dict[str, Any]) -> str:
-    """Bits per byte of the held-out text beside the n-gram models, one row a source; empty without an evaluation."""
+    """Bits per byte of held-out text next to those of n-gram models, one row per source; empty without an evaluation."""
     if not evaluation.get("sources"):
         return ""
     ngram = evaluation.get("ngram") or {}
@@ -186,7 +186,7 @@ def position_note(evaluation: dict[str, Any]) -> str:
 
 
 def position_table(evaluation: dict[str, Any]) -> str | None:
-    """The loss far beyond the training context, memory carried on and restarted; None where none was read."""
+    """The loss far beyond the training context, with memory carried and restarted; None if not measured."""
     rows = []
     for name, result in evaluation.get("position", {}).items():
         for multiple, part in result["beyond"].items():
@@ -208,7 +208,7 @@ def position_table(evaluation: dict[str, Any]) -> str | None:
 
 
 def recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
-    """The loss by what the window held before, and by how far away; None without it."""
+    """The loss by what the window contained before, and by distance; None without it."""
     if not recall:
         return None
     made = _rows(KINDS, {name: as_text(parts) for name, parts in recall.items()})
@@ -217,7 +217,7 @@ def recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
 
 
 def recall_demo_note(record: dict[str, Any]) -> str:
-    """What the two models of the recall demonstration are; empty without a record."""
+    """Description of the two models of the recall demonstration; empty without a record."""
     if not record:
         return ""
     one, other = (f"the {model['name']} (<code>update_lag={model['update_lag']}</code>)" for model in record["models"])
@@ -238,7 +238,7 @@ def _rows(headings: Sequence[str], cells: dict[str, list[str]]) -> str:
 
 
 def samples(samples: list[dict[str, Any]]) -> str:
-    """Prompts and what the model wrote after them."""
+    """Prompts and the model's continuations."""
     cards = []
     for sample in samples:
         told = []
@@ -254,7 +254,7 @@ def samples(samples: list[dict[str, Any]]) -> str:
 
 
 def configuration(config: dict[str, Any], environment: dict[str, Any]) -> str:
-    """Environment and configuration, a table for each part."""
+    """Environment and configuration, one table per part."""
     parts = {"Environment": environment} if environment else {}
     parts |= {name: values for name, values in config.items() if isinstance(values, dict)}
     tables = []
