@@ -215,3 +215,5 @@ class TestJSON:
         assert len(parse_json("[" + "[], " * 2000 + "{}]")) == 2001
         with pytest.raises(FileNotFoundError):
             read_json(tmp_path / "b.json")
+        with pytest.raises(JSONError, match=r"lone surrogate U\+D800"):
+            parse_json('{"a": "\ud800"}')

@@ -223,7 +223,8 @@ def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
         value = json.loads(text)
         if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
             raise RecursionError
-        # Lone surrogates can only come from escapes.
+        if not any_text and isinstance(data, str):
+            text.encode("utf-8")
         if not any_text and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:

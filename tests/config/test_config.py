@@ -42,6 +42,8 @@ def test_presets_survive_json(name: str) -> None:
         (ModelConfig, {"expand": 0.3}, r"value width expand \* hidden_size = 76.8"),
         (ModelConfig, {"update_lag": -1}, r"model\.update_lag=-1: use 0 \(the paper's form\), 1"),
         (ModelConfig, {"update_rate_init": (0.5, 0.1)}, r"model\.update_rate_init=\(0.5, 0.1\)"),
+        (ModelConfig, {"update_rate_init": (0.1,)}, r"model\.update_rate_init=\(0.1,\): use two numbers"),
+        (ModelConfig, {"update_rate_init": 0.5}, r"model\.update_rate_init=0.5: use two numbers"),
         (ModelConfig, {"temperature": 0.0}, r"model\.temperature=0.0"),
         (DataConfig, {"context_length": 0}, r"data\.context_length=0"),
         (DataConfig, {"weights": {"en": -1.0}}, r"data\.weights\.en=-1.0"),

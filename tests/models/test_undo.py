@@ -123,3 +123,19 @@ def test_nothing_is_rolled_back_past_a_copy() -> None:
     kept.restore(snapshot)
     with pytest.raises(ValueError, match="the last 0 steps"):
         kept.rollback(1)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_step_of_no_sequences(lag: int) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, num_states=4, top_k=2, update_lag=lag)).eval()
+    logits, _ = model.step(torch.zeros(0, dtype=torch.int64), model.initial_state(0))
+    assert logits.shape == (0, 11)
+
+
+def test_reset_of_a_state_that_is_not_finite() -> None:
+    model = LanguageModel(ModelConfig(vocab_size=11, hidden_size=8, num_layers=1, num_states=4, top_k=2)).eval()
+    _, state = model(torch.zeros(2, 3, dtype=torch.int64))
+    state.layers[0].memory[0] = torch.nan
+    again = state.reset(torch.tensor([True, False]))
+    assert not again.layers[0].memory[0].any()
+    assert torch.equal(again.layers[0].memory[1], state.layers[0].memory[1])

@@ -59,6 +59,8 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if isinstance(self.update_rate_init, list):
             object.__setattr__(self, "update_rate_init", tuple(self.update_rate_init))
+        pair = self.update_rate_init
+        require(isinstance(pair, tuple) and len(pair) == 2, "model.update_rate_init", pair, "use two numbers, first and last")
         require_finite(self, "model")
         require_at_most(self, "model", LARGEST, "hidden_size", "num_heads", "conv_size")
         require_at_most(self, "model", LARGEST_WIDTH, "num_states")

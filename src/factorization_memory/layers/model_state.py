@@ -203,4 +203,4 @@ class ModelState:
     def reset(self, rows: Tensor) -> ModelState:
         """The state with the sequences where `rows` (bool `[B]`) is True reset to zero."""
         keep = ~rows.to(self.device)
-        return self.apply(lambda tensor: tensor * keep.view(-1, *[1] * (tensor.dim() - 1)))
+        return self.apply(lambda tensor: tensor.masked_fill(~keep.view(-1, *[1] * (tensor.dim() - 1)), 0))

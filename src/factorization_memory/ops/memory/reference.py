@@ -57,10 +57,10 @@ def step(
     else:
         rows = _rows(state, indices)
         table = state.view(-1, state.shape[3])
-        merged = table.index_select(0, rows).view(*indices.shape, -1).mul_(1 - theta).addcmul_(theta, v)
+        merged = table.index_select(0, rows).view(*indices.shape, state.shape[3]).mul_(1 - theta).addcmul_(theta, v)
         table.index_copy_(0, rows, merged.flatten(0, 2))
         if merge_indices is not None:
-            merged = table.index_select(0, _rows(state, merge_indices)).view(*merge_indices.shape, -1)
+            merged = table.index_select(0, _rows(state, merge_indices)).view(*merge_indices.shape, state.shape[3])
     return (phi @ merged)[:, :, 0]
 
 
@@ -108,7 +108,7 @@ def put_aside(state: Tensor, indices: Tensor | None, undo: Tensor, position: Ten
     `position` `[1]` of the ring `undo` `[depth, B, H, K, D]`."""
     rows = state
     if indices is not None:
-        rows = state.view(-1, state.shape[3]).index_select(0, _rows(state, indices)).view(*indices.shape, -1)
+        rows = state.view(-1, state.shape[3]).index_select(0, _rows(state, indices)).view(*indices.shape, state.shape[3])
     undo.index_copy_(0, position, rows[None])
 
 
