@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from factorization_memory.data.shards import PackedCorpus
+
+SENTENCES = (
+    "It was a bright cold day in April, and the clocks were striking thirteen.",
+    "The sky above the port was the colour of a television tuned to a dead channel.",
+    "Call me Ishmael; some years ago, never mind how long precisely, I went to sea.",
+)
+
+
+# Tests are small, and threads that wait for each other on busy cores make them many times slower.
+torch.set_num_threads(1)
 
 
 def patch_language_once_a_launch() -> None:
@@ -67,8 +83,11 @@ for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.de
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
 
-# Tests are small, and threads that wait for each other on busy cores make them many times slower.
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Sums in a fixed order, so that equal runs are equal bit for bit, whatever an earlier test has set."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +109,47 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> PackedCorpus:
+    """A packed corpus of one source, "en"."""
+    from factorization_memory.data.shards import pack
+    from factorization_memory.data.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "en.txt").write_text("\n".join(SENTENCES[i % 3] for i in range(120)), encoding="utf-8")
+    return pack([("en", folder / "en.txt")], Tokenizer.bytes_level(), folder / "packed", holdout="tail")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def in_two_processes() -> Callable[..., None]:
+    """Runs a script as two processes, whose arguments are a rank and those given; fails if either does."""
+
+    def run(script: Path, *arguments: Any, **environment: str) -> None:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, str(rank), *arguments],
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            for process in processes:
+                said = process.communicate(timeout=240)[1]
+                assert process.returncode == 0, said[-2000:]
+        finally:
+            for process in processes:
+                process.kill()
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

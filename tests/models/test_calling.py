@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -154,21 +151,9 @@ def test_hooks_on_the_model_itself(wrapped: bool) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_training_in_processes(tmp_path: Path) -> None:
+def test_training_in_processes(in_two_processes: Callable[..., None], tmp_path: Path) -> None:
     """Data parallelism (DDP) and sharding (FSDP2) see the loss, and a step: gradients of two processes are those of one."""
-    script = Path(__file__).with_name("training_in_processes.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            said = process.communicate(timeout=240)[1]
-            assert process.returncode == 0, said[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
+    in_two_processes(Path(__file__).with_name("training_in_processes.py"), tmp_path)
 
 
 @MODELS

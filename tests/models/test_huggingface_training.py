@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -138,7 +136,7 @@ def test_collator_without_padding(model: FactorizationMemoryForCausalLM, tmp_pat
 
 
 @pytest.mark.timeout(300)
-def test_loaded_in_shards(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
+def test_loaded_in_shards(model: FactorizationMemoryForCausalLM, in_two_processes: Callable[..., None], tmp_path: Path) -> None:
     """FSDP2 of `transformers`, which shards the weights while it loads them."""
     distributed = pytest.importorskip("transformers.distributed")
     if "fsdp_size" not in signature(distributed.DistributedConfig).parameters:
@@ -147,20 +145,9 @@ def test_loaded_in_shards(model: FactorizationMemoryForCausalLM, tmp_path: Path)
     kept = {name: tensor for name, tensor in weights(model).items() if "1.mixer.value" not in name and "lm_head" not in name}
     model.config.save_pretrained(tmp_path / "parts")
     save_file(kept, tmp_path / "parts" / "model.safetensors", {"format": "pt"})
-    script = Path(__file__).with_name("loading_in_shards.py")
-    environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0", "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # two processes would shard over one GPU
-    processes = [
-        subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            said = process.communicate(timeout=240)[1]
-            assert process.returncode == 0, said[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
+    # No GPU, over one of which both would shard.
+    world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    in_two_processes(Path(__file__).with_name("loading_in_shards.py"), tmp_path, **world)
 
 
 def test_lora(model: FactorizationMemoryForCausalLM, tmp_path: Path) -> None:
