@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +13,7 @@ from factorization_memory.config.checks import (
     require_finite,
     require_width,
 )
+from factorization_memory.config.plain import require_types
 
 Rates = Literal["head", "state"]
 Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
@@ -59,15 +59,15 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if isinstance(self.update_rate_init, list):
             object.__setattr__(self, "update_rate_init", tuple(self.update_rate_init))
-        pair = self.update_rate_init
-        require(isinstance(pair, tuple) and len(pair) == 2, "model.update_rate_init", pair, "use two numbers, first and last")
+        lag = self.update_lag
+        whole = isinstance(lag, int) and not isinstance(lag, bool)
+        require(
+            whole and lag >= 0, "model.update_lag", lag, "use 0 (the paper's form), 1 (the associative form), or more tokens"
+        )
+        require_types(self, "model")
         require_finite(self, "model")
         require_at_most(self, "model", LARGEST, "hidden_size", "num_heads", "conv_size")
         require_at_most(self, "model", LARGEST_WIDTH, "num_states")
-        backends = typing.get_args(Backend)
-        require(self.backend in backends, "model.backend", self.backend, f"use one of {', '.join(map(repr, backends))}")
-        rates = typing.get_args(Rates)
-        require(self.rates in rates, "model.rates", self.rates, f"use one of {', '.join(map(repr, rates))}")
         for name in ("hidden_size", "num_states", "num_heads"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "use 1 or more")
         require(self.expand > 0, "model.expand", self.expand, "use a positive ratio")
@@ -87,11 +87,6 @@ class MemoryConfig:
                 self.top_k,
                 f"use 1 to num_states={self.num_states}, or none for the dense form",
             )
-        lag = self.update_lag
-        whole = isinstance(lag, int) and not isinstance(lag, bool)
-        require(
-            whole and lag >= 0, "model.update_lag", lag, "use 0 (the paper's form), 1 (the associative form), or more tokens"
-        )
         require_at_most(self, "model", LARGEST, "update_lag")
         require(self.temperature > 0, "model.temperature", self.temperature, "use a positive number")
         require(self.affinity_init > 0, "model.affinity_init", self.affinity_init, "use a positive number")

@@ -17,6 +17,7 @@ from factorization_memory.config.checks import (
 )
 from factorization_memory.config.memory import MemoryConfig
 from factorization_memory.config.mixers import MixerChoice, add_mixer_choice, mixer_choice, mixer_names
+from factorization_memory.config.plain import require_types
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class AttentionConfig:
     """Tokens that each token attends to, itself included; None means all before it."""
 
     def __post_init__(self) -> None:
+        require_types(self, "model.attention")
         require_finite(self, "model.attention")
         require_at_most(self, "model.attention", LARGEST, "num_heads", "num_key_value_heads")
         require_at_most(self, "model.attention", MOST_TOKENS, "sliding_window")
@@ -61,6 +63,7 @@ class Mamba2Config:
     """Tokens per chunk of the parallel form; affects only speed."""
 
     def __post_init__(self) -> None:
+        require_types(self, "model.mamba2")
         require_finite(self, "model.mamba2")
         require_at_most(self, "model.mamba2", LARGEST, "state_size", "head_size", "num_groups", "conv_size", "chunk_size")
         width = self.num_groups * self.state_size
@@ -88,6 +91,7 @@ class GatedDeltaNetConfig:
     """Taps of the causal convolution over queries, keys and values."""
 
     def __post_init__(self) -> None:
+        require_types(self, "model.gated_deltanet")
         require_finite(self, "model.gated_deltanet")
         require_at_most(
             self, "model.gated_deltanet", LARGEST, "num_heads", "num_value_heads", "head_size", "conv_size", "expand_v"

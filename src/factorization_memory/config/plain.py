@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -35,6 +36,18 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
             raise ConfigError(f"{path}{name}: no such field{suggestion(name, known)}")
         arguments[name] = _from_plain(hints[name], value, f"{path}{name}")
     return cls(**arguments)
+
+
+def require_types(config: Any, section: str) -> None:
+    """Raises `ConfigError` for the first field whose value is not of its type. Nested configurations check themselves."""
+    for name, hint in _hints(config.__class__).items():
+        if not dataclasses.is_dataclass(hint):
+            _from_plain(hint, getattr(config, name), f"{section}.{name}")
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def suggestion(name: str, known: typing.Iterable[str]) -> str:

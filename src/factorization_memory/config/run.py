@@ -7,6 +7,7 @@ from typing import Literal
 
 from factorization_memory.config.checks import MOST_TOKENS, require, require_at_most, require_finite
 from factorization_memory.config.model import ModelConfig
+from factorization_memory.config.plain import require_types
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class DataConfig:
     """Batches that a thread prepares ahead of the training step; 0 reads in the step itself."""
 
     def __post_init__(self) -> None:
+        require_types(self, "data")
         require_finite(self, "data")
         require(self.context_length >= 1, "data.context_length", self.context_length, "use 1 or more tokens")
         require_at_most(self, "data", MOST_TOKENS, "context_length")
@@ -59,6 +61,7 @@ class OptimizerConfig:
     """Global norm that gradients are clipped to; 0 disables clipping."""
 
     def __post_init__(self) -> None:
+        require_types(self, "optimizer")
         require_finite(self, "optimizer")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "use a positive number")
         for name in ("beta1", "beta2"):
@@ -116,6 +119,7 @@ class TrainingConfig:
     """Number of newest checkpoints kept, in addition to the best one."""
 
     def __post_init__(self) -> None:
+        require_types(self, "training")
         for name in ("steps", "tokens_per_step", "log_every", "evaluation_tokens", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use 1 or more")
         for name in ("micro_batch_size", "evaluate_every", "sample_every", "checkpoint_every"):
