@@ -355,3 +355,13 @@ def test_a_new_backend_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("yours", ""):
         with pytest.raises(ValueError, match=rf"backend='{name}': use one of auto, reference, chunked, triton, .*, mine$"):
             factorization_memory(wide.update, wide.merge, wide.value, backend=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_no_tokens_have_gradients(backend: str, batch: int) -> None:
+    leaves = [torch.rand(batch, 0, 1, size, requires_grad=True) for size in (3, 3, 4)]
+    y, _ = factorization_memory(*leaves, backend=backend)
+    assert y.shape == (batch, 0, 1, 4)
+    gradients = torch.autograd.grad(y.sum(), leaves)
+    assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in leaves]

@@ -178,5 +178,7 @@ def test_backends() -> None:
     hidden, weight, targets = problem(FULL, rows=5)
     with pytest.raises(ValueError, match="backend='fast': use one of auto, plain, triton"):
         linear_cross_entropy(hidden, weight, targets, backend="fast")
+    with pytest.raises(ValueError, match="backend='fast': use one of"):
+        linear_cross_entropy(hidden, weight, targets, "none", backend="fast")
     with pytest.raises(ValueError, match=r"backend='triton': hidden has dtype torch\.float64"):
         linear_cross_entropy(hidden.double(), weight.double(), targets, backend="triton")

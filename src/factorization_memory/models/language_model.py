@@ -117,9 +117,9 @@ class LanguageModel(Backbone):
             keep_state: whether to return the state; for many packed sequences it takes much memory.
 
         Returns:
-            Logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` for packed sequences); or the loss, a float32 scalar,
-            or `[B, T]` (not differentiable, 0 where there is no target) with "none". And the state after the last token, or
-            None.
+            Logits `[B, T, V]` (`[B, 1, V]` with `last_only`, `[1, N, V]` for packed sequences); or the loss, a scalar in
+            float32 (float64 in a float64 model), or float32 `[B, T]` (not differentiable, 0 where there is no target) with
+            "none". And the state after the last token, or None.
 
         Raises:
             ValueError: an argument that does not fit, or an empty sequence with `last_only`.

@@ -36,13 +36,15 @@ def linear_cross_entropy(
             where it can run, plain elsewhere.
 
     Returns:
-        float32 scalar, or `[N]` with "none" (not differentiable), 0 where the target is -100. With kernels, an invalid target
-        makes the mean and the gradient NaN, since checking would synchronize.
+        With "mean" a scalar in float32 (float64 for float64 `hidden`); with "none" float32 `[N]` (not differentiable), 0 where
+        the target is -100. With kernels, an invalid target makes the mean and the gradient NaN, since checking would
+        synchronize.
 
     Raises:
         ValueError: unknown reduction, an unknown backend or one that cannot run here.
         RuntimeError or IndexError: an invalid target, except for the mean with kernels.
     """
+    kernels = choose(BACKENDS, backend, hidden).name == "triton"
     if reduction == "none":
         with torch.no_grad():
             wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -56,7 +58,6 @@ def linear_cross_entropy(
     if has_autocast(hidden.device) and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     needs = torch.is_grad_enabled()
-    kernels = choose(BACKENDS, backend, hidden).name == "triton"
     return torch.ops.factorization_memory.linear_cross_entropy.default(
         hidden, weight, targets, needs and hidden.requires_grad, needs and weight.requires_grad, kernels
     )[0]
@@ -88,7 +89,7 @@ def _mean_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, for_hidden: bool, for_weight: bool, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss and both gradients, computed piece by piece while its logits exist (empty if not requested)."""
-    return BACKENDS[0 if kernels else 1].forward(hidden, weight, targets, for_hidden, for_weight)
+    return (_by_kernels if kernels else _plain)(hidden, weight, targets, for_hidden, for_weight)
 
 
 def _plain(

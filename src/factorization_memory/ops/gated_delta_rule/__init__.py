@@ -236,7 +236,7 @@ def _reference(
                 state = state + k[:, t, :, :, None] * write[:, :, None]
                 outputs.append(scale * (state * q[:, t, :, :, None]).sum(2))
             finals.append(state)
-        y = torch.stack(outputs, dim=1) if outputs else v.new_zeros(v.shape)
+        y = torch.stack(outputs, dim=1) if outputs else v.clone()
     return y.to(result), torch.cat(finals) if keep_final else None
 
 

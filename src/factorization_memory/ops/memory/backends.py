@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,13 +105,11 @@ def _dense(form: ModuleType) -> Callable[..., tuple[Tensor, Tensor | None]]:
         indices: Tensor | None,
         merge_indices: Tensor | None,
         num_states: int,
-        initial_state: Tensor | None,
-        output_final_state: bool,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        *more: Any,
+    ) -> Any:
         merge = over_states(merge, indices if merge_indices is None else merge_indices, num_states)
         update = over_states(update, indices, num_states)
-        return form.forward(update, merge, value, initial_state, output_final_state, cu_seqlens)
+        return form.forward(update, merge, value, *more)
 
     return forward
 
@@ -122,13 +121,11 @@ def _sparse(
     indices: Tensor,
     merge_indices: Tensor | None,
     num_states: int,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    *more: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if merge_indices is not None:
         update, merge, indices = _one_selection(update, merge, indices, merge_indices, num_states)
-    return kernels.forward_sparse(update, merge, value, indices, num_states, initial_state, output_final_state, cu_seqlens)
+    return kernels.forward_sparse(update, merge, value, indices, num_states, *more)
 
 
 def _one_selection(

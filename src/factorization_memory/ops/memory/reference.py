@@ -41,7 +41,8 @@ def forward(
             merged = state.gather(2, merge_indices[:, t, :, :, None].expand(-1, -1, -1, state.shape[-1]))
         outputs.append((phi * merged).sum(dim=2))
     if not outputs:
-        return state.new_zeros(value.shape), state.clone()
+        # Empty, but part of the graph.
+        return value.to(state.dtype) * update[..., :1].to(state.dtype) * merge[..., :1].to(state.dtype), state.clone()
     return torch.stack(outputs, dim=1), state
 
 

@@ -155,7 +155,7 @@ def _reference(
                 state = decay * state + write
                 outputs.append((state * c[:, t, :, None]).sum(-1))
             finals.append(state)
-        y = torch.stack(outputs, dim=1).to(x.dtype) if outputs else x.new_zeros(x.shape)
+        y = torch.stack(outputs, dim=1).to(x.dtype) if outputs else x.clone()
     return y, torch.cat(finals) if keep_final else None
 
 
