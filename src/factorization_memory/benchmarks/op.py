@@ -18,6 +18,7 @@ from factorization_memory.benchmarks import peers
 from factorization_memory.benchmarks.correctness import Problem, check
 from factorization_memory.benchmarks.floor import PASSES, Rates, floor, measure_rates
 from factorization_memory.benchmarks.interruption import Interruption
+from factorization_memory.benchmarks.op_figures import REFERENCE, Records, empty_record, length_spread, timing_figures
 from factorization_memory.benchmarks.peers import Contender
 from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.timing import (
@@ -25,16 +26,13 @@ from factorization_memory.benchmarks.timing import (
     interleaved_seconds,
     machine,
     on_device,
-    paired_ratio,
     peak_bytes,
     reason,
     release,
-    summary,
     tensor_bytes,
 )
 from factorization_memory.config import ConfigError
 
-REFERENCE = "reference"
 GATE_TOKENS = 150
 """Tokens of each sequence in the correctness gate: a few chunks, and few enough for the loop in float64."""
 GATE_BATCH = 2
@@ -43,7 +41,6 @@ GATE_LONG = 1100
 """Tokens of the one sequence of the gate's second part, at the longest size: there time may be cut differently."""
 ONE_SEQUENCE, CONSTANT_TOKENS = "one sequence", "constant tokens"
 
-Records = list[dict[str, Any]]
 Show = Callable[[str, Records], None]
 
 
@@ -188,7 +185,7 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
         "missing": missing,
         "same_maths": same_maths,
         "lengths": lengths,
-        "length_spread": [] if interruption.signal else _spread(lengths),
+        "length_spread": [] if interruption.signal else length_spread(lengths),
         "memory": memory,
         "interrupted": interruption.signal,
     }
@@ -266,7 +263,7 @@ def measure(
     release(device)
     problem = Problem.random(shape, dtype, device, drawn_on=device)
     contenders = [backend_contender(backend, problem) for backend in backends]
-    records = {backend: _record(backend, shape) for backend in backends}
+    records = {backend: empty_record(backend, shape) for backend in backends}
     for name in peer_names:
         try:
             contender = peers.build(name, problem)
@@ -274,10 +271,10 @@ def measure(
             if missing is not None:
                 missing[name] = str(error)
         except Exception as error:  # a failing peer must not affect the others
-            records[name] = _record(name, shape, peer=True) | {"error": reason(error)}
+            records[name] = empty_record(name, shape, peer=True) | {"error": reason(error)}
         else:
             contenders.append(contender)
-            records[name] = _record(name, shape, peer=True, note=contender.note)
+            records[name] = empty_record(name, shape, peer=True, note=contender.note)
     floors = floor(shape, dtype, rates)
     for part in PASSES:
         calls = {contender.name: getattr(contender, part) for contender in contenders}
@@ -288,7 +285,9 @@ def measure(
             if contender.name in failures:
                 record["error"] = record["error"] or f"{part}: {failures[contender.name]}"
                 continue
-            figures = _figures(seconds, contender.name, backends[0], shape, floors[part] if contender.same_maths else None)
+            figures = timing_figures(
+                seconds, contender.name, backends[0], shape, floors[part] if contender.same_maths else None
+            )
             record[part] = figures | _graph_figures(calls[contender.name], repeats, shape, device)
     if memory:
         for contender in contenders:
@@ -309,30 +308,6 @@ def backend_contender(backend: str, problem: Problem) -> Contender:
     return Contender(backend, lambda *leaves: problem.forward(backend, leaves)[0], problem.leaves(), problem.d_output)
 
 
-def _record(contender: str, shape: Shape, peer: bool = False, note: str = "") -> dict[str, Any]:
-    who = {"contender": contender, "peer": peer, "note": note, "shape": str(shape)}
-    return who | asdict(shape) | dict.fromkeys(("error", *PASSES, "extra_bytes", "extra_ratio"))
-
-
-def _figures(
-    seconds: dict[str, list[float]], name: str, baseline: str, shape: Shape, least: dict[str, Any] | None
-) -> dict[str, Any]:
-    spread = summary(seconds[name])
-    figures: dict[str, Any] = {"seconds": spread, "ns_per_token": spread["median"] / shape.tokens * 1e9}
-    figures |= dict.fromkeys(("gigabytes_per_second", "teraflops_per_second", "ratio_to_floor"))
-    if least is not None:
-        ns = figures["ns_per_token"]
-        figures["gigabytes_per_second"] = least["bytes_per_token"] / ns
-        figures["teraflops_per_second"] = least["flops_per_token"] / ns / 1000
-        figures["ratio_to_floor"] = ns / least["ns_per_token"]
-    base = seconds.get(baseline)
-    if baseline == REFERENCE:
-        figures["speedup"] = None if base is None else paired_ratio(base, seconds[name])
-    else:
-        figures["time_over_first"] = None if base is None else paired_ratio(seconds[name], base)
-    return figures
-
-
 def _graph_figures(call: Callable[[], Any], repeats: int, shape: Shape, device: torch.device) -> dict[str, Any]:
     figures: dict[str, Any] = {"graph_ns_per_token": None, "graph_error": None}
     if device.type != "cuda":
@@ -348,24 +323,6 @@ def _extra_bytes(contender: Contender, device: torch.device) -> int:
     """Peak of forward and backward beyond what stands before (inputs, the output's gradient), the output and the gradients."""
     returned = tensor_bytes(contender.d_output, *contender.leaves)
     return max(0, peak_bytes(contender.forward_backward, device) - returned)
-
-
-def _spread(lengths: Records) -> Records:
-    """The slowest over the fastest time per token of each sweep and backend, by pass, and of graphs under `graph_` and that."""
-    grouped: dict[tuple[str, str], Records] = {}
-    for record in lengths:
-        grouped.setdefault((record["sweep"], record["contender"]), []).append(record)
-    result: Records = []
-    for (sweep, contender), records in grouped.items():
-        spread: dict[str, Any] = {"sweep": sweep, "contender": contender}
-        for part in PASSES:
-            figures = [record[part] for record in records if record[part] is not None]
-            for prefix in ("", "graph_"):
-                times = [figure[f"{prefix}ns_per_token"] for figure in figures]
-                there = [time for time in times if time is not None]
-                spread[prefix + part] = max(there) / min(there) if there else None
-        result.append(spread)
-    return result
 
 
 def measure_memory(shape: Shape, backend: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

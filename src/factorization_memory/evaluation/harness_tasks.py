@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from factorization_memory._version import __version__
 from factorization_memory.config import ConfigError
 from factorization_memory.evaluation.harness import FactorizationMemoryLM
+from factorization_memory.evaluation.harness_data import HarnessDataError, needed_splits, read_from_files, task_splits
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -58,15 +59,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Our names for groups of harness tasks."""
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""Suffixes of data files and their format names in the `datasets` library."""
 BOOTSTRAPS = 1000
 """Bootstrap resamples for the standard error of metrics without a closed form."""
 _NAME = re.compile(rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([^\s"'#\[{]+)""", re.MULTILINE)
-
-
-class HarnessDataError(ValueError):
-    """The data of a task cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ def choose_tasks(
         local: dict[str, dict[str, str]] = {}
         for name, config in leaves.items():
             if data is not None and (data / name).is_dir():
-                change, local[name] = _from_files(name, config, data / name, shots)
+                change, local[name] = read_from_files(name, config, data / name, shots)
                 inherited = {"include": str(manager.task_index[name].yaml_path), "task": name, **change}
                 # JSON is YAML. Functions of a task are still resolved relative to the included file's folder.
                 (Path(workspace) / f"{len(local)}.yaml").write_text(json.dumps(inherited), encoding="utf-8")
@@ -298,66 +293,6 @@ def _leaves(index: dict[str, Any], name: str) -> dict[str, None]:
     return {leaf: None for child in _children(entry) for leaf in _leaves(index, child)}
 
 
-def _splits(config: dict[str, Any], shots: int | None) -> tuple[str, str | None]:
-    """The split that a task is evaluated on, and the split of its few-shot examples (None without examples)."""
-    evaluated = config.get("test_split") or config.get("validation_split") or "test"
-    own = config.get("num_fewshot")
-    if not (own if own == 0 or shots is None else shots):
-        return evaluated, None
-    examples = config.get("fewshot_config")
-    chosen = examples.get("split") if isinstance(examples, dict) else None
-    return evaluated, chosen or config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
-
-
-def _wanted(config: dict[str, Any], shots: int | None) -> list[str]:
-    """The splits that a task requires."""
-    evaluated, examples = _splits(config, shots)
-    return [evaluated] if examples in (None, evaluated) else [str(examples), evaluated]
-
-
-def _from_files(name: str, config: dict[str, Any], folder: Path, shots: int | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Changes to a task's configuration that make it read the files of a folder, and the file of each split."""
-    if "class" in config:
-        raise HarnessDataError(
-            f"{folder}: task {name} gets its data by a program of its own, not from files; remove the folder"
-        )
-    there = [path for path in sorted(folder.iterdir()) if path.suffix in FORMATS]
-    examples = config.get("fewshot_config")
-    named = {config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")}
-    named |= {*_wanted(config, shots), examples.get("split") if isinstance(examples, dict) else None}
-    found = {path.stem: path for path in there if path.stem in named}
-    for path in there:
-        if path.stem in found and path != found[path.stem]:
-            raise HarnessDataError(f"{folder}: {path.name} and {found[path.stem].name} are one split of task {name}; keep one")
-    missing = [split for split in _wanted(config, shots) if split not in found]
-    if missing:
-        needed = ", ".join(f"{split}.jsonl" for split in missing)
-        holds = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise HarnessDataError(f"{folder}: task {name} needs {needed} (or .json, .parquet) there; it holds {holds}")
-    formats = {FORMATS[path.suffix] for path in found.values()}
-    if len(formats) > 1:
-        raise HarnessDataError(
-            f"{folder}: files of task {name} are of several kinds; give all of them as .jsonl or as .parquet"
-        )
-    for path in found.values():
-        if path.stat().st_size == 0:
-            raise HarnessDataError(f"{path}: the file is empty; give task {name} rows like those of its own data set")
-    files = {split: str(path.resolve()) for split, path in found.items()}
-    change: dict[str, Any] = {
-        "dataset_path": formats.pop(),
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
-        "custom_dataset": None,
-    }
-    # Do not ask for splits that are missing but not needed: the harness takes examples from another one.
-    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
-        if config.get(key) not in (None, *files):
-            change[key] = None
-    if isinstance(examples, dict) and examples.get("split") not in (None, *files):
-        change["fewshot_config"] = {key: value for key, value in examples.items() if key != "split"}
-    return change, files
-
-
 def _load(chosen: ChosenTasks) -> list[Any]:
     """The tasks and groups with their data."""
     objects: list[Any] = []
@@ -392,7 +327,7 @@ def _in_rows(chosen: ChosenTasks, limit: int | None) -> HarnessDataError | None:
                 task.set_config(key="num_fewshot", value=chosen.shots)
             task.build_all_requests(limit=limit, rank=0, world_size=1)
         except Exception as cause:
-            _, examples = _splits(chosen.leaves[leaf], chosen.shots)
+            _, examples = task_splits(chosen.leaves[leaf], chosen.shots)
             of = f", or ask for fewer examples of {examples!r} with --harness-shots" if examples else ""
             return HarnessDataError(
                 f"task {leaf}: its questions cannot be made of its data ({_reason(cause)}); correct the rows{of}"
@@ -419,7 +354,7 @@ def _complaint(chosen: ChosenTasks, task: str, error: Exception) -> str:
         return f"task {task}: its data files do not fit it ({reason}); give rows like those of its own data set in {files}"
     config = chosen.leaves.get(task, {})
     data_set = " ".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or "its data set"
-    files = " and ".join(f"DIR/{task}/{split}.jsonl" for split in _wanted(config, chosen.shots))
+    files = " and ".join(f"DIR/{task}/{split}.jsonl" for split in needed_splits(config, chosen.shots))
     others = [leaf for leaf in chosen.leaves if leaf not in chosen.local and leaf != task]
     more = f"; without files are also {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''}"
     return (
