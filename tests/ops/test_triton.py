@@ -72,7 +72,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return problem.adversarial() if draw(st.booleans()) else problem
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(problems())
 def test_equals_reference(problem: Problem) -> None:
     right(problem)
