@@ -29,8 +29,8 @@ torch.set_num_threads(1)
 
 
 def patch_language_once_a_launch() -> None:
-    """Triton's interpreter patches its language again in every call of a device function, which took a third of the tests' time;
-    once per launch is enough."""
+    """Triton's interpreter patches its language again in every call of a device function, which took a third of
+    the tests' time; once per launch is enough."""
     from triton.language import core
     from triton.runtime import interpreter
 
