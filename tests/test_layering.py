@@ -61,6 +61,7 @@ OUTSIDE = {
             "runtime/",
         )
     },
+    "numba": {"ops/memory/scan/kernels.py", "ops/decoding/loops.py"},
     "tyro": {"cli/"},
 }
 

@@ -14,7 +14,14 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("small sizes of the kernels are interpreted", allow_module_level=True)
 
-KERNELS = ("convolution.kernels", "routing.kernels", "memory.kernels.dense", "memory.kernels.sparse", "memory.kernels.step")
+KERNELS = (
+    "convolution.kernels",
+    "routing.kernels",
+    "memory.kernels.dense",
+    "memory.kernels.sparse",
+    "memory.kernels.step",
+    "memory.scan",
+)
 for module in ("cross_entropy", "memory.chunked", *KERNELS):
     import_module(f"factorization_memory.ops.{module}")  # they register their operators
 
@@ -44,6 +51,17 @@ CASES: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "dense": lambda: (OPS.dense, (*weights(M), rand(B, H, M, D, grad=True), None, True)),
     "dense, packed": lambda: (OPS.dense, (*weights(M, 1), None, BORDERS, False)),
     "sparse": lambda: (OPS.sparse, (*weights(K), selected(), rand(B, H, M, D, grad=True), None, M, True)),
+    "scan": lambda: (OPS.scan, (*weights(K), selected(), selected(), rand(B, H, M, D, grad=True), None, M, True, True)),
+    "scan, packed": lambda: (OPS.scan, (*weights(K, 1), selected(1), selected(1), None, BORDERS, M, False, False)),
+    "scan_backward": lambda: (
+        OPS.scan_backward,
+        (rand(B, T, H, D), rand(B, H, M, D), *weights(K, grad=False), selected(), selected(), rand(B, H, M, D), None, M,
+         rand(B, H, M, D)),
+    ),
+    "scan_step": lambda: (
+        OPS.scan_step,
+        (*weights(K, grad=False), selected(), selected(), rand(B, H, M, D), None, None, None),
+    ),
     "convolve": lambda: (OPS.convolve, (rand(B, T, D, grad=True), rand(3, D, grad=True), rand(D, grad=True), None, None, None)),
     "convolve_backward": lambda: (
         OPS.convolve_backward, (rand(B, T, D), rand(3, D), rand(D), rand(B, 2, D), None, None, rand(B, T, D))

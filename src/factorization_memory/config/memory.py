@@ -16,7 +16,7 @@ from factorization_memory.config.checks import (
 from factorization_memory.config.plain import require_types
 
 Rates = Literal["head", "state"]
-Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse"]
+Backend = Literal["auto", "reference", "chunked", "triton", "triton-dense", "triton-sparse", "numba"]
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,10 @@ def factorization_memory(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: `[N + 1]` integers, the borders of N sequences packed along T (B = 1); the state is reset at each.
         backend: "reference" (a plain loop, the ground truth), "chunked" (parallel over time, in plain PyTorch), "triton"
-            (kernels for GPUs; not for float64), or "auto": triton where it can run, chunked elsewhere. With `indices`,
-            "triton" uses kernels that compute only the selected states if measured to be faster, and otherwise those of the
-            dense form; "triton-sparse" and "triton-dense" force either.
+            (kernels for GPUs; not for float64), "numba" (loops compiled for the CPU, only with `indices`), or "auto": triton or
+            numba where they can run and pay, chunked elsewhere. With `indices`, "triton" uses kernels that compute only the
+            selected states if measured to be faster, and otherwise those of the dense form; "triton-sparse" and "triton-dense"
+            force either.
 
     Returns:
         y `[B, T, H, D]` in value's dtype; the final state, shaped as `initial_state`, in float32 (float64 for float64 values),

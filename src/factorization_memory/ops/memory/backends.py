@@ -16,7 +16,7 @@ from torch import Tensor
 
 from factorization_memory.ops import runtime
 from factorization_memory.ops.arguments import read_borders
-from factorization_memory.ops.memory import chunked, kernels, reference
+from factorization_memory.ops.memory import chunked, kernels, reference, scan
 from factorization_memory.ops.precision import no_autocast, state_dtype
 from factorization_memory.ops.runtime.backends import Backend, backend_names, choose
 
@@ -159,6 +159,32 @@ def _step_reference(
         return y.to(value.dtype)
 
 
+def _step_scan(
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    merge_indices: Tensor | None,
+    state: Tensor,
+    places: Tensor | None,
+    undo: Tensor | None,
+    position: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    assert seed is None, "see factorization_memory_step"
+    return scan.step(update, merge, value, indices, merge_indices, state, places, undo, position)
+
+
+def _no_scan(value: Tensor, touched: int, *_: object) -> str | None:
+    if not touched:
+        return "it computes with indices, which are None"
+    return runtime.why_no_numba(value)
+
+
+def _scan_pays(value: Tensor, touched: int, num_states: int, *_: object) -> bool:
+    return value.device.type == "cpu" and 0 < touched <= num_states * SCAN_SHARE and runtime.why_no_numba(value) is None
+
+
 def _no_kernels(value: Tensor, *_: object) -> str | None:
     return runtime.why_unsupported(value)
 
@@ -173,7 +199,10 @@ def _sparse_pays(value: Tensor, touched: int, num_states: int, alone: bool, pack
     return alone and not packed and touched > 0 and kernels.sparse_pays(value, touched, num_states)
 
 
+SCAN_SHARE = 0.5
+"""Largest share of the states that a token touches at which `scan` was measured to beat the chunked form."""
 BACKENDS = (
+    MemoryBackend("numba", scan.forward, why_unsupported=_no_scan, pays=_scan_pays, step=_step_scan, undo=reference.undo),
     MemoryBackend(
         "triton-sparse",
         _sparse,

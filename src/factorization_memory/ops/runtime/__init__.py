@@ -1,7 +1,7 @@
-"""Triton on this machine: whether it is installed, supports a tensor, and on which device kernels are launched. The only place
-that checks this.
+"""Triton and Numba on this machine: whether they are installed, support a tensor, and on which device kernels are launched. The
+only place that checks this.
 
-Does not import Triton before a kernel is launched.
+Imports neither before a kernel is launched.
 """
 
 from __future__ import annotations
@@ -61,6 +61,23 @@ def _why_not(argument: str, name: str, in_python: bool) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 9.x or 10.x (H100, H200, B200)"
     return None
+
+
+def why_no_numba(value: Tensor, argument: str = "value") -> str | None:
+    """Why Numba's loops cannot run for `value`, named `argument` in the message; None if they can."""
+    if value.device.type != "cpu":
+        return f"{argument} is on {value.device}, Numba compiles for the CPU"
+    return None if _has_numba() else "Numba is not installed (pip install numba)"
+
+
+@torch.compiler.assume_constant_result
+def _has_numba() -> bool:
+    return _found("numba")
+
+
+@lru_cache(maxsize=8)
+def _found(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def triton_version() -> str | None:

@@ -1,0 +1,201 @@
+"""The compiled loops of the CPU (backend "numba") against the float64 reference: outputs, states, every gradient, steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from factorization_memory.ops import factorization_memory, factorization_memory_step, runtime
+from factorization_memory.ops.memory import backends, scan
+from recurrence import Case, assert_close, cases, make
+
+pytest.importorskip("numba")
+
+OPS = torch.ops.factorization_memory
+INTERVAL = scan.interval(9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(sparse=True))
+def test_equals_reference(case: Case) -> None:
+    assert_close(case.run("numba"), case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("length", [1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 3 * INTERVAL + 5])
+@pytest.mark.parametrize("kind", ["uniform", "adversarial"])
+def test_odd_lengths(length: int, kind: str) -> None:
+    case = make(2, length, 2, 9, 3, top_k=3, merge_top_k=4, kind=kind)
+    assert_close(case.run("numba"), case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("width", [1, scan.BLOCK_WIDTH, scan.BLOCK_WIDTH + 1])
+def test_blocks_of_columns(width: int) -> None:
+    case = make(1, 70, 1, 9, width, top_k=3, merge_top_k=2)
+    assert_close(case.run("numba"), case.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_gates_at_their_ends_are_exact(level: float) -> None:
+    """theta = 1 overwrites, theta = 0 keeps, and gradients stay finite and right."""
+    case = make(1, 100, 1, 3, 4, top_k=3)
+    case.update.fill_(level)
+    y, final, *gradients = case.run("numba")
+    expected = case.value[0, -1] if level == 1 else case.initial[0, 0]
+    assert torch.equal(final[0, 0], expected.expand_as(final[0, 0]))
+    assert_close([y, final, *gradients], case.run("reference"), 1e-10)
+
+
+def test_float32_and_bfloat16() -> None:
+    case = make(2, 300, 2, 8, 16, top_k=3, kind="adversarial")
+    for name in ("update", "merge", "value", "d_output"):
+        setattr(case, name, getattr(case, name).bfloat16().double())
+    expected = case.run("reference")
+    assert_close(case.run("numba", torch.float32), expected, 1e-5)
+    assert_close(case.run("numba", torch.bfloat16), expected, 5e-3)
+
+
+def test_gradcheck() -> None:
+    case = make(1, 7, 1, 4, 2, top_k=2, merge_top_k=2)
+    leaves = [x.clone().requires_grad_() for x in (case.update, case.merge, case.value, case.initial)]
+
+    def call(*xs: Tensor) -> tuple[Tensor, ...]:
+        return factorization_memory(*xs[:3], case.indices, case.merge_indices, 4, xs[3], True, backend="numba")
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("borders", [None, [0, 3, 3, 150, 151, 400]])
+def test_the_number_of_threads_changes_nothing(borders: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "SMALL", 0)
+    case = make(1 if borders else 3, 400, 2, 9, 300, top_k=3, merge_top_k=2, borders=borders)
+    alone = case.run("numba")
+    torch.set_num_threads(3)
+    try:
+        shared = case.run("numba")
+    finally:
+        torch.set_num_threads(1)
+    for a, b in zip(alone, shared, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_fill_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With uninitialised memory full of NaN; states that no token selects are neither read nor changed."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(x: Tensor, *args: object, **options: object) -> Tensor:
+        made = new_empty(x.detach(), *args, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    case = make(2, 150, 2, 9, 5, top_k=3, merge_top_k=2)
+    case.indices, case.merge_indices = case.indices.clamp(max=7), case.merge_indices.clamp(max=7)
+    case.indices[..., :] = torch.rand(2, 150, 2, 8).topk(3).indices
+    case.merge_indices[..., :] = torch.rand(2, 150, 2, 8).topk(2).indices
+    expected = case.run("reference")
+    case.initial = case.initial.detach().clone()
+    case.initial[:, :, 8] = torch.nan
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    y, final, *gradients = case.run("numba")
+    assert final[:, :, 8].isnan().all()
+    final[:, :, 8] = expected[1][:, :, 8]
+    assert_close([y, final, *gradients], expected, 1e-10)
+
+
+def test_nothing_comes_through_from_another_sequence() -> None:
+    case = make(1, 10, 1, 3, 2, top_k=2, borders=[0, 3, 10], with_initial=False)
+    case.value[0, 0] = torch.inf
+    arguments = (case.update, case.merge, case.value, case.indices, None, 3)
+    y, _ = factorization_memory(*arguments, cu_seqlens=case.borders, backend="numba")
+    assert torch.isfinite(y[:, 3:]).all()
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_no_sequences_and_no_tokens(batch: int, length: int) -> None:
+    case = make(batch, length, 2, 3, 4, top_k=2)
+    y, final, *gradients = case.run("numba")
+    assert y.shape == case.value.shape
+    assert torch.equal(final, case.initial)
+    assert [x.shape for x in gradients] == [x.shape for x in (case.update, case.merge, case.value, case.initial)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 150), st.data())
+def test_splitting_anywhere_changes_nothing(length: int, data: st.DataObject) -> None:
+    case = make(2, length, 2, 9, 3, top_k=2, merge_top_k=2)
+    cut = data.draw(st.integers(1, length - 1))
+
+    def part(piece: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        sides = (x[:, piece] for x in (case.update, case.merge, case.value, case.indices, case.merge_indices))
+        return factorization_memory(*sides, 9, state, True, backend="numba")
+
+    whole, final = part(slice(0, length), case.initial)
+    first, state = part(slice(0, cut), case.initial)
+    second, state = part(slice(cut, None), state)
+    assert torch.equal(torch.cat((first, second), 1), whole)
+    assert torch.equal(state, final)
+
+
+@pytest.mark.parametrize("places", [None, [3, -1, 0]])
+def test_steps_equal_the_reference(places: list[int] | None) -> None:
+    case = make(3, 20, 2, 9, 4, top_k=3, merge_top_k=2)
+    pooled = torch.randn(3 if places is None else 5, 2, 9, 4, dtype=torch.float64)
+    slots = None if places is None else torch.tensor(places)
+    results = []
+    for backend in ("numba", "reference"):
+        state, ring = pooled.clone(), torch.zeros(3, 20, 2, 3, 4, dtype=torch.float64)
+        arguments = (case.indices, case.merge_indices, slots, ring)
+        y, same = factorization_memory_step(case.update, case.merge, case.value, state, *arguments, backend=backend)
+        assert same is state
+        there = ring if places is None else ring[[0, 2]]  # of a padding row nothing is kept
+        results.append((y, state, there))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_indices_out_of_range_are_refused_below_the_public_door() -> None:
+    """Where a compiler leaves the checks out."""
+    case = make(1, 5, 1, 4, 2, top_k=2)
+    case.indices[0, 2, 0, 1] = 4
+    arguments = (case.update, case.merge, case.value, case.indices, case.indices)
+    with pytest.raises(ValueError, match="indices: got 0 to 4, takes 0 to num_states - 1 = 3"):
+        OPS.scan(*arguments, None, None, 4, False, False)
+    with pytest.raises(ValueError, match="indices: got 0 to 4"):
+        OPS.scan_step(*arguments, torch.zeros(1, 1, 4, 2, dtype=torch.float64), None, None, None)
+
+
+def test_one_graph_for_any_length() -> None:
+    case = make(2, 90, 1, 9, 3, top_k=2, merge_top_k=2, with_initial=False)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def run(update: Tensor, merge: Tensor, value: Tensor, indices: Tensor, merge_indices: Tensor) -> Tensor:
+        return factorization_memory(update, merge, value, indices, merge_indices, 9, backend="numba")[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend=count, dynamic=True, fullgraph=True)
+    for length in (90, 71, 13):
+        xs = [x[:, :length].clone() for x in (case.update, case.merge, case.value, case.indices, case.merge_indices)]
+        torch.testing.assert_close(compiled(*xs), run(*xs))
+    assert len(graphs) == 1
+
+
+def test_auto_takes_it_for_few_of_many_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As measured; never where Numba is missing, and then whoever asks for it by name is told."""
+    value = torch.zeros(1, 4, 1, 8)
+
+    def name(selected: int | None, num_states: int, backend: str = "auto") -> str:
+        indices = None if selected is None else torch.zeros(1, 4, 1, selected, dtype=torch.int64)
+        return backends.choose_backend(backend, value, indices, None, num_states, True, False).name
+
+    assert [name(*sizes) for sizes in ((8, 256), (8, 16), (9, 16), (None, 16))] == ["numba", "numba", "chunked", "chunked"]
+    with pytest.raises(ValueError, match="backend='numba': it computes with indices, which are None; use 'auto'"):
+        name(None, 16, "numba")
+    monkeypatch.setattr(runtime, "_has_numba", lambda: False)
+    assert name(8, 256) == "chunked"
+    with pytest.raises(ValueError, match=r"backend='numba': Numba is not installed \(pip install numba\); use 'auto'"):
+        name(8, 256, "numba")
