@@ -1,4 +1,5 @@
-"""One decoding step of a model for a batch of fixed size: eager on any device, or as a CUDA graph on a GPU.
+"""One decoding step of a model for a batch of fixed size: eager on any device, in compiled loops on a CPU, or as a CUDA graph
+on a GPU.
 
 Launching the hundreds of small kernels of a step one by one from Python leaves a GPU idle; a graph launches them at once.
 Shapes: B sequences, V vocabulary size.
@@ -14,20 +15,27 @@ from torch import Tensor
 
 from factorization_memory.layers import MIXERS
 from factorization_memory.layers.calling import why_any_called
+from factorization_memory.models import loop_decoding
 from factorization_memory.models.decoding import DecodingModel, why_unsupported
 
 if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel, ModelState
 
+MAX_LOOP_SEQUENCES = 16
+"""Sequences up to which compiled loops, in one thread, were faster than PyTorch's operations in all."""
 WARM_UP = 2
 """Steps before the capture: the first compiles kernels, and one-time setup stays out of the capture."""
 
 
 def steps_for(model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0) -> Steps:
-    """`StepGraph` on a GPU; `Steps` on other devices, for models whose state grows, and if something intercepts calls of the
-    model's modules (adapters, hooks, offloading)."""
-    graph = next(model.parameters()).is_cuda and not grows(model) and why_any_called(model) is None
-    return (StepGraph if graph else Steps)(model, batch_size, dtype, undo_steps)
+    """`StepGraph` on a GPU, `LoopSteps` for few sequences of a sparse model on a CPU; `Steps` elsewhere, for models whose state
+    grows, and if something intercepts calls of the model's modules (adapters, hooks, offloading)."""
+    kind = Steps
+    if next(model.parameters()).is_cuda:
+        kind = Steps if grows(model) or why_any_called(model) is not None else StepGraph
+    elif batch_size <= MAX_LOOP_SEQUENCES and not undo_steps and not torch.is_autocast_enabled("cpu"):
+        kind = LoopSteps if loop_decoding.why_unsupported(with_dtype(model, dtype)) is None else Steps
+    return kind(model, batch_size, dtype, undo_steps)
 
 
 def grows(model: LanguageModel) -> bool:
@@ -100,6 +108,20 @@ class Steps:
     def step(self, tokens: Tensor) -> Tensor:
         """Tokens int64 `[B]` to logits `[B, V]`, which the next step may overwrite."""
         logits, _ = self.model.step(tokens, self.state)
+        return logits
+
+
+class LoopSteps(Steps):
+    """A step in compiled loops, by a `LoopDecodingModel`, which has its own copies of some weights. Raises ValueError for a
+    model that has none."""
+
+    def __init__(self, model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0) -> None:
+        super().__init__(model, batch_size, dtype, undo_steps)
+        self._loops = loop_decoding.LoopDecodingModel(self.model)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 `[B]` to logits `[B, V]`."""
+        logits, _ = self._loops.step(tokens, self.state)
         return logits
 
 

@@ -85,6 +85,16 @@ class DecodingModel:
 
 def why_unsupported(model: LanguageModel) -> str | None:
     """Why a model has no fused step, or not on its device; None if it has."""
+    if (reason := why_not_memory_alone(model)) is not None:
+        return reason
+    weight = model.embedding.weight
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"its weights are {weight.dtype}, the kernels take float32 or bfloat16"
+    return ops.why_unsupported(weight, "weight")
+
+
+def why_not_memory_alone(model: LanguageModel) -> str | None:
+    """Why a model is not one of memory and feed-forward layers whose weights may be read past their modules; None if it is."""
     config = model.config
     others = sorted({mixer for mixer in config.layer_mixers if mixer != "memory"})
     if others:
@@ -92,13 +102,8 @@ def why_unsupported(model: LanguageModel) -> str | None:
     if not config.feed_forward:
         return "feed_forward=False: it takes blocks with a feed-forward layer"
     if config.backend in ("reference", "chunked"):
-        return f"backend={config.backend!r} is not that of the kernels"
-    if (reason := why_any_called(model)) is not None:
-        return reason
-    weight = model.embedding.weight
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"its weights are {weight.dtype}, the kernels take float32 or bfloat16"
-    return ops.why_unsupported(weight, "weight")
+        return f"backend={config.backend!r} is plain PyTorch"
+    return why_any_called(model)
 
 
 class _DecodingBlock:
