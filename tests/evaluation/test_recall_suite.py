@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConfig
 from factorization_memory.data.shards import pack
 from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.evaluation.recall_needles import LANGUAGES, NUM_CANDIDATES
 from factorization_memory.evaluation.recall_suite import _error, evaluate_recall, headline, held_out_texts
-from factorization_memory.evaluation.recall_tasks import LANGUAGES, NUM_CANDIDATES
 from factorization_memory.models import LanguageModel
 
 TOKENIZER = Tokenizer.bytes_level()

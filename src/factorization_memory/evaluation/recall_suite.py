@@ -30,19 +30,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from factorization_memory.evaluation.loss import evaluating, token_lengths
+from factorization_memory.evaluation.recall_draws import VERSION, Split
+from factorization_memory.evaluation.recall_needles import NUM_CANDIDATES, Haystack, haystack, language_of
 from factorization_memory.evaluation.recall_reading import Reader
-from factorization_memory.evaluation.recall_tasks import (
-    NUM_CANDIDATES,
-    VERSION,
-    Haystack,
-    Split,
-    associations,
-    copied,
-    haystack,
-    language_of,
-    random_stretch,
-    text_stretch,
-)
+from factorization_memory.evaluation.recall_tasks import associations, copied, random_stretch, text_stretch
 
 if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
