@@ -19,7 +19,6 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, MemoryConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.decoding import DecodingParts
 from factorization_memory.layers.mixer import (
     MERGE_FLOPS,
     UPDATE_FLOPS,
@@ -302,26 +301,6 @@ class FactorizationMemory(nn.Module):
             undo=rows,
             position=position,
             backend=self.backend,
-        )
-
-    def decoding_parts(self) -> DecodingParts:
-        """What the fused decoding step reads from this layer; the input projections are copies."""
-        rates = (self.update_rate, self.merge_rate)
-        projections = [self.affinity, *rates, self.value, *([] if self.gate is None else [self.gate])]
-        return DecodingParts(
-            num_heads=self.num_heads,
-            input_weight=torch.cat([projection.weight for projection in projections]).detach(),
-            input_sizes=tuple(projection.out_features for projection in projections),
-            rate_bias=torch.cat([rate.bias for rate in rates]).detach(),
-            has_gate=self.gate is not None,
-            convolution=None if self.convolution is None else (self.convolution.weight, self.convolution.bias),
-            dense=self.top_k is None and not self.update_lag,
-            temperature=self.temperature,
-            step_memory=self.step_memory,
-            norm_weight=self.norm_weight,
-            norm_eps=self.norm_eps,
-            skip=self.skip,
-            output_weight=self.output.weight,
         )
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
