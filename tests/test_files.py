@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from factorization_memory import _files
 from factorization_memory._files import JSONError, atomic_file, atomic_folder, lock, parse_json, read_json, write_atomic
 
 
@@ -70,10 +70,8 @@ class TestFile:
     def test_reaches_the_disk_before_its_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         order: list[str] = []
         fsync, replace = os.fsync, os.replace
-        monkeypatch.setattr(
-            _files.os, "fsync", lambda fd: (order.append(Path(f"/proc/self/fd/{fd}").resolve().name), fsync(fd))[1]
-        )
-        monkeypatch.setattr(_files.os, "replace", lambda a, b: (order.append("rename"), replace(a, b))[1])
+        monkeypatch.setattr(os, "fsync", lambda fd: (order.append(Path(f"/proc/self/fd/{fd}").resolve().name), fsync(fd))[1])
+        monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b))[1])
         write_atomic(tmp_path / "a", "text")
         assert order[0].endswith(".partial")
         assert order[1:] == ["rename", tmp_path.name]
@@ -132,7 +130,7 @@ class TestFolder:
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
 
-        monkeypatch.setattr(_files.os, "rename", failing)
+        monkeypatch.setattr(os, "rename", failing)
         with pytest.raises(OSError, match="Input/output"), atomic_folder(path, overwrite=True):
             pass
         assert (path / "a").read_text() == "old"
@@ -179,7 +177,7 @@ class TestLock:
         def failing(*_: object) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr(_files.fcntl, "flock", failing)
+        monkeypatch.setattr(fcntl, "flock", failing)
         with pytest.warns(UserWarning, match="no locks"), lock(tmp_path / ".lock", ValueError):
             pass
         write_atomic(tmp_path / "a", "text")

@@ -138,7 +138,7 @@ def test_the_walk_is_true() -> None:
 def test_the_map_is_true() -> None:
     listed = re.findall(r"^  (\w+)/ ", README, re.MULTILINE)
     package = ROOT / "src" / "factorization_memory"
-    assert set(listed) == {p.parent.name for p in package.glob("*/__init__.py")}
+    assert set(listed) == {p.parent.name for p in package.glob("[!_]*/__init__.py")}
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

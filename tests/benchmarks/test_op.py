@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from factorization_memory.benchmarks import op, peers, timing
+from factorization_memory.benchmarks import op, op_measuring, peers, timing
 from factorization_memory.benchmarks.floor import Rates
 from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.config import ConfigError
@@ -170,11 +170,11 @@ def test_on_a_gpu_ratios_are_to_the_first_backend_and_graphs_are_timed(monkeypat
     monkeypatch.setattr(op.Problem, "random", on_cpu)
     monkeypatch.setattr(op, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(op, "machine", lambda device: {"name": "made up"})
-    for module in (op, timing):
+    for module in (op, op_measuring, timing):
         monkeypatch.setattr(module, "release", lambda device: None)
     monkeypatch.setattr(timing, "device_clock", lambda device: lambda call, calls, device: timing._seconds(call, calls, CPU))
-    monkeypatch.setattr(op, "graph_seconds", replayed)
-    monkeypatch.setattr(op, "peak_bytes", lambda call, device: timing.peak_bytes(call, CPU))
+    monkeypatch.setattr(op_measuring, "graph_seconds", replayed)
+    monkeypatch.setattr(op_measuring, "peak_bytes", lambda call, device: timing.peak_bytes(call, CPU))
     result = op.run(dataclasses.replace(SMALL, peers=("gla", "attention")), gpu)
     assert result["baseline"] == "chunked"
     assert [check["backend"] for check in result["checks"]] == ["chunked"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from factorization_memory.benchmarks import step, step_contenders, timing
+from factorization_memory.benchmarks import step, step_contenders, step_correctness, timing
+from factorization_memory.benchmarks.correctness import IncorrectBackendError
 from factorization_memory.benchmarks.floor import Rates
-from factorization_memory.benchmarks.op import IncorrectBackendError
 from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.step import StepBenchmark
 from factorization_memory.benchmarks.step_contenders import Contender, Tokens
@@ -94,7 +94,7 @@ def test_what_is_timed_takes_steps_back() -> None:
 
 @pytest.mark.parametrize("fault", ["output", "change", "not finite", "not back", "raises"])
 def test_a_wrong_step_is_not_timed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, back = step_contenders.recurrence_step, step.recurrence_undo
+    right, back = step_contenders.recurrence_step, step_correctness.recurrence_undo
 
     def wrong(update: Any, merge: Any, value: Any, state: Any, *rest: Any, **named: Any) -> Any:
         if fault == "raises":
@@ -112,7 +112,7 @@ def test_a_wrong_step_is_not_timed(fault: str, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("timed")
 
     monkeypatch.setattr(step_contenders, "recurrence_step", wrong)
-    monkeypatch.setattr(step, "recurrence_undo", not_back)
+    monkeypatch.setattr(step_correctness, "recurrence_undo", not_back)
     monkeypatch.setattr(step, "_measure", timed)
     wanted = {"raises": "RuntimeError: no such kernel", "not back": "does not restore"}.get(fault, fault)
     with pytest.raises(IncorrectBackendError, match=rf"gate is red.* at 1x1x1x8x4.*{wanted}"):
@@ -156,7 +156,7 @@ def test_a_bfloat16_memory_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch
     )]  # fmt: skip
     assert all(record["error"] is None and record["speedup"] > 0 for record in result["steps"])
     assert len(result["rollbacks"]) == 1
-    assert [check["tolerance"] for check in result["checks"]] == [1e-5, step.ROUNDED_TOLERANCE] * 2
+    assert [check["tolerance"] for check in result["checks"]] == [1e-5, step_correctness.ROUNDED_TOLERANCE] * 2
 
 
 @pytest.mark.parametrize(

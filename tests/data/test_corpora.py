@@ -21,7 +21,7 @@ import pytest
 import zstandard
 
 from factorization_memory.config import ConfigError
-from factorization_memory.data import corpora
+from factorization_memory.data import rows
 from factorization_memory.data.corpora import (
     CorpusError,
     Document,
@@ -75,7 +75,7 @@ class TestKinds:
         assert [document.source for document in read_documents(path, source="mine")] == ["mine"] * 3
 
     def test_lines_longer_than_a_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(corpora, "_READ_SIZE", 7)
+        monkeypatch.setattr(rows, "_READ_SIZE", 7)
         path = write(tmp_path / "a.jsonl", jsonl(ROWS).rstrip(b"\n"))
         assert [document.text for document in read_documents(path)] == [row["text"] for row in ROWS]
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from factorization_memory.data import tokenizer as tokenizer_module
 from factorization_memory.data.corpora import builtin_corpus, read_documents
+from factorization_memory.data.pre_split import cut_into_blocks
 from factorization_memory.data.tokenizer import Tokenizer, TokenizerError
 
 MIXED = "It's  don’t 1902\n\n　　コーヒーを飲んだ。「それは、何だ？」　café 東京ﾃﾞﾊﾞｲｽ〳〵 ❤️👨‍👩‍👧 x=1;\r\n\tfoo \n end〇二三　"
@@ -75,7 +76,7 @@ class TestChunks:
 
     def test_blocks_join_to_the_whole(self, trained: Tokenizer, books: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         text = books["en"][:30_000] + "\n\n\n" + books["ja"][:5000]
-        blocks = list(tokenizer_module._blocks(text, 100))
+        blocks = list(cut_into_blocks(text, 100))
         assert "".join(blocks) == text
         assert len(blocks) > 50
         assert [i for block in blocks for i in trained.encode(block)] == whole(trained, text)
@@ -85,7 +86,7 @@ class TestChunks:
     def test_blocks_of_awkward_text(self, trained: Tokenizer, text: str, size: int) -> None:
         # A cut within a word is the one thing that may change its tokens.
         normal = unicodedata.normalize("NFC", text * 4)
-        blocks = list(tokenizer_module._blocks(normal, size))
+        blocks = list(cut_into_blocks(normal, size))
         assert "".join(blocks) == normal
         assert all(len(block) <= 2 * size for block in blocks)
         pieces = [end for _, (_, end) in trained._backend.pre_tokenizer.pre_tokenize_str(normal)]

@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance
 
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.evaluation import harness_tasks
+from factorization_memory.evaluation import harness_index
 from factorization_memory.evaluation.harness import Decoding, FactorizationMemoryLM
 from factorization_memory.evaluation.harness_tasks import HarnessDataError, choose_tasks, run_tasks
 from factorization_memory.models import LanguageModel
@@ -455,7 +455,7 @@ def test_examples_from_files_and_their_number(data: Path) -> None:
 @pytest.fixture
 def small_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if the harness had no more than three folders of tasks: reading all takes seconds."""
-    full = harness_tasks._standard_tasks()
+    full = harness_index._standard_tasks()
     folder = tmp_path / "standard"
     folder.mkdir()
     for name in ("hellaswag", "lambada", "arc"):
@@ -463,9 +463,9 @@ def small_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     group = "group: both\ntask:\n- hellaswag\n- task: arc_challenge\n  num_fewshot: 2\n- lambada\n"
     (folder / "group").mkdir()
     (folder / "group" / "both.yaml").write_text(group, encoding="utf-8")
-    monkeypatch.setattr(harness_tasks, "_standard_tasks", lambda: folder)
+    monkeypatch.setattr(harness_index, "_standard_tasks", lambda: folder)
     yield
-    harness_tasks._named_files.cache_clear()
+    harness_index._named_files.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -500,10 +500,10 @@ def test_a_tag_of_which_some_have_local_data(tmp_path: Path, model: LanguageMode
 
 
 def test_groups_of_ours_exist() -> None:
-    files = harness_tasks._named_files(harness_tasks._standard_tasks())
-    assert all(name in files for names in harness_tasks.GROUPS.values() for name in names)
-    assert not set(harness_tasks.GROUPS) & set(files)
-    with choose_tasks([name for name in harness_tasks.GROUPS["japanese"] if not name.endswith("xlsum")]) as chosen:
+    files = harness_index._named_files(harness_index._standard_tasks())
+    assert all(name in files for names in harness_index.GROUPS.values() for name in names)
+    assert not set(harness_index.GROUPS) & set(files)
+    with choose_tasks([name for name in harness_index.GROUPS["japanese"] if not name.endswith("xlsum")]) as chosen:
         assert len(chosen.leaves) == 7
         # Not all 14,000 files were read for it.
         assert len(chosen.manager.task_index) < 100

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from factorization_memory.config import AttentionConfig, Mamba2Config, ModelConfig
 from factorization_memory.data.shards import pack
 from factorization_memory.data.tokenizer import Tokenizer
-from factorization_memory.evaluation.recall_suite import _error, evaluate_recall, headline, held_out_texts
-from factorization_memory.evaluation.recall_tasks import LANGUAGES, NUM_CANDIDATES
+from factorization_memory.evaluation.recall_figures import standard_error
+from factorization_memory.evaluation.recall_needles import LANGUAGES, NUM_CANDIDATES
+from factorization_memory.evaluation.recall_suite import evaluate_recall, headline, held_out_texts
 from factorization_memory.models import LanguageModel
 
 TOKENIZER = Tokenizer.bytes_level()
@@ -136,10 +137,10 @@ def test_who_guesses_gets_chance() -> None:
 
 def test_answers_of_one_sequence_are_not_independent() -> None:
     """All or none of a sequence's answers right: as uncertain as one answer of each."""
-    together, apart = _error([8, 0, 8, 0, 8, 0], [8] * 6), _error([4, 4, 4, 4, 4, 4], [8] * 6)
+    together, apart = standard_error([8, 0, 8, 0, 8, 0], [8] * 6), standard_error([4, 4, 4, 4, 4, 4], [8] * 6)
     assert together == pytest.approx((6 / 5 * 0.25 / 6) ** 0.5)
     assert apart == pytest.approx((0.25 / 48) ** 0.5)
-    assert _error([3], [4]) is None
+    assert standard_error([3], [4]) is None
 
 
 def test_a_tie_is_no_right_answer() -> None:

@@ -11,20 +11,15 @@ import torch
 
 from factorization_memory.config import AttentionConfig, ModelConfig
 from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.evaluation.recall_draws import Draws, Split, split_of
 from factorization_memory.evaluation.recall_learning import learn_recall
+from factorization_memory.evaluation.recall_needles import LANGUAGES, NUM_CANDIDATES, haystack, language_of
 from factorization_memory.evaluation.recall_tasks import (
     IGNORED,
-    LANGUAGES,
-    NUM_CANDIDATES,
-    Draws,
-    Split,
     associations,
     associative_recall,
     copied,
-    haystack,
-    language_of,
     random_stretch,
-    split_of,
     text_stretch,
 )
 

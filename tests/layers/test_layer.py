@@ -1,4 +1,4 @@
-"""The layer: every form of it keeps the laws of a recurrence, and starts as it should."""
+"""The memory layer: its formulas, what its options add to them, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,144 +9,11 @@ import torch
 
 from factorization_memory import FactorizationMemory
 from factorization_memory.config import ConfigError
-from factorization_memory.layers import LayerState, ModelState, projection
-
-FORMS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "sparse": {"top_k": 3},
-    "rates of a head": {"rates": "head", "temperature": 0.5},
-    "heads": {"num_heads": 4, "top_k": 2},
-    "convolution": {"conv_size": 4, "output_gate": True, "top_k": 4, "num_heads": 2},
-    "values skip": {"value_skip": True, "conv_size": 3, "top_k": 3, "num_heads": 2},
-    "associative, dense": {"update_lag": 1},
-    "associative": {"update_lag": 1, "top_k": 3, "temperature": 0.7},
-    "associative, all": {
-        "update_lag": 1, "top_k": 3, "rates": "head", "conv_size": 4, "value_skip": True, "output_gate": True, "num_heads": 2,
-    },
-    "a lag of 3": {"update_lag": 3, "top_k": 2, "num_heads": 2, "conv_size": 2},
-}  # fmt: skip
-
-
-@pytest.fixture(params=FORMS, ids=lambda name: name.replace(" ", "-"))
-def layer(request: pytest.FixtureRequest) -> FactorizationMemory:
-    return FactorizationMemory(hidden_size=16, num_states=8, **FORMS[request.param]).double()
 
 
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.nn.functional.rms_norm(torch.randn(3, 70, 16, dtype=torch.float64), (16,))
-
-
-def assert_same_state(a: LayerState, b: LayerState) -> None:
-    for p, q in zip(a.tensors(), b.tensors(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("cut", [1, 2, 33, 69])
-def test_prefill_and_steps_equal_the_whole(layer: FactorizationMemory, x: torch.Tensor, cut: int) -> None:
-    whole, final = layer(x)
-    y, state = layer(x[:, :cut])
-    parts = [y]
-    state = state.apply(torch.detach)
-    for t in range(cut, min(cut + 5, 70)):
-        parts.append(layer.step(x[:, t], state)[:, None])
-    if cut + 5 < 70:
-        y, state = layer(x[:, cut + 5 :], state)
-        parts.append(y)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-12)
-    assert_same_state(state, final)
-
-
-def test_packed_equals_separate(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    borders = [0, 1, 1, 40, 43, 70]
-    _, start = layer(x[:1].expand(5, -1, -1)[:, :9])
-    y, final = layer(x[1:2], start, torch.tensor(borders, dtype=torch.int32))
-    for n in range(5):
-        part = slice(borders[n], borders[n + 1])
-        one, one_final = layer(x[1:2, part], start.apply(lambda s, n=n: s[n : n + 1]))
-        torch.testing.assert_close(y[:, part], one, rtol=1e-10, atol=1e-12)
-        assert_same_state(final.apply(lambda s, n=n: s[n : n + 1]), one_final)
-
-
-def test_padding_anywhere_is_exact(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    mask = torch.rand(3, 70) > 0.4
-    mask[0, :20], mask[1, 50:] = False, False
-    mask[2] = False
-    mask[2, 30] = True
-    y, final = layer(x, padding_mask=mask)
-    for b in range(3):
-        one, one_final = layer(x[b : b + 1, mask[b]])
-        torch.testing.assert_close(y[b, mask[b]], one[0], rtol=1e-10, atol=1e-12)
-        assert_same_state(final.apply(lambda s, b=b: s[b : b + 1]), one_final)
-
-
-def test_gradients_reach_every_parameter_and_the_state(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    start = layer.initial_state(3).apply(lambda s: (s + 0.1).requires_grad_() if s.is_floating_point() else s)
-    y, _ = layer(x, start)
-    floats = [tensor for tensor in start.tensors() if tensor.is_floating_point()]
-    names = [*(name for name, _ in layer.named_parameters()), *("state" for _ in floats)]
-    gradients = torch.autograd.grad(y.square().sum(), [*layer.parameters(), *floats])
-    for name, gradient in zip(names, gradients, strict=True):
-        assert torch.isfinite(gradient).all(), name
-        assert gradient.abs().sum() > 0, name
-
-
-def test_one_product_routes_as_three(layer: FactorizationMemory, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What training on a GPU does, one product with all weights, gives the same outputs and gradients, compiled too."""
-    torch.nn.init.normal_(layer.update_rate.bias)
-    mask = torch.rand(3, 70) > 0.2
-    projections = [layer.affinity, layer.update_rate, layer.merge_rate]
-    leaves = [x.requires_grad_(), *(p for each in projections for p in each.parameters())]
-
-    def run(route: Any) -> list[torch.Tensor]:
-        routing, *_ = route(x, padding_mask=mask)
-        loss = routing.affinity.square().sum() + routing.update.exp().sum() + (3 * routing.merge).exp().sum()
-        return [routing.affinity, routing.update, routing.merge, *torch.autograd.grad(loss, leaves)]
-
-    expected = run(layer.route)
-    products = []
-    linear = torch.nn.functional.linear
-    monkeypatch.setattr(projection, "as_one", lambda x, projections: True)
-    with monkeypatch.context() as counting:
-        counting.setattr(torch.nn.functional, "linear", lambda *arguments: (products.append(1), linear(*arguments))[1])
-        results = [run(layer.route)]
-    assert len(products) == 1
-    torch._dynamo.reset()
-    results.append(run(torch.compile(layer.route, fullgraph=True, backend="aot_eager")))
-    for result in results:
-        for a, b in zip(result, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-
-
-def test_one_product_under_autocast(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast, which keeps what it made of weights, notices that they have changed."""
-    layer, x = FactorizationMemory(16, num_states=8), x.float()
-    expected, *_ = layer.route(x)
-    monkeypatch.setattr(projection, "as_one", lambda x, projections: True)
-    with torch.autocast("cpu", torch.bfloat16):
-        before, *_ = layer.route(x)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.zero_()
-        after, *_ = layer.route(x)
-    torch.testing.assert_close(before.update, expected.update, rtol=0.05, atol=1e-3)
-    torch.testing.assert_close(after.update, torch.full_like(after.update, 0.5 / 8))
-
-
-def test_when_one_product_routes(x: torch.Tensor) -> None:
-    layer = FactorizationMemory(16, num_states=8)
-    projections = [layer.affinity, layer.update_rate, layer.merge_rate]
-    assert not projection.as_one(x, projections)
-    if torch.cuda.is_available():
-        assert projection.as_one(x.cuda(), projections)
-        with torch.no_grad():
-            assert not projection.as_one(x.cuda(), projections)
-
-
-def test_backends_agree(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    y, _ = layer(x)
-    layer.backend = "reference"
-    torch.testing.assert_close(layer(x)[0], y, rtol=1e-10, atol=1e-12)
 
 
 def test_all_states_kept_equals_dense(x: torch.Tensor) -> None:
@@ -156,80 +23,10 @@ def test_all_states_kept_equals_dense(x: torch.Tensor) -> None:
     torch.testing.assert_close(same(x)[0], dense(x)[0], rtol=1e-12, atol=1e-13)
 
 
-def test_kept_affinities_sum_to_one(x: torch.Tensor) -> None:
-    for form in ({"top_k": 3}, {}):
-        routing, *_ = FactorizationMemory(16, num_states=8, **form).double().route(x)
-        torch.testing.assert_close(routing.affinity.sum(-1), torch.ones(3, 70, 1, dtype=torch.float64))
-        assert (routing.update <= routing.affinity).all()
-
-
-def test_initial_routing_and_time_scales() -> None:
-    """Routing starts as sharp as asked for and on all states; update rates spread over the range asked for."""
-    layer = FactorizationMemory(64, num_states=32, affinity_init=1.0, update_rate_init=(0.05, 0.95))
-    x = torch.nn.functional.rms_norm(torch.randn(1, 4000, 64), (64,))
-    assert abs(layer.affinity(x).std().item() - 1) < 0.1
-    share = layer.route(x)[0].affinity.mean((0, 1))
-    assert share.min() > 0.3 / 32
-    assert share.max() < 3 / 32
-    rates = layer.update_rate(x).sigmoid().mean((0, 1))
-    torch.testing.assert_close(rates[[0, -1]], torch.tensor([0.05, 0.95]), atol=0.02, rtol=0)
-    assert (rates.diff() > 0).all()
-
-
 def test_padding_mask_with_packing_is_refused(x: torch.Tensor) -> None:
     layer = FactorizationMemory(16, num_states=8).double()
     with pytest.raises(ValueError, match="padding_mask: not together with cu_seqlens"):
         layer(x[:1], cu_seqlens=torch.tensor([0, 70]), padding_mask=torch.ones(1, 70, dtype=torch.bool))
-
-
-def test_state_container() -> None:
-    layer = FactorizationMemory(16, num_states=8, conv_size=4)
-    _, one = layer(torch.randn(3, 5, 16))
-    state = ModelState([one.apply(torch.detach), layer.initial_state(3)])
-    assert (state.batch_size, len(state)) == (3, 2)
-    assert state.num_bytes == 2 * 4 * (3 * 8 * 32 + 3 * 3 * 32)
-    copy = state.clone()
-    copy.layers[0].memory.zero_()
-    assert state.layers[0].memory.abs().sum() > 0
-    chosen = state.select([2, 0, 0])
-    for a, b in zip(chosen.tensors(), state.tensors(), strict=True):
-        assert torch.equal(a, b[[2, 0, 0]])
-    for a, b in zip(state.place([4, 1, 0], 5).tensors(), state.tensors(), strict=True):
-        assert torch.equal(a[[4, 1, 0]], b)
-        assert not a[2:4].any()
-    for a, b in zip(state.reset(torch.tensor([True, False, False])).tensors(), state.tensors(), strict=True):
-        assert not a[0].any()
-        assert torch.equal(a[1:], b[1:])
-    assert not state.detach().layers[0].memory.requires_grad
-    assert state.to("cpu").layers[0].memory.device.type == "cpu"
-
-
-def test_a_state_holds_no_more_than_its_bytes(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    """However long the stretch that made it, a carried state keeps nothing else alive, and is nobody else's."""
-    _, state = layer(x)
-    for tensor in state.tensors():
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    _, same = layer(x[:, :0], state)
-    for a, b in zip(same.tensors(), state.tensors(), strict=True):
-        assert torch.equal(a, b)
-        assert a.data_ptr() != b.data_ptr()
-
-
-def test_a_step_between_forward_and_backward(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    y, state = layer(x)
-    layer.step(x[:, 0], state.apply(torch.detach))
-    y.sum().backward()
-
-
-def test_padding_may_hold_anything(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    mask = torch.rand(3, 70) > 0.4
-    y, _ = layer(x, padding_mask=mask)
-    spoiled = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
-    again, final = layer(spoiled, padding_mask=mask)
-    torch.testing.assert_close(again[mask], y[mask])
-    assert all(torch.isfinite(s).all() for s in final.tensors())
-    for gradient in torch.autograd.grad(again[mask].sum(), [spoiled, *layer.parameters()], allow_unused=True):
-        assert gradient is None or torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("update_lag", [0, 1])
@@ -340,33 +137,6 @@ def test_what_the_layer_computes(lag: int, top_k: int | None, rates: Any, x: tor
         torch.testing.assert_close(layer(x[:, :9])[0], written_out(layer, x[:, :9]), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("lag", [1, 2])
-def test_the_first_tokens_update_nothing(lag: int, x: torch.Tensor) -> None:
-    """Nor do they when they come after padding, or begin a packed sequence."""
-    layer = FactorizationMemory(16, 8, top_k=3, update_lag=lag).double()
-    for length in range(lag + 2):
-        _, state = layer(x[:, :length])
-        assert bool(state.memory.any()) == (length > lag)
-    mask = torch.ones(3, 9, dtype=torch.bool)
-    mask[:, : 9 - lag] = False
-    assert not layer(x[:, :9], padding_mask=mask)[1].memory.any()
-    assert not layer(x[:1, : 3 * lag], cu_seqlens=torch.arange(0, 3 * lag + 1, lag))[1].memory.any()
-
-
-def test_no_token_sees_later_ones(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    y, _ = layer(x)
-    for t in (0, 1, 30, 69):
-        other = x.clone()
-        other[:, t + 1 :] = torch.randn_like(other[:, t + 1 :])
-        torch.testing.assert_close(layer(other)[0][:, : t + 1], y[:, : t + 1], rtol=1e-10, atol=1e-12)
-
-
-def test_batch_equals_single(layer: FactorizationMemory, x: torch.Tensor) -> None:
-    y, _ = layer(x)
-    for b in range(3):
-        torch.testing.assert_close(layer(x[b : b + 1])[0][0], y[b], rtol=1e-10, atol=1e-12)
-
-
 def test_what_followed_a_token_is_found_by_it() -> None:
     """One token, one state: A B C A finds what was written after the first A, which is B's value; without a lag, A's own."""
     values = torch.eye(4, dtype=torch.float64)
@@ -379,52 +149,6 @@ def test_what_followed_a_token_is_found_by_it() -> None:
             layer.update_rate.bias.fill_(30)  # a full overwrite
         y, _ = layer(values[[0, 1, 2, 0]][None])
         assert y[0, -1].argmax() == found
-
-
-@pytest.mark.parametrize(
-    ("saved", "read", "message"),
-    [
-        (
-            {},
-            {"update_lag": 1},
-            r"state\.affinity: the state is of update_lag=0, the layer has update_lag=1; read the text again",
-        ),
-        ({"update_lag": 1}, {}, "of update_lag=1, the layer has update_lag=0; read the text again"),
-        ({"update_lag": 2}, {"update_lag": 1}, "of update_lag=2, the layer has update_lag=1"),
-        (
-            {"update_lag": 1},
-            {"update_lag": 1, "top_k": 3},
-            r"state\.indices: the state has no selection, the layer has top_k=3; take one",
-        ),
-        (
-            {"update_lag": 1, "top_k": 2},
-            {"update_lag": 1, "top_k": 3},
-            r"state\.affinity: got torch\.float64 \(3, 1, 1, 2\) on cpu, takes torch\.float64 \(3, 1, 1, 3\)",
-        ),
-    ],
-)
-def test_a_state_of_another_selection_is_refused(
-    saved: dict[str, Any], read: dict[str, Any], message: str, x: torch.Tensor
-) -> None:
-    _, state = FactorizationMemory(16, 8, **saved).double()(x)
-    layer = FactorizationMemory(16, 8, **read).double()
-    with pytest.raises(ValueError, match=message):
-        layer(x, state)
-    with pytest.raises(ValueError, match=message):
-        layer.step(x[:, 0], state)
-
-
-def test_indices_that_were_made_floats_are_refused(x: torch.Tensor) -> None:
-    layer = FactorizationMemory(16, 8, top_k=2, update_lag=1)
-    _, state = layer(x.float())
-    with pytest.raises(ValueError, match=r"state\.indices: got torch\.float64 .*, takes torch\.int64"):
-        layer.double()(x, state.apply(torch.Tensor.double))
-
-
-def test_a_step_with_a_state_of_another_batch_is_refused(x: torch.Tensor) -> None:
-    layer = FactorizationMemory(16, 8, top_k=2, update_lag=1).double()
-    with pytest.raises(ValueError, match=r"state\.memory: got shape \(2, 1, 8, 32\), takes \(3, 1, 8, 32\)"):
-        layer.step(x[:, 0], layer.initial_state(2))
 
 
 @pytest.mark.parametrize("lag", [-1, 1.0, True, "1", None])

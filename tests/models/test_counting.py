@@ -72,10 +72,8 @@ def test_parameters_and_state_bytes(form: dict[str, Any]) -> None:
     assert counts.state_bytes == model.initial_state(1).num_bytes == model(torch.zeros(1, 7, dtype=torch.long))[1].num_bytes
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_activations_are_what_autograd_keeps(form: dict[str, Any]) -> None:
-    model = LanguageModel(config(**form))
-    tokens = torch.zeros(3, 200, dtype=torch.long)
+def kept_by_autograd(model: LanguageModel, tokens: torch.Tensor) -> int:
+    """Bytes that a loss keeps for its backward pass, parameters aside."""
     kept: dict[int, int] = {}
     alive = []
 
@@ -87,13 +85,29 @@ def test_activations_are_what_autograd_keeps(form: dict[str, Any]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(tokens, tokens)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    expected = sum(size for pointer, size in kept.items() if pointer not in own)
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_activations_are_what_autograd_keeps(form: dict[str, Any]) -> None:
+    model = LanguageModel(config(**form))
+    expected = kept_by_autograd(model, torch.zeros(3, 200, dtype=torch.long))
     memory = counting.training_memory(model.config, 3, 200, bfloat16=False)
     assert abs(memory["activations"] - expected) <= 0.02 * expected
     parameters = sum(p.numel() for p in model.parameters())
     assert memory["weights"] + memory["gradients"] + memory["optimizer"] == 16 * parameters
     assert memory["total"] == memory["activations"] + 16 * parameters
     assert counting.training_memory(model.config, 3, 200, bfloat16=True)["activations"] < memory["activations"]
+
+
+def test_activations_of_a_transformer() -> None:
+    """As autograd keeps them with the kernels of attention."""
+    config = ModelConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, mixers=("attention",), attention=AttentionConfig(4, 2)
+    )  # fmt: skip
+    expected = kept_by_autograd(LanguageModel(config), torch.zeros(3, 100, dtype=torch.long))
+    assert abs(counting.training_memory(config, 3, 100, bfloat16=False)["activations"] - expected) <= 0.02 * expected
+    assert counting.count(config, 100).attention_flops == 2 * 4 * 32 * 101 // 2
 
 
 @pytest.mark.parametrize("mixers", [("memory",), ("memory", "memory", "attention")])

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 
 from factorization_memory.config import ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
-from factorization_memory.layers.norm import RMSNorm
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import RoutingHealth, observe_routing
 from factorization_memory.ops import cross_entropy
@@ -247,20 +246,6 @@ def test_the_loss_by_its_former_name(model: LanguageModel, tokens: torch.Tensor)
 def test_a_target_that_is_no_token(model: LanguageModel, tokens: torch.Tensor) -> None:
     with pytest.raises((RuntimeError, IndexError)):
         model(tokens, torch.full_like(tokens, -1))
-
-
-def test_norm_takes_any_layout() -> None:
-    x = torch.randn(7, 2, 16, dtype=torch.float64).transpose(0, 1).requires_grad_()
-    norm = RMSNorm(16, 1e-6).double()
-    expected = functional.rms_norm(x, (16,), norm.weight, 1e-6)
-    torch.testing.assert_close(norm(x), expected)
-    weight = torch.randn(2, 7, 16, dtype=torch.float64)
-    for a, b in zip(
-        torch.autograd.grad((norm(x) * weight).sum(), [x, norm.weight]),
-        torch.autograd.grad((expected * weight).sum(), [x, norm.weight]),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
 
 
 def test_embeddings_are_multiplied_where_they_enter_and_not_in_the_head() -> None:

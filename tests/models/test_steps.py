@@ -13,7 +13,6 @@ from torch import Tensor
 from factorization_memory import FactorizationMemory, LanguageModel
 from factorization_memory.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from factorization_memory.layers import ModelState
-from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.models.decoding import DecodingModel
 from factorization_memory.ops import factorization_memory_step
 from factorization_memory.ops.gated_delta_rule import gated_delta_rule_step
@@ -94,12 +93,6 @@ def test_what_is_put_aside_for_another_batch() -> None:
     for mine, its in zip(state.layers, other.layers, strict=True):
         mine.undo = its.undo  # type: ignore[attr-defined, misc]
     untouched(state, lambda: model.step(torch.zeros(2, dtype=torch.int64), state), r"state\.undo: got rows \(2, 3,")
-
-
-def test_convolution() -> None:
-    layer = CausalConvolution(4, 3)
-    with pytest.raises(ValueError, match=r"tail: got shape \(1, 2, 4\), takes \(2, 2, 4\)"):
-        layer.step(torch.zeros(2, 4), layer.initial_tail(1))
 
 
 def rows(x: Tensor, count: int) -> Tensor:

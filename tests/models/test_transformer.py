@@ -282,29 +282,6 @@ def test_counts(config: ModelConfig) -> None:
     assert memory["weights"] == 4 * counts.parameters
 
 
-def test_activations_of_a_transformer() -> None:
-    """As autograd keeps them with the kernels of attention."""
-    config = ModelConfig(
-        vocab_size=64, hidden_size=32, num_layers=2, mixers=("attention",), attention=AttentionConfig(4, 2)
-    )  # fmt: skip
-    model, tokens = LanguageModel(config), torch.zeros(3, 100, dtype=torch.long)
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        alive.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(tokens, tokens)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    expected = sum(size for pointer, size in kept.items() if pointer not in own)
-    assert abs(training_memory(config, 3, 100, bfloat16=False)["activations"] - expected) <= 0.02 * expected
-    counts = count(config, 100)
-    assert counts.attention_flops == 2 * 4 * 32 * 101 // 2
-
-
 def test_states_of_other_models_are_named() -> None:
     def build(mixers: tuple[Any, ...], window: int | None = None) -> LanguageModel:
         attention = AttentionConfig(num_heads=2, sliding_window=window)

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.ops.convolution import _places, causal_convolution, last_inputs
 
 GPU = torch.cuda.is_available()
@@ -164,43 +163,6 @@ def test_compiled_as_one_graph() -> None:
         gradients.append(torch.autograd.grad(y.float().square().sum(), (x, weight, bias)))
     for compiled, eager in zip(*gradients, strict=True):
         assert torch.equal(compiled, eager)
-
-
-PACKED, PADDED = {"cu_seqlens": torch.tensor([0, 2, 2, 6])}, {"padding_mask": torch.ones(2, 6, dtype=torch.bool)}
-PADDED["padding_mask"][0, :3] = PADDED["padding_mask"][1, 2:4] = False
-
-
-@pytest.mark.skipif(not KERNELS, reason="needs a GPU, or TRITON_INTERPRET=1")
-@pytest.mark.parametrize("what", [{}, PACKED, PADDED], ids=["whole", "packed", "padded"])
-@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("with_tail", [False, True])
-def test_layer(what: dict[str, torch.Tensor], low: torch.dtype, with_tail: bool) -> None:
-    """By kernels what PyTorch makes in float32 of the same numbers."""
-    what = {name: value.to(DEVICE) for name, value in what.items()}
-    layer = CausalConvolution(11, 4).to(DEVICE)
-    torch.nn.init.normal_(layer.bias)
-    batch, sequences = (1, 3) if "cu_seqlens" in what else (2, 2)
-    x = torch.randn(batch, 6, 15, device=DEVICE, dtype=low)[..., 3:14]
-    tail = torch.randn(sequences, 3, 11, device=DEVICE) if with_tail else None
-    y, kept = layer(x, tail, **what, backend="triton")
-    rounded = None if tail is None else tail.to(low).float()
-    expected, expected_tail = layer(x.float(), rounded, **what, backend="plain")
-    assert y.dtype == kept.dtype == low
-    assert torch.equal(kept.float(), expected_tail)
-    real = what.get("padding_mask", torch.ones(batch, 6, dtype=torch.bool, device=DEVICE))
-    close = {"rtol": 8e-3 if low == torch.bfloat16 else 1e-5, "atol": 1e-6}  # the interpreter cuts to bfloat16
-    torch.testing.assert_close(y[real].float(), expected[real], **close)
-    assert layer(x, tail, **what, keep_tail=False, backend="triton")[1] is None
-
-
-def test_channels_that_do_not_fit() -> None:
-    layer = CausalConvolution(12, 4)
-    with pytest.raises(ValueError, match=r"x: got 7 channels, takes 12"):
-        layer(torch.zeros(2, 5, 7))
-    with pytest.raises(ValueError, match=r"x: got 13 channels, takes 12"):
-        layer.step(torch.zeros(2, 13), layer.initial_tail(2))
-    with pytest.raises(ValueError, match=r"tail: got shape \(2, 3, 20\), takes \(2, 3, 12\)"):
-        layer(torch.zeros(2, 5, 12), torch.zeros(2, 3, 20))
 
 
 def test_borders_that_are_not_looked_at() -> None:

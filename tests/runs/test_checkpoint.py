@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from factorization_memory import _files
+from factorization_memory._files import errors
 from factorization_memory.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig, to_dict
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.models import LanguageModel, ModelState
@@ -182,7 +182,7 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(
         monkeypatch.setattr(Path, "read_bytes", refused)
     else:
         # The library says "no such file" of one that it may not open.
-        monkeypatch.setattr(_files, "open", refused, raising=False)
+        monkeypatch.setattr(errors, "open", refused, raising=False)
     model, optimizer = make(1)
     with pytest.raises(OSError, match=rf"{path / name}: cannot be read \(Permission denied\); give read access") as caught:
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)

@@ -25,6 +25,20 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-3, t
 """Largest relative error (of a whole tensor, in norm) by dtype of the values; float32 products on a GPU must not be TF32."""
 
 
+class IncorrectBackendError(RuntimeError):
+    """A backend is wrong, so its speed is meaningless. `checks` are the gate's results."""
+
+    def __init__(self, checks: list[dict[str, Any]]) -> None:
+        self.checks = checks
+        red = [
+            f"{result['backend']} at {result['shape']} "
+            f"({result['reason'] or 'relative error ' + format(result['error'], '.1e') + ' of ' + result['worst']})"
+            for result in checks
+            if not result["passed"]
+        ]
+        super().__init__(f"the correctness gate is red, no speed is measured: {', '.join(red)}")
+
+
 @dataclass(frozen=True)
 class Problem:
     """The arguments of one call, and the gradients of its results."""
@@ -179,7 +193,7 @@ def check(backend: str, problem: Problem) -> dict[str, Any]:
     unfinite = [name for name, x in got.items() if not bool(x.isfinite().all())]
     if unfinite:
         return result | {"worst": unfinite[0], "reason": f"{unfinite[0]} is not finite"}
-    errors = {name: _relative_error(got[name], x) for name, x in expected.items()}
+    errors = {name: relative_error(got[name], x) for name, x in expected.items()}
     worst = max(errors, key=lambda name: errors[name])
     passed = errors[worst] <= TOLERANCES[problem.value.dtype]
     return result | {"passed": passed, "error": errors[worst], "worst": worst, "reason": None}
@@ -205,5 +219,6 @@ def check_backend(backend: str, device: torch.device | str) -> list[dict[str, An
     ]
 
 
-def _relative_error(got: Tensor, expected: Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Error of a whole tensor, in norm."""
     return float((got - expected).norm() / expected.norm().clamp(min=1e-300))

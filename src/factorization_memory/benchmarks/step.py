@@ -4,7 +4,7 @@ A step reads and writes K rows of each head's memory, all M in the dense form. I
 pass through the caches between two steps of a layer. So here every step has its own token, and steps go round over as many rows
 as do not fit a cache (`touched_bytes`), in as many memories as that takes.
 
-Nothing is timed before every size has been found right: `run` raises `op.IncorrectBackendError`.
+Nothing is timed before every size has been found right: `run` raises `IncorrectBackendError`.
 
 Shapes: N steps in rotation, S memories of all sequences, B sequences, H heads, M memory states, K selected states (M in the
 dense form), D value width of a head.
@@ -12,7 +12,6 @@ dense form), D value width of a head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -20,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorization_memory.benchmarks.correctness import TOLERANCES
+from factorization_memory.benchmarks.correctness import IncorrectBackendError
 from factorization_memory.benchmarks.floor import Rates, measure_rates
 from factorization_memory.benchmarks.interruption import Interruption
-from factorization_memory.benchmarks.op import IncorrectBackendError
 from factorization_memory.benchmarks.settings import StepBenchmark
 from factorization_memory.benchmarks.step_contenders import Contender, Tokens, backend_of, rounds_at_random
+from factorization_memory.benchmarks.step_correctness import check
 from factorization_memory.benchmarks.timing import (
     interleaved_seconds,
     machine,
@@ -36,12 +35,7 @@ from factorization_memory.benchmarks.timing import (
     summary,
 )
 from factorization_memory.ops import recurrence_undo
-from factorization_memory.ops.memory import reference
 
-GATE_STEPS = 3
-"""Steps of the correctness gate, one after the other."""
-ROUNDED_TOLERANCE = 2e-2
-"""Largest relative error of outputs and of the memory's change where the memory is rounded to bfloat16 at each step."""
 COPY = "copy"
 
 Records = list[dict[str, Any]]
@@ -129,70 +123,6 @@ def _contenders(benchmark: StepBenchmark, batch: int, num_states: int, device: t
         if rounds_at_random(dtype, device):
             result.append(Contender(shape, torch.bfloat16, 1))
     return result
-
-
-def check(contender: Contender, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """How far `GATE_STEPS` steps at the contender's size are from the reference in float64, in the first and the last
-    sequence; at a sparse size also whether they are taken back to the bit.
-
-    Returns:
-        As `correctness.check` without `seconds`, with `backend`, `shape` and `restored` (None in the dense form, whose steps
-        are not taken back); the errors are of the outputs and of the memory's change.
-    """
-    shape, state = contender.shape, contender.state
-    tolerance = ROUNDED_TOLERANCE if state == torch.bfloat16 else TOLERANCES[dtype]
-    result: dict[str, Any] = {"backend": f"step of a {contender.state_name} memory", "shape": str(shape), "passed": False}
-    result |= {"error": None, "worst": None, "tolerance": tolerance, "restored": None, "reason": None}
-    try:
-        errors, restored = _gate(contender, dtype, device)
-    except Exception as error:  # any failure of a step is a result
-        return result | {"reason": reason(error)}
-    result["restored"] = restored if shape.top_k else None
-    unfinite = [name for name, value in errors.items() if not math.isfinite(value)]
-    if unfinite:
-        return result | {"worst": unfinite[0], "reason": f"{unfinite[0]} is not finite"}
-    worst = max(errors, key=lambda name: errors[name])
-    result |= {"error": errors[worst], "worst": worst, "passed": restored and errors[worst] <= tolerance}
-    return result if restored else result | {"reason": "taking its steps back does not restore the memory"}
-
-
-def _gate(contender: Contender, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, float], bool]:
-    """Relative errors by name, and whether taking back restored the memory."""
-    shape, backend, seed = contender.shape, *backend_of(contender, device)
-    # Tokens of steps that are drawn one by one select states that others select too.
-    drawn = [Tokens.random(shape, 1, dtype, device) for _ in range(GATE_STEPS)]
-    before = torch.randn(shape.batch, shape.heads, shape.num_states, shape.value_size, device=device).to(contender.state)
-    state = before.clone()
-    aside: dict[str, Tensor] = {}
-    if shape.top_k:
-        rows = (GATE_STEPS, shape.batch, 1, shape.heads, shape.top_k, shape.value_size)
-        aside = {"undo": before.new_empty(rows), "position": torch.zeros(1, dtype=torch.int64, device=device)}
-    outputs = []
-    for tokens in drawn:
-        step_aside = {"undo": aside["undo"][:, :, 0], "position": aside["position"]} if aside else {}
-        outputs.append(tokens.step(0, state, backend, seed, **step_aside))
-        if aside:
-            aside["position"].add_(1).remainder_(GATE_STEPS)
-    some = sorted({0, shape.batch - 1})
-    truth = before[some].double()
-    update, merge, value = (
-        torch.stack([getattr(tokens, name)[0, some] for tokens in drawn], 1).double() for name in ("update", "merge", "value")
-    )
-    chosen = [tokens.indices[0] for tokens in drawn if tokens.indices is not None]
-    indices = torch.stack(chosen, 1)[some] if chosen else None
-    expected = reference.steps(update, merge, value, indices, None, truth, None, None, None)
-    start = before[some].double()
-    errors = {
-        "output": _relative_error(torch.stack(outputs, 1)[some].double(), expected),
-        "change": _relative_error(state[some].double() - start, truth - start),
-    }
-    if aside:
-        recurrence_undo(state, aside["undo"], torch.stack(chosen)[:, :, None], None, aside["position"], GATE_STEPS)
-    return errors, not aside or torch.equal(state, before)
-
-
-def _relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 def _measure(group: list[Contender], benchmark: StepBenchmark, device: torch.device, rates: Rates) -> tuple[Records, Records]:

@@ -1,8 +1,11 @@
-"""Advice for text that is not UTF-8."""
+"""Decoding UTF-8, with advice for text that is in another encoding."""
 
 from __future__ import annotations
 
 import codecs
+from pathlib import Path
+
+from factorization_memory.data.errors import CorpusError
 
 _SEEN_BYTES = 1 << 18
 """How much of a text is examined."""
@@ -14,6 +17,23 @@ _MARKS = (
 )
 _JAPANESE = {"EUC-JP": "euc_jp", "SHIFT_JIS": "cp932", "UTF-16LE": "utf-16-le", "UTF-16BE": "utf-16-be"}
 """Names of encodings: `iconv`'s to Python's."""
+
+
+def decode(data: bytes, path: Path, place: str = "", offset: int = 0) -> str:
+    """The text in UTF-8 `data` of `path`, without a byte-order mark; `offset` bytes of its file, named `place`, precede it.
+
+    Raises `CorpusError` for what is not UTF-8.
+    """
+    if is_wide(data):
+        raise CorpusError(f"{place or path}: not text in UTF-8, as every other byte or so is zero; {conversion(data)}")
+    try:
+        return data.decode("utf-8-sig" if offset == 0 else "utf-8")  # a byte-order mark is not part of the text
+    except UnicodeDecodeError as error:
+        # error.start does not count the byte-order mark; error.object is the data after it
+        start = offset + error.start + len(data) - len(error.object)
+        raise CorpusError(
+            f"{place or path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {start}; {conversion(data)}"
+        ) from error
 
 
 def is_wide(data: bytes) -> bool:

@@ -1,7 +1,6 @@
 """Byte-level tokenizers: plain bytes (no training), or byte-pair merges trained on text. Both are lossless.
 
-Text is normalised to NFC and cut into pieces by runs of one script; merges never cross a piece. Without word spaces a Japanese
-sentence would be one "word", which makes training superlinear and tokens whole phrases, hence the cut by script.
+Text is normalised to NFC and cut into pieces (see pre_split.py); merges never cross a piece.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, filterfalse
@@ -21,54 +19,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from factorization_memory._files import explain_unreadable, parse_json, write_atomic
+from factorization_memory.data.pre_split import CHUNK, PRE_SPLIT, cut_into_blocks
 
 DOCUMENT_END = "</s>"
 PADDING = "<pad>"
 
-# A Japanese character is three bytes: tokens of at most eight, the length of the runs below.
+# A Japanese character is three bytes: tokens of at most eight, the length of its runs in PRE_SPLIT.
 _MAX_TOKEN_BYTES = 24
 
-_CJK = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰﾞﾟ〆〱-〵"  # with the letters that Unicode counts as common to several scripts
-_LETTER = rf"[[^\P{{L}}{_CJK}]\p{{M}}]"
-_PRE_SPLIT = "|".join(
-    (
-        rf"['’](?i:s|t|re|ve|m|ll|d)(?!{_LETTER})",
-        rf" ?{_LETTER}+",
-        r"[\p{Han}〆]{1,8}",
-        r"[\p{Hiragana}ー〱-〵]{1,8}",
-        r"[\p{Katakana}ーｰﾞﾟ]+",
-        r" ?\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+",
-        r"\n+　*",  # a Japanese paragraph starts with a full-width space
-        r"[^\S\n]+(?!\S)",  # leaves the last space to the word that follows
-        r"[^\S\n]+",
-    )
-)
-
-# Chunks: stretches of text whose concatenated encodings are the encoding of the whole, because _PRE_SPLIT cuts at every
-# chunk's end whatever the context. Chunks recur in natural text, so most are encoded once and then looked up, several times
-# faster than encoding everything. The classes are deliberately small subsets of those above: a cut is made only between
-# characters known to be in different classes, in every version of Unicode.
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_HAN, _HIRAGANA, _KATAKANA, _MARK = "一-龥々〇", "ぁ-んゝゞ", "ァ-ヶ", "、。「」『』（）！？…"
-_CHUNK = re.compile(
-    "|".join(
-        (
-            rf" ?[^{_SPACE}{_HAN}{_HIRAGANA}{_KATAKANA}{_MARK}ー]++(?=[{_SPACE}]|\Z)",
-            rf"[{_HAN}]++(?=[{_HIRAGANA}{_KATAKANA}{_MARK}{_SPACE}]|\Z)",
-            rf"[{_HIRAGANA}][{_HIRAGANA}ー]*+(?=[{_HAN}{_KATAKANA}{_MARK}{_SPACE}]|\Z)",
-            rf"[{_KATAKANA}][{_KATAKANA}ー]*+(?=[{_HAN}{_HIRAGANA}{_MARK}{_SPACE}]|\Z)",
-            rf"[{_MARK}]++(?=[{_HAN}{_HIRAGANA}{_KATAKANA}{_SPACE}]|\Z)",
-            rf"[{_SPACE}]*\n\u3000*+(?![{_SPACE}])",
-            rf"[{_SPACE}]*+[^{_SPACE}]+?(?:(?<=[{_MARK}])(?=[{_HAN}{_HIRAGANA}{_KATAKANA}])|(?=[{_SPACE}])|\Z)",
-            rf"[{_SPACE}]++",
-        )
-    )
-)
-# Where a chunk ends whatever stands around it: before spaces, and after a mark that a Japanese character follows. Where a long
-# text has none of these, it is cut where the pre-split at least cuts: between letters, digits and signs of ASCII.
-_CHUNK_END = re.compile(rf"(?<=[^{_SPACE}])(?=[{_SPACE}])|(?<=[{_MARK}])(?=[{_HAN}{_HIRAGANA}{_KATAKANA}])")
-_PIECE_END = re.compile(r"(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])")
 _CACHED_CHARACTERS = 1 << 22  # about 700,000 chunks and 100 MB of memory
 _JOINED_CHUNKS = 1000
 _TRAINING_BLOCK, _ENCODING_BLOCK = 1 << 10, 1 << 20  # characters
@@ -150,7 +108,7 @@ class Tokenizer:
         )
         # The library trains on its inputs in parallel, one per thread: split long documents into blocks. Short ones, as its
         # time is quadratic in the length of the longest word.
-        blocks = chain.from_iterable(_blocks(text, _TRAINING_BLOCK) for text in documents)
+        blocks = chain.from_iterable(cut_into_blocks(text, _TRAINING_BLOCK) for text in documents)
         first = next(blocks, None)
         if first is None:
             raise TokenizerError("no text to train a tokenizer on")
@@ -185,8 +143,8 @@ class Tokenizer:
 
     def encode_blocks(self, text: str) -> Iterator[np.ndarray]:
         """Token ids of `text` as uint32 arrays to concatenate: bounded memory for a text of any length."""
-        for block in _blocks(unicodedata.normalize("NFC", text), _ENCODING_BLOCK):
-            chunks = _CHUNK.findall(block)
+        for block in cut_into_blocks(unicodedata.normalize("NFC", text), _ENCODING_BLOCK):
+            chunks = CHUNK.findall(block)
             new = set(filterfalse(self._cache.__contains__, chunks))
             if new:
                 self._cache.update(self._encode_chunks(new))
@@ -253,7 +211,7 @@ def _new_backend(model: models.Model) -> tokenizers.Tokenizer:
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(_PRE_SPLIT), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(PRE_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -289,20 +247,3 @@ def _byte_characters() -> list[str]:
     hidden = (byte for byte in range(256) if byte not in visible)
     moved = {byte: 0x100 + i for i, byte in enumerate(hidden)}
     return [chr(moved.get(byte, byte)) for byte in range(256)]
-
-
-def _blocks(text: str, size: int) -> Iterator[str]:
-    """`text` in stretches of `size` to 2 * `size` characters, cut where the pre-split cuts it too.
-
-    A longer word (of one script, without spaces) is cut anywhere: training time is quadratic in the length of a word, and the
-    memory of encoding is proportional to it.
-    """
-    start = 0
-    while len(text) - start > 2 * size:
-        window = start + size, start + 2 * size
-        found = _CHUNK_END.search(text, *window) or _PIECE_END.search(text, *window)
-        end = found.start() if found else start + 2 * size
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]

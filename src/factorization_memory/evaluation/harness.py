@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from factorization_memory.data.tokenizer import DOCUMENT_END
+from factorization_memory.evaluation.harness_generation import Continuation, Decoding
 from factorization_memory.evaluation.loss import evaluating
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class FactorizationMemoryLM(TemplateLM):
         return answers
 
     def _generate(self, prompts: Sequence[Tokens], decoding: Decoding) -> list[str]:
-        rows = [_Continuation(self._text, decoding.until) for _ in prompts]
+        rows = [Continuation(self._text, decoding.until) for _ in prompts]
         live = list(range(len(rows)))
         logits, state = self._read(prompts)
         tokens = logits.new_zeros(0)
@@ -264,83 +264,6 @@ class FactorizationMemoryLM(TemplateLM):
             yield piece, logits[0], after
             last, _, stop = piece[-1]
             carried = after.select([len(piece) - 1]) if stop < len(sequences[last]) else None
-
-
-class Decoding:
-    """Generation settings of a task, from the options of its requests.
-
-    `until` (stop strings), `max_gen_toks` (or one of its other names), `do_sample`, `temperature`, `top_k`, `top_p`. Greedy
-    unless `do_sample` is set, or only a temperature. Samples with PyTorch's global generator, which the harness seeds.
-
-    Raises:
-        ValueError: an option is unknown or out of range.
-    """
-
-    def __init__(self, options: dict[str, Any], max_tokens: int) -> None:
-        options = dict(options)
-        until = options.pop("until", None) or []
-        self.until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        for name in ("max_completion_tokens", "max_tokens", "max_new_tokens", "max_gen_toks"):  # the last one wins
-            given = options.pop(name, None)
-            max_tokens = max_tokens if given is None else given
-        self.max_tokens = int(max_tokens)
-        self.temperature = float(options.pop("temperature", None) or 0.0)
-        sampled = options.pop("do_sample", None)
-        self.top_k = int(options.pop("top_k", None) or 0)
-        self.top_p = float(options.pop("top_p", None) or 1.0)
-        if options.pop("num_beams", 1) != 1:
-            raise ValueError("num_beams: a task asks for beam search, which this model does not have here; leave the task out")
-        if options:
-            raise ValueError(
-                f"{', '.join(sorted(options))}: options of a task that this model does not have; leave the task out"
-            )
-        if self.max_tokens < 0 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"max_gen_toks={self.max_tokens}, temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: "
-                "use 0 or more for the first three, and over 0 to 1 for top_p"
-            )
-        if sampled and not self.temperature:
-            self.temperature = 1.0
-        elif sampled is False:
-            self.temperature = 0.0
-
-    def choose(self, logits: Tensor) -> Tensor:
-        """The next token of each row of `logits` `[N, V]`, int64 `[N]`."""
-        if not self.temperature:
-            return logits.argmax(-1)
-        logits = logits.float() / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
-        probabilities, tokens = logits.softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        drawn = torch.multinomial(probabilities.masked_fill(before >= self.top_p, 0.0), 1)
-        return tokens.gather(-1, drawn)[:, 0]
-
-
-class _Continuation:
-    """The text of one row as it is generated."""
-
-    def __init__(self, tokenizer: Tokenizer, until: list[str]) -> None:
-        self._stream = tokenizer.stream()
-        self._end = tokenizer.document_end
-        # The literal characters "</s>" also end a text, as in the harness's own adapter.
-        self._until = [*until, *([] if DOCUMENT_END in until else [DOCUMENT_END])]
-        self._text = ""
-
-    def push(self, token: int) -> bool:
-        """Adds the next token; returns whether the text continues."""
-        if token == self._end:
-            return False
-        old, self._text = len(self._text), self._text + self._stream.push(token)
-        return all(self._text.find(stop, max(0, old + 1 - len(stop))) < 0 for stop in self._until)
-
-    def finish(self) -> str:
-        """The text before its first stop string, decoded as the harness's own adapter does, with U+FFFD for an incomplete last
-        character."""
-        text = self._text + self._stream.flush()
-        for stop in self._until:
-            text = text.partition(stop)[0]
-        return text
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

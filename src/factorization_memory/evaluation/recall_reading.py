@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorization_memory.evaluation.recall_tasks import NUM_CANDIDATES, Associations, Haystack, Needle
+from factorization_memory.evaluation.recall_needles import NUM_CANDIDATES, Haystack, Needle
+from factorization_memory.evaluation.recall_tasks import Associations
 
 if TYPE_CHECKING:
     from factorization_memory.layers import ModelState

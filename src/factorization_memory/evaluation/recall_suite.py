@@ -30,19 +30,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from factorization_memory.evaluation.loss import evaluating, token_lengths
+from factorization_memory.evaluation.recall_draws import VERSION, Split
+from factorization_memory.evaluation.recall_figures import doubling, fifth_of, grouped, standard_error
+from factorization_memory.evaluation.recall_needles import NUM_CANDIDATES, Haystack, haystack, language_of
 from factorization_memory.evaluation.recall_reading import Reader
-from factorization_memory.evaluation.recall_tasks import (
-    NUM_CANDIDATES,
-    VERSION,
-    Haystack,
-    Split,
-    associations,
-    copied,
-    haystack,
-    language_of,
-    random_stretch,
-    text_stretch,
-)
+from factorization_memory.evaluation.recall_tasks import associations, copied, random_stretch, text_stretch
 
 if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
@@ -184,8 +176,8 @@ def _associative(
             report("keys and values", done * count + indices.stop, len(possible) * count)
     most = [query for query in queries if query["pairs"] == max(possible)]
     return {
-        "by_pairs": _grouped(queries, lambda query: {"pairs": query["pairs"]}),
-        "by_distance": _grouped(most, lambda query: {"pairs": query["pairs"], **_doubling(query["distance"])}),
+        "by_pairs": grouped(queries, lambda query: {"pairs": query["pairs"]}),
+        "by_distance": grouped(most, lambda query: {"pairs": query["pairs"], **doubling(query["distance"])}),
     }
 
 
@@ -236,10 +228,10 @@ def _needles(
         if queries:
             result[name] = {
                 "language": language,
-                "by_length": _grouped(queries, lambda query: {key: query[key] for key in ("length", "needles")}),
-                "by_needles": _grouped(queries, lambda query: {"needles": query["needles"]}),
-                "by_depth": _grouped(queries, lambda query: _fifth(query["depth"])),
-                "by_distance": _grouped(queries, lambda query: _doubling(query["distance"])),
+                "by_length": grouped(queries, lambda query: {key: query[key] for key in ("length", "needles")}),
+                "by_needles": grouped(queries, lambda query: {"needles": query["needles"]}),
+                "by_depth": grouped(queries, lambda query: fifth_of(query["depth"])),
+                "by_distance": grouped(queries, lambda query: doubling(query["distance"])),
             }
     if not result:
         sizes = ", ".join(f"{name} {len(text)}" for name, text in texts.items()) or "none"
@@ -287,7 +279,7 @@ def _copying(
                     "sequences": count,
                     "tokens": count * length,
                     "accuracy": sum(right) / (count * length),
-                    "accuracy_error": _error(right, [length] * count),
+                    "accuracy_error": standard_error(right, [length] * count),
                     "loss": float(np.mean(losses)),
                     "first_loss": float(np.mean(first_losses)),
                 }
@@ -295,47 +287,3 @@ def _copying(
         if rows:
             result[name] = {"by_length": rows}
     return result
-
-
-def _grouped(queries: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of queries grouped by `key`, in its order."""
-    groups: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
-    for query in queries:
-        named = key(query)
-        groups.setdefault(tuple(named.values()), (named, []))[1].append(query)
-    return [{**named, **_figures(part)} for _, (named, part) in sorted(groups.items(), key=lambda each: each[0])]
-
-
-def _figures(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    by_sequence: dict[Any, list[dict[str, Any]]] = {}
-    for query in queries:
-        by_sequence.setdefault(query["sequence"], []).append(query)
-    figures: dict[str, Any] = {"sequences": len(by_sequence), "asked": len(queries)}
-    figures["chance"] = float(np.mean([query["chance"] for query in queries]))
-    for share in ("choice", "exact"):
-        right = [sum(query[share] for query in part) for part in by_sequence.values()]
-        figures[share] = sum(right) / len(queries)
-        figures[f"{share}_error"] = _error(right, [len(part) for part in by_sequence.values()])
-    return figures
-
-
-def _error(right: Sequence[float], asked: Sequence[int]) -> float | None:
-    """Standard error of sum(right) / sum(asked) over independent sequences, but at least that of as many independent queries
-    at a share half a query away from 0 and 1: a few sequences that happen to agree do not give certainty."""
-    n, all_asked = len(right), sum(asked)
-    if n < 2:
-        return None
-    share, smoothed = sum(right) / all_asked, (sum(right) + 0.5) / (all_asked + 1)
-    squares = sum((hit - share * count) ** 2 for hit, count in zip(right, asked, strict=True))
-    return float(max((n / (n - 1) * squares) ** 0.5 / all_asked, (smoothed * (1 - smoothed) / all_asked) ** 0.5))
-
-
-def _doubling(distance: int) -> dict[str, int]:
-    """The powers of two that a distance lies between."""
-    start = 1 << (distance.bit_length() - 1)
-    return {"start": start, "end": 2 * start}
-
-
-def _fifth(depth: float) -> dict[str, float]:
-    fifth = min(int(5 * depth), 4)
-    return {"start": fifth / 5, "end": (fifth + 1) / 5}

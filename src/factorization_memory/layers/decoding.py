@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from factorization_memory.layers.factorization_memory import FactorizationMemory
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,27 @@ class DecodingParts:
     """`[H D]`; None without a value skip."""
     output_weight: Tensor
     """`[d, H D]`."""
+
+    @classmethod
+    def of(cls, layer: FactorizationMemory) -> DecodingParts:
+        """The parts of a layer; the input projections are copies."""
+        rates = (layer.update_rate, layer.merge_rate)
+        projections = [layer.affinity, *rates, layer.value, *([] if layer.gate is None else [layer.gate])]
+        return cls(
+            num_heads=layer.num_heads,
+            input_weight=torch.cat([projection.weight for projection in projections]).detach(),
+            input_sizes=tuple(projection.out_features for projection in projections),
+            rate_bias=torch.cat([rate.bias for rate in rates]).detach(),
+            has_gate=layer.gate is not None,
+            convolution=None if layer.convolution is None else (layer.convolution.weight, layer.convolution.bias),
+            dense=layer.top_k is None and not layer.update_lag,
+            temperature=layer.temperature,
+            step_memory=layer.step_memory,
+            norm_weight=layer.norm_weight,
+            norm_eps=layer.norm_eps,
+            skip=layer.skip,
+            output_weight=layer.output.weight,
+        )
 
     @property
     def rates(self) -> slice:

@@ -19,7 +19,6 @@ from factorization_memory import ops
 from factorization_memory.config import Backend, MemoryConfig
 from factorization_memory.layers.calling import device_of
 from factorization_memory.layers.convolution import CausalConvolution
-from factorization_memory.layers.decoding import DecodingParts
 from factorization_memory.layers.mixer import (
     MERGE_FLOPS,
     UPDATE_FLOPS,
@@ -32,10 +31,9 @@ from factorization_memory.layers.mixer import (
 )
 from factorization_memory.layers.norm import rms_norm
 from factorization_memory.layers.projection import project
-from factorization_memory.layers.routing import Routing, delayed
+from factorization_memory.layers.routing import Routing, initialise_rates, route_sequences, route_token
 from factorization_memory.layers.state import LayerState
 from factorization_memory.layers.state_sizes import StateSizes
-from factorization_memory.ops.routing import route, route_step, weigh
 
 
 class FactorizationMemory(nn.Module):
@@ -146,13 +144,7 @@ class FactorizationMemory(nn.Module):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=scale)
         nn.init.normal_(self.output.weight, std=self.output.in_features**-0.5)
-        for rate in (self.update_rate, self.merge_rate):
-            nn.init.normal_(rate.weight, std=0.1 * scale)
-            nn.init.zeros_(rate.bias)
-        low, high = (math.log(rate / (1 - rate)) for rate in self.config.update_rate_init)
-        count = self.rates_per_head if self.rates_per_head > 1 else self.num_heads
-        spread = torch.linspace(low, high, count) if count > 1 else torch.tensor([(low + high) / 2])
-        self.update_rate.bias.copy_(spread if self.rates_per_head == 1 else spread.repeat(self.num_heads))
+        initialise_rates(self.update_rate, self.merge_rate, self.num_heads, self.config.update_rate_init)
         if self.convolution is not None:
             self.convolution.reset_parameters()
         for weight in (self.norm_weight, self.skip):
@@ -179,30 +171,14 @@ class FactorizationMemory(nn.Module):
         Returns:
             The routing, and `affinity` and `indices` of the state after the last token.
         """
-        logits, update_logits, merge_logits = project(x, self.num_heads, self.affinity, self.update_rate, self.merge_rate)
-        own_update = None if self.update_lag else update_logits
-        affinity, update, merge, indices = route(
-            logits, own_update, merge_logits, self.top_k, self.temperature, self._backend_beside()
-        )
-        update_indices, last_affinity, last_indices = indices, None, None
-        if self.update_lag:
+        affinity, update, merge = project(x, self.num_heads, self.affinity, self.update_rate, self.merge_rate)
+        if state is None:
             sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            before = self.state_sizes.no_selection(sequences, self.value.weight, device_of(self))
-            if state is not None:
-                before = state.affinity, state.indices
-            assert before[0] is not None, "see check_state"
-            updated, last_affinity = delayed(affinity, before[0].to(affinity.dtype), cu_seqlens, padding_mask)
-            if indices is not None and before[1] is not None:
-                # There is no selection before the first token: use any distinct states, with zero weights.
-                none = (before[0] == 0).all(-1, keepdim=True)
-                selected = torch.where(none, torch.arange(indices.shape[-1], device=x.device), before[1])
-                update_indices, last_indices = delayed(indices, selected, cu_seqlens, padding_mask)
-            update = weigh(update_logits, updated, update_indices)
-        assert update is not None
-        if padding_mask is not None:
-            update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
-        routing = Routing(affinity, update, merge, indices, update_indices, self.num_states, padding_mask)
-        return routing, last_affinity, last_indices
+            last_affinity, last_indices = self.state_sizes.no_selection(sequences, self.value.weight, device_of(self))
+        else:
+            last_affinity, last_indices = state.affinity, state.indices
+        options = self.top_k, self.temperature, self._backend_beside()
+        return route_sequences(affinity, update, merge, last_affinity, last_indices, cu_seqlens, padding_mask, *options)
 
     def _backend_beside(self) -> str:
         """The backend of routing and convolution."""
@@ -278,51 +254,11 @@ class FactorizationMemory(nn.Module):
     ) -> Tensor:
         """Routing and recurrence of one token: logits `[B, H, M]` (rate logits `[B, H, R]`) and values `[B, H, D]` to merged
         vectors `[B, H, D]`; `state` is updated in place."""
-        backend, options = self._backend_beside(), (self.top_k, self.temperature)
-        if self.update_lag:
-            assert state.affinity is not None, "see check_state"
-            update, merge, update_indices, indices = route_step(
-                affinity_logits, update_logits, merge_logits, state.affinity, state.indices, *options, backend
-            )
-        else:
-            _, own_update, merge, indices = route(affinity_logits, update_logits, merge_logits, *options, backend)
-            assert own_update is not None
-            update, update_indices = own_update, indices
-        rows, position = None, None
-        if state.undo is not None:
-            state.undo.put_aside_selection(update_indices)
-            rows, position = state.undo.rows, state.undo.position
-        return ops.recurrence_step(
-            update,
-            merge,
-            value,
-            state.memory,
-            update_indices,
-            None if indices is update_indices else indices,
-            undo=rows,
-            position=position,
-            backend=self.backend,
+        options = self.top_k, self.temperature, self._backend_beside()
+        update, merge, update_indices, indices = route_token(
+            affinity_logits, update_logits, merge_logits, state.affinity, state.indices, *options
         )
-
-    def decoding_parts(self) -> DecodingParts:
-        """What the fused decoding step reads from this layer; the input projections are copies."""
-        rates = (self.update_rate, self.merge_rate)
-        projections = [self.affinity, *rates, self.value, *([] if self.gate is None else [self.gate])]
-        return DecodingParts(
-            num_heads=self.num_heads,
-            input_weight=torch.cat([projection.weight for projection in projections]).detach(),
-            input_sizes=tuple(projection.out_features for projection in projections),
-            rate_bias=torch.cat([rate.bias for rate in rates]).detach(),
-            has_gate=self.gate is not None,
-            convolution=None if self.convolution is None else (self.convolution.weight, self.convolution.bias),
-            dense=self.top_k is None and not self.update_lag,
-            temperature=self.temperature,
-            step_memory=self.step_memory,
-            norm_weight=self.norm_weight,
-            norm_eps=self.norm_eps,
-            skip=self.skip,
-            output_weight=self.output.weight,
-        )
+        return state.advance(update, merge, value, update_indices, indices, self.backend)
 
     def keep_undo(self, state: LayerState, steps: int, position: Tensor) -> LayerState:
         """The same state, recording what the next `steps` steps overwrite; `position` as in `Undo`."""

@@ -1,17 +1,20 @@
 """Routing: which memory states each token updates and merges, and the lagged selection that a state carries.
 
-Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states, L update lag, N packed sequences.
+Shapes: B sequences, T tokens, H heads, M memory states of each head, K selected states, R rates of a head (M or 1), L
+update lag, N packed sequences.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from factorization_memory.ops import over_states
 from factorization_memory.ops.convolution import last_inputs
+from factorization_memory.ops.routing import route, route_step, weigh
 
 
 @dataclass
@@ -45,6 +48,91 @@ class Routing:
         """Update and merge weights of all states, `[B, T, H, M]`; zero for those not selected."""
         states = self.num_states
         return over_states(self.update, self.update_indices, states), over_states(self.merge, self.indices, states)
+
+
+def route_sequences(
+    affinity_logits: Tensor,
+    update_logits: Tensor,
+    merge_logits: Tensor,
+    last_affinity: Tensor | None,
+    last_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+    top_k: int | None,
+    temperature: float,
+    backend: str,
+) -> tuple[Routing, Tensor | None, Tensor | None]:
+    """Routes each token of whole sequences.
+
+    Args:
+        affinity_logits: `[B, T, H, M]`.
+        update_logits, merge_logits: `[B, T, H, R]`, R = M or 1.
+        last_affinity: affinities of the L tokens before the first, as in `LayerState`; None without a lag.
+        last_indices: their states; None without a lag, and in the dense form.
+        cu_seqlens: `[N + 1]` integers, borders of sequences packed along T (B = 1).
+        padding_mask: bool `[B, T]`, False for padding.
+        top_k, temperature, backend: as in `factorization_memory.ops.routing.route`.
+
+    Returns:
+        The routing, and the new `last_affinity` and `last_indices`.
+    """
+    own_update = update_logits if last_affinity is None else None
+    affinity, update, merge, indices = route(affinity_logits, own_update, merge_logits, top_k, temperature, backend)
+    update_indices = indices
+    if last_affinity is not None:
+        # There is no selection before the first token: use any distinct states, with zero weights.
+        none = (last_affinity == 0).all(-1, keepdim=True)
+        updated, last_affinity = delayed(affinity, last_affinity.to(affinity.dtype), cu_seqlens, padding_mask)
+        if indices is not None and last_indices is not None:
+            selected = torch.where(none, torch.arange(indices.shape[-1], device=indices.device), last_indices)
+            update_indices, last_indices = delayed(indices, selected, cu_seqlens, padding_mask)
+        update = weigh(update_logits, updated, update_indices)
+    assert update is not None
+    if padding_mask is not None:
+        update, merge = (weight * padding_mask[..., None, None] for weight in (update, merge))
+    routing = Routing(affinity, update, merge, indices, update_indices, affinity_logits.shape[-1], padding_mask)
+    return routing, last_affinity, last_indices
+
+
+def route_token(
+    affinity_logits: Tensor,
+    update_logits: Tensor,
+    merge_logits: Tensor,
+    last_affinity: Tensor | None,
+    last_indices: Tensor | None,
+    top_k: int | None,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Routes one token of each sequence: the arguments of `route_sequences` without T; `last_affinity` and `last_indices` are
+    updated in place.
+
+    Returns:
+        theta and phi, `[B, H, K]`; the states that the token updates and those that it merges, int64 `[B, H, K]`, None in the
+        dense form.
+    """
+    if last_affinity is not None:
+        logits = affinity_logits, update_logits, merge_logits
+        return route_step(*logits, last_affinity, last_indices, top_k, temperature, backend)
+    _, update, merge, indices = route(affinity_logits, update_logits, merge_logits, top_k, temperature, backend)
+    assert update is not None
+    return update, merge, indices, indices
+
+
+@torch.no_grad()
+def initialise_rates(
+    update_rate: nn.Linear, merge_rate: nn.Linear, num_heads: int, update_rate_init: tuple[float, float]
+) -> None:
+    """Initial weights of the projections to rate logits: update rates from the first of `update_rate_init` to the second,
+    spread evenly in logit over a head's states (or over the heads, if each has one rate); merge rates around 1/2."""
+    for rate in (update_rate, merge_rate):
+        nn.init.normal_(rate.weight, std=0.1 * rate.in_features**-0.5)
+        nn.init.zeros_(rate.bias)
+    low, high = (math.log(rate / (1 - rate)) for rate in update_rate_init)
+    rates_per_head = update_rate.out_features // num_heads
+    count = rates_per_head if rates_per_head > 1 else num_heads
+    spread = torch.linspace(low, high, count) if count > 1 else torch.tensor([(low + high) / 2])
+    update_rate.bias.copy_(spread if rates_per_head == 1 else spread.repeat(num_heads))
 
 
 def delayed(

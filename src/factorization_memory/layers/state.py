@@ -156,6 +156,42 @@ class LayerState(LayerStateBase):
         """B."""
         return self.memory.shape[0]
 
+    def advance(
+        self,
+        update: Tensor,
+        merge: Tensor,
+        value: Tensor,
+        update_indices: Tensor | None,
+        merge_indices: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """One step of the recurrence: updates the memory in place, recording what it overwrites if that is kept.
+
+        Args:
+            update, merge: theta and phi, `[B, H, K]`.
+            value: `[B, H, D]`.
+            update_indices, merge_indices: states of theta and phi, int64 `[B, H, K]`; None in the dense form.
+            backend: of the recurrence.
+
+        Returns:
+            The merged vectors `[B, H, D]`.
+        """
+        rows, position = None, None
+        if self.undo is not None:
+            self.undo.put_aside_selection(update_indices)
+            rows, position = self.undo.rows, self.undo.position
+        return ops.recurrence_step(
+            update,
+            merge,
+            value,
+            self.memory,
+            update_indices,
+            None if merge_indices is update_indices else merge_indices,
+            undo=rows,
+            position=position,
+            backend=backend,
+        )
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> LayerState:
         """The state with `function` applied to each tensor, in the order of `tensors`."""
         memory, rest = function(self.memory), (self.convolution, self.affinity, self.indices)

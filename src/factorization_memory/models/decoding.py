@@ -28,6 +28,7 @@ from torch import Tensor
 from factorization_memory import ops
 from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
 from factorization_memory.layers.calling import why_any_called
+from factorization_memory.layers.decoding import DecodingParts
 from factorization_memory.models.block import Block
 from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.ops.precision import wide_product
@@ -116,7 +117,7 @@ class _DecodingBlock:
         assert isinstance(mixer, FactorizationMemory), "see why_unsupported"
         assert feed_forward is not None, "see why_unsupported"
         assert feed_forward_norm is not None
-        self.mixer, self.mixer_norm = mixer.decoding_parts(), block.mixer_norm
+        self.mixer, self.mixer_norm = DecodingParts.of(mixer), block.mixer_norm
         self.feed_forward, self.feed_forward_norm = feed_forward, feed_forward_norm
         weight, rates = self.mixer.input_weight, self.mixer.rates
         self.bias = weight.new_zeros(len(weight))

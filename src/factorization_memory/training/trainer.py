@@ -1,15 +1,13 @@
 """The training loop: one model, one device, one run folder.
 
 The parts of a run are in separate files: checks before it (preparation.py), the passes of a step (step.py), the learning rate
-(schedule.py), guards (guard.py); checkpoints, records and the lock are in `runs`. Evaluation and sampling are passed in as
-functions.
+(schedule.py), evaluation and samples between steps (observation.py), guards (guard.py), its result (result.py); checkpoints,
+records and the lock are in `runs`. Evaluation and sampling are passed in as functions.
 """
 
 from __future__ import annotations
 
 import math
-import shlex
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +20,7 @@ from factorization_memory.data.loader import BatchLoader
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.compilation import compiled_loss
 from factorization_memory.models.device import autocast, resolve_device
-from factorization_memory.models.finite import not_finite
-from factorization_memory.models.routing import RoutingHealth, memory_layers
-from factorization_memory.runs.checkpoint import load_checkpoint, model_tensors, save_checkpoint
+from factorization_memory.runs.checkpoint import load_checkpoint, save_checkpoint
 from factorization_memory.runs.checkpoint_folder import (
     CheckpointError,
     NotFiniteError,
@@ -38,9 +34,11 @@ from factorization_memory.runs.lock import RunLock
 from factorization_memory.runs.record import RunFolderError, RunRecord
 from factorization_memory.training.guard import GracefulStop, TrainingDivergedError, check_finite, diverged
 from factorization_memory.training.initial import load_initial
+from factorization_memory.training.observation import Evaluate, Observation, Sample
 from factorization_memory.training.optimizer import make_optimizer, set_learning_rate
 from factorization_memory.training.preparation import check_same_run, complete_config, require_room_for_training
 from factorization_memory.training.progress import ShieldedObserver, TrainingObserver
+from factorization_memory.training.result import run_result, stopped_early
 from factorization_memory.training.schedule import learning_rate
 from factorization_memory.training.step import accumulate_gradient, clip_gradient
 
@@ -48,11 +46,6 @@ if TYPE_CHECKING:
     from factorization_memory.data.loader import Batch
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.models import ModelState
-
-Evaluate = Callable[[LanguageModel, int], dict[str, Any]]
-"""Maps the model, in evaluation mode, and the step to `sources` (by name) and `bits_per_byte`, which ranks checkpoints."""
-Sample = Callable[[LanguageModel], list[dict[str, Any]]]
-"""Maps the model, in evaluation mode, to its samples, as JSON-ready dictionaries (`prompt`, `text`)."""
 
 
 class Trainer:
@@ -153,6 +146,17 @@ class _Run:
             prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.record.begin(self.config, trainer.corpus.tokenizer, self.device, self.state.step if resume else None)
         self.clock = time.perf_counter() - self.state.seconds
+        self.observation = Observation(
+            self.model,
+            self.config.training,
+            self.state,
+            self.record,
+            self.observer,
+            self.device,
+            self.autocast,
+            trainer.evaluate,
+            trainer.sample,
+        )
 
     def train(self, stop: GracefulStop) -> dict[str, Any]:
         steps, every = self.config.training.steps, self.config.training.checkpoint_every
@@ -245,9 +249,9 @@ class _Run:
             state.interval = {}
 
     def _observe_or_save(self, batch: Batch) -> bool:
-        """`_observe`; if it raises, saves the steps since the last checkpoint before reraising."""
+        """Evaluates and samples, if due; if that raises, saves the steps since the last checkpoint before reraising."""
         try:
-            return self._observe(batch)
+            return self.observation.observe(batch, self.checkpoint)
         except TrainingDivergedError:
             raise  # nothing to save
         except Exception as error:
@@ -261,70 +265,6 @@ class _Run:
             error.add_note(message)
             self.observer.on_message(message)
             raise
-
-    def _observe(self, batch: Batch) -> bool:
-        """Evaluates and samples, if due, in the precision of training; returns whether this evaluation is the best yet."""
-        training, step = self.config.training, self.state.step
-        last, best = step == training.steps, False
-        evaluating = last or bool(training.evaluate_every and step % training.evaluate_every == 0)
-        sampling = self.trainer.sample is not None and bool(
-            training.sample_every and (last or step % training.sample_every == 0)
-        )
-        wrong = not_finite(model_tensors(self.model)) if evaluating or sampling else None
-        if wrong is not None:
-            raise diverged(step, f"weight {wrong!r} is NaN or infinite", self.checkpoint)
-        devices = [self.device] if self.device.type == "cuda" else []
-        # Restore the random generators afterwards, so that the frequency of evaluation does not affect training.
-        with torch.random.fork_rng(devices), torch.no_grad(), self.autocast:
-            self.model.eval()
-            if evaluating:
-                best = self._evaluate()
-                self._measure_routing(batch)
-            if sampling:
-                assert self.trainer.sample is not None
-                sample = {"step": step, "samples": self.trainer.sample(self.model)}
-                self.record.append("sample", sample)
-                self.observer.on_sample(sample)
-            self.model.train()
-        self.state.observed_step = step
-        return best
-
-    def _evaluate(self) -> bool:
-        if self.trainer.evaluate is None:
-            return False
-        state = self.state
-        evaluation = {"step": state.step, **self.trainer.evaluate(self.model, state.step)}
-        self.record.append("evaluation", evaluation)
-        self.observer.on_evaluation(evaluation)
-        state.last_evaluation = evaluation
-        before = math.inf if state.best_evaluation is None else state.best_evaluation["bits_per_byte"]
-        if not evaluation["bits_per_byte"] < before:
-            return False
-        state.best_step, state.best_evaluation = state.step, evaluation
-        return True
-
-    def _measure_routing(self, batch: Batch) -> None:
-        if not memory_layers(self.model):
-            return
-        health = RoutingHealth(self.model)
-        with health.observe():
-            self.model(
-                batch.tokens.to(self.device),
-                batch.targets.to(self.device),
-                cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.device),
-                keep_state=False,
-            )
-        layers = health.summary()
-        routing = {
-            "step": self.state.step,
-            "states": sum(len(head) for layer in layers for head in layer["share"]),
-            "dead_states": sum(sum(layer["dead"]) for layer in layers),
-            "entropy": [statistics.fmean(layer["entropy"]) for layer in layers],
-            "balance": [statistics.fmean(layer["balance"]) for layer in layers],
-            "layers": layers,
-        }
-        self.record.append("routing", routing)
-        self.observer.on_routing(routing)
 
     def _save(self) -> None:
         self.state.seconds = time.perf_counter() - self.clock
@@ -346,35 +286,12 @@ class _Run:
 
     def _finish(self, stop: GracefulStop) -> dict[str, Any]:
         state, steps = self.state, self.config.training.steps
-        finished = state.step == steps and state.observed_step == steps
         state.seconds = time.perf_counter() - self.clock
-        best = None if state.best_step is None else checkpoint_path(self.run_dir, state.best_step)
-        result = {
-            "stopped": "finished" if finished else "interrupted",
-            "signal": None if finished else stop.requested,
-            "steps": state.step,
-            "total_steps": steps,
-            "tokens": state.tokens,
-            "seconds": state.seconds,
-            "tokens_per_second": state.tokens / state.step_seconds if state.step_seconds else None,
-            "parameters": sum(parameter.numel() for parameter in self.parameters),
-            "train": state.last_train,
-            "evaluation": state.last_evaluation,
-            "best_evaluation": state.best_evaluation,
-            "checkpoints": {
-                name: None if path is None else path.relative_to(self.run_dir).as_posix()
-                for name, path in (("last", self.checkpoint), ("best", best))
-            },
-        }
+        parameters = sum(parameter.numel() for parameter in self.parameters)
+        result = run_result(state, steps, stop.requested, parameters, self.run_dir, self.checkpoint)
         self.record.write_result(result)
-        if not finished:
-            kept = (
-                "before its first step; no checkpoint was needed" if self.checkpoint is None else f"and kept {self.checkpoint}"
-            )
-            self.observer.on_message(
-                f"{stop.requested}: stopped at step {state.step} of {steps} {kept}. "
-                f"Resume with `fmem train --resume {shlex.quote(str(self.run_dir))}`, or the same command and --resume"
-            )
+        if result["stopped"] == "interrupted":
+            self.observer.on_message(stopped_early(state.step, steps, stop.requested, self.run_dir, self.checkpoint))
         return result
 
 

@@ -20,16 +20,14 @@ Shapes: L = B * H lanes, n chunks of C tokens, M memory states, D value width of
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from factorization_memory.ops.arguments import read_borders
 from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.memory.decay_tree import DecayTree
-from factorization_memory.ops.memory.layout import Layout, Packing
+from factorization_memory.ops.memory.layout import Layout, lay_out
 from factorization_memory.ops.precision import no_autocast, outside_autocast, state_dtype
 
 
@@ -182,7 +180,7 @@ def forward(
     if torch.compiler.is_compiling():
         output, final = _operator(update, merge, value, state, cu_seqlens, keep_final)
         return output, final if keep_final else None
-    layout, packing, initial = _prepare(update, value, state, cu_seqlens)
+    layout, packing, initial = lay_out(update, value, state, cu_seqlens)
     if packing is not None:
         update, merge, value = map(packing.gather, (update, merge, value))
     with no_autocast(value.device):
@@ -192,30 +190,12 @@ def forward(
     return output, (final.view(-1, *update.shape[2:], value.shape[-1]) if keep_final else None)
 
 
-def _prepare(
-    update: Tensor, value: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Layout, Packing | None, Tensor | None]:
-    """The layout of `forward`'s arguments, the packing of packed sequences, and the initial states `[N, L, M, D]`."""
-    batch, length, heads, num_states = update.shape
-    value_size, packing = value.shape[-1], None
-    if cu_seqlens is None:
-        lengths, shape = [length], (1, batch * heads, num_states, value_size)
-        layout = Layout.plan(lengths, shape, state_dtype(value))
-    else:
-        borders = read_borders(cu_seqlens)
-        lengths = [stop - start for start, stop in pairwise(borders)]
-        shape = (len(lengths), heads, num_states, value_size)
-        layout = Layout.plan(lengths, shape, state_dtype(value))
-        packing = Packing.of(layout, borders, value.device)
-    return layout, packing, None if state is None else state.to(layout.dtype).reshape(shape)
-
-
 # One operator under `torch.compile` and `torch.export`, so that one graph serves any length. The number of snapshots depends
 # on the length, so none are saved: backward recomputes them.
 def _forward(
     update: Tensor, merge: Tensor, value: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, keep_final: bool
 ) -> tuple[Tensor, Tensor]:
-    layout, packing, initial = _prepare(update, value, state, cu_seqlens)
+    layout, packing, initial = lay_out(update, value, state, cu_seqlens)
     if packing is not None:
         update, merge, value = map(packing.gather, (update, merge, value))
     with no_autocast(value.device):
@@ -245,7 +225,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of update, merge, value and the initial state (empty without one), given those of the results (None means
     zero)."""
-    layout, packing, initial = _prepare(update, value, state, cu_seqlens)
+    layout, packing, initial = lay_out(update, value, state, cu_seqlens)
     if packing is not None:
         d_output, update, merge, value = map(packing.gather, (d_output, update, merge, value))
     d_final = None if d_final is None else d_final.reshape(layout.state_shape)

@@ -7,9 +7,13 @@ sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from factorization_memory.ops.arguments import read_borders
+from factorization_memory.ops.precision import state_dtype
 
 MAX_CHUNK = 64
 """Longest chunk: work per token grows with C, while the sequential part shrinks."""
@@ -112,3 +116,21 @@ class Packing:
         """Moves x of tokens `[1, T, ...]` to chunks `[1, S, ...]`, zero in padding."""
         # Filled, not multiplied: inf in another sequence must not leak in as inf * 0.
         return x[:, self.position].masked_fill(self.unused, 0)
+
+
+def lay_out(
+    update: Tensor, value: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Layout, Packing | None, Tensor | None]:
+    """The layout of arguments of `chunked.forward`, the packing of packed sequences, and the initial states `[N, L, M, D]`."""
+    batch, length, heads, num_states = update.shape
+    value_size, packing = value.shape[-1], None
+    if cu_seqlens is None:
+        lengths, shape = [length], (1, batch * heads, num_states, value_size)
+        layout = Layout.plan(lengths, shape, state_dtype(value))
+    else:
+        borders = read_borders(cu_seqlens)
+        lengths = [stop - start for start, stop in pairwise(borders)]
+        shape = (len(lengths), heads, num_states, value_size)
+        layout = Layout.plan(lengths, shape, state_dtype(value))
+        packing = Packing.of(layout, borders, value.device)
+    return layout, packing, None if state is None else state.to(layout.dtype).reshape(shape)
