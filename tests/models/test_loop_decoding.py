@@ -125,5 +125,5 @@ def test_a_state_that_names_no_state_is_refused(index: int) -> None:
     plain = model(**FORMS["associative"])
     state = plain.initial_state(1)
     state.layers[1].indices[0, 0, 0, 2] = index
-    with pytest.raises(ValueError, match="state.indices: an index is not one of the layer's states"):
+    with pytest.raises(ValueError, match=r"state.indices: an index is not one of the layer's states"):
         LoopDecodingModel(plain).step(torch.tensor([1]), state)
