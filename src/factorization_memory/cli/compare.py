@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from factorization_memory.cli.common import emit, parse, plain
-from factorization_memory.cli.compare_display import Display
+from factorization_memory.cli.common import emit, parse, wide_console
 from factorization_memory.cli.compare_plan import CompareOptions, check, make_plan
-from factorization_memory.cli.tables import table, wide_console
 from factorization_memory.config import to_dict
 from factorization_memory.experiments.contenders import split_overrides
 
@@ -27,14 +25,14 @@ def run(arguments: list[str]) -> int:
     options = parse(CompareOptions, rest, "compare")
     check(options, overrides)
     plan = make_plan(options, overrides)
-    people = wide_console()
-    if not people.is_terminal:
-        people.width = max(people.width, WIDTH)
+    people = wide_console(WIDTH)
     _show_plan(plan, people)
     if options.dry_run:
         emit(plan.description(), options.json)
         return 0
     from factorization_memory.experiments.comparison import TABLE_NAME, Comparison
+    from factorization_memory.experiments.display import Display
+    from factorization_memory.reports.terminal.comparison import show_comparison
 
     comparison = Comparison(
         plan,
@@ -48,7 +46,7 @@ def run(arguments: list[str]) -> int:
         record, stopped = comparison.run(lambda ended: Display(people, ended, plan.total_steps))
     else:
         record = comparison.record_without_training()
-    _show_record(record, people)
+    show_comparison(record, people)
     emit(record, options.json)
     if stopped is not None:
         people.print(f"stopped by {stopped}; the same command goes on from there", soft_wrap=True)
@@ -59,6 +57,7 @@ def run(arguments: list[str]) -> int:
 
 def _show_plan(plan: Plan, people: Console) -> None:
     from factorization_memory.reports.comparison_table import change, differing, seeds_text
+    from factorization_memory.reports.terminal.tables import table
 
     first = plan.entries[0].config
     tokens = first.training.steps * first.training.tokens_per_step
@@ -75,17 +74,3 @@ def _show_plan(plan: Plan, people: Console) -> None:
     people.print(shown)
     for sentence in differing({entry.name: to_dict(entry.config) for entry in plan.entries}):
         people.print(sentence, markup=False, soft_wrap=True)
-
-
-def _show_record(record: dict[str, Any], people: Console) -> None:
-    from factorization_memory.reports.comparison_table import notes, tables
-
-    for part in tables(record):
-        people.print(f"\n{part.title}", soft_wrap=True)
-        shown = table("", *part.columns)
-        shown.columns[0].overflow = "fold"
-        for row in part.rows:
-            shown.add_row(*map(plain, row))
-        people.print(shown)
-    for note in notes(record):
-        people.print(note, markup=False, soft_wrap=True)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from factorization_memory._text import visible
 from factorization_memory.cli.common import at_least, console, emit, load, parse, resolve, say
 from factorization_memory.cli.evaluate_options import EvaluateOptions
-from factorization_memory.cli.evaluate_tables import show_evaluation
 from factorization_memory.config import ConfigError
 from factorization_memory.runs.names import EVALUATION_NAME, TOKENIZER_NAME
 
@@ -51,6 +50,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"--recall-lengths={' '.join(map(str, options.recall_lengths))}: name one or more, each 1 or more")
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.experiments.evaluation import BUILTIN, evaluate_model, keep_evaluation, pack_books
+    from factorization_memory.reports.terminal.evaluation import show_evaluation
     from factorization_memory.runs.checkpoint_folder import read_state
 
     run_dir, checkpoint = resolve(options.run)
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
         name = BUILTIN if checkpoint is None else checkpoint.name
         with evaluation_progress() as progress:
             result = evaluate_model(model, corpus, config, name, progress=progress, **limits)
-    show_evaluation(result)
+    show_evaluation(result, console())
     if run_dir is not None and checkpoint is not None:
         if read_state(checkpoint)["corpus_fingerprint"] == corpus.fingerprint:
             say_kept(run_dir, keep_evaluation(run_dir, result))
