@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import tyro
+
 from factorization_memory.cli.common import emit, parse, wide_console
-from factorization_memory.cli.compare_plan import CompareOptions, check, make_plan
 from factorization_memory.config import to_dict
+from factorization_memory.experiments.comparison_settings import ComparisonSettings
 from factorization_memory.experiments.contenders import split_overrides
 
 if TYPE_CHECKING:
@@ -19,12 +22,32 @@ WIDTH = 132
 """Width of the tables without a terminal: six losses with their spreads next to a name."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ComparisonSettings):
+    """Compare models on equal terms: as many parameters outside the embedding, the same tokens in the same order, each at the
+    best of several learning rates, over several seeds. Text, steps and schedule are those of the first contender. Any field of
+    a run set by its flag (`fmem train PRESET --help` lists them) holds for all. The same command goes on where it was stopped.
+    """
+
+    contenders: tyro.conf.Positional[tuple[str, ...]]
+    dry_run: bool = False
+    """Say what would be compared, and stop."""
+    train: bool = True
+    """Without, nothing is trained: the record is made of the runs that are done."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
 def run(arguments: list[str]) -> int:
     """`fmem compare`."""
     rest, overrides = split_overrides(arguments)
     options = parse(CompareOptions, rest, "compare")
-    check(options, overrides)
+    from factorization_memory.experiments.planning import make_plan
+    from factorization_memory.models.device import resolve_device
+
     plan = make_plan(options, overrides)
+    if options.train:
+        resolve_device(plan.entries[0].config.training.device)
     people = wide_console(WIDTH)
     _show_plan(plan, people)
     if options.dry_run:

@@ -15,7 +15,6 @@ from factorization_memory.config import ConfigError
 from factorization_memory.runs.names import EVALUATION_NAME, TOKENIZER_NAME
 
 if TYPE_CHECKING:
-    from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.experiments.evaluation import Progress
 
 HELD_OUT = ("corpus", "max_position", "max_tokens", "stretches", "recall")
@@ -49,7 +48,13 @@ def run(arguments: list[str]) -> int:
     if min(options.recall_lengths, default=0) < 1:
         raise ConfigError(f"--recall-lengths={' '.join(map(str, options.recall_lengths))}: name one or more, each 1 or more")
     from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.experiments.evaluation import BUILTIN, evaluate_model, keep_evaluation, pack_books
+    from factorization_memory.experiments.evaluation import (
+        BUILTIN,
+        evaluate_model,
+        keep_evaluation,
+        pack_books,
+        require_recall_texts,
+    )
     from factorization_memory.reports.terminal.evaluation import show_evaluation
     from factorization_memory.runs.checkpoint_folder import read_state
 
@@ -61,7 +66,8 @@ def run(arguments: list[str]) -> int:
     if checkpoint is None and options.corpus is None:
         with tempfile.TemporaryDirectory() as temporary:
             corpus = pack_books(tokenizer, Path(temporary))
-            _check_recall(options, corpus)
+            if options.recall:
+                require_recall_texts(corpus, options.recall_lengths)
             with evaluation_progress() as progress:
                 result = evaluate_model(model, corpus, config, BUILTIN, ngram_orders=(), progress=progress, **limits)
     else:
@@ -75,7 +81,8 @@ def run(arguments: list[str]) -> int:
             raise ValueError(
                 f"{folder}: packed with another tokenizer than the model's; pack it with the {TOKENIZER_NAME} beside the model"
             )
-        _check_recall(options, corpus)
+        if options.recall:
+            require_recall_texts(corpus, options.recall_lengths)
         name = BUILTIN if checkpoint is None else checkpoint.name
         with evaluation_progress() as progress:
             result = evaluate_model(model, corpus, config, name, progress=progress, **limits)
@@ -87,13 +94,6 @@ def run(arguments: list[str]) -> int:
             say(f"{corpus.folder}: not the corpus of the run, whose {EVALUATION_NAME} stays as it is; --json gives this one")
     emit(result, options.json)
     return 0
-
-
-def _check_recall(options: EvaluateOptions, corpus: PackedCorpus) -> None:
-    if options.recall:
-        from factorization_memory.cli.evaluate_recall import check_recall
-
-        check_recall(corpus, options.recall_lengths)
 
 
 @contextmanager

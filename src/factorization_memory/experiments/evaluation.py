@@ -7,14 +7,16 @@ evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stre
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factorization_memory._files import read_json_or_none, write_atomic
+from factorization_memory.config import ConfigError
 from factorization_memory.data.corpora import builtin_corpus
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.evaluation import evaluate_run
+from factorization_memory.evaluation.recall_suite import held_out_texts
 from factorization_memory.models.device import autocast
 from factorization_memory.reports.report import write_report
 from factorization_memory.runs.names import EVALUATION_NAME
@@ -89,3 +91,13 @@ def told_by(record: dict[str, Any], kept: dict[str, Any]) -> bool:
 def pack_books(tokenizer: Tokenizer, folder: Path) -> PackedCorpus:
     """Packs the two books that come with the package into `folder`, almost entirely as held-out text."""
     return pack([(None, builtin_corpus())], tokenizer, folder / "packed", holdout="tail", holdout_fraction=0.99)
+
+
+def require_recall_texts(corpus: PackedCorpus, lengths: Sequence[int]) -> None:
+    """Raises ConfigError if the held-out text is too short for the recall suite: to be told before the rest is evaluated."""
+    longest = max(map(len, held_out_texts(corpus).values()), default=0)
+    if longest < min(lengths):
+        raise ConfigError(
+            f"--recall: the longest held-out text of the corpus has {longest} tokens, fewer than the {min(lengths)} of the "
+            "shortest haystack; pack it with a larger held-out share, or leave --recall out"
+        )
