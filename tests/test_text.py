@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from factorization_memory._text import markdown_cell, visible
+from factorization_memory._text import clock, markdown_cell, visible
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,8 @@ def test_visible_keeps_what_it_is_told_to() -> None:
 
 def test_markdown_cell() -> None:
     assert markdown_cell("a|b <i>`*[x](y) $z$ &\n_") == r"a\|b \<i\>\`\*\[x\](y) \$z\$ \&\\n_"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
+def test_clock(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown

@@ -1,4 +1,5 @@
-"""Makes names and other untrusted text safe to display on terminals, in figures and on pages. Standard library only."""
+"""Text for people: names and other untrusted text made safe to display on terminals, in figures and on pages; durations.
+Standard library only."""
 
 from __future__ import annotations
 
@@ -26,3 +27,10 @@ def visible(text: str, keep: str = "") -> str:
 def markdown_cell(text: str) -> str:
     """Escapes `text` for a cell of a Markdown table: nothing in it acts as markup, a formula or HTML, or ends the cell."""
     return "".join(f"\\{character}" if character in "\\`*[]|$~<>&" else character for character in visible(text))
+
+
+def clock(seconds: float) -> str:
+    """A time as h:mm:ss, or m:ss below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

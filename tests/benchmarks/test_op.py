@@ -6,20 +6,21 @@ import dataclasses
 import json
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from factorization_memory.benchmarks import op, op_measuring, peers, timing
 from factorization_memory.benchmarks.floor import Rates
+from factorization_memory.benchmarks.op_settings import OpPeer
 from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.config import ConfigError
 from factorization_memory.ops.memory import chunked
 
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 130, 1, 8, 16)
-SMALL = op.OpBenchmark((SHAPE,), lengths=(64, 128), length_tokens=256, memory_length=256, repeats=1)
+SMALL = op.OpBenchmark(("chunked",), (), (str(SHAPE),), lengths=(64, 128), length_tokens=256, memory_length=256, repeats=1)
 RATES = Rates(1e9, 1e9, "made up")
 
 
@@ -58,7 +59,7 @@ def test_every_shape_is_gated_and_compared_and_the_longest_at_length(monkeypatch
     monkeypatch.setattr(op, "GATE_TOKENS", 20)
     monkeypatch.setattr(op, "GATE_LONG", 40)
     shapes = (Shape(3, 30, 1, 4, 8), Shape(1, 60, 2, 5, 4, 2), Shape(1, 25, 1, 4, 8))
-    benchmark = op.OpBenchmark(shapes, lengths=(), memory_length=0, repeats=1)
+    benchmark = op.OpBenchmark(peers=(), shapes=tuple(map(str, shapes)), lengths=(), memory_length=0, repeats=1)
     checked = [(check["backend"], check["shape"]) for check in op.gate(benchmark, CPU)]
     assert checked == [
         ("reference", "1x20x1x4x8"),  # the same widths are checked once
@@ -141,17 +142,35 @@ def test_a_wrong_backend_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults_by_device() -> None:
-    assert op.default_backends(CPU) == ("chunked",)
+    assert op.OpBenchmark().backends_on("cpu") == ("chunked",)
+    assert op.OpBenchmark(("reference", "chunked", "reference")).backends_on("cpu") == ("reference", "chunked")
     pytest.importorskip("triton")
-    assert op.default_backends(torch.device("cuda", 0)) == ("triton", "chunked")
+    assert op.OpBenchmark().backends_on("cuda") == ("triton", "chunked")
 
 
 def test_bad_benchmarks() -> None:
     with pytest.raises(ConfigError, match="reference is not timed on a GPU"):
         op.run(op.OpBenchmark(backends=("triton", "reference")), torch.device("cuda", 0))
-    for arguments, message in (({"shapes": ()}, "shapes"), ({"backends": ()}, "backends"), ({"peers": ("flash",)}, "flash")):
+    for arguments, message in (
+        ({"peers": ("flash",)}, "flash"),
+        ({"backends": ("chonked",)}, r"backend 'chonked' is not known; .*chunked"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"shapes": ("2x3",)}, "write BxTxHxMxD"),
+        ({"shapes": ("2x3x1x4x5",), "batch": 3}, "batch=3: not together with shapes"),
+        ({"top_k": 65}, "use 1 to num_states=64"),
+        ({"memory_length": -1}, "memory_length=-1: use 0"),
+        ({"lengths": (0,)}, "lengths of 1 or more"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"heads": 0}, "heads=0"),
+    ):
         with pytest.raises(ConfigError, match=message):
             op.OpBenchmark(**arguments)  # type: ignore[arg-type]
+
+
+def test_sizes() -> None:
+    assert set(get_args(OpPeer)) == set(peers.PEERS)
+    assert op.OpBenchmark(shapes=("2x3x1x4x5x2", "1x2x3x4x5")).sizes == (Shape(2, 3, 1, 4, 5, 2), Shape(1, 2, 3, 4, 5))
+    assert op.OpBenchmark(batch=2, top_k=3).sizes == (Shape(batch=2, top_k=3),)
 
 
 def test_on_a_gpu_ratios_are_to_the_first_backend_and_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ import pytest
 
 from factorization_memory.benchmarks import inference, op, step, step_contenders, timing, training
 from factorization_memory.benchmarks.interruption import Interruption
-from factorization_memory.cli import bench_op, dispatch
+from factorization_memory.cli import dispatch
+from factorization_memory.cli.common import wide_console
 from factorization_memory.ops.memory import chunked
+from factorization_memory.reports.terminal.op_benchmark import show_op_part
 
 OP = (
     "bench op --device cpu --batch 1 --length 70 --num-states 4 --value-size 8 --lengths 64 --memory-length 64 --repeats 1 "
@@ -112,9 +114,8 @@ def test_the_tables_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         common
         | {"contender": "attention", "peer": True, "note": "heads", "forward": figures(1, None), "forward_backward": None},
     ]
-    tables = bench_op._OpTables(bench_op.wide_console())
-    tables.show("comparison", records)
-    tables.show("lengths", [record | {"sweep": "one sequence"} for record in records])
+    show_op_part("comparison", records, wide_console())
+    show_op_part("lengths", [record | {"sweep": "one sequence"} for record in records], wide_console())
     shown = capsys.readouterr().err
     assert "to triton" in shown
     (ours,) = [line for line in shown.splitlines() if line.split()[:2] == ["triton", "fwd"]]

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from factorization_memory.cli import compare_display, dispatch
+from factorization_memory.cli import dispatch
+from factorization_memory.cli.common import console
 from factorization_memory.config import RunConfig, from_dict
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation import recall_suite
 from factorization_memory.experiments import comparison, planning
+from factorization_memory.experiments.display import Display
 from factorization_memory.experiments.processes import Job
 from factorization_memory.experiments.reading_order import same_order
 from factorization_memory.reports.comparison_table import tables
@@ -541,16 +543,16 @@ def test_the_record_is_kept_while_runs_end_and_can_be_made_without_training(
     out = tmp_path / "out"
     arguments = [*CONTENDERS, *TINY, "--seeds", 0, 1, "--learning-rates", "1e-3", "--corpus", corpus, "--out", out]
     seen = []
-    on_end = compare_display.Display.on_end
+    on_end = Display.on_end
 
-    def look(self: compare_display.Display, *told: Any) -> None:
+    def look(self: Display, *told: Any) -> None:
         on_end(self, *told)
         assert not (out / "compare.md").exists()  # that of fewer runs is gone
         (out / "compare.md").write_text("of fewer runs")
         record = json.loads((out / "compare.json").read_text())
         seen.append((sum(len(each["seeds"]) for each in record["contenders"]), record["complete"]))
 
-    monkeypatch.setattr(compare_display.Display, "on_end", look)
+    monkeypatch.setattr(Display, "on_end", look)
     assert call(capsys, *arguments)[0] == 0
     assert seen == [(1, False), (2, False), (3, False), (4, True)]
     assert "of fewer runs" not in (out / "compare.md").read_text(encoding="utf-8")
@@ -601,7 +603,7 @@ def test_a_record_that_cannot_be_kept_ends_no_training(
 def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = Job("a", "seed", "seed 0", tmp_path, RunConfig())
     line: dict[str, Any] = {"step": 20, "loss": 3.25, "tokens_per_second": 1234.5}
-    display = compare_display.Display()
+    display = Display(console())
     display.PLAIN_SECONDS = 0.0
     with display:
         display.on_start(job)
@@ -619,10 +621,10 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
 def test_the_time_that_all_runs_still_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the steps done here alone: those of an earlier call took no time of this one."""
     now = [100.0]
-    monkeypatch.setattr(compare_display.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("factorization_memory.experiments.display.time.monotonic", lambda: now[0])
     config = from_dict(RunConfig, {"training": {"steps": 10}})
     jobs = [Job("a", "seed", f"seed {i}", tmp_path / str(i), config) for i in range(4)]
-    display = compare_display.Display(Console(file=io.StringIO()), total_steps=40)
+    display = Display(Console(file=io.StringIO()), total_steps=40)
     assert display.time_left() is None
     display.on_end(jobs[0], None)  # was done before
     (tmp_path / "1").mkdir()

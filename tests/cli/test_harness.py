@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from factorization_memory.cli import dispatch
-from factorization_memory.cli import evaluate_harness as show_harness
+from factorization_memory.cli.evaluate_harness import ended_by_sigterm
 from factorization_memory.models.pretrained import builtin_model
+from factorization_memory.reports.terminal.harness import metric_text
 from factorization_memory.runs import load_model
 
 pytest.importorskip("lm_eval")
@@ -165,7 +166,7 @@ def test_the_table_in_a_narrow_terminal(
         assert name in err
         for metric, found in task["metrics"].items():
             assert metric in err
-            assert show_harness._short(found["value"]) in err
+            assert metric_text(found["value"]) in err
 
 
 def test_sigterm_ends_as_an_exception_does() -> None:
@@ -175,7 +176,7 @@ def test_sigterm_ends_as_an_exception_does() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    with pytest.raises(SystemExit) as ended, show_harness.ended_by_sigterm():
+    with pytest.raises(SystemExit) as ended, ended_by_sigterm():
         wait()
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before

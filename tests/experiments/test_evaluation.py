@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from factorization_memory.experiments.evaluation import told_by
+from factorization_memory.config import ConfigError, RunConfig
+from factorization_memory.data.shards import pack
+from factorization_memory.data.tokenizer import Tokenizer
+from factorization_memory.experiments.evaluation import held_out_corpus, require_recall_texts, told_by
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,38 @@ def test_which_evaluation_stays(change: dict[str, Any], kept: bool) -> None:
     assert told_by(before, before | {"recall_tasks": {"items": 8}})
     assert not told_by(before | {"recall_tasks": {"items": 8}}, before | {"recall_tasks": {"items": 4}})
     assert not told_by(before, {name: x for name, x in before.items() if name != "recall"})
+
+
+def test_the_text_to_evaluate_on(tmp_path: Path) -> None:
+    """That of the run, or another that is named, if its tokens are the model's."""
+    (tmp_path / "text.txt").write_text("word " * 200)
+    tokenizer = Tokenizer.bytes_level()
+    packed = pack([(None, tmp_path / "text.txt")], tokenizer, tmp_path / "corpus", holdout="tail", holdout_fraction=0.5)
+    nothing = RunConfig()
+    trained = dataclasses.replace(nothing, data=dataclasses.replace(nothing.data, corpus=str(tmp_path / "corpus")))
+    for corpus, config in ((None, trained), (tmp_path / "corpus", nothing)):
+        with held_out_corpus(corpus, tmp_path / "model", tokenizer, config) as found:
+            assert found.fingerprint == packed.fingerprint
+    require_recall_texts(packed, (256, 4096))
+    with pytest.raises(ConfigError, match="fewer than the 4096 of the shortest haystack"):
+        require_recall_texts(packed, (4096,))
+    other = Tokenizer.train(["a few words, and a few more words"], 260)
+    for corpus, model_tokenizer, message in (
+        (None, tokenizer, "an exported model does not say where its corpus is"),
+        (tmp_path / "gone", tokenizer, "the run's corpus is not there any more"),
+        (tmp_path / "corpus", other, "packed with another tokenizer"),
+    ):
+        with (
+            pytest.raises(ValueError, match=message),
+            held_out_corpus(corpus, tmp_path / "model", model_tokenizer, nothing),
+        ):
+            pass
+
+
+def test_the_books_are_held_out_for_the_packages_own_model() -> None:
+    with held_out_corpus(None, None, Tokenizer.bytes_level(), RunConfig()) as books:
+        assert books.folder.exists()
+        splits = [each.splits for each in books.sources.values()]
+        train, held_out = (sum(each[part].text_bytes for each in splits) for part in ("train", "validation"))
+        assert held_out > 50 * train
+    assert not books.folder.exists()

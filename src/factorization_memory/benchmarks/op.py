@@ -6,9 +6,8 @@ Nothing is timed until every backend has passed the correctness gate at these wi
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from factorization_memory.benchmarks.floor import floor, measure_rates
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.op_figures import REFERENCE, Records, length_spread
 from factorization_memory.benchmarks.op_measuring import measure, measure_memory
+from factorization_memory.benchmarks.op_settings import OpBenchmark
 from factorization_memory.benchmarks.settings import Shape
 from factorization_memory.benchmarks.timing import machine, on_device, release
 from factorization_memory.config import ConfigError
@@ -32,43 +32,6 @@ GATE_LONG = 1100
 ONE_SEQUENCE, CONSTANT_TOKENS = "one sequence", "constant tokens"
 
 Show = Callable[[str, Records], None]
-
-
-@dataclass(frozen=True)
-class OpBenchmark:
-    """What to measure."""
-
-    shapes: tuple[Shape, ...] = (Shape(),)
-    """Sizes at which all contenders are compared; lengths and memory are measured at the first one's widths."""
-    backends: tuple[str, ...] = ("chunked",)
-    """Backends; on a CPU the reference joins them, on a GPU, where it is a loop of tiny kernels, it cannot."""
-    peers: tuple[str, ...] = ()
-    """Of `peers.PEERS`, to compare with."""
-    dtype: torch.dtype = torch.float32
-    """Of values and output; weights and states are float32 (float64 with float64)."""
-    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
-    """Tokens of one sequence (B = 1) for the time per token over length; the reference and peers take no part."""
-    length_tokens: int = 0
-    """If positive, the lengths are also measured in batches of this many tokens (at least one sequence)."""
-    memory_length: int = 16384
-    """Tokens of the one sequence whose memory is measured; 0 for none."""
-    repeats: int = 5
-    """Rounds; medians are taken over them."""
-
-    def __post_init__(self) -> None:
-        if not self.shapes:
-            raise ConfigError("shapes=(): use one size or more")
-        if not self.backends:
-            raise ConfigError("backends=(): use one backend or more")
-        for peer in self.peers:
-            if peer not in peers.PEERS:
-                raise ConfigError(f"peers={peer!r}: use some of {', '.join(peers.PEERS)}")
-
-
-def default_backends(device: torch.device) -> tuple[str, ...]:
-    """Backends worth measuring on `device`: the kernels and the plain PyTorch form on a GPU, the latter alone on a CPU."""
-    kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return ("triton", "chunked") if kernels else ("chunked",)
 
 
 def run(
@@ -111,15 +74,16 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
     show("checks", checks)
     progress("speed of copies and matrix products")
     rates = measure_rates(device)
-    backends = tuple(backend for backend in dict.fromkeys(benchmark.backends) if backend != REFERENCE)
+    dtype = getattr(torch, benchmark.dtype)
+    backends = tuple(backend for backend in benchmark.backends_on(device.type) if backend != REFERENCE)
     contenders = backends if device.type == "cuda" else (REFERENCE, *backends)
     result: dict[str, Any] = {
         "machine": machine(device),
-        "dtype": str(benchmark.dtype).removeprefix("torch."),
+        "dtype": benchmark.dtype,
         "checks": checks,
         "rates": rates.asdict(),
         "baseline": contenders[0],
-        "floors": {str(shape): floor(shape, benchmark.dtype, rates) for shape in benchmark.shapes},
+        "floors": {str(shape): floor(shape, dtype, rates) for shape in benchmark.sizes},
     }
     comparison: Records = []
     missing: dict[str, str] = {}
@@ -127,32 +91,32 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
     lengths: Records = []
     memory: Records = []
     with Interruption() as interruption:
-        for shape in dict.fromkeys(benchmark.shapes):
+        for shape in dict.fromkeys(benchmark.sizes):
             interruption.check()
             progress(f"{', '.join((*contenders, *benchmark.peers))} at {shape}")
-            found = measure(shape, contenders, benchmark.dtype, device, benchmark.repeats, rates, benchmark.peers, missing)
+            found = measure(shape, contenders, dtype, device, benchmark.repeats, rates, benchmark.peers, missing)
             comparison += found
             show("comparison", found)
         # After the peers were timed, not before: see `peers.same_maths`.
         measured = [name for name in benchmark.peers if name not in missing]
         if peers.GLA in measured:
             progress("what the peers compute")
-            for shape in _gate_shapes(benchmark.shapes):
+            for shape in _gate_shapes(benchmark.sizes):
                 interruption.check()
-                problem = Problem.random(shape, benchmark.dtype, device)
+                problem = Problem.random(shape, dtype, device)
                 same_maths.append({"shape": str(shape)} | peers.same_maths(peers.GLA, problem))
         swept: dict[Shape, Records] = {}
         for sweep, shape in _sweep(benchmark):
             interruption.check()
             if shape not in swept:
                 progress(f"time per token at B={shape.batch}, T={shape.length}")
-                swept[shape] = measure(shape, backends, benchmark.dtype, device, benchmark.repeats, rates, memory=False)
+                swept[shape] = measure(shape, backends, dtype, device, benchmark.repeats, rates, memory=False)
             lengths += [{"sweep": sweep} | record for record in swept[shape]]
         for backend in backends if benchmark.memory_length else ():
             interruption.check()
             progress(f"memory at T={benchmark.memory_length}")
-            shape = replace(benchmark.shapes[0], batch=1, length=benchmark.memory_length)
-            memory.append(measure_memory(shape, backend, benchmark.dtype, device))
+            shape = replace(benchmark.sizes[0], batch=1, length=benchmark.memory_length)
+            memory.append(measure_memory(shape, backend, dtype, device))
     for section, records in (("lengths", lengths), ("memory", memory)):
         if records:
             show(section, records)
@@ -170,11 +134,11 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
 def gate(benchmark: OpBenchmark, device: torch.device) -> Records:
     """`check` of each backend at the widths of each shape, and over a longer sequence at the longest; each result with its
     `backend` and `shape`."""
-    backends = tuple(dict.fromkeys(benchmark.backends))
+    backends = benchmark.backends_on(device.type)
     if device.type != "cuda":
         backends = tuple(dict.fromkeys((REFERENCE, *backends)))
-    sizes = [(shape, backends) for shape in _gate_shapes(benchmark.shapes)]
-    every = [*benchmark.shapes, *(shape for _, shape in _sweep(benchmark))]
+    sizes = [(shape, backends) for shape in _gate_shapes(benchmark.sizes)]
+    every = [*benchmark.sizes, *(shape for _, shape in _sweep(benchmark))]
     longest = max(every, key=lambda shape: shape.length)
     if longest.length > GATE_TOKENS:
         long = replace(longest, batch=1, length=min(longest.length, GATE_LONG))
@@ -182,7 +146,7 @@ def gate(benchmark: OpBenchmark, device: torch.device) -> Records:
     results = []
     for shape, tested in sizes:
         release(device)
-        problem = Problem.random(shape, benchmark.dtype, device, initial_state=True)
+        problem = Problem.random(shape, getattr(torch, benchmark.dtype), device, initial_state=True)
         results += [{"backend": backend, "shape": str(shape)} | check(backend, problem) for backend in tested]
     return results
 
@@ -194,7 +158,7 @@ def _gate_shapes(shapes: Iterable[Shape]) -> list[Shape]:
 
 def _sweep(benchmark: OpBenchmark) -> list[tuple[str, Shape]]:
     """Sizes of the sweeps over length, by name of the sweep."""
-    first = benchmark.shapes[0]
+    first = benchmark.sizes[0]
     sizes = [(ONE_SEQUENCE, replace(first, batch=1, length=length)) for length in benchmark.lengths]
     if benchmark.length_tokens:
         batches = [(max(1, benchmark.length_tokens // length), length) for length in benchmark.lengths]

@@ -7,17 +7,76 @@ Tables go to stderr as soon as their figures are available, the whole result to 
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from factorization_memory.cli import bench_inference, bench_op, bench_step, bench_training
-from factorization_memory.cli.bench_inference import Inference
-from factorization_memory.cli.bench_op import Op
-from factorization_memory.cli.bench_step import Step
-from factorization_memory.cli.bench_training import Training
-from factorization_memory.cli.common import parse
+from factorization_memory.benchmarks.op_settings import OpBenchmark
+from factorization_memory.benchmarks.settings import InferenceBenchmark, StepBenchmark, TrainingBenchmark
+from factorization_memory.cli.common import bench_status, checked, emit, parse, say, wide_console
 from factorization_memory.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to measure."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+    threads: int = 0
+    """Threads of the CPU; 0 takes PyTorch's number, which suits a machine that does nothing else."""
+
+    def __post_init__(self) -> None:
+        """What is to be measured is checked when `run` makes the benchmark of it."""
+
+
+@dataclass(frozen=True)
+class Op(Machine, OpBenchmark):
+    """The recurrence alone: each backend beside others' kernels and the floor (on a CPU also the reference loop), time per
+    token over length, memory of training. If a backend is not right, nothing is timed: status 1."""
+
+    tune: bool = False
+    """First search the fastest tiles of the Triton kernels on this device, and measure with them."""
+    plot: Path | None = None
+    """Draw the times per token into this .png or .svg file."""
+    json: bool = False
+    """Write the result to stdout as one JSON line."""
+
+
+@dataclass(frozen=True)
+class Training(Machine, TrainingBenchmark):
+    """Tokens per second, MFU and memory of whole training steps, beside transformers' Llama and Mamba-2 of equal parameters
+    where that is installed."""
+
+    json: bool = False
+    """Write the result to stdout as one JSON line."""
+
+
+@dataclass(frozen=True)
+class Inference(Machine, InferenceBenchmark):
+    """Time to the first token, latency of further ones and tokens per second of whole models of random weights, over the tokens
+    read, the sequences at once and the states that a token selects, beside the floor."""
+
+    plot: Path | None = None
+    """Draw latency over context and tokens per second over batch into this .png or .svg file."""
+    json: bool = False
+    """Write the result to stdout as one JSON line."""
+
+
+@dataclass(frozen=True)
+class Step(Machine, StepBenchmark):
+    """One decoding step of the recurrence alone, dense and sparse, beside the device's copies, and steps taken back beside a
+    copy of the whole memory. If a step is not right, nothing is timed: status 1."""
+
+    json: bool = False
+    """Write the result to stdout as one JSON line."""
+
 
 Bench = (
     Annotated[Op, tyro.conf.subcommand("op")]
@@ -28,23 +87,110 @@ Bench = (
 
 
 def run(arguments: list[str]) -> int:
-    """`fmem bench` with `arguments`; returns the exit status."""
+    """`fmem bench` with `arguments`; returns the exit status: 1 if something of ours failed."""
     options: Op | Training | Inference | Step = parse(Bench, arguments, "bench")  # type: ignore[arg-type]
-    if isinstance(options, Op):
-        for name in ("batch", "repeats"):
-            if getattr(options, name) < 1:
-                raise ConfigError(f"{name}={getattr(options, name)}: use 1 or more")
-        if any(length < 1 for length in options.lengths):
-            raise ConfigError(f"lengths={options.lengths}: use lengths of 1 or more tokens")
     if options.threads < 0:
         raise ConfigError(f"threads={options.threads}: use 0 (PyTorch's number) or more")
+    plot = options.plot if isinstance(options, Op | Inference) else None
+    if plot is not None:
+        from factorization_memory.reports.benchmark_figures import check_path
+
+        check_path(plot)
+    from factorization_memory.models.device import resolve_device
+
     if options.threads:
         import torch
 
         torch.set_num_threads(options.threads)
-    command = shlex.join(["fmem", "bench", *arguments])
+    device = resolve_device(options.device, "device")
+    record: dict[str, Any] = {"benchmark": type(options).__name__.lower(), "command": shlex.join(["fmem", "bench", *arguments])}
+    people = wide_console()
     if isinstance(options, Op):
-        return bench_op.run(options, command)
-    if isinstance(options, Training):
-        return bench_training.run(options, command)
-    return bench_inference.run(options, command) if isinstance(options, Inference) else bench_step.run(options, command)
+        result, failed = _op(options, device, people)
+    elif isinstance(options, Training):
+        result, failed = _training(options, device, people)
+    elif isinstance(options, Inference):
+        result, failed = _inference(options, device, people)
+    else:
+        result, failed = _step(options, device, people)
+    record |= result
+    if isinstance(options, Training) and result["interrupted"] is None and not options.compile:
+        _remember(record)
+    emit(record, options.json)
+    if plot is not None and result["interrupted"]:
+        say(f"{plot}: not drawn, the measuring was stopped")
+    elif plot is not None:
+        from factorization_memory.reports.benchmark_figures import draw, draw_inference, save
+
+        save(result, plot, draw_inference if isinstance(options, Inference) else draw)
+    return bench_status(result, failed)
+
+
+def _op(options: Op, device: torch.device, people: Console) -> tuple[dict[str, Any], bool]:
+    """The result, and whether a backend failed."""
+    import torch
+
+    from factorization_memory.benchmarks import op
+    from factorization_memory.reports.terminal.op_benchmark import show_op_end, show_op_part, show_tuned
+
+    benchmark = checked(OpBenchmark, options)
+    tuned: list[dict[str, Any]] = []
+    if options.tune:
+        from factorization_memory.benchmarks.tuning import tune
+
+        with people.status("") as status:
+            tuned = tune(benchmark.sizes, getattr(torch, benchmark.dtype), device, benchmark.repeats, status.update)
+        show_tuned(tuned, people)
+    with people.status("") as status:
+        result = op.run(benchmark, device, status.update, lambda section, records: show_op_part(section, records, people))
+    show_op_end(result, people)
+    failed = [record for record in (*result["comparison"], *result["lengths"]) if record["error"] and not record["peer"]]
+    return {"tuned": tuned} | result, bool(failed) or any(record["error"] for record in result["memory"])
+
+
+def _training(options: Training, device: torch.device, people: Console) -> tuple[dict[str, Any], bool]:
+    """The result, and that nothing of ours failed: then there is none."""
+    from factorization_memory.benchmarks import training
+    from factorization_memory.reports.terminal.training_benchmark import show_training
+
+    benchmark = checked(TrainingBenchmark, options)
+    with people.status("") as status:
+        result = training.run(benchmark, device, status.update)
+    show_training(result, people)
+    return {"model": asdict(options.model)} | result, False
+
+
+def _remember(record: dict[str, Any]) -> None:
+    """Keeps the record for `fmem plan`, or says why that cannot be."""
+    from factorization_memory.benchmarks.notes import remember
+
+    try:
+        remember(record)
+    except (OSError, RuntimeError) as error:
+        say(f"not kept for `fmem plan`: {error}")
+
+
+def _inference(options: Inference, device: torch.device, people: Console) -> tuple[dict[str, Any], bool]:
+    """The result, and whether a size of our model failed."""
+    from factorization_memory.benchmarks import inference
+    from factorization_memory.reports.terminal.inference_benchmark import show_inference_end, show_model
+
+    benchmark = checked(InferenceBenchmark, options)
+    with people.status("") as status:
+        result = inference.run(benchmark, device, status.update, lambda records: show_model(records, people))
+    show_inference_end(result, people)
+    failed = any(record["error"] and not record["peer"] for record in result["records"])
+    return {"model": asdict(options.model)} | result, failed
+
+
+def _step(options: Step, device: torch.device, people: Console) -> tuple[dict[str, Any], bool]:
+    """The result, and whether a size failed."""
+    from factorization_memory.benchmarks import step
+    from factorization_memory.reports.terminal.machine import show_machine
+    from factorization_memory.reports.terminal.step_benchmark import show_step_part
+
+    benchmark = checked(StepBenchmark, options)
+    with people.status("") as status:
+        result = step.run(benchmark, device, status.update, lambda section, records: show_step_part(section, records, people))
+    show_machine(result, people)
+    return result, any(record["error"] for record in (*result["steps"], *result["rollbacks"]))

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from factorization_memory.models import LanguageModel
 
 T = TypeVar("T")
+TABLE_WIDTH = 110
+"""Least width of benchmarks' tables where no terminal sets it."""
 
 
 def parse(options: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
@@ -105,7 +107,7 @@ def at_least(options: Any, **bounds: int) -> None:
 
 def console() -> Console:
     """The console for human readers: stderr, whose failure is not fatal. Terminal control characters are escaped; names from
-    data go through `plain`, since printed strings are parsed as markup."""
+    data go through `plain` of reports/terminal, since printed strings are parsed as markup."""
     from rich.console import Console
 
     class VisibleConsole(Console):
@@ -115,11 +117,12 @@ def console() -> Console:
     return VisibleConsole(file=best_effort(sys.stderr), highlight=False, emoji=False)
 
 
-def plain(text: str) -> Text:
-    """A name from data, for a line or a cell, shown verbatim without parsing markup."""
-    from rich.text import Text
-
-    return Text(visible(text))
+def wide_console(width: int = TABLE_WIDTH) -> Console:
+    """A console that is wide enough for tables if no terminal sets the width."""
+    people = console()
+    if not people.is_terminal:
+        people.width = max(people.width, width)
+    return people
 
 
 def resolve(run: Path | None) -> tuple[Path | None, Path | None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from factorization_memory.cli.common import emit, parse, plain
-from factorization_memory.cli.compare_display import Display
-from factorization_memory.cli.compare_plan import CompareOptions, check, make_plan
-from factorization_memory.cli.tables import table, wide_console
+import tyro
+
+from factorization_memory.cli.common import emit, parse, wide_console
 from factorization_memory.config import to_dict
+from factorization_memory.experiments.comparison_settings import ComparisonSettings
 from factorization_memory.experiments.contenders import split_overrides
 
 if TYPE_CHECKING:
@@ -21,20 +22,40 @@ WIDTH = 132
 """Width of the tables without a terminal: six losses with their spreads next to a name."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ComparisonSettings):
+    """Compare models on equal terms: as many parameters outside the embedding, the same tokens in the same order, each at the
+    best of several learning rates, over several seeds. Text, steps and schedule are those of the first contender. Any field of
+    a run set by its flag (`fmem train PRESET --help` lists them) holds for all. The same command goes on where it was stopped.
+    """
+
+    contenders: tyro.conf.Positional[tuple[str, ...]]
+    dry_run: bool = False
+    """Say what would be compared, and stop."""
+    train: bool = True
+    """Without, nothing is trained: the record is made of the runs that are done."""
+    json: bool = False
+    """Write the result to stdout as JSON."""
+
+
 def run(arguments: list[str]) -> int:
     """`fmem compare`."""
     rest, overrides = split_overrides(arguments)
     options = parse(CompareOptions, rest, "compare")
-    check(options, overrides)
+    from factorization_memory.experiments.planning import make_plan
+    from factorization_memory.models.device import resolve_device
+
     plan = make_plan(options, overrides)
-    people = wide_console()
-    if not people.is_terminal:
-        people.width = max(people.width, WIDTH)
+    if options.train:
+        resolve_device(plan.entries[0].config.training.device)
+    people = wide_console(WIDTH)
     _show_plan(plan, people)
     if options.dry_run:
         emit(plan.description(), options.json)
         return 0
     from factorization_memory.experiments.comparison import TABLE_NAME, Comparison
+    from factorization_memory.experiments.display import Display
+    from factorization_memory.reports.terminal.comparison import show_comparison
 
     comparison = Comparison(
         plan,
@@ -48,7 +69,7 @@ def run(arguments: list[str]) -> int:
         record, stopped = comparison.run(lambda ended: Display(people, ended, plan.total_steps))
     else:
         record = comparison.record_without_training()
-    _show_record(record, people)
+    show_comparison(record, people)
     emit(record, options.json)
     if stopped is not None:
         people.print(f"stopped by {stopped}; the same command goes on from there", soft_wrap=True)
@@ -59,6 +80,7 @@ def run(arguments: list[str]) -> int:
 
 def _show_plan(plan: Plan, people: Console) -> None:
     from factorization_memory.reports.comparison_table import change, differing, seeds_text
+    from factorization_memory.reports.terminal.tables import table
 
     first = plan.entries[0].config
     tokens = first.training.steps * first.training.tokens_per_step
@@ -75,17 +97,3 @@ def _show_plan(plan: Plan, people: Console) -> None:
     people.print(shown)
     for sentence in differing({entry.name: to_dict(entry.config) for entry in plan.entries}):
         people.print(sentence, markup=False, soft_wrap=True)
-
-
-def _show_record(record: dict[str, Any], people: Console) -> None:
-    from factorization_memory.reports.comparison_table import notes, tables
-
-    for part in tables(record):
-        people.print(f"\n{part.title}", soft_wrap=True)
-        shown = table("", *part.columns)
-        shown.columns[0].overflow = "fold"
-        for row in part.rows:
-            shown.add_row(*map(plain, row))
-        people.print(shown)
-    for note in notes(record):
-        people.print(note, markup=False, soft_wrap=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from factorization_memory._streams import best_effort
 from factorization_memory.cli.common import console, emit, interrupted_status, parse, say
 from factorization_memory.cli.evaluate import evaluation_progress, say_kept
-from factorization_memory.cli.evaluate_tables import show_evaluation
 from factorization_memory.cli.generate import stream
 from factorization_memory.config import ConfigError
 from factorization_memory.experiments.demo import PROMPTS, RECALL_STEPS, inspected_text, learn_recall, pack_books
@@ -61,6 +60,7 @@ def run(arguments: list[str]) -> int:
 
     from factorization_memory.experiments.evaluation import keep_evaluation
     from factorization_memory.experiments.session import Session
+    from factorization_memory.reports.terminal.evaluation import show_evaluation
     from factorization_memory.training import RichProgress
 
     out.rule("[bold]2  training")
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
     out.rule("[bold]3  evaluation on the held-out end of each book")
     with evaluation_progress() as progress:
         evaluation = session.evaluate(stretches=4, progress=progress)
-    show_evaluation(evaluation)
+    show_evaluation(evaluation, out)
 
     out.rule("[bold]4  writing")
     samples, (_, model, tokenizer, _) = [], session.trained
@@ -106,36 +106,23 @@ def run(arguments: list[str]) -> int:
 def _recall(run_dir: Path, out: Console) -> dict[str, Any]:
     """The recall demonstration's record; shows the progress of both models as they learn."""
     from rich.live import Live
-    from rich.table import Table
 
     from factorization_memory.evaluation.recall_demo import FORMS
+    from factorization_memory.reports.terminal.recall_demo import learning_table
 
     out.print("the same sequences and sizes; they differ in update_lag alone. Share of values named right in new sequences:")
-    reports: list[dict[str, RecallProgress]] = []
-
-    def table() -> Table:
-        shown = Table("steps", *(f"{name} (update_lag={lag})" for name, lag in FORMS.items()))
-        for number, report in enumerate(reports, start=1):
-            # The first reports, ever fewer later ones, and the last.
-            if number & (number - 1) == 0 or number == len(reports):
-                step = next(iter(report.values())).step
-                shown.add_row(str(step), *(_bar(report[name].accuracy) for name in FORMS))
-        return shown
-
-    with Live(table(), console=out, auto_refresh=False, transient=True) as live:
+    reports: list[tuple[int, dict[str, float]]] = []
+    with Live(learning_table(FORMS, reports), console=out, auto_refresh=False, transient=True) as live:
 
         def progress(report: dict[str, RecallProgress]) -> None:
-            reports.append(report)
-            live.update(table(), refresh=True)
+            step = next(iter(report.values())).step
+            reports.append((step, {name: each.accuracy for name, each in report.items()}))
+            live.update(learning_table(FORMS, reports), refresh=True)
 
         record = learn_recall(run_dir, RECALL_STEPS, progress)
-    out.print(table())
+    out.print(learning_table(FORMS, reports))
     out.print(f"{record['seconds']:.0f} seconds for both")
     return record
-
-
-def _bar(share: float, width: int = 20) -> str:
-    return f"{'█' * round(width * share):·<{width}} {share:4.0%}"
 
 
 def _free_name(path: Path) -> Path:

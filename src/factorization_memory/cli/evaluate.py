@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 from factorization_memory._text import visible
 from factorization_memory.cli.common import at_least, console, emit, load, parse, resolve, say
 from factorization_memory.cli.evaluate_options import EvaluateOptions
-from factorization_memory.cli.evaluate_tables import show_evaluation
 from factorization_memory.config import ConfigError
-from factorization_memory.runs.names import EVALUATION_NAME, TOKENIZER_NAME
+from factorization_memory.runs.names import EVALUATION_NAME
 
 if TYPE_CHECKING:
-    from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.experiments.evaluation import Progress
 
 HELD_OUT = ("corpus", "max_position", "max_tokens", "stretches", "recall")
@@ -49,8 +46,14 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"{changed[0]}: the recall suite is not asked for; add --recall")
     if min(options.recall_lengths, default=0) < 1:
         raise ConfigError(f"--recall-lengths={' '.join(map(str, options.recall_lengths))}: name one or more, each 1 or more")
-    from factorization_memory.data.shards import PackedCorpus
-    from factorization_memory.experiments.evaluation import BUILTIN, evaluate_model, keep_evaluation, pack_books
+    from factorization_memory.experiments.evaluation import (
+        BUILTIN,
+        evaluate_model,
+        held_out_corpus,
+        keep_evaluation,
+        require_recall_texts,
+    )
+    from factorization_memory.reports.terminal.evaluation import show_evaluation
     from factorization_memory.runs.checkpoint_folder import read_state
 
     run_dir, checkpoint = resolve(options.run)
@@ -59,27 +62,14 @@ def run(arguments: list[str]) -> int:
     if options.recall:
         limits |= {"recall_items": options.recall_items, "recall_lengths": options.recall_lengths}
     if checkpoint is None and options.corpus is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            corpus = pack_books(tokenizer, Path(temporary))
-            _check_recall(options, corpus)
-            with evaluation_progress() as progress:
-                result = evaluate_model(model, corpus, config, BUILTIN, ngram_orders=(), progress=progress, **limits)
-    else:
-        if options.corpus is None and not config.data.corpus:
-            raise ValueError(f"{options.run}: an exported model does not say where its corpus is; name one with --corpus DIR")
-        folder = options.corpus or Path(config.data.corpus)
-        if not folder.exists():
-            raise ValueError(f"{folder}: the run's corpus is not there any more; name where it is with --corpus DIR")
-        corpus = PackedCorpus.open(folder)
-        if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"{folder}: packed with another tokenizer than the model's; pack it with the {TOKENIZER_NAME} beside the model"
-            )
-        _check_recall(options, corpus)
-        name = BUILTIN if checkpoint is None else checkpoint.name
+        limits["ngram_orders"] = ()  # of so little training text they tell nothing
+    with held_out_corpus(options.corpus, options.run, tokenizer, config) as corpus:
+        if options.recall:
+            require_recall_texts(corpus, options.recall_lengths)
         with evaluation_progress() as progress:
+            name = BUILTIN if checkpoint is None else checkpoint.name
             result = evaluate_model(model, corpus, config, name, progress=progress, **limits)
-    show_evaluation(result)
+    show_evaluation(result, console())
     if run_dir is not None and checkpoint is not None:
         if read_state(checkpoint)["corpus_fingerprint"] == corpus.fingerprint:
             say_kept(run_dir, keep_evaluation(run_dir, result))
@@ -87,13 +77,6 @@ def run(arguments: list[str]) -> int:
             say(f"{corpus.folder}: not the corpus of the run, whose {EVALUATION_NAME} stays as it is; --json gives this one")
     emit(result, options.json)
     return 0
-
-
-def _check_recall(options: EvaluateOptions, corpus: PackedCorpus) -> None:
-    if options.recall:
-        from factorization_memory.cli.evaluate_recall import check_recall
-
-        check_recall(corpus, options.recall_lengths)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from factorization_memory.cli.common import at_least, console, emit, load, resolve, say
 
@@ -20,6 +20,7 @@ def run(options: EvaluateOptions) -> int:
     at_least(options, harness_limit=1, harness_shots=0, harness_batch_size=1)
     from factorization_memory.experiments.evaluation import BUILTIN
     from factorization_memory.models.device import resolve_device
+    from factorization_memory.reports.terminal.harness import show_tasks
 
     run_dir, checkpoint = resolve(options.run)
     if checkpoint is not None and not checkpoint.is_dir():
@@ -49,7 +50,7 @@ def run(options: EvaluateOptions) -> int:
             limit=options.harness_limit,
             batch_size=options.harness_batch_size,
         )
-    show(result)
+    show_tasks(result, console())
     if run_dir is not None:
         say(f"results: {keep_results(run_dir, result)}")
     emit(result, options.json)
@@ -68,25 +69,3 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def show(result: dict[str, Any]) -> None:
-    """The results as a table on stderr."""
-    from rich.table import Column, Table
-
-    columns = [Column(name, no_wrap=True) for name in ("n", "shots", "metric", "value", "± error")]
-    table = Table(Column("task", overflow="fold"), *columns)
-    for part in ("groups", "tasks"):
-        for name, entry in result[part].items():
-            first = [name, *(("", "") if part == "groups" else (str(entry["examples"]), str(entry["shots"])))]
-            for metric, found in entry["metrics"].items():
-                table.add_row(*first, metric, _short(found["value"]), _short(found["stderr"]))
-                first = ["", "", ""]
-    console().print(table)
-
-
-def _short(value: float | None) -> str:
-    """Four decimals, except for huge perplexities."""
-    if value is None:
-        return ""
-    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

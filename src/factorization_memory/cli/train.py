@@ -135,7 +135,7 @@ def run(arguments: list[str]) -> int:
 
 def _last_line(result: dict[str, Any], run_dir: Path) -> str:
     """Quality and duration of a finished run, and what to do with it."""
-    from factorization_memory.training.progress import clock
+    from factorization_memory._text import clock
 
     held_out, train = result["evaluation"], result["train"]
     loss = (

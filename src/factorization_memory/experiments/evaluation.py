@@ -7,17 +7,21 @@ evaluated        {checkpoint, corpus_fingerprint, max_position, max_tokens, stre
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factorization_memory._files import read_json_or_none, write_atomic
+from factorization_memory.config import ConfigError
 from factorization_memory.data.corpora import builtin_corpus
 from factorization_memory.data.shards import PackedCorpus, pack
 from factorization_memory.evaluation import evaluate_run
+from factorization_memory.evaluation.recall_suite import held_out_texts
 from factorization_memory.models.device import autocast
 from factorization_memory.reports.report import write_report
-from factorization_memory.runs.names import EVALUATION_NAME
+from factorization_memory.runs.names import EVALUATION_NAME, TOKENIZER_NAME
 
 if TYPE_CHECKING:
     from factorization_memory.config import RunConfig
@@ -86,6 +90,38 @@ def told_by(record: dict[str, Any], kept: dict[str, Any]) -> bool:
     return mine != theirs and all(own <= other for own, other in zip(mine, theirs, strict=True))
 
 
-def pack_books(tokenizer: Tokenizer, folder: Path) -> PackedCorpus:
-    """Packs the two books that come with the package into `folder`, almost entirely as held-out text."""
-    return pack([(None, builtin_corpus())], tokenizer, folder / "packed", holdout="tail", holdout_fraction=0.99)
+@contextmanager
+def held_out_corpus(corpus: Path | None, model: Path | None, tokenizer: Tokenizer, config: RunConfig) -> Iterator[PackedCorpus]:
+    """The packed corpus to evaluate a loaded model on: the folder `corpus`, or else the one that it was trained on.
+
+    `model` is the folder that it was loaded from; None is the model that comes with the package, whose text is by default the
+    two books that come with it too, packed for as long as the context lasts, almost entirely as held-out text.
+
+    Raises ValueError if there is no such corpus or it was packed with another tokenizer.
+    """
+    if corpus is None and model is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            books = [(None, builtin_corpus())]
+            yield pack(books, tokenizer, Path(temporary) / "packed", holdout="tail", holdout_fraction=0.99)
+        return
+    if corpus is None and not config.data.corpus:
+        raise ValueError(f"{model}: an exported model does not say where its corpus is; name one with --corpus DIR")
+    folder = corpus or Path(config.data.corpus)
+    if not folder.exists():
+        raise ValueError(f"{folder}: the run's corpus is not there any more; name where it is with --corpus DIR")
+    packed = PackedCorpus.open(folder)
+    if packed.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{folder}: packed with another tokenizer than the model's; pack it with the {TOKENIZER_NAME} beside the model"
+        )
+    yield packed
+
+
+def require_recall_texts(corpus: PackedCorpus, lengths: Sequence[int]) -> None:
+    """Raises ConfigError if the held-out text is too short for the recall suite: to be told before the rest is evaluated."""
+    longest = max(map(len, held_out_texts(corpus).values()), default=0)
+    if longest < min(lengths):
+        raise ConfigError(
+            f"--recall: the longest held-out text of the corpus has {longest} tokens, fewer than the {min(lengths)} of the "
+            "shortest haystack; pack it with a larger held-out share, or leave --recall out"
+        )

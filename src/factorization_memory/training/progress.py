@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factorization_memory._streams import best_effort
-from factorization_memory._text import visible
+from factorization_memory._text import clock, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,10 +170,3 @@ class RichProgress(TrainingObserver):
     def _say(self, line: str) -> None:
         # No markup and no highlighting: prompts and paths may contain brackets.
         self.console.print(visible(line, keep="\t"), markup=False, highlight=False, soft_wrap=True)
-
-
-def clock(seconds: float) -> str:
-    """A time as h:mm:ss, or m:ss below an hour."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,48 +1,21 @@
-"""`fmem bench step`: how fast one decoding step of the recurrence is on this machine, and how fast steps are taken back."""
+"""The figures of `fmem bench step`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from factorization_memory.benchmarks.settings import StepBenchmark
-from factorization_memory.cli.common import bench_status, checked, emit
-from factorization_memory.cli.tables import number, show_machine, table, wide_console
+from factorization_memory.reports.terminal.tables import number, table
 
-
-@dataclass(frozen=True)
-class Step(StepBenchmark):
-    """One decoding step of the recurrence alone, dense and sparse, beside the device's copies, and steps taken back beside a
-    copy of the whole memory. If a step is not right, nothing is timed: status 1."""
-
-    device: str = "auto"
-    """cpu, cuda, cuda:N, or auto."""
-    threads: int = 0
-    """Threads of the CPU; 0 takes PyTorch's number, which suits a machine that does nothing else."""
-    json: bool = False
-    """Write the result to stdout as one JSON line."""
-
-    def __post_init__(self) -> None:
-        """Checked when `run` makes the benchmark of it."""
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
-def run(options: Step, command: str) -> int:
-    """`fmem bench step`; 1 if a size failed."""
-    from factorization_memory.benchmarks import step
-    from factorization_memory.models.device import resolve_device
-
-    device = resolve_device(options.device, "device")
-    benchmark = checked(StepBenchmark, options)
-    people = wide_console()
-    shown = {"checks": _show_checks, "steps": _show_steps, "rollbacks": _show_rollbacks}
-    with people.status("") as status:
-        result = step.run(benchmark, device, status.update, lambda section, records: shown[section](records, people))
-    show_machine(result, people)
-    emit({"benchmark": "step", "command": command} | result, options.json)
-    return bench_status(result, any(record["error"] for record in (*result["steps"], *result["rollbacks"])))
+def show_step_part(section: str, records: list[dict[str, Any]], people: Console) -> None:
+    """A part of the result as soon as it is there, as `run` of benchmarks/step.py hands it on."""
+    {"checks": _show_checks, "steps": _show_steps, "rollbacks": _show_rollbacks}[section](records, people)
 
 
-def _show_checks(records: list[dict[str, Any]], people: Any) -> None:
+def _show_checks(records: list[dict[str, Any]], people: Console) -> None:
     worst = max(records, key=lambda check: check["error"] / check["tolerance"])
     where = f"{worst['worst']} of a {worst['backend']} at {worst['shape']}, of {worst['tolerance']:.0e} allowed"
     restored = ", sparse steps taken back to the bit" if any(record["restored"] for record in records) else ""
@@ -54,7 +27,7 @@ def _show_checks(records: list[dict[str, Any]], people: Any) -> None:
     )
 
 
-def _show_steps(records: list[dict[str, Any]], people: Any) -> None:
+def _show_steps(records: list[dict[str, Any]], people: Console) -> None:
     columns = ("K", "memory", "us", "moved MB", "GB/s", "of copy", "rotation MB", "faster than dense")
     shown = table(f"one step, {_size(records[0])}", *columns)
     for record in records:
@@ -77,7 +50,7 @@ def _show_steps(records: list[dict[str, Any]], people: Any) -> None:
         people.print(shown)
 
 
-def _show_rollbacks(records: list[dict[str, Any]], people: Any) -> None:
+def _show_rollbacks(records: list[dict[str, Any]], people: Console) -> None:
     shown = table(
         f"steps taken back at once, {_size(records[0])}", "K", "steps", "us", "copying the memory us", "faster than that"
     )

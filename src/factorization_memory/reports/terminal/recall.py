@@ -1,32 +1,17 @@
-"""The recall suite of `fmem evaluate --recall` as tables."""
+"""The recall suite of an evaluation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from factorization_memory.cli.common import plain
-from factorization_memory.config import ConfigError
+from factorization_memory.reports.terminal.tables import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from factorization_memory.data.shards import PackedCorpus
-
-
-def check_recall(corpus: PackedCorpus, lengths: Sequence[int]) -> None:
-    """Raises ConfigError early if the held-out text is too short for the recall suite, before the rest is evaluated."""
-    from factorization_memory.evaluation.recall_suite import held_out_texts
-
-    longest = max(map(len, held_out_texts(corpus).values()), default=0)
-    if longest < min(lengths):
-        raise ConfigError(
-            f"--recall: the longest held-out text of the corpus has {longest} tokens, fewer than the {min(lengths)} of the "
-            "shortest haystack; pack it with a larger held-out share, or leave --recall out"
-        )
 
 
 def show_recall(record: dict[str, Any], out: Console) -> None:

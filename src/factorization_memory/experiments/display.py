@@ -1,4 +1,4 @@
-"""Live progress of the runs of `fmem compare`."""
+"""Live progress of a comparison's runs on a terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import console, plain
-from factorization_memory.cli.tables import table
+from factorization_memory._text import clock
 from factorization_memory.experiments.processes import Watcher
+from factorization_memory.reports.terminal.tables import plain, table
 from factorization_memory.runs.names import LOG_NAME
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ class Display(Watcher):
 
     def __init__(
         self,
-        people: Console | None = None,
+        people: Console,
         ended: Callable[[Job], None] = lambda job: None,
         total_steps: int | None = None,
     ) -> None:
         """`total_steps` are those of all runs together, from which the time that is left is told."""
-        self._people = people if people is not None else console()
+        self._people = people
         self._ended = ended
         self._total = total_steps
         self._done_before = self._done_here = 0
@@ -101,8 +101,6 @@ class Display(Watcher):
         )
         if self._total is None or here <= 0:
             return None
-        from factorization_memory.training.progress import clock
-
         left = max(0, self._total - self._done_before - here)
         seconds = left * (time.monotonic() - self._began) / here
         return f"{left:,} of {self._total:,} steps of all runs left, about {clock(seconds)}"

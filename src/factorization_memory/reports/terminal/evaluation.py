@@ -1,21 +1,22 @@
-"""An evaluation on held-out text as tables on stderr."""
+"""An evaluation on held-out text."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from factorization_memory.cli.common import console, plain
+from rich.table import Table
+
+from factorization_memory.reports.recall_text import as_text, distances_as_text
+from factorization_memory.reports.terminal.recall import show_recall
+from factorization_memory.reports.terminal.tables import plain
 from factorization_memory.runs.recall_names import KINDS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def show_evaluation(result: dict[str, Any]) -> None:
+def show_evaluation(result: dict[str, Any], out: Console) -> None:
     """What `evaluate_run` returned."""
-    from factorization_memory.cli.evaluate_recall import show_recall
-
-    out = console()
     _show_losses(result, out)
     _show_repeated(result["recall"], out)
     _show_positions(result, out)
@@ -26,8 +27,6 @@ def show_evaluation(result: dict[str, Any]) -> None:
 
 
 def _show_losses(result: dict[str, Any], out: Console) -> None:
-    from rich.table import Table
-
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []
     table = Table("held-out text", "nats per token", "perplexity", "bits per byte", *(f"{n}-gram bytes" for n in orders))
     for name, row in [*result["sources"].items(), ("all", result["total"])]:
@@ -44,10 +43,6 @@ def _show_losses(result: dict[str, Any], out: Console) -> None:
 
 def _show_repeated(recall: dict[str, Any], out: Console) -> None:
     """The loss by what the window contained before a token."""
-    from rich.table import Table
-
-    from factorization_memory.reports.recall_text import as_text, distances_as_text
-
     table = Table("held-out text", *KINDS)
     for name, parts in recall.items():
         table.add_row(plain(name), *as_text(parts))
@@ -66,8 +61,6 @@ def _show_repeated(recall: dict[str, Any], out: Console) -> None:
 
 
 def _show_positions(result: dict[str, Any], out: Console) -> None:
-    from rich.table import Table
-
     rows = [
         (name, multiple, row)
         for name, position in result.get("position", {}).items()
@@ -93,8 +86,6 @@ def _show_positions(result: dict[str, Any], out: Console) -> None:
 
 
 def _show_routing(layers: list[dict[str, Any]], out: Console) -> None:
-    from rich.table import Table
-
     table = Table("layer", "dead states", "balance", "entropy of a token's affinities")
     for layer in layers:
         mean = [sum(layer[key]) / len(layer[key]) for key in ("balance", "entropy")]

@@ -1,0 +1,1 @@
+"""Records as tables and sentences on a terminal, through rich."""

@@ -1,0 +1,69 @@
+"""Records on a terminal: what the verbs show, without the verbs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from factorization_memory.experiments.cost import run_cost
+from factorization_memory.presets import PRESETS
+from factorization_memory.reports.terminal.cost import show_cost
+from factorization_memory.reports.terminal.evaluation import show_evaluation
+from factorization_memory.reports.terminal.harness import show_tasks
+from factorization_memory.reports.terminal.recall_demo import learning_table
+from factorization_memory.reports.terminal.tables import number, table
+
+
+def shown(show: Callable[[Any, Console], None], record: Any) -> list[list[str]]:
+    """The words of each line."""
+    console = Console(file=io.StringIO(), width=200)
+    show(record, console)
+    return [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def printed(thing: RenderableType) -> list[list[str]]:
+    return shown(lambda each, console: console.print(each), thing)
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, ""), (0.126, "0.13x"), (12.34, "12.3x"), (1234.5, "1,234x")])
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert number(value, "x") == text
+
+
+def test_a_column_named_by_data_is_no_markup() -> None:
+    assert ["[red]name", "x"] in printed(table("", "[red]name", "x"))
+
+
+def test_the_cost_of_a_preset() -> None:
+    lines = shown(show_cost, run_cost(PRESETS["tiny"]()))
+    assert ["preset", "tiny"] in lines
+    assert any(line[:2] == ["learning", "rate"] for line in lines)
+
+
+def test_an_evaluation_of_losses_alone() -> None:
+    row = {"loss": 2.0, "perplexity": 7.389, "bits_per_byte": 1.25}
+    lines = shown(show_evaluation, {"sources": {"[en]": row}, "total": row, "recall": {}, "routing": []})
+    assert ["│", "[en]", "│", "2.000", "│", "7.4", "│", "1.250", "│"] in lines
+
+
+def test_groups_of_tasks_stand_before_tasks() -> None:
+    metrics = {"acc": {"value": 0.25, "stderr": None}, "perplexity": {"value": 2e6, "stderr": 0.5}}
+    task = {"examples": 8, "shots": 0, "metrics": metrics}
+    lines = shown(show_tasks, {"groups": {"both": {"metrics": metrics}}, "tasks": {"one": task}})
+    cells = [" ".join(line).split("│")[1:-1] for line in lines if "│" in line]
+    assert [[cell.strip() for cell in row] for row in cells] == [
+        ["both", "", "", "acc", "0.2500", ""],
+        ["", "", "", "perplexity", "2.000e+06", "0.5000"],
+        ["one", "8", "0", "acc", "0.2500", ""],
+        ["", "", "", "perplexity", "2.000e+06", "0.5000"],
+    ]
+
+
+def test_learning_shows_ever_fewer_reports_and_the_last() -> None:
+    lines = printed(learning_table({"a": 1, "b": 0}, [(10 * i, {"a": i / 10, "b": 0.0}) for i in range(1, 8)]))
+    assert [line[1] for line in lines if line and line[0] == "│"] == ["10", "20", "40", "70"]
+    assert any("██████████████······" in line for line in lines)
