@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from factorization_memory.layers import FactorizationMemory, LayerState, MixerState, ModelState
+from factorization_memory.layers.decoding import DecodingParts
 from factorization_memory.models.block import Block
 from factorization_memory.models.decoding import why_not_memory_alone
 from factorization_memory.models.language_model import LanguageModel
@@ -76,7 +77,7 @@ class _LoopBlock:
         assert isinstance(mixer, FactorizationMemory), "see why_unsupported"
         assert feed_forward is not None, "see why_unsupported"
         assert feed_forward_norm is not None
-        parts = mixer.decoding_parts()
+        parts = DecodingParts.of(mixer)
         self._num_heads, self._num_states, self._top_k = mixer.num_heads, mixer.num_states, mixer.top_k or 0
         self._temperature, self._has_gate = np.float32(parts.temperature), parts.has_gate
         self._norm, self._norm_eps = _array(block.mixer_norm.weight), np.float32(block.mixer_norm.eps)
