@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from factorization_memory.benchmarks.settings import Shape
-from factorization_memory.ops import factorization_memory
+from factorization_memory.ops import BACKENDS, factorization_memory
 from factorization_memory.ops.precision import state_dtype
 
 TRUTH_BYTES = 1 << 30
@@ -211,11 +211,12 @@ def check_backend(backend: str, device: torch.device | str) -> list[dict[str, An
         ("packed, sparse", Problem.random(packed, device=device, initial_state=True, borders=[0, 1, 70, 70, 150])),
         ("dense, initial state", Problem.random(dense, torch.bfloat16, device, initial_state=True)),
     ]
+    sparse_alone = any(one.needs_indices for one in BACKENDS if one.name == backend)
     return [
         {"backend": backend, "device": str(device), "case": case, "dtype": str(problem.value.dtype).removeprefix("torch.")}
         | check(backend, problem)
         for case, problem in cases
-        if problem.indices is not None or backend != "triton-sparse"
+        if problem.indices is not None or not sparse_alone
     ]
 
 

@@ -15,7 +15,7 @@ from factorization_memory.ops.memory import backends
 from factorization_memory.runs.environment import cores, cpu_model
 
 REQUIRED = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub")
-OPTIONAL = ("triton", "transformers", "datasets", "lm_eval")
+OPTIONAL = ("triton", "numba", "transformers", "datasets", "lm_eval")
 
 
 def examine() -> dict[str, Any]:

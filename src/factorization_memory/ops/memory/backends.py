@@ -28,10 +28,12 @@ class MemoryBackend(Backend):
     Attributes:
         step: like `reference.steps`, with a seed or None as last argument.
         undo: like `reference.undo`.
+        needs_indices: whether it computes the sparse form alone.
     """
 
     step: Callable[..., Tensor]
     undo: Callable[..., None]
+    needs_indices: bool = False
 
 
 def choose_backend(
@@ -202,7 +204,15 @@ def _sparse_pays(value: Tensor, touched: int, num_states: int, alone: bool, pack
 SCAN_SHARE = 0.5
 """Largest share of the states that a token touches at which `scan` was measured to beat the chunked form."""
 BACKENDS = (
-    MemoryBackend("numba", scan.forward, why_unsupported=_no_scan, pays=_scan_pays, step=_step_scan, undo=reference.undo),
+    MemoryBackend(
+        "numba",
+        scan.forward,
+        why_unsupported=_no_scan,
+        pays=_scan_pays,
+        step=_step_scan,
+        undo=reference.undo,
+        needs_indices=True,
+    ),
     MemoryBackend(
         "triton-sparse",
         _sparse,
@@ -212,6 +222,7 @@ BACKENDS = (
         pays=_sparse_pays,
         step=kernels.step_in_place,
         undo=kernels.undo_in_place,
+        needs_indices=True,
     ),
     MemoryBackend(
         "triton-dense",
