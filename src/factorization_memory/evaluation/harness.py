@@ -24,6 +24,7 @@ from torch import Tensor
 
 from factorization_memory.data.tokenizer import DOCUMENT_END
 from factorization_memory.evaluation.loss import evaluating
+from factorization_memory.generation import TextStream
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -140,7 +141,8 @@ class FactorizationMemoryLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The model's continuation of each context, up to the first of its `until` strings or the end of the document.
+        """The model's continuation of each context, up to the first of its `until` strings or the end of the document, in
+        whole characters, as `generation` has it.
 
         Prompts of any lengths are continued in parallel. The options of a request are those of `Decoding`.
         """
@@ -162,7 +164,8 @@ class FactorizationMemoryLM(TemplateLM):
         return answers
 
     def _generate(self, prompts: Sequence[Tokens], decoding: Decoding) -> list[str]:
-        rows = [_Continuation(self._text, decoding.until) for _ in prompts]
+        # The literal characters "</s>" also end a text, as in the harness's own adapter.
+        rows = [TextStream(self._text, [*decoding.until, DOCUMENT_END]) for _ in prompts]
         live = list(range(len(rows)))
         logits, state = self._read(prompts)
         tokens = logits.new_zeros(0)
@@ -170,12 +173,13 @@ class FactorizationMemoryLM(TemplateLM):
             if count:
                 logits, state = self.model.step(tokens, state)
             tokens = decoding.choose(logits[:, : self._text.vocab_size])
-            going = [place for place, token in enumerate(tokens.tolist()) if rows[live[place]].push(token)]
+            last = count == decoding.max_tokens - 1
+            going = [place for place, token in enumerate(tokens.tolist()) if rows[live[place]].push(token, last) is None]
             if not going:
                 break
             if len(going) < len(live):
                 live, tokens, state = [live[place] for place in going], tokens[going], state.select(going)
-        return [row.finish() for row in rows]
+        return [row.text for row in rows]
 
     def _read(self, sequences: Sequence[Tokens]) -> tuple[Tensor, ModelState]:
         """Logits `[N, V]` after the last token of each of N non-empty sequences, and the state of N rows.
@@ -315,32 +319,6 @@ class Decoding:
         before = probabilities.cumsum(-1) - probabilities
         drawn = torch.multinomial(probabilities.masked_fill(before >= self.top_p, 0.0), 1)
         return tokens.gather(-1, drawn)[:, 0]
-
-
-class _Continuation:
-    """The text of one row as it is generated."""
-
-    def __init__(self, tokenizer: Tokenizer, until: list[str]) -> None:
-        self._stream = tokenizer.stream()
-        self._end = tokenizer.document_end
-        # The literal characters "</s>" also end a text, as in the harness's own adapter.
-        self._until = [*until, *([] if DOCUMENT_END in until else [DOCUMENT_END])]
-        self._text = ""
-
-    def push(self, token: int) -> bool:
-        """Adds the next token; returns whether the text continues."""
-        if token == self._end:
-            return False
-        old, self._text = len(self._text), self._text + self._stream.push(token)
-        return all(self._text.find(stop, max(0, old + 1 - len(stop))) < 0 for stop in self._until)
-
-    def finish(self) -> str:
-        """The text before its first stop string, decoded as the harness's own adapter does, with U+FFFD for an incomplete last
-        character."""
-        text = self._text + self._stream.flush()
-        for stop in self._until:
-            text = text.partition(stop)[0]
-        return text
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
