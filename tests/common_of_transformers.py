@@ -122,9 +122,15 @@ class Untied(Common, unittest.TestCase):
     form: ClassVar[dict[str, Any]] = {"num_heads": 2, "conv_size": 4, "tie_word_embeddings": False}
 
 
-class Mixed(Common, unittest.TestCase):
+# They take two layers at most.
+class WithAttention(Common, unittest.TestCase):
     form: ClassVar[dict[str, Any]] = {
-        "num_hidden_layers": 4, "mixers": ["memory", "attention", "mamba2", "gated_deltanet"],
-        "attention": {"num_heads": 4, "num_key_value_heads": 2, "sliding_window": 6},
+        "mixers": ["memory", "attention"], "attention": {"num_heads": 4, "num_key_value_heads": 2, "sliding_window": 6},
+    }  # fmt: skip
+
+
+class OtherMixers(Common, unittest.TestCase):
+    form: ClassVar[dict[str, Any]] = {
+        "mixers": ["mamba2", "gated_deltanet"],
         "mamba2": {"state_size": 8, "head_size": 8, "chunk_size": 4}, "gated_deltanet": {"num_heads": 2, "head_size": 8},
     }  # fmt: skip

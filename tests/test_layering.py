@@ -23,8 +23,9 @@ ROOMS = {
     "models": {"config", "ops", "layers"},
     "runs": {"config", "data", "models"},
     "training": {"config", "data", "layers", "models", "runs"},
-    "evaluation": {"config", "data", "layers", "models", "runs"},
     "generation": {"config", "data", "layers", "models"},
+    # The harness has text generated.
+    "evaluation": {"config", "data", "layers", "models", "runs", "generation"},
     # benchmarks read and write as generation does.
     "benchmarks": {"config", "presets", "ops", "layers", "models", "runs", "generation"},
     # reports read records on disk; of models and benchmarks they take constants alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import signal
@@ -15,10 +16,12 @@ import torch
 
 from factorization_memory.cli import dispatch
 from factorization_memory.cli.evaluate import EvaluateOptions
+from factorization_memory.config import TrainingConfig
 from factorization_memory.data.corpora import builtin_corpus
 from factorization_memory.data.tokenizer import Tokenizer
 from factorization_memory.evaluation.recall_suite import ITEMS, LENGTHS
-from factorization_memory.models.pretrained import builtin_model, load_pretrained
+from factorization_memory.experiments.demo import PROMPTS
+from factorization_memory.models.pretrained import builtin_model, card, load_pretrained
 from factorization_memory.runs import load_model
 
 TRAIN = [
@@ -59,6 +62,34 @@ def test_the_model_of_the_package_writes(capsys: pytest.CaptureFixture[str]) -> 
     result, err = called(capsys, "generate", "--prompt", "It was ", "--max-tokens", "2", "--device", "cpu")
     assert "note: prompt 'It was ' ends in a space" in err
     assert [one["prompt"] for one in result] == ["It was "]
+
+
+def test_training_notes_a_sample_prompt_that_ends_in_a_space(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, packed = str(tmp_path / "words.json"), str(tmp_path / "packed")
+    Tokenizer.train(["It was a dark and stormy night.\n" * 20], 300).save(Path(words))
+    text = str(run_dir.with_name("text.txt"))
+    assert dispatch(["data", "pack", text, "--output", packed, "--holdout", "tail", "--tokenizer", words]) == 0
+    corpus = ["--data.corpus", packed, "--training.steps", "1"]
+    prompts = ["--training.sample-prompts", "It was ", "It was"]
+    for every, notes in (("1", 1), ("0", 0)):
+        _, err = called(
+            capsys, "train", "demo", *TRAIN, *corpus, "--run-dir", str(tmp_path / every), "--training.sample-every", every,
+            *prompts,
+        )  # fmt: skip
+        assert err.count("ends in a space") == err.count("note: prompt 'It was ' ends in a space") == notes
+
+
+def test_prompts_of_our_own_end_in_no_space() -> None:
+    root = Path(__file__).parent.parent.parent
+    texts = [(root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/walk.md", "docs/integration.md")]
+    texts.append(inspect.getsource(card))
+    quoted = [
+        prompt for text in texts for prompt in re.findall(r"""(?:--prompt |encode\(|tokenizer\()["']([^"']*)["']""", text)
+    ]
+    assert len(quoted) > 3
+    assert not [one for one in (*quoted, *PROMPTS, *TrainingConfig().sample_prompts) if one.endswith(" ")]
 
 
 def test_the_model_of_the_package_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from transformers import AutoModelForCausalLM
 
 from factorization_memory.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, ModelConfig
@@ -255,6 +256,64 @@ def test_loss_through_the_head(change: Callable[[LanguageModel], None]) -> None:
     with pytest.raises(ValueError, match="reduction='sum'"):
         model(text, targets, reduction="sum")
     check_steps(model.float())
+
+
+class Plus(nn.Module):
+    """What a parametrization adds to a weight wherever it is read."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.more = nn.Parameter(0.3 * torch.randn_like(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.more
+
+
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [
+        *((config, weight) for config in (PURE, MIXED) for weight in ("convolution.weight", "norm_weight", "output.weight")),
+        (PURE, "convolution.bias"),
+        (PURE, "gate.weight"),
+        (MIXED, "skip"),
+        (MIXED, "log_decay_rate"),
+        (MIXED, "step_size_bias"),
+    ],
+)
+def test_parametrized_weights(config: ModelConfig, weight: str) -> None:
+    """In every block that has them. Steps see them; what would copy them steps aside."""
+    model = make(config)
+    text, reasons = tokens(2, 9), []
+    without = model(text)[0]
+    name = weight.rpartition(".")[2]
+    for parameter in [one for one, _ in model.named_parameters() if re.fullmatch(rf"blocks\.\d\.mixer\.{weight}", one)]:
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        parametrize.register_parametrization(module, name, Plus(getattr(module, name)))
+        reasons.append(why_any_called(model))
+    assert reasons
+    assert re.match(r"blocks\.\d\.mixer.*: (its \w+ is parametrized|ParametrizedLinear stands in its place)", reasons[0] or "")
+    check_steps(model)
+    check_generate(theirs(model))
+    assert not torch.allclose(model(text)[0], without)
+
+
+@pytest.mark.parametrize("config", [PURE, MIXED], ids=["pure", "mixed"])
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_lora_of_the_weights_of_convolutions(config: ModelConfig) -> None:
+    """PEFT puts a module in the convolution's place that knows its `forward` alone."""
+    peft = pytest.importorskip("peft")
+    model = make(config)
+    without = check_generate(theirs(model))
+    options = peft.LoraConfig(r=2, target_modules=[], target_parameters=["convolution.weight"], init_lora_weights=False)
+    peft.get_peft_model(model, options)
+    assert why_any_called(model) == "blocks.0.mixer.convolution: ParamWrapper stands in its place"
+    check_steps(model)
+    assert check_generate(theirs(model)) != without
+    text = tokens(1, 5)
+    model(text, text)[0].backward()
+    found = [parameter.grad for name, parameter in model.named_parameters() if "lora_" in name]
+    assert found
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found)
 
 
 def quantised(model: LanguageModel) -> None:

@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "attention": {"mixers": ("memory", "attention"), "num_layers": 2},
     "window": {"mixers": ("attention",), "attention": AttentionConfig(2, 1, sliding_window=4)},
     "mamba2": {"mixers": ("mamba2",)},
+    "gated_deltanet": {"mixers": ("gated_deltanet",)},
 }
 LENGTHS = (9, 13, 70, 22)
 MOST_GRAPHS = 4
@@ -54,7 +55,7 @@ def draw(length: int, batch: int = 2) -> Tensor:
     return torch.randint(0, 11, (batch, length))
 
 
-@pytest.mark.parametrize("name", ["associative", "window", "mamba2"])
+@pytest.mark.parametrize("name", ["associative", "window", "mamba2", "gated_deltanet"])
 def test_logits(name: str) -> None:
     model = make(name)
     call, counter = compiled(lambda tokens: model(tokens)[0])
@@ -76,7 +77,7 @@ def test_padding(name: str) -> None:
     assert counter.frame_count <= MOST_GRAPHS
 
 
-@pytest.mark.parametrize("name", ["associative", "attention"])
+@pytest.mark.parametrize("name", ["associative", "attention", "gated_deltanet"])
 def test_packed_sequences(name: str) -> None:
     """Of changing number."""
     model = make(name)
@@ -90,7 +91,7 @@ def test_packed_sequences(name: str) -> None:
     assert counter.frame_count <= MOST_GRAPHS
 
 
-@pytest.mark.parametrize("name", ["associative", "attention", "mamba2"])
+@pytest.mark.parametrize("name", ["associative", "attention", "mamba2", "gated_deltanet"])
 def test_reading_on(name: str) -> None:
     """From a state, several tokens and one."""
     model = make(name)
@@ -127,7 +128,7 @@ def loss_of(model: LanguageModel, tokens: Tensor, targets: Tensor, state: ModelS
     return model(tokens, targets, state=state, cu_seqlens=borders)[0]
 
 
-@pytest.mark.parametrize(("name", "packed"), [("dense", False), ("associative", True)])
+@pytest.mark.parametrize(("name", "packed"), [("dense", False), ("associative", True), ("gated_deltanet", False)])
 def test_gradients(name: str, packed: bool) -> None:
     """Compiled both ways."""
     model = make(name)
@@ -145,14 +146,3 @@ def test_gradients(name: str, packed: bool) -> None:
             assert got is not None
             assert_close(got, expected)
     assert counter.frame_count <= 2 * (MOST_GRAPHS + 1)
-
-
-def test_gated_deltanet() -> None:
-    """Its chunks follow each other in a loop, of which each number is a graph of its own."""
-    model = LanguageModel(ModelConfig(**SIZES, mixers=("gated_deltanet",))).eval()
-    call, counter = compiled(lambda tokens: model(tokens)[0])
-    with torch.no_grad():
-        for length in (9, 13, 22, 70, 100):
-            tokens = draw(length)
-            assert_close(call(tokens), model(tokens)[0])
-    assert counter.frame_count <= MOST_GRAPHS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from factorization_memory.config import ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
+from factorization_memory.layers import state as state_module
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import RoutingHealth, observe_routing
 from factorization_memory.ops import cross_entropy
@@ -314,3 +316,18 @@ def test_states_of_layers_are_detached(mixer: Any) -> None:
     assert "tensor(" not in repr(state)
     for detached in (state.detach(), state.layers[0].detach()):  # type: ignore[attr-defined]
         assert not any(x.requires_grad for x in detached.tensors())
+
+
+def test_states_saved_by_version_0_1_go_on() -> None:
+    """They name the module that the state of a model was in then."""
+    model = LanguageModel(ModelConfig(vocab_size=11, hidden_size=16, num_layers=2, num_states=4))
+    tokens = torch.randint(0, 11, (1, 9))
+    expected, _ = model(tokens)
+    _, state = model(tokens[:, :5])
+    saved = pickle.dumps(state.detach(), protocol=2)
+    old = saved.replace(b"factorization_memory.layers.model_state\n", b"factorization_memory.layers.state\n")
+    assert old != saved
+    found, _ = model(tokens[:, 5:], state=pickle.loads(old))
+    torch.testing.assert_close(found, expected[:, 5:])
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        _ = state_module.Other

@@ -271,8 +271,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
     assert case.initial is not None
     leaves = [x.detach().cuda().requires_grad_() for x in (*leaves, case.initial.float())]
     cu_seqlens = None if case.borders is None else case.borders.cuda()
-    whole = backend == "chunked" and borders is None
-    function = torch.compile(gated_delta_rule, fullgraph=whole, dynamic=False) if compiled else gated_delta_rule
+    function = torch.compile(gated_delta_rule, fullgraph=backend == "chunked", dynamic=False) if compiled else gated_delta_rule
     y, final = function(*leaves[:5], None, leaves[5], True, cu_seqlens, backend)
     loss = (y.double() * case.d_output.cuda()).sum() + (final.double() * case.d_final.cuda()).sum()
     got = [x.detach().double().cpu() for x in (y, final, *torch.autograd.grad(loss, leaves))]

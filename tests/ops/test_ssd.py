@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from factorization_memory.ops.ssd import chunked as ssd_chunked
 from factorization_memory.ops.ssd import kernels as ssd_kernels
@@ -162,16 +163,14 @@ def test_compiles_as_one_graph(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_where_it_would_compile_wrongly_it_stands_between_the_graphs(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factorization_memory.ops.ssd._compiles_wrongly", lambda x: True)
+def test_where_it_would_be_traced_wrongly_it_is_one_operator(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factorization_memory.ops.ssd._traced_wrongly", lambda x: torch.compiler.is_compiling())
     case = make(1, 70, chunk=8, borders=[0, 30, 30, 70] if packed else None)
     torch._dynamo.reset()
-    compiled = torch.compile(ssd, backend="aot_eager", dynamic=False)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ssd, fullgraph=True, backend=graphs, dynamic=False)
     assert_close(case.run("chunked", function=compiled), case.run("chunked"), 1e-12)
-    torch._dynamo.reset()
-    whole = torch.compile(ssd, fullgraph=True, backend="aot_eager", dynamic=False)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        case.run("chunked", function=whole)
+    assert "ssd_chunked" in str(graphs.graphs[0].code)
 
 
 def test_steps_equal_the_whole() -> None:
@@ -298,7 +297,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
         assert case.initial is not None
         leaves.append(case.initial.detach().float().cuda().requires_grad_())
     cu_seqlens = None if case.borders is None else case.borders.cuda()
-    function = torch.compile(ssd, fullgraph=backend != "chunked", dynamic=False) if compiled else ssd
+    function = torch.compile(ssd, fullgraph=True, dynamic=False) if compiled else ssd
     y, final = function(*leaves[:5], 64, leaves[5] if keep else None, keep, cu_seqlens, backend)
     loss = (y.double() * case.d_output.cuda()).sum()
     if keep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,12 +62,10 @@ def run(arguments: list[str]) -> int:
     prompts = options.prompt or (read_text(options.prompt_file or ""),)
     if not all(prompts):
         raise ConfigError("prompt: it is empty; give at least one character to start from")
-    from factorization_memory.generation import note_on_prompt, weights_dtype, with_dtype
+    from factorization_memory.generation import weights_dtype, with_dtype
 
     model, tokenizer, _ = load(options.run, options.device)
-    for prompt in prompts:
-        if (note := note_on_prompt(tokenizer, prompt)) is not None:
-            console().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
+    note_on_prompts(tokenizer, prompts)
     model = with_dtype(model, weights_dtype(options.precision, next(model.parameters()).device))
     results = stream(
         model,
@@ -83,6 +82,15 @@ def run(arguments: list[str]) -> int:
         say(f"stdout is in {sys.stdout.encoding}, which lacks some characters (written as \\u...); set PYTHONIOENCODING=utf-8")
     emit(results, options.json)
     return 0
+
+
+def note_on_prompts(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Prints a note for each prompt that ends in a space the tokenizer would have in the next word."""
+    from factorization_memory.generation import note_on_prompt
+
+    for prompt in prompts:
+        if (note := note_on_prompt(tokenizer, prompt)) is not None:
+            console().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
 
 
 def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -> list[dict[str, Any]]:

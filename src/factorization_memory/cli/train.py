@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from factorization_memory.cli.common import choose, console, emit, interrupted_status, listing, parse, say
+from factorization_memory.cli.generate import note_on_prompts
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.presets import PRESETS
 
@@ -120,6 +121,8 @@ def run(arguments: list[str]) -> int:
     from factorization_memory.training import RichProgress
 
     session = Session(options.config, options.run_dir, RichProgress(console()))
+    if options.config.training.sample_every > 0:
+        note_on_prompts(session.corpus.tokenizer, options.config.training.sample_prompts)
     result = session.train(options.resume)
     emit(result, options.json)
     if result["stopped"] == "interrupted":

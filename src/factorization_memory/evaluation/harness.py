@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from factorization_memory.evaluation.harness_generation import Continuation, Decoding
+from factorization_memory.data.tokenizer import DOCUMENT_END
+from factorization_memory.evaluation.harness_generation import Decoding
 from factorization_memory.evaluation.loss import evaluating
+from factorization_memory.generation import TextStream
 
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
@@ -140,7 +142,8 @@ class FactorizationMemoryLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The model's continuation of each context, up to the first of its `until` strings or the end of the document.
+        """The model's continuation of each context, up to the first of its `until` strings or the end of the document, in
+        whole characters, as `generation` has it.
 
         Prompts of any lengths are continued in parallel. The options of a request are those of `Decoding`.
         """
@@ -162,7 +165,8 @@ class FactorizationMemoryLM(TemplateLM):
         return answers
 
     def _generate(self, prompts: Sequence[Tokens], decoding: Decoding) -> list[str]:
-        rows = [Continuation(self._text, decoding.until) for _ in prompts]
+        # The literal characters "</s>" also end a text, as in the harness's own adapter.
+        rows = [TextStream(self._text, [*decoding.until, DOCUMENT_END]) for _ in prompts]
         live = list(range(len(rows)))
         logits, state = self._read(prompts)
         tokens = logits.new_zeros(0)
@@ -170,12 +174,13 @@ class FactorizationMemoryLM(TemplateLM):
             if count:
                 logits, state = self.model.step(tokens, state)
             tokens = decoding.choose(logits[:, : self._text.vocab_size])
-            going = [place for place, token in enumerate(tokens.tolist()) if rows[live[place]].push(token)]
+            last = count == decoding.max_tokens - 1
+            going = [place for place, token in enumerate(tokens.tolist()) if rows[live[place]].push(token, last) is None]
             if not going:
                 break
             if len(going) < len(live):
                 live, tokens, state = [live[place] for place in going], tokens[going], state.select(going)
-        return [row.finish() for row in rows]
+        return [row.text for row in rows]
 
     def _read(self, sequences: Sequence[Tokens]) -> tuple[Tensor, ModelState]:
         """Logits `[N, V]` after the last token of each of N non-empty sequences, and the state of N rows.

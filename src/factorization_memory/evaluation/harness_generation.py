@@ -1,19 +1,14 @@
-"""Generation as tasks of lm-evaluation-harness ask for it: settings from the options of a request, and stop strings.
+"""Generation as tasks of lm-evaluation-harness ask for it: settings from the options of a request, and the choice of tokens.
 
 Shapes: N sequences, V vocabulary size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from factorization_memory.data.tokenizer import DOCUMENT_END
-
-if TYPE_CHECKING:
-    from factorization_memory.data.tokenizer import Tokenizer
 
 
 class Decoding:
@@ -65,29 +60,3 @@ class Decoding:
         before = probabilities.cumsum(-1) - probabilities
         drawn = torch.multinomial(probabilities.masked_fill(before >= self.top_p, 0.0), 1)
         return tokens.gather(-1, drawn)[:, 0]
-
-
-class Continuation:
-    """The text of one row as it is generated."""
-
-    def __init__(self, tokenizer: Tokenizer, until: list[str]) -> None:
-        self._stream = tokenizer.stream()
-        self._end = tokenizer.document_end
-        # The literal characters "</s>" also end a text, as in the harness's own adapter.
-        self._until = [*until, *([] if DOCUMENT_END in until else [DOCUMENT_END])]
-        self._text = ""
-
-    def push(self, token: int) -> bool:
-        """Adds the next token; returns whether the text continues."""
-        if token == self._end:
-            return False
-        old, self._text = len(self._text), self._text + self._stream.push(token)
-        return all(self._text.find(stop, max(0, old + 1 - len(stop))) < 0 for stop in self._until)
-
-    def finish(self) -> str:
-        """The text before its first stop string, decoded as the harness's own adapter does, with U+FFFD for an incomplete last
-        character."""
-        text = self._text + self._stream.flush()
-        for stop in self._until:
-            text = text.partition(stop)[0]
-        return text

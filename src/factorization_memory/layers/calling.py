@@ -7,11 +7,12 @@ path that would bypass one of them is not taken.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
 
 _HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
@@ -27,6 +28,7 @@ _GLOBAL_HOOKS = (
 )
 _OWN_MODULES = ("torch.nn.modules.", "factorization_memory.")
 _WEIGHTS = (torch.Tensor, nn.Parameter)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def why_hooked(module: nn.Module) -> str | None:
@@ -51,19 +53,30 @@ def why_called(module: nn.Module) -> str | None:
 
 def why_any_called(model: nn.Module) -> str | None:
     """The same for the first module of the model that must be called, with its name; and for weights that are not plain
-    tensors, such as quantised or sharded ones. Mixers of other packages, with all their submodules, are always called."""
+    tensors, such as quantised or sharded ones, or are computed anew whenever they are read. Mixers of other packages, with all
+    their submodules, are always called."""
     foreign: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if hasattr(module, "state_type") and why_called(module) is not None:
+        parametrized = is_parametrized(module)
+        if hasattr(module, "state_type") and not parametrized and why_called(module) is not None:
             foreign = (*foreign, f"{name}.")
         ours = any(base.__module__.startswith("factorization_memory.") for base in type(module).__mro__)
         reason = why_hooked(module) if ours or f"{name}.".startswith(foreign) else why_called(module)
+        if reason is None and parametrized:
+            reason = f"its {next(iter(cast(Any, module.parametrizations)))} is parametrized"
         for key, weight in vars(module)["_parameters"].items():
             if reason is None and weight is not None and type(weight) not in _WEIGHTS:
                 reason = f"its {key} is a {type(weight).__name__}"
         if reason is not None:
             return f"{name or 'the model'}: {reason}"
     return None
+
+
+def behind_adapters(module: Module) -> Module:
+    """The module itself behind the adapters that PEFT puts in its place: for its sizes, which they leave as they are."""
+    while isinstance(base := vars(module)["_modules"].get("base_layer"), nn.Module):
+        module = cast(Module, base)
+    return module
 
 
 def device_of(module: nn.Module) -> torch.device:

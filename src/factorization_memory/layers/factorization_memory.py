@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import Backend, MemoryConfig
-from factorization_memory.layers.calling import device_of
+from factorization_memory.layers.calling import behind_adapters, device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import (
     MERGE_FLOPS,
@@ -153,7 +153,7 @@ class FactorizationMemory(nn.Module):
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> LayerState:
         """The initial state of `batch_size` sequences; `capacity` is ignored, since the state does not grow."""
-        tail = None if self.convolution is None else self.convolution.initial_tail(batch_size)
+        tail = None if self.convolution is None else behind_adapters(self.convolution).initial_tail(batch_size)
         return self.state_sizes.empty(batch_size, tail, self.value.weight, device_of(self))
 
     def route(
@@ -270,7 +270,7 @@ class FactorizationMemory(nn.Module):
         if (state.convolution is None) != (self.convolution is None):
             raise ValueError("state.convolution: the state is not of this layer; take one from initial_state or forward")
         if state.convolution is not None and self.convolution is not None:
-            self.convolution.check_tail(state.convolution, "state.convolution", sequences)
+            behind_adapters(self.convolution).check_tail(state.convolution, "state.convolution", sequences)
 
     def _output(self, y: Tensor, x: Tensor, value: Tensor) -> Tensor:
         """Output of merged vectors y `[..., H, D]` and layer input x `[..., d]`: normalise, add the token's own values

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import Backend, GatedDeltaNetConfig, ModelConfig
-from factorization_memory.layers.calling import device_of
+from factorization_memory.layers.calling import behind_adapters, device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import (
     MERGE_FLOPS,
@@ -123,7 +123,7 @@ class GatedDeltaNet(nn.Module):
         """The initial state of `batch_size` sequences; `capacity` is ignored, since the state does not grow."""
         shape = (batch_size, self.num_value_heads, self.head_size, self.value_head_size)
         memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
-        return GatedDeltaNetState(memory, self.convolution.initial_tail(batch_size))
+        return GatedDeltaNetState(memory, behind_adapters(self.convolution).initial_tail(batch_size))
 
     def forward(
         self,
@@ -181,7 +181,7 @@ class GatedDeltaNet(nn.Module):
         """Raises ValueError unless `state` fits this layer and holds `sequences` sequences; reads no values."""
         shape = (sequences, self.num_value_heads, self.head_size, self.value_head_size)
         ops.check_state(state.memory, "state.memory", shape, self.output.weight)
-        self.convolution.check_tail(state.convolution, "state.convolution", sequences)
+        behind_adapters(self.convolution).check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
@@ -197,7 +197,7 @@ class GatedDeltaNet(nn.Module):
         """The gate `[..., H V]`, the convolution's input, and write strengths and log decays `[..., H]`, float32 (float64 for
         float64 x)."""
         heads = self.num_value_heads
-        channels = self.convolution.weight.shape[1]
+        channels = 2 * self.key_size + self.value_size
         gate, mixed, strength, step_size = self.input(x).split((self.value_size, channels, heads, heads), dim=-1)
         dtype = state_dtype(self.output.weight)
         step_size = functional.softplus(step_size.to(dtype) + self.step_size_bias.to(dtype))

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from factorization_memory import ops
 from factorization_memory.config import Backend, Mamba2Config, ModelConfig
-from factorization_memory.layers.calling import device_of
+from factorization_memory.layers.calling import behind_adapters, device_of
 from factorization_memory.layers.convolution import CausalConvolution
 from factorization_memory.layers.mixer import (
     MERGE_FLOPS,
@@ -114,7 +114,7 @@ class Mamba2(nn.Module):
         """The initial state of `batch_size` sequences; `capacity` is ignored, since the state does not grow."""
         shape = (batch_size, self.num_heads, self.head_size, self.state_size)
         memory = torch.zeros(shape, dtype=state_dtype(self.output.weight), device=device_of(self))
-        return Mamba2State(memory, self.convolution.initial_tail(batch_size))
+        return Mamba2State(memory, behind_adapters(self.convolution).initial_tail(batch_size))
 
     def forward(
         self,
@@ -172,7 +172,7 @@ class Mamba2(nn.Module):
         """Raises ValueError unless `state` fits this layer and holds `sequences` sequences; reads no values."""
         shape = (sequences, self.num_heads, self.head_size, self.state_size)
         ops.check_state(state.memory, "state.memory", shape, self.output.weight)
-        self.convolution.check_tail(state.convolution, "state.convolution", sequences)
+        behind_adapters(self.convolution).check_tail(state.convolution, "state.convolution", sequences)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
@@ -186,7 +186,7 @@ class Mamba2(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate `[..., H P]`, the convolution's input, and step sizes `[..., H]`, float32 (float64 for float64 x)."""
-        channels = self.convolution.weight.shape[1]
+        channels = self.value_size + 2 * self.num_groups * self.state_size
         gate, mixed, dt = self.input(x).split((self.value_size, channels, self.num_heads), dim=-1)
         dtype = state_dtype(self.output.weight)
         return gate, mixed, functional.softplus(dt.to(dtype) + self.step_size_bias.to(dtype))

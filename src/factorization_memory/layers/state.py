@@ -9,6 +9,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -221,3 +222,10 @@ def make_writable(state: MixerState) -> None:
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
             setattr(state, name, outside_inference_mode(value))
+
+
+def __getattr__(name: str) -> Any:
+    """The state of a model, which had its place here in 0.1: saved states name it so."""
+    if name in ("ModelState", "Snapshot", "_Point"):
+        return getattr(import_module("factorization_memory.layers.model_state"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

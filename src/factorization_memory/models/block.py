@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from factorization_memory.config import ModelConfig
 from factorization_memory.layers import MIXERS, FeedForward, MixerState, ModelState
-from factorization_memory.layers.calling import why_hooked
+from factorization_memory.layers.calling import behind_adapters, why_hooked
 from factorization_memory.layers.norm import RMSNorm
 
 
@@ -72,6 +72,9 @@ class Block(nn.Module):
         for module in (self, mixer, *mixer.children()):
             if (reason := why_hooked(module)) is not None:
                 return f"{type(module).__name__}: {reason}"
+            # A convolution, whose own step is called.
+            if hasattr(behind_adapters(module), "step") and behind_adapters(module) is not module:
+                return f"{type(module).__name__} stands in the place of {type(behind_adapters(module)).__name__}"
         return None
 
     def _feed(self, x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ the result silently lacks the terms that go through the function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -47,6 +48,19 @@ def call_once_differentiable(
     gradients: list[Tensor | None] = []
     entered = _Enter.apply(gradients, *arguments)
     return cast(tuple[Tensor | None, ...], _Leave.apply(gradients, *function(*entered)))
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Context in which autograd records also inside an operator, where it is off if a mode, such as PyTorch's counter of FLOPs,
+    watches the operator."""
+    keys = torch._C.DispatchKey
+    with (
+        torch.enable_grad(),
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+    ):
+        yield
 
 
 def _refuse(results: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

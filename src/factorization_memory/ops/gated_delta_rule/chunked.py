@@ -17,7 +17,8 @@ and, again for all chunks at once,
 `exp` only ever sees numbers <= 0. Each packed sequence starts a new chunk, so nothing is masked inside a chunk. All arithmetic
 is float32 (float64 for float64 values).
 
-Shapes: B sequences, T tokens, H heads, K width of a key, V width of a value; n chunks of L tokens.
+Shapes: B sequences, T tokens, H heads, K width of a key, V width of a value; n chunks of L tokens, P pairs of a
+sequence and a head.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from factorization_memory.ops.gated_delta_rule.carry import carry
 from factorization_memory.ops.precision import no_autocast, state_dtype
-from factorization_memory.ops.ssd.chunked import MIN_CHUNK, NO_DECAY_LEFT, chunk_of, decays
+from factorization_memory.ops.recomputed import recomputed_operator
+from factorization_memory.ops.ssd.chunked import MIN_CHUNK, NO_DECAY_LEFT, decays
 
 CHUNK_SIZE = 64
 """Tokens of a chunk, as in the paper."""
@@ -82,11 +85,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The recurrence over whole sequences; arguments and results as in `gated_delta_rule`, with as many key heads as value
     heads and an explicit scale."""
-    # PyTorch 2.11's compiler fails on packed sequences for GPUs (NotImplementedError: SliceView): there a graph break.
-    run = _uncompiled_forward if cu_seqlens is not None and v.is_cuda else _forward
-    with no_autocast(v.device):
-        y, final = run(q, k, v, g, beta, scale, initial, keep_final, cu_seqlens)
-        return y.to(v.dtype), final
+    run = _operator if torch.compiler.is_compiling() else _forward
+    return run(q, k, v, g, beta, initial, cu_seqlens, scale, keep_final)
 
 
 def _forward(
@@ -95,16 +95,32 @@ def _forward(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    scale: float,
     initial: Tensor | None,
-    keep_final: bool,
     cu_seqlens: Tensor | None,
+    scale: float,
+    keep_final: bool,
+) -> tuple[Tensor, Tensor | None]:
+    with no_autocast(v.device):
+        y, final = _in_chunks(q, k, v, g, beta, initial, cu_seqlens, scale, keep_final)
+        return y.to(v.dtype), final
+
+
+def _in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    keep_final: bool,
 ) -> tuple[Tensor, Tensor | None]:
     batch, length, heads, width = v.shape
     wide, packing = state_dtype(v), None
     if cu_seqlens is None:
-        chunk = chunk_of(CHUNK_SIZE, length)
-        chunks = max(1, -(-length // chunk))
+        chunk = min(CHUNK_SIZE, max(length, 1))
+        sequences, chunks = batch, max(1, -(-length // chunk))
     else:
         sequences, chunk = cu_seqlens.shape[0] - 1, CHUNK_SIZE
         # Short sequences take smaller chunks, so that less of each one's last chunk is empty.
@@ -115,14 +131,14 @@ def _forward(
         packing = _Packing.plan(cu_seqlens.to(v.device), length, chunk, chunks)
 
     def cut(tensor: Tensor) -> Tensor:
-        """`[B, T, H, ...]` to `[B, n, H, L, ...]`, zero where there is no token, which leaves the state unchanged."""
+        """`[B, T, H, ...]` to `[n, P, L, ...]`, zero where there is no token, which leaves the state unchanged."""
         tensor = tensor.to(wide)
         if packing is not None:
             room = tensor.new_zeros(1, chunks * chunk, *tensor.shape[2:])
             tensor = room.index_copy(1, packing.token, tensor)
-        elif torch.compiler.is_compiling() or length < chunks * chunk:
+        elif length < chunks * chunk:
             tensor = functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, chunks * chunk - length))
-        return tensor.unflatten(1, (chunks, chunk)).transpose(2, 3).contiguous()
+        return tensor.unflatten(1, (chunks, chunk)).movedim((1, 3), (0, 2)).flatten(1, 2).contiguous()
 
     q, k, v, beta = cut(q) * scale, cut(k), cut(v), cut(beta)[..., None]
     logs = cut(g.to(wide).clamp(min=NO_DECAY_LEFT[wide]))
@@ -138,35 +154,30 @@ def _forward(
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     free, along = solved.split((width, k.shape[-1]), dim=-1)
 
-    # From chunk to chunk: states [B, H, K, V]. One unbind instead of an index for each chunk: backward then stacks the
-    # gradients instead of adding n tensors that are zero except in one chunk.
-    parts = zip(free.unbind(1), along.unbind(1), (k * to_end).mT.unbind(1), whole.unbind(1), strict=True)
-    state = v.new_zeros(batch, heads, k.shape[-1], width) if initial is None else initial.to(wide)
-    if packing is not None:
-        begin = state.expand(sequences, -1, -1, -1) if initial is None else state
-        begins = begin.index_select(0, packing.sequence)[:, None].unbind(0)
-        starts = packing.starts.unbind(0)
-        state = torch.zeros_like(begins[0])
-    before, writes, after = [], [], []
-    for number, (free_write, key, kept, fraction) in enumerate(parts):
-        if packing is not None:
-            state = torch.where(starts[number], begins[number], state)
-        before.append(state)
-        write = free_write - key @ state
-        writes.append(write)
-        state = fraction * state + kept @ write
-        after.append(state)
+    begin = v.new_zeros(sequences, heads, k.shape[-1], width) if initial is None else initial.to(wide)
+    begins = begin.flatten(0, 1) if packing is None else begin.index_select(0, packing.sequence)
+    kept = (k * to_end).mT
+    before, writes = carry(free, along, kept, whole, begins, None if packing is None else packing.starts)
 
-    outer = (q * from_start) @ torch.stack(before, dim=1)
-    y = outer + ((q @ k.mT) * decay) @ torch.stack(writes, dim=1)
-    y = y.transpose(2, 3).flatten(1, 2)
+    y = (q * from_start) @ before + ((q @ k.mT) * decay) @ writes
+    y = y.unflatten(1, (batch, heads)).movedim((0, 2), (1, 3)).flatten(1, 2)
     y = y[:, :length] if packing is None else y.index_select(1, packing.token)
     if not keep_final:
         return y, None
     if packing is None:
-        return y, state
-    final = torch.cat(after).index_select(0, packing.last)
-    return y, torch.where(packing.empty[:, None, None, None], begin, final)
+        return y, (whole[-1] * before[-1] + kept[-1] @ writes[-1]).unflatten(0, (batch, heads))
+    kept, whole, before, writes = (x.index_select(0, packing.last) for x in (kept, whole, before, writes))
+    return y, torch.where(packing.empty[:, None, None, None], begin, whole * before + kept @ writes)
 
 
-_uncompiled_forward = torch.compiler.disable(_forward)
+_operator = recomputed_operator(
+    "gated_delta_rule",
+    ("q", "k", "v", "g", "beta", "initial?", "cu_seqlens?"),
+    ("float scale",),
+    _forward,
+    "v",
+    lambda q, k, v, g, beta, initial, cu_seqlens, scale: (
+        *(v.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)), v.shape[2], k.shape[3], v.shape[3]
+    ),
+)  # fmt: skip
+"""The loop of `carry` takes a turn for each chunk, and the number of chunks depends on the length."""

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from factorization_memory.ops.autograd import once_differentiable
 from factorization_memory.ops.precision import no_autocast, state_dtype
+from factorization_memory.ops.recomputed import recomputed_operator
 
 BLOCK = 32
 """States per decay matrix; more are processed in blocks."""
@@ -243,3 +244,35 @@ def _segments(logs: Tensor) -> Tensor:
 def _later(count: int, device: torch.device) -> Tensor:
     """Whether i > j, bool `[count, count]`."""
     return torch.ones(count, count, dtype=torch.bool, device=device).tril(-1)
+
+
+def _reordered(*given: Any) -> tuple[Tensor, Tensor | None]:
+    x, dt, decay_rate, input_map, output_map, initial, cu_seqlens, chunk_size, keep_final = given
+    return forward(x, dt, decay_rate, input_map, output_map, chunk_size, initial, keep_final, cu_seqlens)
+
+
+_operator = recomputed_operator(
+    "ssd_chunked",
+    ("x", "dt", "decay_rate", "input_map", "output_map", "initial?", "cu_seqlens?"),
+    ("int chunk_size",),
+    _reordered,
+    "x",
+    lambda x, dt, decay_rate, input_map, output_map, initial, cu_seqlens, chunk_size: (
+        *(x.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)), *x.shape[2:], input_map.shape[3]
+    ),
+)  # fmt: skip
+
+
+def as_operator(
+    x: Tensor,
+    dt: Tensor,
+    decay_rate: Tensor,
+    input_map: Tensor,
+    output_map: Tensor,
+    chunk_size: int,
+    initial: Tensor | None,
+    keep_final: bool,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`forward` as one operator of a compiled or exported graph."""
+    return _operator(x, dt, decay_rate, input_map, output_map, initial, cu_seqlens, chunk_size, keep_final)

@@ -10,14 +10,15 @@ import importlib
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from factorization_memory.ops import runtime
-from factorization_memory.ops.autograd import call_once_differentiable, once_differentiable
+from factorization_memory.ops.autograd import call_once_differentiable
 from factorization_memory.ops.precision import no_autocast
+from factorization_memory.ops.recomputed import recomputed_operator
 from factorization_memory.ops.ssd.chunked import log_decays
 
 PACKAGES = {
@@ -92,40 +93,31 @@ def forward(
             if borders is not None:  # it expects the sequence of each token
                 tokens = torch.arange(x.shape[1], device=x.device)
                 borders = torch.bucketize(tokens, borders[1:].long(), right=True).int()[None]
-            y, final = run(x, dt, input_map, output_map, decay_rate, initial, borders, keep_final, backend)
+            y, final = run(x, dt, input_map, output_map, decay_rate, initial, borders, backend, keep_final)
         else:
             value = (x * dt.float()[..., None]).to(x.dtype)
             share = x.shape[2] // input_map.shape[2]
             input_map, output_map = (tensor.repeat_interleave(share, dim=2) for tensor in (input_map, output_map))
             initial = None if initial is None else initial.mT.contiguous()
             logs = log_decays(dt, decay_rate, torch.float32)
-            y, final = run(value, logs, input_map, output_map, None, initial, borders, keep_final, backend)
-            final = final.mT.contiguous() if keep_final else final
-    return y, final if keep_final else None
+            y, final = run(value, logs, input_map, output_map, None, initial, borders, backend, keep_final)
+            final = None if final is None else final.mT.contiguous()
+    return y, final
 
 
-def _run_once(
-    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
-    borders: Tensor | None, keep_final: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _run_once(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """`_run` with an error on double backward, which the kernels would compute wrongly."""
-
-    def run(
-        value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return _run(value, decay, input_map, output_map, rate, initial, borders, keep_final, backend)
-
-    y, final = call_once_differentiable(run, value, decay, input_map, output_map, rate, initial)
+    tensors, options = arguments[:6], arguments[6:]
+    y, final = call_once_differentiable(lambda *given: _run(*cast(Any, given), *options), *tensors)
     assert y is not None
-    assert final is not None
     return y, final
 
 
 def _run(
     value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
-    borders: Tensor | None, keep_final: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Runs the kernels, given each one's own inputs. Returns y and the final state, empty unless requested.
+    borders: Tensor | None, backend: str, keep_final: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Runs the kernels, given each one's own inputs. Returns y and the final state, None unless requested.
 
     Args:
         value: x for mamba-ssm, dt x for fla, `[B, T, H, P]`.
@@ -137,88 +129,33 @@ def _run(
     """
     kernels: Any = _find(backend)
     final = None
-    if backend == "mamba-ssm":
-        result = kernels(
-            value, decay, rate, input_map, output_map, MAMBA_CHUNK, initial_states=initial, seq_idx=borders,
-            return_final_states=keep_final,
-        )  # fmt: skip
-        y, final = result if keep_final else (result, None)
-    else:
-        y, final = kernels(
-            q=output_map, k=input_map, v=value, g=decay, scale=1.0, initial_state=initial, output_final_state=keep_final,
-            cu_seqlens=borders,
-        )  # fmt: skip
-    return y, value.new_empty(0, dtype=torch.float32) if final is None else final.float()
+    with no_autocast(value.device):
+        if backend == "mamba-ssm":
+            result = kernels(
+                value, decay, rate, input_map, output_map, MAMBA_CHUNK, initial_states=initial, seq_idx=borders,
+                return_final_states=keep_final,
+            )  # fmt: skip
+            y, final = result if keep_final else (result, None)
+        else:
+            y, final = kernels(
+                q=output_map, k=input_map, v=value, g=decay, scale=1.0, initial_state=initial, output_final_state=keep_final,
+                cu_seqlens=borders,
+            )  # fmt: skip
+    return y, None if final is None else final.float()
 
 
-def _forward(
+def _state_shape(
     value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
-    borders: Tensor | None, keep_final: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    with torch.no_grad():
-        y, final = _run(value, decay, input_map, output_map, rate, initial, borders, keep_final, backend)
-    return y.contiguous(), final.contiguous()
-
-
-def _fake_forward(
-    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
-    borders: Tensor | None, keep_final: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    borders: Tensor | None, backend: str,
+) -> tuple[int, ...]:  # fmt: skip
     batch, _, heads, width = value.shape
-    sequences = borders.shape[0] - 1 if borders is not None and backend == "fla" else batch
     size = input_map.shape[3]
-    inner = (width, size) if backend == "mamba-ssm" else (size, width)
-    final = value.new_empty((sequences, heads, *inner) if keep_final else 0, dtype=torch.float32)
-    return value.new_empty(value.shape), final
+    if backend == "mamba-ssm":
+        return batch, heads, width, size
+    return batch if borders is None else borders.shape[0] - 1, heads, size, width
 
 
-def _backward(
-    d_output: Tensor, d_final: Tensor | None, value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor,
-    rate: Tensor | None, initial: Tensor | None, borders: Tensor | None, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of value, decay, both maps, and of rate and the initial state if given."""
-    given = (value, decay, input_map, output_map, rate, initial)
-    leaves = [None if x is None else x.detach().requires_grad_() for x in given]
-    with torch.enable_grad(), no_autocast(value.device):
-        # Inside an operator, autograd sees only the kernels' own functions, which suffice.
-        run: Any = _run
-        y, final = run(*leaves, borders, d_final is not None, backend)
-    outputs, gradients = ([y], [d_output]) if d_final is None else ([y, final], [d_output, d_final])
-    return [g.contiguous() for g in torch.autograd.grad(outputs, [x for x in leaves if x is not None], gradients)]
-
-
-def _fake_backward(
-    d_output: Tensor, d_final: Tensor | None, value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor,
-    rate: Tensor | None, initial: Tensor | None, borders: Tensor | None, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    given = (value, decay, input_map, output_map, rate, initial)
-    return [x.new_empty(x.shape) for x in given if x is not None]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.keep_final, ctx.backend = inputs[7:]
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _gradients(ctx: Any, d_output: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    *given, borders = ctx.saved_tensors
-    d_output = torch.zeros_like(given[0]) if d_output is None else d_output
-    d_final = d_final if ctx.keep_final else None
-    found = iter(torch.ops.factorization_memory.ssd_backward.default(d_output, d_final, *given, borders, ctx.backend))
-    return *(None if x is None else next(found) for x in given), None, None, None
-
-
-_SHARED = "Tensor value, Tensor decay, Tensor input_map, Tensor output_map, Tensor? rate, Tensor? initial, Tensor? borders"
-torch.library.define("factorization_memory::ssd", f"({_SHARED}, bool keep_final, str backend) -> (Tensor, Tensor)")
-torch.library.define(
-    "factorization_memory::ssd_backward", f"(Tensor d_output, Tensor? d_final, {_SHARED}, str backend) -> Tensor[]"
-)
-torch.library.impl("factorization_memory::ssd", ("cpu", "cuda"), _forward)
-torch.library.impl("factorization_memory::ssd_backward", ("cpu", "cuda"), _backward)
-torch.library.register_fake("factorization_memory::ssd", _fake_forward)
-torch.library.register_fake("factorization_memory::ssd_backward", _fake_backward)
-torch.library.register_autograd("factorization_memory::ssd", _gradients, setup_context=_setup_context)
-
-_operator = torch.ops.factorization_memory.ssd.default
+_operator = recomputed_operator(
+    "ssd", ("value", "decay", "input_map", "output_map", "rate?", "initial?", "borders?"), ("str backend",), _run, "value",
+    _state_shape,
+)  # fmt: skip
