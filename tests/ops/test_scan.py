@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from factorization_memory.ops import factorization_memory, factorization_memory_step, runtime
-from factorization_memory.ops.memory import backends, scan
+from factorization_memory.ops.memory import backends
+from factorization_memory.ops.memory.scan import layout
 from recurrence import Case, assert_close, cases, make
 
 pytest.importorskip("numba")
 
 OPS = torch.ops.factorization_memory
-INTERVAL = scan.interval(9)
+INTERVAL = layout.interval(9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,7 +32,7 @@ def test_odd_lengths(length: int, kind: str) -> None:
     assert_close(case.run("numba"), case.run("reference"), 1e-10)
 
 
-@pytest.mark.parametrize("width", [1, scan.BLOCK_WIDTH, scan.BLOCK_WIDTH + 1])
+@pytest.mark.parametrize("width", [1, layout.BLOCK_WIDTH, layout.BLOCK_WIDTH + 1])
 def test_blocks_of_columns(width: int) -> None:
     case = make(1, 70, 1, 9, width, top_k=3, merge_top_k=2)
     assert_close(case.run("numba"), case.run("reference"), 1e-10)
@@ -69,7 +70,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("borders", [None, [0, 3, 3, 150, 151, 400]])
 def test_the_number_of_threads_changes_nothing(borders: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "SMALL", 0)
+    monkeypatch.setattr(layout, "SMALL", 0)
     case = make(1 if borders else 3, 400, 2, 9, 300, top_k=3, merge_top_k=2, borders=borders)
     alone = case.run("numba")
     torch.set_num_threads(3)

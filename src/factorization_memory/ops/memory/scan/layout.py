@@ -1,0 +1,95 @@
+"""How the work of the compiled loops is cut: blocks of columns, lanes for threads, stretches between snapshots; and tensors as
+the arrays that they take.
+
+Shapes: B sequences, T tokens, H heads, M memory states, K states that a token updates, R that it merges, D value width of a
+head, N packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from factorization_memory.ops.arguments import read_borders
+
+BLOCK_WIDTH = 256
+"""Most columns of a block: with 256 states of float32, 256 KiB. It depends on D alone, so that results do not depend on the
+number of threads."""
+MIN_INTERVAL, MAX_INTERVAL = 64, 512
+"""Tokens from one snapshot to the next: M / 2 within these bounds, so that snapshots take twice the memory of the values."""
+NOTHING = (0, 0, 0, 0)
+SMALL = 1 << 18
+"""Rows times columns that a call touches below which threads cost more than they save."""
+
+
+def interval(num_states: int) -> int:
+    """Tokens from one snapshot to the next."""
+    return min(max(num_states // 2, MIN_INTERVAL), MAX_INTERVAL)
+
+
+def as_array(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """The tensor as a contiguous array, sharing its memory if it has this dtype; an empty one for None."""
+    x = torch.empty(NOTHING, dtype=dtype) if x is None else x
+    return x.detach().to(dtype).contiguous().numpy()
+
+
+def selection(indices: Tensor, num_states: int) -> np.ndarray:
+    """Indices as an array. Raises ValueError where one is out of range: the compiled loops do not check."""
+    selected = indices.to(torch.int32).contiguous().numpy()
+    if selected.size and not (selected.min() >= 0 and selected.max() < num_states):
+        raise ValueError(f"indices: got {selected.min()} to {selected.max()}, takes 0 to num_states - 1 = {num_states - 1}")
+    return selected
+
+
+def sequences_of(value: Tensor, cu_seqlens: Tensor | None, num_states: int) -> np.ndarray:
+    """Row, first token and end of each sequence, and its first snapshot, int64 `[N, 4]`."""
+    batch, length = value.shape[:2]
+    if cu_seqlens is None:
+        parts = [(row, 0, length) for row in range(batch)]
+    else:
+        parts = [(0, start, end) for start, end in pairwise(read_borders(cu_seqlens))]
+    counts = (-(-(end - start) // interval(num_states)) for _, start, end in parts)
+    return np.array(
+        [(*part, first) for part, first in zip(parts, accumulate(counts, initial=0), strict=False)], dtype=np.int64
+    ).reshape(-1, 4)
+
+
+def snapshot_shape(value: Tensor, cu_seqlens: Tensor | None, num_states: int) -> tuple[Any, ...]:
+    """Shape of the snapshots; of packed sequences, whose lengths a compiler does not know, room for as many as there can be."""
+    batch, length, heads, width = value.shape
+    every = interval(num_states)
+    count = batch * ((length + every - 1) // every) if cu_seqlens is None else length // every + cu_seqlens.shape[0] - 1
+    return count, heads, num_states, width
+
+
+def blocks_of(width: int) -> list[tuple[int, int]]:
+    """First column and end of each block, of nearly equal widths."""
+    count = -(-width // BLOCK_WIDTH)
+    return list(pairwise(width * block // count for block in range(count + 1))) if count else []
+
+
+def share_out(run: Callable[..., None], sequences: np.ndarray, value: Tensor, rows: int) -> None:
+    """Calls `run(lanes, block, columns)` for every lane and block, in as many threads as PyTorch uses.
+
+    Args:
+        sequences: see `sequences_of`.
+        value: v, `[B, T, H, D]`.
+        rows: rows of the state that a token touches.
+    """
+    lanes, blocks = len(sequences) * value.shape[2], list(enumerate(blocks_of(value.shape[3])))
+    threads = torch.get_num_threads() if value.numel() * rows >= SMALL else 1
+    if threads == 1:
+        for block, columns in blocks:
+            run((0, lanes), block, columns)
+        return
+    cuts = sorted({lanes * part // (4 * threads) for part in range(4 * threads + 1)})
+    with ThreadPoolExecutor(threads) as pool:
+        tasks = [pool.submit(run, part, block, columns) for part in pairwise(cuts) for block, columns in blocks]
+    for task in tasks:
+        task.result()
