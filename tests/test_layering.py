@@ -173,3 +173,25 @@ def test_light_imports(module: str) -> None:
     script = f"import sys, {module}; print(','.join(sorted({heavy!r} & set(sys.modules))))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_public_names_have_docstrings() -> None:
+    """Functions, classes and their methods; a method of a class with bases may have its base's."""
+    missing = []
+
+    def look(body: list[ast.stmt], within: str, inherits: bool) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if not ast.get_docstring(node) and not (inherits and isinstance(node, ast.FunctionDef)):
+                    missing.append(f"{within}.{node.name}")
+                if isinstance(node, ast.ClassDef):
+                    look(node.body, f"{within}.{node.name}", bool(node.bases))
+
+    for path in PACKAGE.rglob("*.py"):
+        if "builtin" not in path.parts:  # as exported
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            name = path.relative_to(PACKAGE).as_posix()
+            if not ast.get_docstring(tree) and path.name != "__main__.py":
+                missing.append(name)
+            look(tree.body, name, inherits=False)
+    assert not missing

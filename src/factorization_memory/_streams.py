@@ -23,6 +23,7 @@ class BestEffortStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        """Writes what can be written; returns the length of the text."""
         if self._stream is not None:
             with _loss_ignored():
                 try:
@@ -33,11 +34,13 @@ class BestEffortStream:
         return len(text)
 
     def flush(self) -> None:
+        """Flushes what can be flushed."""
         if self._stream is not None:
             with _loss_ignored():
                 self._stream.flush()
 
     def isatty(self) -> bool:
+        """Whether it is a terminal; False if that cannot be told."""
         with _loss_ignored():
             return self._stream is not None and self._stream.isatty()
         return False
@@ -55,12 +58,14 @@ class ClosedStream:
         self.name = name
 
     def write(self, text: str) -> int:
+        """Raises OSError."""
         raise OSError(errno.EBADF, "it was closed before this program started", self.name)
 
     def flush(self) -> None:
         """Nothing was written."""
 
     def isatty(self) -> bool:
+        """False."""
         return False
 
 

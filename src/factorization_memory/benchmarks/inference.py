@@ -23,7 +23,7 @@ from factorization_memory.benchmarks.inference_rounds import Reading, Writing, m
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.benchmarks.settings import InferenceBenchmark
 from factorization_memory.benchmarks.timing import machine, on_device, reason, release, tensor_bytes
-from factorization_memory.generation import Steps, default_chunk, prefill_batch, steps_for, weights_dtype, with_dtype
+from factorization_memory.generation import LoopSteps, Steps, default_chunk, prefill_batch, steps_for, weights_dtype, with_dtype
 from factorization_memory.layers import LayerState
 from factorization_memory.models import LanguageModel
 
@@ -51,9 +51,11 @@ class Ours:
         self.invented: int | None = None
 
     def begin(self, batch: int, steps: int) -> None:
+        """Allocates the state of `batch` sequences, on a GPU with the graph of its step."""
         self.steps = steps_for(self.model, batch)
 
     def read(self, tokens: Tensor) -> Tensor:
+        """Reads int64 `[B, T]` from the beginning; logits `[B, V]` of the next token."""
         logits, state = prefill_batch(self.model, list(tokens), self.chunk)
         # The prompt that a warm-up reads may be of fewer sequences.
         room = self._room()
@@ -62,26 +64,33 @@ class Ours:
         return logits
 
     def invent(self, context: int) -> None:
+        """Fills the state with random numbers, as if it had read `context` tokens: its size is that of any text."""
         for tensor in self._room().state.tensors():
             if tensor.is_floating_point():  # the rest are indices, set by the first step
                 tensor.normal_()
         self.invented = context
 
     def keep(self) -> Callable[[], None]:
+        """Remembers the state; the result brings it back."""
         if self.invented is not None:
             return partial(self.invent, self.invented)
         room = self._room()
         return partial(room.load, room.state.clone())
 
     def modes(self) -> dict[str, Step]:
+        """Steps by name."""
         steps = self._room()
         eager: Step = lambda tokens: self.model.step(tokens, steps.state)[0]  # noqa: E731
+        if isinstance(steps, LoopSteps):
+            return {"eager": eager, "loops": steps.step}
         return {"eager": eager, "graph": steps.step} if steps.captured else {"eager": eager}
 
     def state_bytes(self) -> int:
+        """Bytes of the state."""
         return self._room().state.num_bytes
 
     def step_bytes(self) -> int:
+        """Bytes that a step must move: the weights once, the states that it touches in and out."""
         room, config = self._room(), self.model.config
         weights = self.weight_bytes
         if not config.tie_word_embeddings:  # a table to look B rows up in, and not also the head's weight
@@ -95,6 +104,7 @@ class Ours:
         return weights + 2 * (moved + touched) + read_alone
 
     def end(self) -> None:
+        """Frees the state."""
         self.steps = None
 
     def _room(self) -> Steps:

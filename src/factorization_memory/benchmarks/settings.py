@@ -133,7 +133,8 @@ class InferenceBenchmark:
     """A prompt that takes longer to read than this is not read, and its steps go on from random numbers in place of its state,
     which cost the same; 0 reads none."""
     decode_tokens: int = 128
-    """Steps that are timed at each size, from Python and (on a GPU) as a CUDA graph."""
+    """Steps that are timed at each size, from Python and as generation steps: as a CUDA graph on a
+    GPU, in compiled loops on a CPU."""
     decode_seconds: float = 2.0
     """They are fewer where they would take longer than this."""
     repeats: int = 5

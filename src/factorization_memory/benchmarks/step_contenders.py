@@ -33,6 +33,7 @@ class Contender:
 
     @property
     def state_name(self) -> str:
+        """Dtype of the memory, as "float32"."""
         return str(self.state).removeprefix("torch.")
 
     @property

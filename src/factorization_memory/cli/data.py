@@ -252,10 +252,12 @@ class LeftOut:
         self.paths: dict[str, list[str]] = {}
 
     def add(self, path: Path, reason: str) -> None:
+        """Records a path that is not read."""
         # As text that can be written, also where a name is not UTF-8.
         self.paths.setdefault(reason, []).append(os.fsencode(path).decode("utf-8", errors="backslashreplace"))
 
     def say(self) -> None:
+        """Lists the first paths of each reason on stderr."""
         for reason, paths in self.paths.items():
             more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
             say(f"left out ({reason}): {', '.join(paths[:5])}{more}")

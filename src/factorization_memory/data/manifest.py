@@ -45,15 +45,18 @@ class Split:
 
     @property
     def num_documents(self) -> int:
+        """Documents of the split."""
         return len(self.document_starts) - 1
 
 
 def fingerprint_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the manifest without its own fingerprint."""
     content = {name: value for name, value in manifest.items() if name != "fingerprint"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checked manifest of a packed corpus. Raises `CorpusError` if it is missing, damaged or of another version."""
     require_file(folder)
     path = folder / "manifest.json"
     try:
@@ -102,6 +105,7 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that the corpus was packed with. Raises `CorpusError` if the file is missing or holds another one."""
     path = folder / "tokenizer.json"
     if not path.exists():
         raise CorpusError(f"{path}: the file is missing; {REMEDY}")
@@ -118,6 +122,8 @@ def open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
 
 
 def open_split(folder: Path, files: dict[str, Any], dtype: np.dtype[Any], language: str | None) -> Split:
+    """A split, from its entry `files` in the manifest; large token files are mapped. Raises `CorpusError` if a file does not
+    fit."""
     path = folder / files["documents_file"]["name"]
     try:
         starts = np.load(path)

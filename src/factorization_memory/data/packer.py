@@ -36,6 +36,7 @@ class Packer:
         self._languages: dict[str, set[str | None]] = {}
 
     def add(self, document: Document) -> None:
+        """Tokenizes a document and appends it to the files of its source and split."""
         source = document.source
         if source not in self._writers:
             self._languages[source] = set()

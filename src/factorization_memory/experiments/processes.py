@@ -44,6 +44,7 @@ class Job:
 
     @property
     def title(self) -> str:
+        """Contender and label, for humans."""
         return f"{self.contender}, {self.label}"
 
     def result(self) -> dict[str, Any] | None:
@@ -58,6 +59,7 @@ class Job:
 
     @property
     def diverged(self) -> bool:
+        """Whether the training diverged."""
         return bool((self.failure() or {}).get("diverged"))
 
     def failure(self) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
 """Text generation: `generate` continues one prompt, `generate_batch` many; `SamplingConfig` sets how the next token is chosen.
 Underneath, `Engine` continues token ids of requests that may come and go, and `steps_for` runs decoding steps of a batch (as a
-CUDA graph on a GPU)."""
+CUDA graph on a GPU, in compiled loops on a CPU)."""
 
 from factorization_memory.generation.decode import Generation, generate, generate_batch
 from factorization_memory.generation.engine import Engine, LogitsError
-from factorization_memory.generation.graph import StepGraph, Steps, steps_for, weights_dtype, with_dtype
+from factorization_memory.generation.graph import LoopSteps, StepGraph, Steps, steps_for, weights_dtype, with_dtype
 from factorization_memory.generation.prefill import default_chunk, prefill, prefill_batch
 from factorization_memory.generation.requests import Prefilled, Request
 from factorization_memory.generation.sampling import SamplingConfig, sample, sample_generators
@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "Generation",
     "LogitsError",
+    "LoopSteps",
     "Prefilled",
     "Request",
     "SamplingConfig",

@@ -127,7 +127,7 @@ def draw_inference(result: dict[str, Any]) -> Figure:
 
 
 def _fastest(record: dict[str, Any]) -> dict[str, Any]:
-    return record["decode"].get("graph") or record["decode"]["eager"]
+    return record["decode"].get("graph") or record["decode"].get("loops") or record["decode"]["eager"]
 
 
 def _line(axes: Axes, points: list[tuple[int, float]], label: str | None, **look: Any) -> None:

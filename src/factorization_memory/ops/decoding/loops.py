@@ -16,11 +16,13 @@ reordered = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"c
 
 @compiled
 def sigmoid(x):
+    """Of a number, in float32."""
     return np.float32(1) / (np.float32(1) + math.exp(-x))
 
 
 @reordered
 def sum_of_squares(x):
+    """Of a row."""
     total = np.float32(0)
     for i in range(x.shape[0]):
         total += x[i] * x[i]
@@ -35,6 +37,7 @@ def add_and_normalise(
     eps,
     out,  # [B, d]
 ):
+    """The residual sum, and its RMS norm."""
     size = x.shape[1]
     for b in range(x.shape[0]):
         if added.shape[0]:
@@ -50,6 +53,7 @@ def glu(
     gate_up,  # both halves, [B, 2 I]
     out,  # silu(gate) * up, [B, I]
 ):
+    """SwiGLU of the two halves of a projection."""
     size = out.shape[1]
     for b in range(out.shape[0]):
         for i in range(size):
@@ -98,6 +102,7 @@ def memory_layer(
     has_gate,
     out,  # [B, H D]: the input of the output projection
 ):
+    """The memory layer between its projections: convolution, routing, write, read, norm, skip, gate."""
     lag, top_k, width = last_affinity.shape[1], last_affinity.shape[3], memory.shape[3]
     channels, rates = num_heads * width, rate_bias.shape[0] // (2 * num_heads)
     first_update = num_heads * num_states

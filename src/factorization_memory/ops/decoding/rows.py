@@ -93,6 +93,7 @@ def glu_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """A block of a row of `silu(gate) * up`."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()

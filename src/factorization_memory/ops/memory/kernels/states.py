@@ -45,6 +45,8 @@ def states_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Walks the chunks of one segment, for a block of states and columns: stores the state before each chunk, then applies
+    the chunk."""
     blocks = MP // BM
     tiles = blocks * tl.cdiv(width, BD)
     block = tl.program_id(0) % tiles

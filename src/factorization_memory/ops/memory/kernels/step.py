@@ -71,6 +71,7 @@ def step_kernel(
     ROUNDS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """The tokens of one sequence and head, one after the other, for a block of columns and a split of the rows."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -158,6 +159,7 @@ def undo_kernel(
     SPARSE: tl.constexpr,
     HAS_PLACES: tl.constexpr,
 ):
+    """Copies the overwritten rows back, the latest step first, for one sequence, head and block of columns."""
     blocks = tl.cdiv(width, BD)
     column = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     unit = tl.program_id(0) // blocks

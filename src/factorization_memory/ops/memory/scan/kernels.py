@@ -53,6 +53,7 @@ def forward(
     lanes,  # first lane and end
     columns,  # first column and end
 ):
+    """The recurrence over whole sequences."""
     heads, first_column, end_column = v.shape[2], columns[0], columns[1]
     width = end_column - first_column
     h = np.empty((num_states, width), dtype=v.dtype)
@@ -105,6 +106,7 @@ def backward(
     lanes,
     columns,
 ):
+    """Gradients: each stretch forward again from its snapshot, then back."""
     heads, num_states, first_column, end_column = v.shape[2], snapshots.shape[2], columns[0], columns[1]
     width = end_column - first_column
     h, d_h = np.empty((num_states, width), dtype=v.dtype), np.empty((num_states, width), dtype=v.dtype)
@@ -164,6 +166,7 @@ def step(
     position,  # entry of the ring to write
     output,  # y, [B, T, H, D]
 ):
+    """A few tokens of each sequence; `state` is updated in place."""
     for b in range(v.shape[0]):
         for t in range(v.shape[1]):
             for head in range(v.shape[2]):

@@ -147,6 +147,7 @@ def step(
     undo: Tensor | None,
     position: Tensor | None,
 ) -> Tensor:
+    """A few tokens of each sequence, `state` updated in place: see `reference.steps`; y has value's dtype."""
     from factorization_memory.ops.memory.scan import kernels
 
     theta, phi, v = (as_array(x, state.dtype) for x in (update, merge, value))

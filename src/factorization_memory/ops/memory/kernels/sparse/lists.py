@@ -82,6 +82,7 @@ def mark_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sets the bit of each (token, selected state)."""
     unit, position, _, there, source = _entry(table, tl.program_id(0), heads, L, K, BLOCK)
     state = tl.load(indices + source, mask=there, other=0).to(tl.int32)
     word = (unit * (L // 32) + position // 32) * num_states + state
@@ -97,6 +98,7 @@ def count_kernel(
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Counts the entries of each state, in all and before each word of its bits."""
     unit = tl.program_id(0).to(tl.int64)
     state = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = state < num_states
@@ -115,6 +117,7 @@ def begin_kernel(
     num_states,
     PADDED: tl.constexpr,
 ):
+    """Place of the first entry of each state: an exclusive sum of the counts."""
     state = tl.arange(0, PADDED)
     there = state < num_states
     at = tl.program_id(0).to(tl.int64) * num_states + state
@@ -141,6 +144,7 @@ def fill_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Writes each entry to its place in the list of its state."""
     unit, position, choice, there, source = _entry(table, tl.program_id(0), heads, L, K, BLOCK)
     state = tl.load(indices + source, mask=there, other=0).to(tl.int32)
     word = (unit * (L // 32) + position // 32) * num_states + state

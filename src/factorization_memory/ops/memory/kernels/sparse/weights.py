@@ -59,6 +59,7 @@ def rows_kernel(
     K: tl.constexpr,
     N: tl.constexpr,  # entries at a time
 ):
+    """One row of P: adds the token's weight on every earlier entry of the states that it selects."""
     program = tl.program_id(0)
     position = program % L
     here = (program // L).to(tl.int64)
@@ -104,6 +105,7 @@ def borders_kernel(
     K: tl.constexpr,
     N: tl.constexpr,  # entries at a time
 ):
+    """Q, K and G of one state, along its list."""
     unit, state = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = unit * L * K + tl.load(begin + unit * num_states + state)
     entries = tl.load(count + unit * num_states + state)
@@ -170,6 +172,7 @@ def gradients_kernel(
     HAS_WRITE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Gradients of theta and phi of one state, along its list and back."""
     here, state = (tl.program_id(0) // num_states).to(tl.int64), tl.program_id(0) % num_states
     unit = here + first_slot * heads
     slot, head = unit // heads, unit % heads
