@@ -62,7 +62,7 @@ OUTSIDE = {
             "runtime/",
         )
     },
-    "numba": {"ops/memory/scan/kernels.py", "ops/decoding/loops.py"},
+    "numba": {"ops/runtime/loops.py"},
     "tyro": {"cli/"},
 }
 

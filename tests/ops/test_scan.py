@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,3 +202,19 @@ def test_auto_takes_it_for_few_of_many_states(monkeypatch: pytest.MonkeyPatch) -
     assert name(8, 256) == "chunked"
     with pytest.raises(ValueError, match=r"backend='numba': Numba is not installed \(pip install numba\); use 'auto'"):
         name(8, 256, "numba")
+
+
+def test_loops_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba raises RuntimeError where it finds no folder to write to."""
+    numba = pytest.importorskip("numba")
+    from factorization_memory.ops.runtime import loops
+
+    njit = numba.njit
+
+    def nowhere(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", nowhere)
+    assert loops.compiled(lambda x: x + 1)(2) == 3

@@ -7,11 +7,9 @@ Shapes: B sequences, d channels, H heads, M memory states, K selected states, D 
 
 import math
 
-import numba
 import numpy as np
 
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-reordered = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+from factorization_memory.ops.runtime.loops import compiled, reordered
 
 
 @compiled

@@ -9,11 +9,9 @@ head, N packed sequences (N = B unless packed), S slots of a pooled state; W col
 N H in all.
 """
 
-import numba
 import numpy as np
 
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-reordered = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+from factorization_memory.ops.runtime.loops import compiled, reordered
 
 
 @reordered
