@@ -73,9 +73,16 @@ def generate(
     if not prompt:
         raise ValueError(f"prompt={prompt!r}: it holds no token to start from; give at least one character")
     return generate_batch(
-        model, tokenizer, [prompt], max_tokens=max_tokens, sampling=sampling, num_samples=num_samples, stop=stop,
-        prefill_chunk=prefill_chunk, on_text=on_text,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        [prompt],
+        max_tokens=max_tokens,
+        sampling=sampling,
+        num_samples=num_samples,
+        stop=stop,
+        prefill_chunk=prefill_chunk,
+        on_text=on_text,
+    )
 
 
 def generate_batch(

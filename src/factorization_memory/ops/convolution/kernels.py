@@ -65,9 +65,19 @@ def _place(token, batch, positions, sequences, PACKED: tl.constexpr, TAIL: tl.co
 
 @triton.jit
 def _history(
-    x, tail, token, batch, positions, sequences, time, inside, C: tl.constexpr, TAPS: tl.constexpr, TAIL: tl.constexpr,
+    x,
+    tail,
+    token,
+    batch,
+    positions,
+    sequences,
+    time,
+    inside,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    TAIL: tl.constexpr,
     PACKED: tl.constexpr,
-):  # fmt: skip
+):
     """The three inputs before `token`."""
     position, sequence = _place(token, batch, positions, sequences, PACKED, TAIL)
     h1 = _before(x, tail, token, position, sequence, 1, time, inside, C, TAPS, TAIL)
@@ -250,8 +260,13 @@ def backward_kernel(
 
 @on_device_of
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor | None,
+    positions: Tensor | None,
+    sequences: Tensor | None,
+) -> Tensor:
     """The convolution.
 
     Args:
@@ -271,25 +286,51 @@ def _convolve(
         batch, length, channels = x.shape
         columns = triton.cdiv(channels, BLOCK)
         launch(
-            forward_kernel, (columns * batch * triton.cdiv(length, RUN),),
-            x, tail, weight, bias, positions, sequences, y, length, *x.stride()[:2],
-            C=channels, TAPS=len(weight), TAIL=tail is not None, PACKED=positions is not None,
-            COLUMNS=columns, STEPS=RUN, ROWS=ROWS, BLOCK=BLOCK, num_warps=1,
-        )  # fmt: skip
+            forward_kernel,
+            (columns * batch * triton.cdiv(length, RUN),),
+            x,
+            tail,
+            weight,
+            bias,
+            positions,
+            sequences,
+            y,
+            length,
+            *x.stride()[:2],
+            C=channels,
+            TAPS=len(weight),
+            TAIL=tail is not None,
+            PACKED=positions is not None,
+            COLUMNS=columns,
+            STEPS=RUN,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=1,
+        )
     return y
 
 
 def _fake_convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor | None,
+    positions: Tensor | None,
+    sequences: Tensor | None,
+) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @on_device_of
 def _convolve_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor | None,
+    positions: Tensor | None,
+    sequences: Tensor | None,
     d_y: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x `[B, T, C]`, weight `[taps, C]` and bias `[C]`, each in its tensor's dtype, given that of y."""
     d_x, d_weight, d_bias = _fake_convolve_backward(x, weight, bias, tail, positions, sequences, d_y)
     if x.numel() == 0:
@@ -301,19 +342,43 @@ def _convolve_backward(
     columns, programs = triton.cdiv(channels, BLOCK), batch * triton.cdiv(length, RUN - BEFORE)
     sums = x.new_empty(programs, taps + 1, channels, dtype=torch.float32)
     launch(
-        backward_kernel, (columns * programs,),
-        x, tail, weight, bias, positions, sequences, d_y, d_x, sums, length, *x.stride()[:2], *d_y.stride()[:2],
-        C=channels, TAPS=taps, TAIL=tail is not None, PACKED=positions is not None,
-        COLUMNS=columns, STEPS=RUN, ROWS=ROWS, BLOCK=BLOCK, num_warps=1,
-    )  # fmt: skip
+        backward_kernel,
+        (columns * programs,),
+        x,
+        tail,
+        weight,
+        bias,
+        positions,
+        sequences,
+        d_y,
+        d_x,
+        sums,
+        length,
+        *x.stride()[:2],
+        *d_y.stride()[:2],
+        C=channels,
+        TAPS=taps,
+        TAIL=tail is not None,
+        PACKED=positions is not None,
+        COLUMNS=columns,
+        STEPS=RUN,
+        ROWS=ROWS,
+        BLOCK=BLOCK,
+        num_warps=1,
+    )
     total = sums.sum(0)
     return d_x, d_weight.copy_(total[:taps]), d_bias.copy_(total[taps])
 
 
 def _fake_convolve_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None, positions: Tensor | None, sequences: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tail: Tensor | None,
+    positions: Tensor | None,
+    sequences: Tensor | None,
     d_y: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (x, weight, bias))  # type: ignore[return-value]
 
 

@@ -114,6 +114,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, share: Tensor
     vocabulary, wide = logits.shape[1], LOAD_BYTES // logits.element_size()
     lanes = min(MOST_LANES, triton.next_power_of_2(triton.cdiv(vocabulary, wide)))
     launch(
-        cross_entropy_kernel, (len(targets),), logits, targets, losses, share, V=vocabulary, ROW=logits.stride(0),
-        IGNORE=ignore, LANES=lanes, WIDE=wide, GRADIENT=share is not None, num_warps=max(1, lanes // WARP_LANES),
-    )  # fmt: skip
+        cross_entropy_kernel,
+        (len(targets),),
+        logits,
+        targets,
+        losses,
+        share,
+        V=vocabulary,
+        ROW=logits.stride(0),
+        IGNORE=ignore,
+        LANES=lanes,
+        WIDE=wide,
+        GRADIENT=share is not None,
+        num_warps=max(1, lanes // WARP_LANES),
+    )

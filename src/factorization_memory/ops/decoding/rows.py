@@ -164,20 +164,40 @@ def normalise(
     assert (skipped is None) == (skip_weight is None), "one is nothing without the other"
     batch, inputs = x.shape
     shapes = {
-        "parts": (parts, (0 if parts is None else len(parts), batch, inputs)), "gate": (gate, (batch, inputs)),
-        "norm_weight": (norm_weight, (inputs,)), "skipped": (skipped, (batch, inputs)), "skip_weight": (skip_weight, (inputs,)),
-    }  # fmt: skip
+        "parts": (parts, (0 if parts is None else len(parts), batch, inputs)),
+        "gate": (gate, (batch, inputs)),
+        "norm_weight": (norm_weight, (inputs,)),
+        "skipped": (skipped, (batch, inputs)),
+        "skip_weight": (skip_weight, (inputs,)),
+    }
     check_shapes(shapes, "x", x)
     out = x.new_empty(batch, inputs, dtype=dtype)
     padded = triton.next_power_of_2(inputs)
     if batch:
         launch(
-            normalise_kernel, (batch,), x, parts, gate, norm_weight, skipped, skip_weight, out, batch, float(eps),
-            x.stride(0), 0 if gate is None else gate.stride(0), 0 if skipped is None else skipped.stride(0),
-            INPUTS=inputs, INPUTS_PADDED=padded, PARTS=0 if parts is None else len(parts), HAS_NORM=norm_weight is not None,
-            HAS_SKIP=skipped is not None, HAS_GATE=gate is not None, **dependent(early=True),
+            normalise_kernel,
+            (batch,),
+            x,
+            parts,
+            gate,
+            norm_weight,
+            skipped,
+            skip_weight,
+            out,
+            batch,
+            float(eps),
+            x.stride(0),
+            0 if gate is None else gate.stride(0),
+            0 if skipped is None else skipped.stride(0),
+            INPUTS=inputs,
+            INPUTS_PADDED=padded,
+            PARTS=0 if parts is None else len(parts),
+            HAS_NORM=norm_weight is not None,
+            HAS_SKIP=skipped is not None,
+            HAS_GATE=gate is not None,
+            **dependent(early=True),
             num_warps=max(1, min(WARPS, padded // (32 * THREAD_NUMBERS))),
-        )  # fmt: skip
+        )
     return out
 
 
@@ -188,9 +208,15 @@ def glu(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
     out = gate_up.new_empty(batch, width, dtype=dtype)
     if batch:
         launch(
-            glu_kernel, (batch, triton.cdiv(width, BLOCK)), gate_up, out,
-            WIDTH=width, BLOCK=BLOCK, **dependent(early=True), num_warps=4,
-        )  # fmt: skip
+            glu_kernel,
+            (batch, triton.cdiv(width, BLOCK)),
+            gate_up,
+            out,
+            WIDTH=width,
+            BLOCK=BLOCK,
+            **dependent(early=True),
+            num_warps=4,
+        )
     return out
 
 
@@ -212,7 +238,18 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = x.new_empty(batch, width)
     if batch:
         launch(
-            convolve_kernel, (batch, triton.cdiv(width, BLOCK)), x, tail, weight, bias, out, x.stride(0),
-            WIDTH=width, TAPS=len(weight), BLOCK=BLOCK, **dependent(early=True), num_warps=4,
-        )  # fmt: skip
+            convolve_kernel,
+            (batch, triton.cdiv(width, BLOCK)),
+            x,
+            tail,
+            weight,
+            bias,
+            out,
+            x.stride(0),
+            WIDTH=width,
+            TAPS=len(weight),
+            BLOCK=BLOCK,
+            **dependent(early=True),
+            num_warps=4,
+        )
     return out

@@ -35,8 +35,17 @@ def _silu_at(gate, at, mask):
 
 
 @triton.jit
-def _added(bias, residual, index, at, mask, OUTPUTS: tl.constexpr, GLU: tl.constexpr, HAS_BIAS: tl.constexpr,
-           HAS_RESIDUAL: tl.constexpr):  # fmt: skip
+def _added(
+    bias,
+    residual,
+    index,
+    at,
+    mask,
+    OUTPUTS: tl.constexpr,
+    GLU: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
     """Loads the epilogue's terms for outputs `index`: two biases (the second with GLU) and the residual at `at`."""
     first = tl.zeros(index.shape, tl.float32)
     second = first
@@ -191,9 +200,19 @@ def small_linear(
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return small_linear(
-                x, weight, out, bias=bias, norm_weight=norm_weight, norm_eps=norm_eps,
-                skipped=skipped, skip_weight=skip_weight, residual=residual, gate=gate, glu=glu, early=early,
-            )  # fmt: skip
+                x,
+                weight,
+                out,
+                bias=bias,
+                norm_weight=norm_weight,
+                norm_eps=norm_eps,
+                skipped=skipped,
+                skip_weight=skip_weight,
+                residual=residual,
+                gate=gate,
+                glu=glu,
+                early=early,
+            )
     tokens, inputs = x.shape
     outputs = out.shape[1]
     if tokens == 0 or outputs == 0:
@@ -208,13 +227,36 @@ def small_linear(
     most = max(1, MAX_THREAD_BYTES * 32 * warps // (padded * weight.element_size() * halves))
     rows = _rows(most, outputs, row_bytes, tokens * token_bytes + norm_bytes, processor_count(x.device))
     launch(
-        few_kernel, (triton.cdiv(outputs, rows),), x, weight, bias, norm_weight, skipped, skip_weight, residual, gate, out,
-        float(norm_eps), x.stride(0), *(0 if each is None else each.stride(0) for each in (skipped, gate, residual)),
+        few_kernel,
+        (triton.cdiv(outputs, rows),),
+        x,
+        weight,
+        bias,
+        norm_weight,
+        skipped,
+        skip_weight,
+        residual,
+        gate,
+        out,
+        float(norm_eps),
+        x.stride(0),
+        *(0 if each is None else each.stride(0) for each in (skipped, gate, residual)),
         out.stride(0),
-        TOKENS=tokens, TOKENS_PADDED=tokens_padded, OUTPUTS=outputs, INPUTS=inputs, INPUTS_PADDED=padded, BO=rows,
-        HAS_BIAS=bias is not None, HAS_NORM=norm_weight is not None, HAS_SKIP=skipped is not None,
-        HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, GLU=glu, **dependent(early), num_warps=warps,
-    )  # fmt: skip
+        TOKENS=tokens,
+        TOKENS_PADDED=tokens_padded,
+        OUTPUTS=outputs,
+        INPUTS=inputs,
+        INPUTS_PADDED=padded,
+        BO=rows,
+        HAS_BIAS=bias is not None,
+        HAS_NORM=norm_weight is not None,
+        HAS_SKIP=skipped is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_GATE=gate is not None,
+        GLU=glu,
+        **dependent(early),
+        num_warps=warps,
+    )
     return out
 
 
@@ -227,9 +269,17 @@ def _rows(most: int, outputs: int, row_bytes: int, input_bytes: int, processors:
 
 
 def _check(
-    x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, norm_weight: Tensor | None,
-    skipped: Tensor | None, skip_weight: Tensor | None, residual: Tensor | None, gate: Tensor | None, glu: bool,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    skipped: Tensor | None,
+    skip_weight: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    glu: bool,
+) -> None:
     if x.dim() != 2 or weight.dim() != 2 or out.dim() != 2 or x.shape[1] == 0:
         raise ValueError(
             f"x, weight, out: got shapes {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(out.shape)}, "
@@ -238,10 +288,16 @@ def _check(
     (tokens, inputs), outputs = x.shape, out.shape[1]
     rows = 2 * outputs if glu else outputs
     shapes = {
-        "weight": (weight, (rows, inputs)), "out": (out, (tokens, outputs)), "bias": (bias, (rows,)),
-        "norm_weight": (norm_weight, (inputs,)), "residual": (residual, (tokens, outputs)), "gate": (gate, (tokens, inputs)),
-        "x": (x, (tokens, inputs)), "skipped": (skipped, (tokens, inputs)), "skip_weight": (skip_weight, (inputs,)),
-    }  # fmt: skip
+        "weight": (weight, (rows, inputs)),
+        "out": (out, (tokens, outputs)),
+        "bias": (bias, (rows,)),
+        "norm_weight": (norm_weight, (inputs,)),
+        "residual": (residual, (tokens, outputs)),
+        "gate": (gate, (tokens, inputs)),
+        "x": (x, (tokens, inputs)),
+        "skipped": (skipped, (tokens, inputs)),
+        "skip_weight": (skip_weight, (inputs,)),
+    }
     for name, (tensor, shape) in shapes.items():
         if tensor is None:
             continue

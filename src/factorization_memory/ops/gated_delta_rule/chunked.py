@@ -177,7 +177,10 @@ _operator = recomputed_operator(
     _forward,
     "v",
     lambda q, k, v, g, beta, initial, cu_seqlens, scale: (
-        *(v.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)), v.shape[2], k.shape[3], v.shape[3]
+        *(v.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)),
+        v.shape[2],
+        k.shape[3],
+        v.shape[3],
     ),
-)  # fmt: skip
+)
 """The loop of `carry` takes a turn for each chunk, and the number of chunks depends on the length."""

@@ -295,16 +295,26 @@ def _route(
     made = _fake_route(affinity_logits, update_logits, merge_logits, top_k, temperature)
     affinity, update, merge, indices, update_rate, merge_rate = made
     _launch_forward(
-        affinity_logits, update_logits, merge_logits,
-        (affinity, update, merge, indices, update_rate, merge_rate, None, None, None), top_k, temperature, lag=0,
-    )  # fmt: skip
+        affinity_logits,
+        update_logits,
+        merge_logits,
+        (affinity, update, merge, indices, update_rate, merge_rate, None, None, None),
+        top_k,
+        temperature,
+        lag=0,
+    )
     return made
 
 
 def _launch_forward(
-    affinity_logits: Tensor, update_logits: Tensor | None, merge_logits: Tensor, results: tuple[Tensor | None, ...],
-    top_k: int, temperature: float, lag: int,
-) -> None:  # fmt: skip
+    affinity_logits: Tensor,
+    update_logits: Tensor | None,
+    merge_logits: Tensor,
+    results: tuple[Tensor | None, ...],
+    top_k: int,
+    temperature: float,
+    lag: int,
+) -> None:
     """Launches `forward_kernel`; `results` are its parameters affinity to update_indices, None if not requested."""
     heads, states = affinity_logits.shape[-2:]
     rows = affinity_logits.numel() // states
@@ -314,11 +324,22 @@ def _launch_forward(
     logits = [_by_token(x) for x in (affinity_logits, merge_logits if update_logits is None else update_logits, merge_logits)]
     sizes = _sizes(states, top_k)
     launch(
-        forward_kernel, (triton.cdiv(rows, sizes["ROWS"]),),
-        *logits, *results, rows, float(temperature), *(stride for x in logits for stride in x.stride()[:2]),
-        HEADS=heads, ONE_RATE=merge_logits.shape[-1] == 1, BITS=KEY_BITS[affinity_logits.dtype],
-        UPDATES=update_logits is not None, LAG=lag, TRAINS=results[5] is not None, **sizes, **dependent(early=True),
-    )  # fmt: skip
+        forward_kernel,
+        (triton.cdiv(rows, sizes["ROWS"]),),
+        *logits,
+        *results,
+        rows,
+        float(temperature),
+        *(stride for x in logits for stride in x.stride()[:2]),
+        HEADS=heads,
+        ONE_RATE=merge_logits.shape[-1] == 1,
+        BITS=KEY_BITS[affinity_logits.dtype],
+        UPDATES=update_logits is not None,
+        LAG=lag,
+        TRAINS=results[5] is not None,
+        **sizes,
+        **dependent(early=True),
+    )
 
 
 def _fake_route(
@@ -330,15 +351,25 @@ def _fake_route(
     updates = update_logits is not None
     rates = 1 if merge_logits.shape[-1] == 1 else top_k
     return (
-        made(top_k), made(top_k, updates), made(top_k), made(top_k, dtype=torch.int64), made(rates, updates), made(rates),
-    )  # fmt: skip
+        made(top_k),
+        made(top_k, updates),
+        made(top_k),
+        made(top_k, dtype=torch.int64),
+        made(rates, updates),
+        made(rates),
+    )
 
 
 @on_device_of
 def _route_step(
-    affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, last_affinity: Tensor, last_indices: Tensor,
-    top_k: int, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    affinity_logits: Tensor,
+    update_logits: Tensor,
+    merge_logits: Tensor,
+    last_affinity: Tensor,
+    last_indices: Tensor,
+    top_k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Routes one token per sequence that updates the states of an earlier token. Not differentiable.
 
     Args:
@@ -354,24 +385,34 @@ def _route_step(
     batch, heads, _ = affinity_logits.shape
     carried = (batch, last_affinity.shape[1], heads, top_k)
     shapes = {
-        "last_affinity": (last_affinity, carried), "last_indices": (last_indices, carried),
+        "last_affinity": (last_affinity, carried),
+        "last_indices": (last_indices, carried),
         "update_logits": (update_logits, merge_logits.shape),
-    }  # fmt: skip
+    }
     check_shapes(shapes, "affinity_logits", affinity_logits)
     made = _fake_route_step(affinity_logits, update_logits, merge_logits, last_affinity, last_indices, top_k, temperature)
     update, merge, update_indices, indices = made
     _launch_forward(
-        affinity_logits, update_logits, merge_logits,
+        affinity_logits,
+        update_logits,
+        merge_logits,
         (None, update, merge, indices, None, None, last_affinity, last_indices, update_indices),
-        top_k, temperature, lag=last_affinity.shape[1],
-    )  # fmt: skip
+        top_k,
+        temperature,
+        lag=last_affinity.shape[1],
+    )
     return made
 
 
 def _fake_route_step(
-    affinity_logits: Tensor, update_logits: Tensor, merge_logits: Tensor, last_affinity: Tensor, last_indices: Tensor,
-    top_k: int, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    affinity_logits: Tensor,
+    update_logits: Tensor,
+    merge_logits: Tensor,
+    last_affinity: Tensor,
+    last_indices: Tensor,
+    top_k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (*affinity_logits.shape[:-1], top_k)
     update, merge = (affinity_logits.new_empty(shape, dtype=torch.float32) for _ in range(2))
     update_indices, indices = (affinity_logits.new_empty(shape, dtype=torch.int64) for _ in range(2))
@@ -380,10 +421,19 @@ def _fake_route_step(
 
 @on_device_of
 def _route_backward(
-    affinity: Tensor, indices: Tensor, update_rate: Tensor, merge_rate: Tensor, d_affinity: Tensor | None,
-    d_update: Tensor | None, d_merge: Tensor | None, states: int, rates: int, temperature: float, dtype: torch.dtype,
+    affinity: Tensor,
+    indices: Tensor,
+    update_rate: Tensor,
+    merge_rate: Tensor,
+    d_affinity: Tensor | None,
+    d_update: Tensor | None,
+    d_merge: Tensor | None,
+    states: int,
+    rates: int,
+    temperature: float,
+    dtype: torch.dtype,
     updates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the three logits `[..., H, M]`, `[..., H, R]`, `[..., H, R]` in `dtype`, given those of affinity, update
     and merge weights (None means zero), the tensors saved by `route`, M = `states` and R = `rates`; that of update logits is
     empty unless `updates`."""
@@ -395,20 +445,40 @@ def _route_backward(
         sizes = _sizes(states, selected)
         rows = affinity.numel() // selected
         launch(
-            backward_kernel, (triton.cdiv(rows, sizes["ROWS"]),),
-            affinity, indices, update_rate, merge_rate,
-            *(None if x is None else x.contiguous() for x in (d_affinity, d_update, d_merge)), *made, rows, float(temperature),
-            ONE_RATE=rates == 1, UPDATES=updates, HAS_AFFINITY=d_affinity is not None,
-            HAS_UPDATE=updates and d_update is not None, HAS_MERGE=d_merge is not None, **sizes,
-        )  # fmt: skip
+            backward_kernel,
+            (triton.cdiv(rows, sizes["ROWS"]),),
+            affinity,
+            indices,
+            update_rate,
+            merge_rate,
+            *(None if x is None else x.contiguous() for x in (d_affinity, d_update, d_merge)),
+            *made,
+            rows,
+            float(temperature),
+            ONE_RATE=rates == 1,
+            UPDATES=updates,
+            HAS_AFFINITY=d_affinity is not None,
+            HAS_UPDATE=updates and d_update is not None,
+            HAS_MERGE=d_merge is not None,
+            **sizes,
+        )
     return made
 
 
 def _fake_route_backward(
-    affinity: Tensor, indices: Tensor, update_rate: Tensor, merge_rate: Tensor, d_affinity: Tensor | None,
-    d_update: Tensor | None, d_merge: Tensor | None, states: int, rates: int, temperature: float, dtype: torch.dtype,
+    affinity: Tensor,
+    indices: Tensor,
+    update_rate: Tensor,
+    merge_rate: Tensor,
+    d_affinity: Tensor | None,
+    d_update: Tensor | None,
+    d_merge: Tensor | None,
+    states: int,
+    rates: int,
+    temperature: float,
+    dtype: torch.dtype,
     updates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     lead = affinity.shape[:-1]
     d_update_logits = affinity.new_empty((*lead, rates) if updates else 0, dtype=dtype)
     return affinity.new_empty(*lead, states, dtype=dtype), d_update_logits, affinity.new_empty(*lead, rates, dtype=dtype)
@@ -430,9 +500,16 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     widest = reduce(torch.promote_types, [dtype for dtype in ctx.dtypes if dtype is not None])
     gradients = torch.ops.factorization_memory.route_backward.default(
-        *ctx.saved_tensors, d_affinity, d_update, d_merge, ctx.states, ctx.rates, ctx.temperature, widest,
+        *ctx.saved_tensors,
+        d_affinity,
+        d_update,
+        d_merge,
+        ctx.states,
+        ctx.rates,
+        ctx.temperature,
+        widest,
         ctx.dtypes[1] is not None,
-    )  # fmt: skip
+    )
     return *(None if dtype is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
 
 

@@ -43,9 +43,12 @@ def launch(
     """
     sizes = (*grid, 1, 1)[:3]
     key = (
-        id(kernel), num_warps, arguments[0].device,  # type: ignore[union-attr]
-        *[(x.dtype, x.data_ptr() & ALIGNMENT) if isinstance(x, Tensor) else x for x in arguments], *constants.values(),
-    )  # fmt: skip
+        id(kernel),
+        num_warps,
+        arguments[0].device,  # type: ignore[union-attr]
+        *[(x.dtype, x.data_ptr() & ALIGNMENT) if isinstance(x, Tensor) else x for x in arguments],
+        *constants.values(),
+    )
     found = _compiled.get(key)
     if found is not None:
         compiled, more = found

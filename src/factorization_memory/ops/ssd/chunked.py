@@ -258,9 +258,11 @@ _operator = recomputed_operator(
     _reordered,
     "x",
     lambda x, dt, decay_rate, input_map, output_map, initial, cu_seqlens, chunk_size: (
-        *(x.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)), *x.shape[2:], input_map.shape[3]
+        *(x.shape[:1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)),
+        *x.shape[2:],
+        input_map.shape[3],
     ),
-)  # fmt: skip
+)
 
 
 def as_operator(

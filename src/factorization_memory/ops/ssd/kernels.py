@@ -79,9 +79,16 @@ def _find(backend: str) -> Callable[..., Any] | str:
 
 
 def forward(
-    backend: str, x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_map: Tensor, initial: Tensor | None,
-    keep_final: bool, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    backend: str,
+    x: Tensor,
+    dt: Tensor,
+    decay_rate: Tensor,
+    input_map: Tensor,
+    output_map: Tensor,
+    initial: Tensor | None,
+    keep_final: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """The recurrence over whole sequences; arguments and results as in `ssd.ssd`."""
     run = _operator if torch.compiler.is_compiling() else _run_once
     with no_autocast(x.device):
@@ -114,9 +121,16 @@ def _run_once(*arguments: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _run(
-    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
-    borders: Tensor | None, backend: str, keep_final: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    value: Tensor,
+    decay: Tensor,
+    input_map: Tensor,
+    output_map: Tensor,
+    rate: Tensor | None,
+    initial: Tensor | None,
+    borders: Tensor | None,
+    backend: str,
+    keep_final: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Runs the kernels, given each one's own inputs. Returns y and the final state, None unless requested.
 
     Args:
@@ -132,22 +146,41 @@ def _run(
     with no_autocast(value.device):
         if backend == "mamba-ssm":
             result = kernels(
-                value, decay, rate, input_map, output_map, MAMBA_CHUNK, initial_states=initial, seq_idx=borders,
+                value,
+                decay,
+                rate,
+                input_map,
+                output_map,
+                MAMBA_CHUNK,
+                initial_states=initial,
+                seq_idx=borders,
                 return_final_states=keep_final,
-            )  # fmt: skip
+            )
             y, final = result if keep_final else (result, None)
         else:
             y, final = kernels(
-                q=output_map, k=input_map, v=value, g=decay, scale=1.0, initial_state=initial, output_final_state=keep_final,
+                q=output_map,
+                k=input_map,
+                v=value,
+                g=decay,
+                scale=1.0,
+                initial_state=initial,
+                output_final_state=keep_final,
                 cu_seqlens=borders,
-            )  # fmt: skip
+            )
     return y, None if final is None else final.float()
 
 
 def _state_shape(
-    value: Tensor, decay: Tensor, input_map: Tensor, output_map: Tensor, rate: Tensor | None, initial: Tensor | None,
-    borders: Tensor | None, backend: str,
-) -> tuple[int, ...]:  # fmt: skip
+    value: Tensor,
+    decay: Tensor,
+    input_map: Tensor,
+    output_map: Tensor,
+    rate: Tensor | None,
+    initial: Tensor | None,
+    borders: Tensor | None,
+    backend: str,
+) -> tuple[int, ...]:
     batch, _, heads, width = value.shape
     size = input_map.shape[3]
     if backend == "mamba-ssm":
@@ -156,6 +189,10 @@ def _state_shape(
 
 
 _operator = recomputed_operator(
-    "ssd", ("value", "decay", "input_map", "output_map", "rate?", "initial?", "borders?"), ("str backend",), _run, "value",
+    "ssd",
+    ("value", "decay", "input_map", "output_map", "rate?", "initial?", "borders?"),
+    ("str backend",),
+    _run,
+    "value",
     _state_shape,
-)  # fmt: skip
+)

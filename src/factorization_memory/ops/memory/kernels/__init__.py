@@ -54,9 +54,15 @@ def sparse_pays(value: Tensor, chosen: int, num_states: int) -> bool:
 
 
 def forward_sparse(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor, num_states: int, state: Tensor | None, keep_final: bool,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    num_states: int,
+    state: Tensor | None,
+    keep_final: bool,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """The sparse recurrence over whole sequences.
 
     Args:
@@ -79,9 +85,17 @@ def forward_sparse(
 
 
 def step_in_place(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor | None, merge_indices: Tensor | None, state: Tensor,
-    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor | None,
+    merge_indices: Tensor | None,
+    state: Tensor,
+    places: Tensor | None,
+    undo: Tensor | None,
+    position: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
     """A few tokens of each sequence; updates `state` in place: see `step._step`."""
     from factorization_memory.ops.memory.kernels import step as kernels
 

@@ -125,9 +125,18 @@ def _fake_dense(
 
 @on_device_of
 def _dense_backward(
-    d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
-    cu_seqlens: Tensor | None, carry: Tensor, read: Tensor, write: Tensor, total: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_output: Tensor,
+    d_final: Tensor | None,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    carry: Tensor,
+    read: Tensor,
+    write: Tensor,
+    total: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and
     final states `[N, H, M, D]` (None means zero), and the arguments and last four results of `dense`."""
     update, merge = update.contiguous(), merge.contiguous()
@@ -171,9 +180,18 @@ def _dense_backward(
 
 
 def _fake_dense_backward(
-    d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, initial: Tensor | None,
-    cu_seqlens: Tensor | None, carry: Tensor, read: Tensor, write: Tensor, total: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_output: Tensor,
+    d_final: Tensor | None,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    carry: Tensor,
+    read: Tensor,
+    write: Tensor,
+    total: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (update, merge, value)]
     empty = value.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
     return like[0], like[1], like[2], empty

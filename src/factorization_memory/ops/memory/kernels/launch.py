@@ -49,17 +49,36 @@ class Call:
         at = plan.tile("carry")
         packed = plan.layout.packed
         launch(
-            carry_kernel, self._tiles(plan.layout.rows, at, plan.padded // at.states),
-            local, decay, None if packed else enter, plan.heads, plan.states, plan.width, plan.layout.segments,
-            MP=plan.padded, BM=at.states, BD=at.width, REVERSE=reverse, HAS_ENTER=enter is not None and not packed,
+            carry_kernel,
+            self._tiles(plan.layout.rows, at, plan.padded // at.states),
+            local,
+            decay,
+            None if packed else enter,
+            plan.heads,
+            plan.states,
+            plan.width,
+            plan.layout.segments,
+            MP=plan.padded,
+            BM=at.states,
+            BD=at.width,
+            REVERSE=reverse,
+            HAS_ENTER=enter is not None and not packed,
             num_warps=at.warps,
-        )  # fmt: skip
+        )
         return local
 
     def states(
-        self, rows: Tensor, reverse: bool, first: int, count: int, out: Tensor | None = None, carry: Tensor | None = None,
-        enter: Tensor | None = None, leave: Tensor | None = None, summary: tuple[Tensor, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        rows: Tensor,
+        reverse: bool,
+        first: int,
+        count: int,
+        out: Tensor | None = None,
+        carry: Tensor | None = None,
+        enter: Tensor | None = None,
+        leave: Tensor | None = None,
+        summary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Writes the states before each chunk of `count` segments (gradients after it, in reverse) to `out`; or each segment's
         `summary`: its final state from a zero initial state, and its decay."""
         plan = self.plan
@@ -68,38 +87,95 @@ class Call:
             at = plan.tile("narrow_states")
         local, decay = (None, None) if summary is None else summary
         launch(
-            states_kernel, self._tiles(count, at, plan.padded // at.states),
-            rows, self.read if reverse else self.write, self.total, enter, leave, carry, out, local, decay, self.table, first,
-            plan.heads, plan.states, plan.width, *self.size,
-            C=plan.layout.chunk, MP=plan.padded, BM=at.states, BD=at.width, REVERSE=reverse, PACKED=plan.layout.packed,
-            SUMMARY=summary is not None, HAS_ENTER=enter is not None, HAS_LEAVE=leave is not None, HAS_CARRY=carry is not None,
-            PRECISION=plan.precision, STAGES=at.stages, num_warps=at.warps,
-        )  # fmt: skip
+            states_kernel,
+            self._tiles(count, at, plan.padded // at.states),
+            rows,
+            self.read if reverse else self.write,
+            self.total,
+            enter,
+            leave,
+            carry,
+            out,
+            local,
+            decay,
+            self.table,
+            first,
+            plan.heads,
+            plan.states,
+            plan.width,
+            *self.size,
+            C=plan.layout.chunk,
+            MP=plan.padded,
+            BM=at.states,
+            BD=at.width,
+            REVERSE=reverse,
+            PACKED=plan.layout.packed,
+            SUMMARY=summary is not None,
+            HAS_ENTER=enter is not None,
+            HAS_LEAVE=leave is not None,
+            HAS_CARRY=carry is not None,
+            PRECISION=plan.precision,
+            STAGES=at.stages,
+            num_warps=at.warps,
+        )
 
     def walk(self, value: Tensor, output: Tensor, initial: Tensor | None, carry: Tensor | None, final: Tensor | None) -> None:
         """Writes outputs `[B, T, H, D]` and final states, for few states."""
         plan = self.plan
         at = plan.tile("walk")
         launch(
-            walk_kernel, self._tiles(self.segments, at, 1),
-            value, self.read, self.write, self.total, initial, carry, output, final, self.table,
-            plan.heads, plan.states, plan.width, *self.size,
-            C=plan.layout.chunk, MP=plan.padded, BD=at.width, PACKED=plan.layout.packed, HAS_INITIAL=initial is not None,
-            HAS_CARRY=carry is not None, KEEP_FINAL=final is not None, PRECISION=plan.precision, STAGES=at.stages,
+            walk_kernel,
+            self._tiles(self.segments, at, 1),
+            value,
+            self.read,
+            self.write,
+            self.total,
+            initial,
+            carry,
+            output,
+            final,
+            self.table,
+            plan.heads,
+            plan.states,
+            plan.width,
+            *self.size,
+            C=plan.layout.chunk,
+            MP=plan.padded,
+            BD=at.width,
+            PACKED=plan.layout.packed,
+            HAS_INITIAL=initial is not None,
+            HAS_CARRY=carry is not None,
+            KEEP_FINAL=final is not None,
+            PRECISION=plan.precision,
+            STAGES=at.stages,
             num_warps=at.warps,
-        )  # fmt: skip
+        )
 
     def outputs(self, rows: Tensor, states: Tensor, output: Tensor, first_slot: int, slots: int, transposed: bool) -> None:
         """Writes `P v + Q h` of `slots` chunks to `output` or, if `transposed`, `P^T dy + K dh'`."""
         plan = self.plan
         at = plan.tile("outputs")
         launch(
-            outputs_kernel, self._tiles(slots, at, 1),
-            rows, self.write if transposed else self.read, states, output, self.table, first_slot,
-            plan.heads, plan.width, *self.size,
-            C=plan.layout.chunk, MP=plan.padded, BK=min(at.states, plan.layout.chunk), BD=at.width, PACKED=plan.layout.packed,
-            PRECISION=plan.precision, STAGES=at.stages, num_warps=at.warps,
-        )  # fmt: skip
+            outputs_kernel,
+            self._tiles(slots, at, 1),
+            rows,
+            self.write if transposed else self.read,
+            states,
+            output,
+            self.table,
+            first_slot,
+            plan.heads,
+            plan.width,
+            *self.size,
+            C=plan.layout.chunk,
+            MP=plan.padded,
+            BK=min(at.states, plan.layout.chunk),
+            BD=at.width,
+            PACKED=plan.layout.packed,
+            PRECISION=plan.precision,
+            STAGES=at.stages,
+            num_warps=at.warps,
+        )
 
     def inner_gradient(self, value: Tensor, d_output: Tensor) -> Tensor | None:
         """Gradient of P, `[slots, H, C, C]`; None if `gradients` computes it."""
@@ -112,9 +188,16 @@ class Call:
         return d_inner
 
     def gradients(
-        self, value: Tensor, d_output: Tensor, states: Tensor, d_states: Tensor, d_weights: Sequence[Tensor | None],
-        d_value: Tensor, first_slot: int, slots: int,
-    ) -> None:  # fmt: skip
+        self,
+        value: Tensor,
+        d_output: Tensor,
+        states: Tensor,
+        d_states: Tensor,
+        d_weights: Sequence[Tensor | None],
+        d_value: Tensor,
+        first_slot: int,
+        slots: int,
+    ) -> None:
         """Gradients of Q, K, G and values of `slots` chunks; of P too if `d_weights` has a tensor for it."""
         at = self.plan.tile("gradients")
         whole = at.states == self.plan.padded
@@ -123,19 +206,46 @@ class Call:
             self.outputs(d_output, d_states, d_value, first_slot, slots, transposed=True)
 
     def _gradients(
-        self, at: Tile, value: Tensor, d_output: Tensor, d_value: Tensor | None, d_weights: Sequence[Tensor | None],
-        first_slot: int, slots: int, states: Tensor | None, d_states: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        at: Tile,
+        value: Tensor,
+        d_output: Tensor,
+        d_value: Tensor | None,
+        d_weights: Sequence[Tensor | None],
+        first_slot: int,
+        slots: int,
+        states: Tensor | None,
+        d_states: Tensor | None,
+    ) -> None:
         plan = self.plan
         blocks = 1 if states is None else plan.padded // at.states
         launch(
-            gradients_kernel, (slots * blocks, plan.heads),
-            value, d_output, states, d_states, self.write, *d_weights, d_value, self.table, first_slot,
-            plan.heads, plan.width, *self.size,
-            C=plan.layout.chunk, MP=plan.padded, BM=at.states, BD=at.width, INNER=d_weights[0] is not None,
-            STATES=states is not None, VALUE=d_value is not None, PACKED=plan.layout.packed, PRECISION=plan.precision,
-            STAGES=at.stages, num_warps=at.warps,
-        )  # fmt: skip
+            gradients_kernel,
+            (slots * blocks, plan.heads),
+            value,
+            d_output,
+            states,
+            d_states,
+            self.write,
+            *d_weights,
+            d_value,
+            self.table,
+            first_slot,
+            plan.heads,
+            plan.width,
+            *self.size,
+            C=plan.layout.chunk,
+            MP=plan.padded,
+            BM=at.states,
+            BD=at.width,
+            INNER=d_weights[0] is not None,
+            STATES=states is not None,
+            VALUE=d_value is not None,
+            PACKED=plan.layout.packed,
+            PRECISION=plan.precision,
+            STAGES=at.stages,
+            num_warps=at.warps,
+        )
 
     def slices(self, values: Tensor, buffers: int) -> list[tuple[int, int]]:
         """First segment and number of segments of each slice, sized so that `buffers` workspaces of states stay small."""
@@ -160,9 +270,16 @@ class Call:
         return [self.total.new_empty(*lead, chunk, chunk) if whole else None, read, write, total]
 
     def weight_gradients(
-        self, update: Tensor, merge: Tensor, d_inner: Tensor | None, d_weights: Sequence[Tensor | None], d_update: Tensor,
-        d_merge: Tensor, first_slot: int, slots: int,
-    ) -> None:  # fmt: skip
+        self,
+        update: Tensor,
+        merge: Tensor,
+        d_inner: Tensor | None,
+        d_weights: Sequence[Tensor | None],
+        d_update: Tensor,
+        d_merge: Tensor,
+        first_slot: int,
+        slots: int,
+    ) -> None:
         """Gradients of update and merge weights from those of P, Q, K, G of `slots` chunks; `d_inner` is that of P for all
         chunks, if not among `d_weights`."""
         read, write, total = (x[:slots] for x in d_weights[1:] if x is not None)

@@ -128,9 +128,14 @@ def _exact_products() -> bool:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    shape: tuple[int, ...], width: int, dtype: torch.dtype, exact: bool, device: torch.device, sequences: int | None,
+    shape: tuple[int, ...],
+    width: int,
+    dtype: torch.dtype,
+    exact: bool,
+    device: torch.device,
+    sequences: int | None,
     backward: bool,
-) -> Plan:  # fmt: skip
+) -> Plan:
     batch, length, heads, states = shape
     padded = padded_states(states)
     dtype, precision = operands(dtype, exact)

@@ -275,9 +275,16 @@ def dense_step_kernel(
 
 @on_device_of
 def dense_step(
-    affinity: Tensor, update: Tensor, merge: Tensor, rate_bias: Tensor | None, temperature: float, value: Tensor,
-    state: Tensor, undo: Tensor | None, position: Tensor | None,
-) -> Tensor:  # fmt: skip
+    affinity: Tensor,
+    update: Tensor,
+    merge: Tensor,
+    rate_bias: Tensor | None,
+    temperature: float,
+    value: Tensor,
+    state: Tensor,
+    undo: Tensor | None,
+    position: Tensor | None,
+) -> Tensor:
     """One token of each sequence in the dense form, with its routing; `state` is updated in place. Not differentiable.
 
     The previously launched kernel must not write `state`, which may be read while it still runs.
@@ -299,10 +306,13 @@ def dense_step(
     batch, heads, states, width = state.shape
     rates, depth = update.shape[-1], 0 if undo is None else len(undo)
     shapes = {
-        "affinity": (affinity, (batch, heads, states)), "update": (update, (batch, heads, rates)),
-        "merge": (merge, (batch, heads, rates)), "value": (value, (batch, heads, width)),
-        "rate_bias": (rate_bias, (2 * heads * rates,)), "undo": (undo, (depth, *state.shape)),
-    }  # fmt: skip
+        "affinity": (affinity, (batch, heads, states)),
+        "update": (update, (batch, heads, rates)),
+        "merge": (merge, (batch, heads, rates)),
+        "value": (value, (batch, heads, width)),
+        "rate_bias": (rate_bias, (2 * heads * rates,)),
+        "undo": (undo, (depth, *state.shape)),
+    }
     check_shapes(shapes, "state", state)
     assert affinity.stride(0) == update.stride(0) == merge.stride(0), "they are parts of one tensor"
     if batch == 0:
@@ -311,12 +321,34 @@ def dense_step(
     rows = max(1, rows // 2)  # two tiles are on chip at once
     parts = state.new_empty(splits, batch, heads, width)
     launch(
-        dense_step_kernel, (batch * heads * -(-width // columns), splits), affinity, update, merge, rate_bias, value, state,
-        undo, position, parts, batch, float(temperature), width, -(-states // (splits * rows)) * rows, affinity.stride(0),
+        dense_step_kernel,
+        (batch * heads * -(-width // columns), splits),
+        affinity,
+        update,
+        merge,
+        rate_bias,
+        value,
+        state,
+        undo,
+        position,
+        parts,
+        batch,
+        float(temperature),
+        width,
+        -(-states // (splits * rows)) * rows,
+        affinity.stride(0),
         value.stride(0),
-        HEADS=heads, STATES=states, PADDED=power_of_two(states, 16), RATES=update.shape[2], ROWS=rows, BD=columns,
-        HAS_BIAS=rate_bias is not None, HAS_UNDO=undo is not None, num_warps=4, **dependent(early=True),
-    )  # fmt: skip
+        HEADS=heads,
+        STATES=states,
+        PADDED=power_of_two(states, 16),
+        RATES=update.shape[2],
+        ROWS=rows,
+        BD=columns,
+        HAS_BIAS=rate_bias is not None,
+        HAS_UNDO=undo is not None,
+        num_warps=4,
+        **dependent(early=True),
+    )
     return parts[0] if splits == 1 else parts.sum(0)
 
 
@@ -335,9 +367,17 @@ def _tiles(units: int, rows: int, width: int, device: torch.device) -> tuple[int
 
 @on_device_of
 def _step(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
-    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    state: Tensor,
+    indices: Tensor | None,
+    merge_indices: Tensor | None,
+    places: Tensor | None,
+    undo: Tensor | None,
+    position: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
     """A few tokens of each sequence; `state` is updated in place.
 
     Args:
@@ -361,11 +401,14 @@ def _step(
     num_states, width = state.shape[2:]
     lead, depth = (batch, tokens, heads), 0 if undo is None else len(undo)
     shapes = {
-        "state": (state, (batch if places is None else len(state), heads, num_states, width)), "value": (value, (*lead, width)),
-        "merge": (merge, (*lead, merge.shape[-1])), "indices": (indices, (*lead, chosen)),
-        "merge_indices": (merge_indices, merge.shape), "places": (places, (batch,)),
+        "state": (state, (batch if places is None else len(state), heads, num_states, width)),
+        "value": (value, (*lead, width)),
+        "merge": (merge, (*lead, merge.shape[-1])),
+        "indices": (indices, (*lead, chosen)),
+        "merge_indices": (merge_indices, merge.shape),
+        "places": (places, (batch,)),
         "undo": (undo, (depth, *lead, chosen, width)),
-    }  # fmt: skip
+    }
     check_shapes(shapes, "update", update)
     if tokens > 1 or value.stride(3) != 1 or (heads > 1 and value.stride(2) != width):
         value = value.contiguous()
@@ -379,19 +422,53 @@ def _step(
     split_rows = -(-chosen // (splits * rows)) * rows
     value_row = value.stride(1) if tokens > 1 else value.stride(0)
     launch(
-        step_kernel, (batch * heads * -(-width // columns), splits), update, merge, value, state, indices,
-        merge_indices, places, undo, position, seed, parts, batch, tokens, heads, num_states, chosen, merge.shape[3], width,
-        split_rows, value_row,
-        ROWS=rows, BD=columns, SPARSE=indices is not None, APART=merge_indices is not None, HAS_PLACES=places is not None,
-        HAS_UNDO=undo is not None, ROUNDS=seed is not None, num_warps=4, **dependent(early=True),
-    )  # fmt: skip
+        step_kernel,
+        (batch * heads * -(-width // columns), splits),
+        update,
+        merge,
+        value,
+        state,
+        indices,
+        merge_indices,
+        places,
+        undo,
+        position,
+        seed,
+        parts,
+        batch,
+        tokens,
+        heads,
+        num_states,
+        chosen,
+        merge.shape[3],
+        width,
+        split_rows,
+        value_row,
+        ROWS=rows,
+        BD=columns,
+        SPARSE=indices is not None,
+        APART=merge_indices is not None,
+        HAS_PLACES=places is not None,
+        HAS_UNDO=undo is not None,
+        ROUNDS=seed is not None,
+        num_warps=4,
+        **dependent(early=True),
+    )
     return output if splits == 1 else parts.sum(0).to(value.dtype)
 
 
 def _fake_step(
-    update: Tensor, merge: Tensor, value: Tensor, state: Tensor, indices: Tensor | None, merge_indices: Tensor | None,
-    places: Tensor | None, undo: Tensor | None, position: Tensor | None, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    state: Tensor,
+    indices: Tensor | None,
+    merge_indices: Tensor | None,
+    places: Tensor | None,
+    undo: Tensor | None,
+    position: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
@@ -410,8 +487,9 @@ def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | 
     depth, batch, tokens, heads, chosen, width = undo.shape
     shapes = {
         "state": (state, (batch if places is None else len(state), heads, state.shape[2], width)),
-        "indices": (indices, (depth, batch, tokens, heads, chosen)), "places": (places, (batch,)),
-    }  # fmt: skip
+        "indices": (indices, (depth, batch, tokens, heads, chosen)),
+        "places": (places, (batch,)),
+    }
     check_shapes(shapes, "undo", undo)
     indices = None if indices is None else indices.contiguous()
     places = None if places is None else places.contiguous()
@@ -419,10 +497,27 @@ def _undo(state: Tensor, undo: Tensor, indices: Tensor | None, places: Tensor | 
         return
     columns, rows, _ = _tiles(batch * heads, chosen, width, state.device)
     launch(
-        undo_kernel, (batch * heads * -(-width // columns),), state, undo, indices, places, position, count, depth, batch,
-        tokens, heads, state.shape[2], chosen, width,
-        ROWS=rows, BD=columns, SPARSE=indices is not None, HAS_PLACES=places is not None, num_warps=4,
-    )  # fmt: skip
+        undo_kernel,
+        (batch * heads * -(-width // columns),),
+        state,
+        undo,
+        indices,
+        places,
+        position,
+        count,
+        depth,
+        batch,
+        tokens,
+        heads,
+        state.shape[2],
+        chosen,
+        width,
+        ROWS=rows,
+        BD=columns,
+        SPARSE=indices is not None,
+        HAS_PLACES=places is not None,
+        num_warps=4,
+    )
 
 
 torch.library.define(

@@ -208,9 +208,15 @@ def _state_shape(value: Tensor, num_states: int, cu_seqlens: Tensor | None) -> t
 
 @on_device_of
 def _sparse(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
-    num_states: int, keep_final: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_states: int,
+    keep_final: bool,
+) -> tuple[Tensor, ...]:
     """The recurrence.
 
     Args:
@@ -280,9 +286,15 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 def _fake_sparse(
-    update: Tensor, merge: Tensor, value: Tensor, indices: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
-    num_states: int, keep_final: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_states: int,
+    keep_final: bool,
+) -> tuple[Tensor, ...]:
     final = value.new_empty(_state_shape(value, num_states, cu_seqlens) if keep_final else 0, dtype=torch.float32)
     output = torch.empty_like(value, memory_format=torch.contiguous_format)
     kept: Any = 0
@@ -301,10 +313,24 @@ def _fake_sparse(
 
 @on_device_of
 def _sparse_backward(
-    d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, indices: Tensor,
-    initial: Tensor | None, cu_seqlens: Tensor | None, num_states: int, alone: bool, kept: Tensor, begin: Tensor,
-    count: Tensor, origin: Tensor, theta: Tensor, phi: Tensor, place: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_output: Tensor,
+    d_final: Tensor | None,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_states: int,
+    alone: bool,
+    kept: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    origin: Tensor,
+    theta: Tensor,
+    phi: Tensor,
+    place: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of update, merge, value and initial states (empty without), given those of the outputs `[B, T, H, D]` and
     final states (None means zero), and the arguments and last seven results of `sparse`; `alone` as in forward's layout."""
     update, merge, indices = update.contiguous(), merge.contiguous(), indices.contiguous()
@@ -364,18 +390,41 @@ def _sparse_backward(
             d_inner.flatten(0, 1)[:, start:end, :end] = wide_product(dy[:, start:end], v[:, :end].mT)
             _add_product(d_v[:, start:end], weights[:, start:, start:end].mT, dy[:, start:], writes)
         weight_gradients(
-            lists, num_states, made.table, first, d_inner, d_read if reads else None, d_write if writes else None, d_total,
-            d_update, d_merge, precision,
-        )  # fmt: skip
+            lists,
+            num_states,
+            made.table,
+            first,
+            d_inner,
+            d_read if reads else None,
+            d_write if writes else None,
+            d_total,
+            d_update,
+            d_merge,
+            precision,
+        )
     d_initial = nothing if initial is None else passing.end(d_state, shape)
     return d_update, d_merge, made.scatter(d_values, value.shape).to(value.dtype), d_initial
 
 
 def _fake_sparse_backward(
-    d_output: Tensor, d_final: Tensor | None, update: Tensor, merge: Tensor, value: Tensor, indices: Tensor,
-    initial: Tensor | None, cu_seqlens: Tensor | None, num_states: int, alone: bool, kept: Tensor, begin: Tensor,
-    count: Tensor, origin: Tensor, theta: Tensor, phi: Tensor, place: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_output: Tensor,
+    d_final: Tensor | None,
+    update: Tensor,
+    merge: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_states: int,
+    alone: bool,
+    kept: Tensor,
+    begin: Tensor,
+    count: Tensor,
+    origin: Tensor,
+    theta: Tensor,
+    phi: Tensor,
+    place: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (update, merge, value)]
     empty = value.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
     return like[0], like[1], like[2], empty
@@ -395,9 +444,18 @@ def _backward(ctx: Any, d_output: Tensor | None, d_final: Tensor | None, *_: Non
         d_output = torch.zeros_like(value)
     alone = initial is None and not ctx.keep_final
     d_update, d_merge, d_value, d_initial = torch.ops.factorization_memory.sparse_backward.default(
-        d_output, d_final if ctx.keep_final else None, update, merge, value, indices, initial, cu_seqlens, ctx.num_states,
-        alone, *kept,
-    )  # fmt: skip
+        d_output,
+        d_final if ctx.keep_final else None,
+        update,
+        merge,
+        value,
+        indices,
+        initial,
+        cu_seqlens,
+        ctx.num_states,
+        alone,
+        *kept,
+    )
     d_start = None if initial is None else d_initial.to(initial.dtype)
     return d_update, d_merge, d_value, None, d_start, None, None, None
 

@@ -182,16 +182,37 @@ def lists_of(update: Tensor, merge: Tensor, indices: Tensor, num_states: int, ta
     programs = (slots * heads * -(-length * chosen // ENTRIES),)
     launch(mark_kernel, programs, indices, bits, table, heads, num_states, **sizes)
     launch(
-        count_kernel, (slots * heads, -(-num_states // COUNTED)), bits, before, count, num_states,
-        WORDS=words, BLOCK=COUNTED, num_warps=4,
-    )  # fmt: skip
+        count_kernel,
+        (slots * heads, -(-num_states // COUNTED)),
+        bits,
+        before,
+        count,
+        num_states,
+        WORDS=words,
+        BLOCK=COUNTED,
+        num_warps=4,
+    )
     begin = torch.empty_like(count)
     launch(begin_kernel, (slots * heads,), count, begin, num_states, PADDED=triton.next_power_of_2(num_states), num_warps=4)
     origin = bits.new_empty(slots, heads, length * chosen)
     theta, phi = (torch.empty_like(origin, dtype=torch.float32) for _ in range(2))
     place = bits.new_empty(slots, heads, length, chosen)
     launch(
-        fill_kernel, programs, indices, update, merge, bits, before, begin, origin, theta, phi, place, table, heads, num_states,
+        fill_kernel,
+        programs,
+        indices,
+        update,
+        merge,
+        bits,
+        before,
+        begin,
+        origin,
+        theta,
+        phi,
+        place,
+        table,
+        heads,
+        num_states,
         **sizes,
-    )  # fmt: skip
+    )
     return Lists(begin, count, origin, theta, phi, place)

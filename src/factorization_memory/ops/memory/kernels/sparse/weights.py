@@ -252,9 +252,24 @@ def inner_weights(lists: Lists, indices: Tensor, num_states: int, table: Tensor,
     heads, length, chosen = lists.place.shape[1:]
     inner = torch.zeros(slots, heads, length, length, dtype=torch.float32, device=indices.device)
     launch(
-        rows_kernel, (slots * heads * length,), indices, lists.place, lists.begin, lists.origin, lists.update, lists.merge,
-        inner, table, first_slot, heads, num_states, L=length, K=chosen, N=BLOCK, num_warps=1,
-    )  # fmt: skip
+        rows_kernel,
+        (slots * heads * length,),
+        indices,
+        lists.place,
+        lists.begin,
+        lists.origin,
+        lists.update,
+        lists.merge,
+        inner,
+        table,
+        first_slot,
+        heads,
+        num_states,
+        L=length,
+        K=chosen,
+        N=BLOCK,
+        num_warps=1,
+    )
     return inner
 
 
@@ -264,16 +279,38 @@ def border_weights(lists: Lists, num_states: int, dtype: torch.dtype) -> tuple[T
     read, write = (lists.update.new_zeros(slots, heads, length, num_states, dtype=dtype) for _ in range(2))
     total = lists.update.new_empty(slots, heads, num_states)
     launch(
-        borders_kernel, (slots * heads, num_states), lists.begin, lists.count, lists.origin, lists.update, lists.merge, read,
-        write, total, num_states, L=length, K=chosen, N=BLOCK, num_warps=1,
-    )  # fmt: skip
+        borders_kernel,
+        (slots * heads, num_states),
+        lists.begin,
+        lists.count,
+        lists.origin,
+        lists.update,
+        lists.merge,
+        read,
+        write,
+        total,
+        num_states,
+        L=length,
+        K=chosen,
+        N=BLOCK,
+        num_warps=1,
+    )
     return read, write, total
 
 
 def weight_gradients(
-    lists: Lists, num_states: int, table: Tensor, first_slot: int, d_inner: Tensor, d_read: Tensor | None,
-    d_write: Tensor | None, d_total: Tensor | None, d_update: Tensor, d_merge: Tensor, precision: str,
-) -> None:  # fmt: skip
+    lists: Lists,
+    num_states: int,
+    table: Tensor,
+    first_slot: int,
+    d_inner: Tensor,
+    d_read: Tensor | None,
+    d_write: Tensor | None,
+    d_total: Tensor | None,
+    d_update: Tensor,
+    d_merge: Tensor,
+    precision: str,
+) -> None:
     """Gradients of theta and phi of some slots.
 
     Args:
@@ -293,8 +330,30 @@ def weight_gradients(
     chosen = lists.place.shape[3]
     kept, d_kept = (torch.empty_like(lists.update) for _ in range(2))
     launch(
-        gradients_kernel, (slots * heads * num_states,), lists.begin, lists.count, lists.origin, lists.update, lists.merge,
-        d_inner, d_read, d_write, d_total, kept, d_kept, d_update, d_merge, table, first_slot, heads, num_states,
-        L=length, K=chosen, N=GRADIENT_BLOCK, HAS_READ=d_read is not None, HAS_WRITE=d_write is not None, PRECISION=precision,
+        gradients_kernel,
+        (slots * heads * num_states,),
+        lists.begin,
+        lists.count,
+        lists.origin,
+        lists.update,
+        lists.merge,
+        d_inner,
+        d_read,
+        d_write,
+        d_total,
+        kept,
+        d_kept,
+        d_update,
+        d_merge,
+        table,
+        first_slot,
+        heads,
+        num_states,
+        L=length,
+        K=chosen,
+        N=GRADIENT_BLOCK,
+        HAS_READ=d_read is not None,
+        HAS_WRITE=d_write is not None,
+        PRECISION=precision,
         num_warps=GRADIENT_WARPS,
-    )  # fmt: skip
+    )
