@@ -24,6 +24,7 @@ VERBS = {
     "plan": "parameters, FLOPs, memory and learning rates of a run, without running it",
     "train": "train a model on a packed corpus",
     "compare": "train models of equal size on the same text, each at its best learning rate, and compare",
+    "sweep": "many runs from one Python function: plan, run side by side, see where they stand",
     "evaluate": "held-out loss, bits per byte, loss by position, routing health; or tasks of lm-evaluation-harness",
     "generate": "continue a prompt",
     "inspect": "which memory states a text's tokens update and read",
