@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from factorization_memory._files import read_json_or_none
@@ -158,7 +158,7 @@ def _tokens_per_second(job: Job) -> float | None:
     return statistics.median(rates[1:] or rates) if rates else None
 
 
-def _picked(part: dict[str, Any], *names: str) -> dict[str, Any]:
+def _picked(part: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: part[name] for name in names}
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from factorization_memory.config import RunConfig
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.evaluation_record import EvaluationRecord
+    from factorization_memory.runs.inspection_record import InspectionRecord
     from factorization_memory.training import TrainingObserver
 
 
@@ -87,7 +89,7 @@ class Session:
         checkpoint = find_checkpoint(self.run_dir, "best")
         return checkpoint.name, *load_model(checkpoint, resolve_device(self.config.training.device))
 
-    def evaluate(self, **options: Any) -> dict[str, Any]:
+    def evaluate(self, **options: Any) -> EvaluationRecord:
         """The full evaluation on held-out text; `options` are those of `evaluate_model`."""
         checkpoint, model, _, config = self.trained
         return evaluate_model(model, self.corpus, config, checkpoint, **options)
@@ -101,7 +103,7 @@ class Session:
         """Saves what `write` returned, for the report."""
         write_atomic(self.run_dir / SAMPLES_NAME, json.dumps(samples, ensure_ascii=False, indent=1))
 
-    def inspect(self, text: str) -> dict[str, Any]:
+    def inspect(self, text: str) -> InspectionRecord:
         """Record how the model uses its memory on a text."""
         _, model, tokenizer, _ = self.trained
         record = inspect_text(model, tokenizer, text)
