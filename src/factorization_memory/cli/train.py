@@ -7,13 +7,16 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from factorization_memory.cli.common import choose, console, emit, interrupted_status, listing, parse, say
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.presets import PRESETS
+
+if TYPE_CHECKING:
+    from factorization_memory.runs.training_record import RunResult
 
 INIT_FROM = "--training.init-from"
 
@@ -133,7 +136,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _last_line(result: dict[str, Any], run_dir: Path) -> str:
+def _last_line(result: RunResult, run_dir: Path) -> str:
     """Quality and duration of a finished run, and what to do with it."""
     from factorization_memory._text import clock
 

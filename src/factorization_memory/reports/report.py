@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from factorization_memory.models.routing import LayerUse
     from factorization_memory.runs.inspection_record import InspectionRecord
     from factorization_memory.runs.recall_record import RecallDemoRecord
+    from factorization_memory.runs.training_record import RunResult, SampleRecord
 
 
 class ReportError(ValueError):
@@ -50,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
     """
     config = _read_config(run_dir)
     environment = _read(run_dir / ENVIRONMENT_NAME) or {}
-    result = _read(run_dir / RESULT_NAME) or {}
+    result: RunResult | None = _read(run_dir / RESULT_NAME)
     evaluation: EvaluationRecord = _read(run_dir / EVALUATION_NAME) or EvaluationRecord()
     inspection: InspectionRecord | None = _read(run_dir / INSPECTION_NAME)
     recall_demo: RecallDemoRecord | None = _read(run_dir / RECALL_DEMO_NAME)
@@ -74,7 +75,7 @@ def write_report(run_dir: Path) -> Path:
             caption = f"<figcaption>{sections.CAPTIONS[name]}</figcaption>" if name in sections.CAPTIONS else ""
             plots[name] = f"<figure>{svg(figure, name)}{caption}</figure>"
 
-    samples = _read(run_dir / SAMPLES_NAME) or _last_samples(metrics)
+    samples: list[SampleRecord] = _read(run_dir / SAMPLES_NAME) or _last_samples(metrics)
     parts = [
         sections.header(config, environment, result, evaluation, metrics),
         sections.headline(evaluation),
@@ -137,7 +138,7 @@ def _metrics(path: Path) -> Iterator[dict[str, Any]]:
         raise ReportError(str(error)) from None
 
 
-def _last_samples(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _last_samples(metrics: list[dict[str, Any]]) -> list[SampleRecord]:
     return next((m["samples"] for m in reversed(metrics) if m["kind"] == "sample"), [])
 
 

@@ -15,6 +15,7 @@ from factorization_memory.runs.recall_names import KINDS
 if TYPE_CHECKING:
     from factorization_memory.runs.evaluation_record import EvaluationRecord, KindLoss
     from factorization_memory.runs.recall_record import RecallDemoRecord
+    from factorization_memory.runs.training_record import RunResult, SampleRecord
 
 STYLE = """
 header .note { font-size: 1.02rem; }
@@ -91,7 +92,7 @@ def section(title: str, note: str, *content: str | None) -> str:
 def header(
     config: dict[str, Any],
     environment: dict[str, Any],
-    result: dict[str, Any],
+    result: RunResult | None,
     evaluation: EvaluationRecord,
     metrics: list[dict[str, Any]],
 ) -> str:
@@ -101,13 +102,13 @@ def header(
     facts: list[tuple[str, str]] = []
     if evaluation.get("total"):
         facts.append(("held-out bits per byte", f"{evaluation['total']['bits_per_byte']:.3f}"))
-    if result.get("parameters"):
+    if result and result.get("parameters"):
         facts.append(("parameters", short(result["parameters"])))
     if last:
         facts.append(("training tokens", short(last["tokens"])))
         facts.append(("steps", f"{last['step']:,}"))
-        facts.append(("time", _duration(result.get("seconds") or last["seconds"])))
-    if result.get("tokens_per_second"):
+        facts.append(("time", _duration((result and result.get("seconds")) or last["seconds"])))
+    if result and result.get("tokens_per_second"):
         facts.append(("training tokens per second", f"{result['tokens_per_second']:,.0f}"))
     where = environment.get("gpu") or environment.get("cpu") or ""
     sources = ", ".join(evaluation.get("sources", {}))
@@ -242,7 +243,7 @@ def _rows(headings: Sequence[str], cells: dict[str, list[str]]) -> str:
     return f"<div class='table'><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def samples(samples: list[dict[str, Any]]) -> str:
+def samples(samples: list[SampleRecord]) -> str:
     """Prompts and the model's continuations."""
     cards = []
     for sample in samples:
