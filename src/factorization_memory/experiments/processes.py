@@ -20,6 +20,7 @@ from typing import Any, Literal
 from factorization_memory._files import JSONError, parse_json, read_json_or_none, write_atomic
 from factorization_memory.config import RunConfig, to_dict
 from factorization_memory.runs.names import EVALUATION_NAME, FAILURE_NAME, JOB_NAME, LOG_NAME, METRICS_NAME, RESULT_NAME
+from factorization_memory.runs.training_record import RunResult, TrainLine
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
@@ -46,9 +47,9 @@ class Job:
     def title(self) -> str:
         return f"{self.contender}, {self.label}"
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> RunResult | None:
         """The contents of `result.json`, if the training has finished."""
-        result = read_json_or_none(self.folder / RESULT_NAME)
+        result: RunResult | None = read_json_or_none(self.folder / RESULT_NAME)
         return result if result is not None and result["stopped"] == "finished" else None
 
     @property
@@ -68,12 +69,12 @@ class Job:
         """How many jobs could run at once whenever a process started on this one, without duplicates."""
         return list((read_json_or_none(self.folder / JOB_NAME) or {}).get("parallel", []))
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[TrainLine]:
         """The training lines of `metrics.jsonl`."""
         path = self.folder / METRICS_NAME
         return _training_lines(path.read_bytes()) if path.exists() else []
 
-    def latest(self) -> dict[str, Any] | None:
+    def latest(self) -> TrainLine | None:
         """The last training line, reading only the end of the file."""
         try:
             with open(self.folder / METRICS_NAME, "rb") as file:
@@ -90,7 +91,7 @@ class Watcher:
     def on_start(self, job: Job) -> None:
         """The job's process has started."""
 
-    def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
+    def on_progress(self, job: Job, metrics: TrainLine) -> None:
         """The last line that the job's training wrote, about once a second."""
 
     def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
@@ -254,7 +255,7 @@ def is_evaluated(folder: Path, options: dict[str, Any] | None) -> bool:
     return all(evaluated.get(name) == value for name, value in options.items())
 
 
-def _training_lines(text: bytes) -> list[dict[str, Any]]:
+def _training_lines(text: bytes) -> list[TrainLine]:
     lines = []
     for line in text.splitlines():
         # The first line may be cut where reading started, the last may not be completely written yet.

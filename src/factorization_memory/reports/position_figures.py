@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from factorization_memory.reports.plotting import SERIES, SOFT, STYLE, largest, named
 
 if TYPE_CHECKING:
+    from factorization_memory.runs.comparison_record import RangeFigures
     from factorization_memory.runs.evaluation_record import PositionBin, SourcePosition
 
 
@@ -53,7 +54,7 @@ def position_curves(position: dict[str, SourcePosition]) -> Figure | None:
     return figure
 
 
-def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int) -> Figure | None:
+def comparison_curves(contenders: dict[str, dict[str, list[RangeFigures]]], context_length: int) -> Figure | None:
     """Loss by position of several models: for each source one plot with a curve for each model.
 
     `contenders` holds the `by_position` part of a summary in `compare.json` by name: bins of each source with mean and spread
