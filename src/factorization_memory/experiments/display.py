@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from factorization_memory._text import clock
 from factorization_memory.experiments.processes import Watcher
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from factorization_memory.experiments.processes import Job
+    from factorization_memory.experiments.processes import Failure, Job
     from factorization_memory.runs.training_record import TrainLine
 
 
@@ -68,7 +68,7 @@ class Display(Watcher):
         """A job has made progress."""
         self._running[job.folder] = (job, metrics)
 
-    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
+    def on_end(self, job: Job, failure: Failure | None) -> None:
         """A job has ended, or was done before."""
         before = self._running.pop(job.folder, None) is None
         if before:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from factorization_memory._files import JSONError, parse_json, read_json_or_none, write_atomic
 from factorization_memory.config import RunConfig, to_dict
@@ -28,6 +28,16 @@ LOOK_SECONDS = 1.0
 _TAIL_BYTES = 1 << 16
 
 Kind = Literal["search", "seed", "alone"]
+
+
+class Failure(TypedDict):
+    """`failure.json`: what went wrong with a job."""
+
+    message: str
+    diverged: bool
+    """Whether the training did: it would do so again."""
+    stopped: bool
+    """Whether the job was told to stop; then it is in no file."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,13 @@ class Job:
 
     @property
     def diverged(self) -> bool:
-        return bool((self.failure() or {}).get("diverged"))
+        failure = self.failure()
+        return failure is not None and bool(failure.get("diverged"))
 
-    def failure(self) -> dict[str, Any] | None:
+    def failure(self) -> Failure | None:
         """`message`, and whether it `diverged`; None if nothing went wrong."""
-        return read_json_or_none(self.folder / FAILURE_NAME)
+        failure: Failure | None = read_json_or_none(self.folder / FAILURE_NAME)
+        return failure
 
     def parallel(self) -> list[int]:
         """How many jobs could run at once whenever a process started on this one, without duplicates."""
@@ -94,7 +106,7 @@ class Watcher:
     def on_progress(self, job: Job, metrics: TrainLine) -> None:
         """The last line that the job's training wrote, about once a second."""
 
-    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
+    def on_end(self, job: Job, failure: Failure | None) -> None:
         """The job's process has ended, well or with a failure, or the job was done before."""
 
     def on_tick(self) -> None:
@@ -221,7 +233,7 @@ class _Process:
             if line is not None:
                 watcher.on_progress(self.job, line)
 
-    def close(self, stopping: bool) -> dict[str, Any] | None:
+    def close(self, stopping: bool) -> Failure | None:
         """After its end: what went wrong, kept in the folder; None where nothing did, or where it was told to stop."""
         status = self._process.wait()
         self._log.close()
@@ -232,8 +244,8 @@ class _Process:
         if failure is None:
             said = (self.job.folder / LOG_NAME).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            failure = {"message": f"{how}; {said[-1] if said else 'it said nothing'}", "diverged": False}
-            failure["stopped"] = stopping
+            message = f"{how}; {said[-1] if said else 'it said nothing'}"
+            failure = {"message": message, "diverged": False, "stopped": stopping}
             if not stopping:
                 write_atomic(self.job.folder / FAILURE_NAME, json.dumps(failure, ensure_ascii=False))
         return failure
