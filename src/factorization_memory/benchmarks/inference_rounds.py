@@ -7,18 +7,35 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from factorization_memory.benchmarks.inference_contender import Contender, Step
 from factorization_memory.benchmarks.settings import InferenceBenchmark
-from factorization_memory.benchmarks.timing import summary, synchronise
+from factorization_memory.benchmarks.timing import Spread, summary, synchronise
 from factorization_memory.generation import default_chunk
 
 WARM_UP = 2
 """Untimed steps before each timed series."""
+
+
+class TokenSeconds(Spread):
+    """Seconds of a token, with those that 99 of 100 do not exceed."""
+
+    p99: float
+
+
+class DecodeFigures(TypedDict):
+    """One mode of decoding."""
+
+    tokens: int
+    """Timed, of each sequence."""
+    seconds: TokenSeconds
+    tokens_per_second: float
+    """Of all sequences."""
+    ratio_to_floor: float
 
 
 class Reading:
@@ -91,11 +108,11 @@ class Writing:
             for mode, step in self.modes.items():
                 self.seconds[mode] += _series(step, self.tokens, WARM_UP + self.each[mode], self.device)[WARM_UP:]
 
-    def figures(self, floor_seconds: float) -> dict[str, Any]:
+    def figures(self, floor_seconds: float) -> dict[str, DecodeFigures]:
         """Of all rounds, by mode."""
-        result = {}
+        result: dict[str, DecodeFigures] = {}
         for mode, spent in self.seconds.items():
-            spread = summary(spent) | {"p99": sorted(spent)[math.ceil(0.99 * len(spent)) - 1]}
+            spread: TokenSeconds = {**summary(spent), "p99": sorted(spent)[math.ceil(0.99 * len(spent)) - 1]}
             result[mode] = {
                 "tokens": len(spent),
                 "seconds": spread,

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -35,6 +35,31 @@ FLUSH_BYTES = 256 << 20
 finds none of its inputs in it. It also keeps the device busy while the host prepares the call."""
 PACKAGES = ("triton", "transformers", "fla-core", "flash-linear-attention", "mamba-ssm")
 """Packages that figures depend on, next to torch."""
+
+
+class Spread(TypedDict):
+    """Repeated measurements, in seconds."""
+
+    median: float
+    min: float
+    max: float
+
+
+class Machine(TypedDict):
+    """What the figures of a benchmark were measured on."""
+
+    device: str
+    name: str
+    """Of the processor or GPU."""
+    threads: int
+    torch: str
+    python: str
+    packages: dict[str, str]
+    """Versions of those of `PACKAGES` that are installed."""
+    cuda: NotRequired[str | None]
+    """On a GPU, like those below."""
+    memory_bytes: NotRequired[int]
+    multiprocessors: NotRequired[int]
 
 
 def interleaved_seconds(
@@ -172,7 +197,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
+def summary(seconds: list[float]) -> Spread:
     """Median, fastest and slowest of repeated measurements, in seconds."""
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
@@ -231,10 +256,10 @@ def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> Machine:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
-    result: dict[str, Any] = {
+    result: Machine = {
         "device": str(device),
         "name": name,
         "threads": torch.get_num_threads(),
@@ -244,11 +269,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        result |= {
-            "cuda": torch.version.cuda,
-            "memory_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-        }
+        result["cuda"] = torch.version.cuda
+        result["memory_bytes"] = properties.total_memory
+        result["multiprocessors"] = properties.multi_processor_count
     return result
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from factorization_memory.config import RunConfig
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.training_record import RunResult
 
 T = TypeVar("T")
 TABLE_WIDTH = 110
@@ -168,8 +169,9 @@ def write_out(text: str) -> None:
         raise OSError(f"stdout: {error.strerror or error}; the result goes there, send it to a file or a pipe") from None
 
 
-def interrupted_status(result: dict[str, Any]) -> int:
+def interrupted_status(result: RunResult) -> int:
     """Exit status of a training that a signal stopped, from its result: 128 + the signal's number."""
+    assert result["signal"] is not None
     return 128 + signal.Signals[result["signal"]].value
 
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from factorization_memory._streams import best_effort
 from factorization_memory.cli.common import console, emit, interrupted_status, parse, say
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.evaluation import RecallProgress
+    from factorization_memory.runs.recall_record import RecallDemoRecord
 
 RUN_DIR = Path("runs/demo")
 
@@ -103,7 +104,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _recall(run_dir: Path, out: Console) -> dict[str, Any]:
+def _recall(run_dir: Path, out: Console) -> RecallDemoRecord:
     """The recall demonstration's record; shows the progress of both models as they learn."""
     from rich.live import Live
 

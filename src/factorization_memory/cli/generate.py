@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,9 @@ from factorization_memory._streams import best_effort, lacks
 from factorization_memory.cli.common import at_least, console, emit, load, parse, read_text, say, write_out
 from factorization_memory.config import ConfigError
 from factorization_memory.generation.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from factorization_memory.runs.training_record import SampleRecord
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def note_on_prompts(tokenizer: Any, prompts: Sequence[str]) -> None:
             console().print(f"note: {note}", style="dim", markup=False, soft_wrap=True)
 
 
-def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -> list[dict[str, Any]]:
+def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -> list[SampleRecord]:
     """Streams continuations, the first live, the others after it; returns their records."""
     from factorization_memory.experiments.samples import continue_prompts
 
@@ -114,7 +117,7 @@ def stream(model: Any, tokenizer: Any, *prompts: str, to: Any, **options: Any) -
     return results
 
 
-def show_speeds(results: list[dict[str, Any]], samples: int) -> None:
+def show_speeds(results: list[SampleRecord], samples: int) -> None:
     """Prints on stderr how fast prompts were read and `samples` continuations of each were generated."""
     first = results[0]
     read, written = sum(each["prompt_tokens"] for each in results[::samples]), sum(each["tokens"] for each in results)

@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,6 +15,9 @@ from factorization_memory.cli.common import choose, console, emit, interrupted_s
 from factorization_memory.cli.generate import note_on_prompts
 from factorization_memory.config import ConfigError, RunConfig
 from factorization_memory.presets import PRESETS
+
+if TYPE_CHECKING:
+    from factorization_memory.runs.training_record import RunResult
 
 INIT_FROM = "--training.init-from"
 
@@ -136,7 +139,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _last_line(result: dict[str, Any], run_dir: Path) -> str:
+def _last_line(result: RunResult, run_dir: Path) -> str:
     """Quality and duration of a finished run, and what to do with it."""
     from factorization_memory._text import clock
 

@@ -20,7 +20,7 @@
 from __future__ import annotations
 
 import codecs
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +31,15 @@ from factorization_memory.models.routing import memory_layers, observe_routing
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.inspection_record import (
+        HeadInspection,
+        InspectionRecord,
+        LayerInspection,
+        Piece,
+        StatePiece,
+        StateUse,
+        TokenStates,
+    )
 
 MAX_TOKENS = 4096
 """Maximum number of tokens of an inspected text: a longer one would give an unreadable picture."""
@@ -38,7 +47,7 @@ MAX_TOKENS = 4096
 
 def inspect_text(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, strongest: int = 3, pieces_per_state: int = 8
-) -> dict[str, Any]:
+) -> InspectionRecord:
     """Record how a model uses its memory on a text, read from an empty memory.
 
     Args:
@@ -61,11 +70,11 @@ def inspect_text(
     pieces = whole_pieces(tokenizer, tokens)
     with evaluating(model) as device, observe_routing(model) as observed:
         model(torch.tensor([tokens], device=device))
-    layers = []
+    layers: list[LayerInspection] = []
     for index, (routing,) in zip(numbers, observed, strict=True):
         # The only row, [T, H, M].
         update, merge = (weights[0].double().cpu().numpy() for weights in routing.of_all_states())
-        heads = [
+        heads: list[HeadInspection] = [
             {
                 "head": head,
                 "writes": _strongest(update[:, head], strongest),
@@ -84,10 +93,10 @@ def inspect_text(
     }
 
 
-def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]]:
+def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[Piece]:
     """The text cut wherever a token and a character end together: `{text, start, end}`; every token is in some piece."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pieces: list[dict[str, Any]] = []
+    pieces: list[Piece] = []
     text, start = "", 0
     for end, token in enumerate(tokens, start=1):
         text += decoder.decode(tokenizer.token_bytes[token], final=end == len(tokens))
@@ -97,7 +106,7 @@ def whole_pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[dict[str, Any]
     return pieces
 
 
-def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:
+def _strongest(weights: np.ndarray, count: int) -> TokenStates:
     """For each token, the states with the largest weights [T, M], and the weights, largest first."""
     order = np.argsort(-weights, axis=1, kind="stable")[:, :count]
     values = np.take_along_axis(weights, order, axis=1)
@@ -108,29 +117,31 @@ def _strongest(weights: np.ndarray, count: int) -> dict[str, list[list[Any]]]:
     }
 
 
-def _states(update: np.ndarray, merge: np.ndarray, pieces: list[dict[str, Any]], count: int, lag: int) -> list[dict[str, Any]]:
+def _states(update: np.ndarray, merge: np.ndarray, pieces: list[Piece], count: int, lag: int) -> list[StateUse]:
     """The use of each state of one head, from update and merge weights [T, M]."""
     write_share = update.sum(axis=0) / max(update.sum(), 1e-30)
     read_share = merge.sum(axis=0) / max(merge.sum(), 1e-30)
-    uses = {"pieces": update}
-    if lag:
-        after = np.zeros_like(update)
-        after[: max(len(update) - lag, 0)] = update[lag:]
-        uses |= {"written_after": after, "read_at": merge}
-    named = {name: _pieces_of_states(weights, pieces, count) for name, weights in uses.items()}
-    return [
+    written = _pieces_of_states(update, pieces, count)
+    uses: list[StateUse] = [
         {
             "state": int(state),
             "write_share": round(float(write_share[state]), 5),
             "read_share": round(float(read_share[state]), 5),
             "memory_length": memory_length(update[:, state]),
-            **{name: of_states[state] for name, of_states in named.items()},
+            "pieces": written[state],
         }
         for state in np.argsort(-write_share, kind="stable")
     ]
+    if lag:
+        after = np.zeros_like(update)
+        after[: max(len(update) - lag, 0)] = update[lag:]
+        written_after, read_at = (_pieces_of_states(weights, pieces, count) for weights in (after, merge))
+        for use in uses:
+            use["written_after"], use["read_at"] = written_after[use["state"]], read_at[use["state"]]
+    return uses
 
 
-def _pieces_of_states(weights: np.ndarray, pieces: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
+def _pieces_of_states(weights: np.ndarray, pieces: list[Piece], count: int) -> list[list[StatePiece]]:
     """For each state, the pieces of text whose tokens have the largest mean weights [T, M]."""
     texts, piece_of = np.unique([piece["text"] for piece in pieces], return_inverse=True)
     text_of_token = np.repeat(piece_of, [piece["end"] - piece["start"] for piece in pieces])
@@ -140,7 +151,7 @@ def _pieces_of_states(weights: np.ndarray, pieces: list[dict[str, Any]], count: 
     spelled = np.bincount(text_of_token, minlength=len(texts))
     # A mean over few occurrences is noisy: shrink it towards zero, as if there were two more with weight zero.
     score = totals / (spelled + 2)[:, None]
-    result = []
+    result: list[list[StatePiece]] = []
     for state in range(weights.shape[1]):
         best = [i for i in np.argsort(-score[:, state], kind="stable")[:count] if totals[i, state] > 0]
         result.append(

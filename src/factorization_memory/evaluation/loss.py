@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.evaluation_record import CorpusLoss, LossFigures, TextLoss
 
 IGNORED = -100
 """Target at positions that are not scored."""
@@ -48,7 +49,7 @@ def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return np.fromiter(map(len, tokenizer.token_bytes), dtype=np.int64, count=len(tokenizer.token_bytes))
 
 
-def summarize(nats: float, tokens: int, text_bytes: int) -> dict[str, float | int]:
+def summarize(nats: float, tokens: int, text_bytes: int) -> LossFigures:
     """Mean loss (nats per token), perplexity and bits per byte of `tokens` scored tokens, which cover `text_bytes` bytes."""
     loss = nats / tokens
     return {
@@ -71,7 +72,7 @@ def evaluate_loss(
     batch_size: int = 16,
     recall: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> TextLoss:
     """Held-out loss of documents stored one after the other in `tokens`.
 
     Args:
@@ -130,10 +131,10 @@ def evaluate_loss(
     nats, count, size = of_kind.sum(0).tolist()
     if not count:
         raise ValueError(f"{len(tokens)} tokens hold no text to score: evaluate a text of at least two tokens")
-    result: dict[str, Any] = summarize(nats, int(count), int(size))
+    result: TextLoss = {**summarize(nats, int(count), int(size))}
     if recall:
         parts = zip(KINDS, of_kind.tolist(), strict=True)
-        result["recall"] = {kind: summarize(nats, int(count), int(size)) for kind, (nats, count, size) in parts if count}
+        result["recall"] = {kind: {**summarize(nats, int(count), int(size))} for kind, (nats, count, size) in parts if count}
         if "repeated" in result["recall"]:
             result["recall"]["repeated"]["by_distance"] = [
                 {"start": start, "end": end, **summarize(nats, int(count), int(size))}
@@ -158,7 +159,7 @@ def evaluate_corpus(
     batch_size: int = 16,
     recall: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> CorpusLoss:
     """`evaluate_loss` for each source of a packed corpus, and for all together.
 
     `max_tokens` applies to each source; `progress` is called with (source, tokens done, total tokens). Runs on the model's
@@ -168,7 +169,7 @@ def evaluate_corpus(
     byte are all bits over all bytes. With `recall` also `{"recall": {name: {kind: {the same}}}}`. Raises ValueError if no
     source has text in the split.
     """
-    sources: dict[str, dict[str, Any]] = {}
+    sources: dict[str, TextLoss] = {}
     for name, source in corpus.sources.items():
         part = source.splits.get(split)
         if part is None or not has_text(part.document_starts):
@@ -190,8 +191,10 @@ def evaluate_corpus(
     tokens = int(sum(s["tokens"] for s in parts))
     nats = sum(s["loss"] * s["tokens"] for s in parts)
     total = summarize(nats, tokens, int(sum(s["bytes"] for s in parts)))
-    by_recall = {"recall": {name: source.pop("recall") for name, source in sources.items()}} if recall else {}
-    return {"sources": sources, "total": total, **by_recall}
+    result: CorpusLoss = {"sources": sources, "total": total}
+    if recall:
+        result["recall"] = {name: source.pop("recall") for name, source in sources.items()}
+    return result
 
 
 def has_text(document_starts: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from factorization_memory.evaluation.loss import IGNORED, evaluating, token_leng
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.evaluation_record import PositionBin, PositionLoss, StretchLoss
 
 
 def position_edges(context_length: int, max_position: int) -> np.ndarray:
@@ -64,7 +65,7 @@ def loss_by_position(
     segment: int = 1024,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> PositionLoss:
     """Loss of text tokens by the number of tokens read before, in log-spaced bins, with memory carried and restarted.
 
     Args:
@@ -119,7 +120,7 @@ def loss_by_position(
     if not reached:
         raise ValueError(f"{len(stretches)} stretches hold no text to score: give documents of at least two tokens")
     gains = np.stack(gains_of_stretches, axis=1)
-    bins = [
+    bins: list[PositionBin] = [
         {"start": int(start), "end": int(end), **_summary(row), "gain_stretch_error": _error_of_ratio(own[own[:, 0] > 0])}
         for start, end, row, own in zip(edges[:-1], edges[1:], sums, gains, strict=True)
         if row[0]
@@ -133,7 +134,7 @@ def loss_by_position(
     }
 
 
-def beyond_context(result: dict[str, Any], multiple: int = 16) -> dict[str, Any] | None:
+def beyond_context(result: PositionLoss, multiple: int = 16) -> PositionBin | None:
     """One bin of `loss_by_position` results for positions from half of `multiple` training contexts to `multiple` of them.
 
     Has the fields of a bin except `gain_stretch_error`; with a power of two as `multiple`, the limits are bin edges. None if
@@ -146,12 +147,10 @@ def beyond_context(result: dict[str, Any], multiple: int = 16) -> dict[str, Any]
     row = np.zeros(7)
     for b in bins:
         n = b["tokens"]
-        squares = [(b[error] ** 2 * max(n - 1, 1) + b[mean] ** 2) * n for mean, error in _ERRORS]
+        means = ((b["loss"], b["loss_error"]), (b["gain"], b["gain_error"]))
+        squares = [(error**2 * max(n - 1, 1) + mean**2) * n for mean, error in means]
         row += [n, b["bytes"], b["loss"] * n, squares[0], b["restarted_loss"] * n, b["gain"] * n, squares[1]]
     return {"start": bins[0]["start"], "end": bins[-1]["end"], **_summary(row)}
-
-
-_ERRORS = (("loss", "loss_error"), ("gain", "gain_error"))
 
 
 def _read(
@@ -203,7 +202,7 @@ def _error_of_ratio(parts: np.ndarray) -> float | None:
     return float(math.sqrt(len(parts) / (len(parts) - 1) * (residuals**2).sum()) / tokens)
 
 
-def _summary(row: np.ndarray) -> dict[str, Any]:
+def _summary(row: np.ndarray) -> StretchLoss:
     """One bin of the result, from its sums of: tokens, bytes, loss, loss squared, restarted loss, gain, gain squared."""
     tokens, text_bytes, loss, loss_squares, restarted, gain, gain_squares = (float(x) for x in row)
 

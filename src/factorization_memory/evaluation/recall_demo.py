@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +30,9 @@ from factorization_memory.evaluation.recall_learning import TEST_SEQUENCES, Reca
 from factorization_memory.evaluation.recall_tasks import associative_recall
 from factorization_memory.models import LanguageModel
 from factorization_memory.models.routing import memory_layers, observe_routing
+
+if TYPE_CHECKING:
+    from factorization_memory.runs.recall_record import RecallDemoAnswers, RecallDemoModel, RecallDemoRecord
 
 FORMS = {"associative form": 1, "paper's form": 0}
 """The update lag of each."""
@@ -42,7 +45,7 @@ def recall_demo(
     pairs: int = 4,
     every: int = 4,
     progress: Callable[[dict[str, RecallProgress]], None] | None = None,
-) -> dict[str, Any]:
+) -> RecallDemoRecord:
     """Train both models on the CPU, in turn, a few steps each; about ten seconds.
 
     Args:
@@ -66,7 +69,7 @@ def recall_demo(
             if progress is not None:
                 progress(reports[-1])
         tokens, asked, letters = _example(pairs)
-        models = []
+        models: list[RecallDemoModel] = []
         for name, config in configs.items():
             last = reports[-1][name]
             models.append(
@@ -113,7 +116,7 @@ def _example(pairs: int) -> tuple[torch.Tensor, list[int], dict[int, str]]:
     return torch.from_numpy(row), [2 * pairs + rest.index(key) for key in keys], letters
 
 
-def _looked_into(model: LanguageModel, tokens: torch.Tensor, asked: list[int], letters: dict[int, str]) -> dict[str, Any]:
+def _looked_into(model: LanguageModel, tokens: torch.Tensor, asked: list[int], letters: dict[int, str]) -> RecallDemoAnswers:
     """`answers`, `layer` and `reads` of one model."""
     with evaluating(model), observe_routing(model) as observed:
         named = model(tokens[None])[0][0, asked].argmax(-1).tolist()

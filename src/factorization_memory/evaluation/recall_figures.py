@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 
-def grouped(queries: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of queries grouped by `key`, in its order."""
+def grouped(queries: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Any]:
+    """The figures of queries grouped by `key`, in its order: a list of `QueryFigures`, each with what `key` returns."""
     groups: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for query in queries:
         named = key(query)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.recall_record import AssociativeFigures, CopyFigures, CopyLength, NeedleFigures, RecallRecord
 
 ITEMS = 4
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -75,7 +76,7 @@ def evaluate_recall(
     segment: int = 1024,
     batch_size: int = 16,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> RecallRecord:
     """Asks a model items 0, 1, ... of each task; returns the record described in the module docstring.
 
     Args:
@@ -126,7 +127,7 @@ def evaluate_recall(
     }
 
 
-def headline(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def headline(record: RecallRecord) -> dict[str, dict[str, float]]:
     """One score per task and text: choice over all sizes for keys and values and for needles, accuracy for copies."""
 
     def over(parts: Sequence[Mapping[str, Any]], share: str, count: str) -> float:
@@ -148,7 +149,7 @@ def _associative(
     split: Split,
     report: Callable[[str, int, int], None],
     left_out: list[str],
-) -> dict[str, Any]:
+) -> AssociativeFigures:
     possible = [number for number in sorted(set(pairs)) if 2 * number <= len(vocabulary)]
     for number in sorted(set(pairs) - set(possible)):
         left_out.append(f"{number} pairs: need {2 * number} different tokens, the vocabulary has {len(vocabulary)}")
@@ -191,8 +192,8 @@ def _needles(
     split: Split,
     report: Callable[[str, int, int], None],
     left_out: list[str],
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+) -> dict[str, NeedleFigures]:
+    result: dict[str, NeedleFigures] = {}
     for name, text in texts.items():
         language = language_of(text, tokenizer)
         cells: dict[tuple[int, int], list[Haystack]] = {}
@@ -251,11 +252,11 @@ def _copying(
     report: Callable[[str, int, int], None],
     left_out: list[str],
     split: Split,
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+) -> dict[str, CopyFigures]:
+    result: dict[str, CopyFigures] = {}
     total, done = count * len(drawn) * len(set(copies)), 0
     for name, draw in drawn.items():
-        rows: list[dict[str, Any]] = []
+        rows: list[CopyLength] = []
         for length in sorted(set(copies)):
             try:
                 stretches = [draw(length, split, index) for index in range(count)]

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus, Split
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.evaluation_record import EvaluationRecord, NgramFigures
 
 NGRAM_BYTES = 1 << 23
 """Maximum bytes of training text for fitting an n-gram model: more would take too much memory and time for a baseline."""
@@ -52,7 +53,7 @@ def evaluate_run(
     recall_items: int | None = None,
     recall_lengths: Sequence[int] = LENGTHS,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> EvaluationRecord:
     """Evaluate a model on the validation split of every source.
 
     Args:
@@ -80,7 +81,7 @@ def evaluate_run(
             recall=True,
             progress=None if progress is None else lambda name, done, total: progress(f"loss, {name}", done, total),
         )
-    result: dict[str, Any] = {"context_length": context_length, **losses}
+    result: EvaluationRecord = {"context_length": context_length, **losses}
     yardstick = ngram_yardstick(corpus, ngram_orders)
     if yardstick is not None:
         result["ngram"] = yardstick
@@ -111,7 +112,7 @@ def evaluate_run(
     return result
 
 
-def ngram_yardstick(corpus: PackedCorpus, orders: tuple[int, ...]) -> dict[str, Any] | None:
+def ngram_yardstick(corpus: PackedCorpus, orders: tuple[int, ...]) -> NgramFigures | None:
     """Bits per byte of byte n-gram models fitted on the training text of all sources together; None if it is too large."""
     size = sum(source.splits["train"].text_bytes for source in corpus.sources.values())
     if not orders or not 0 < size <= NGRAM_BYTES:

@@ -24,6 +24,7 @@ from factorization_memory.reports.comparison_table import markdown
 from factorization_memory.reports.plotting import png
 from factorization_memory.reports.position_figures import comparison_curves
 from factorization_memory.runs import RunLock
+from factorization_memory.runs.comparison_record import ComparisonRecord
 from factorization_memory.runs.environment import describe_environment
 from factorization_memory.runs.names import ENVIRONMENT_NAME, JOB_NAME
 from factorization_memory.runs.record import strict_json
@@ -59,7 +60,7 @@ class Comparison:
 
     def run(
         self, show: Callable[[Callable[[Job], None]], AbstractContextManager[Watcher]]
-    ) -> tuple[dict[str, Any], str | None]:
+    ) -> tuple[ComparisonRecord, str | None]:
         """Runs whatever is not done yet; returns the record, and the signal that stopped the work, if any.
 
         `show` creates the watcher of the runs, which calls its argument when a run that it saw start has ended. Raises
@@ -70,7 +71,7 @@ class Comparison:
             started, stopped = self._work(show)
             return self._write_record(changed=more or started > 0), stopped
 
-    def record_without_training(self) -> dict[str, Any]:
+    def record_without_training(self) -> ComparisonRecord:
         """Rewrites the record from the finished runs. Raises ConfigError if the folder has no comparison."""
         if not (self.plan.folder / PLAN_NAME).exists():
             raise ConfigError(
@@ -146,24 +147,30 @@ class Comparison:
         except Exception as error:  # must not stop the other runs
             self.warn(f"{folder / RECORD_NAME}: not written yet: {error}")
 
-    def _write_record(self, changed: bool, trained: bool = True) -> dict[str, Any]:
+    def _write_record(self, changed: bool, trained: bool = True) -> ComparisonRecord:
         """Writes and returns the record, with its table and figure; the record on disk if nothing has changed."""
         path = self.plan.folder / RECORD_NAME
-        record, before = self._make_record(trained), read_json_or_none(path)
-        same = before is not None and all(before[part] == record[part] for part in ("schema_version", "failures"))
-        if same and not changed and _runs(before) == _runs(record):
+        record = self._make_record(trained)
+        before: ComparisonRecord | None = read_json_or_none(path)
+        if (
+            before is not None
+            and not changed
+            and before["schema_version"] == record["schema_version"]
+            and before["failures"] == record["failures"]
+            and _runs(before) == _runs(record)
+        ):
             write_pages(self.plan.folder, before, again=False)
-            return dict(before)
+            return before
         write_pages(self.plan.folder, record, again=True)
         # Last: it marks the comparison as complete.
         write_atomic(path, _as_json(record))
         return record
 
-    def _make_record(self, trained: bool = True) -> dict[str, Any]:
+    def _make_record(self, trained: bool = True) -> ComparisonRecord:
         """The current record, as JSON values. If nothing is trained, it names the machine of the most recently started run."""
         made = make_record(self.plan)
         device, count = self.plan.entries[0].config.training.device, threads(torch.get_num_threads(), self.parallel)
-        environment = describe_environment(resolve_device(device if trained else "cpu"))
+        environment: Any = describe_environment(resolve_device(device if trained else "cpu"))
         if not trained:
             found = [
                 (read_json_or_none(job.folder / ENVIRONMENT_NAME), read_json_or_none(job.folder / JOB_NAME))
@@ -175,17 +182,18 @@ class Comparison:
             count = (order or {}).get("threads", count)
         said = [each for each in self.arguments if each not in ("--no-train", "--no_train")]
         environment["command"] = ["fmem", "compare", *said]
-        record = {
-            "schema_version": made.pop("schema_version"),
+        record: ComparisonRecord = {
+            "schema_version": made["schema_version"],
             "command": shlex.join(environment["command"]),
             "environment": environment,
             "threads": count,
             **made,
         }
-        return dict(json.loads(strict_json(record)))
+        read: ComparisonRecord = json.loads(strict_json(record))
+        return read
 
 
-def write_pages(folder: Path, record: dict[str, Any], again: bool) -> None:
+def write_pages(folder: Path, record: ComparisonRecord, again: bool) -> None:
     """The record's figure, if it has one, and its table; without `again` only what is missing."""
     page, picture = folder / TABLE_NAME, folder / FIGURE_NAME
     curves = {each["name"]: each["summary"]["by_position"] for each in record["contenders"]}
@@ -216,7 +224,7 @@ def threads(available: int, parallel: int) -> int:
     return max(1, available // parallel)
 
 
-def _runs(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+def _runs(record: ComparisonRecord) -> list[tuple[Any, ...]]:
     """The runs that a record covers."""
     return [
         (each["name"], each.get("planned_seeds"), [seed["seed"] for seed in each["seeds"]]) for each in record["contenders"]
@@ -228,5 +236,5 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _as_json(record: dict[str, Any]) -> str:
+def _as_json(record: ComparisonRecord) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from factorization_memory._files import write_atomic
 from factorization_memory.runs.names import RECALL_DEMO_NAME
@@ -13,6 +13,7 @@ from factorization_memory.runs.names import RECALL_DEMO_NAME
 if TYPE_CHECKING:
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.evaluation import RecallProgress
+    from factorization_memory.runs.recall_record import RecallDemoRecord
 
 PROMPTS = ("“My dear Watson,” said", "おれは")
 VOCABULARY = 512
@@ -41,7 +42,7 @@ def inspected_text(corpus: PackedCorpus) -> str:
 
 def learn_recall(
     run_dir: Path, steps: int, progress: Callable[[dict[str, RecallProgress]], None] | None = None
-) -> dict[str, Any]:
+) -> RecallDemoRecord:
     """Trains two small models on recall (see evaluation/recall_demo.py), recorded for the report of the run in `run_dir`."""
     from factorization_memory.evaluation import recall_demo
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from factorization_memory._text import clock
 from factorization_memory.experiments.processes import Watcher
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-    from factorization_memory.experiments.processes import Job
+    from factorization_memory.experiments.processes import Failure, Job
+    from factorization_memory.runs.training_record import TrainLine
 
 
 class Display(Watcher):
@@ -38,7 +39,7 @@ class Display(Watcher):
         self._done_before = self._done_here = 0
         self._first_step: dict[Path, int] = {}
         self._began = time.monotonic()
-        self._running: dict[Path, tuple[Job, dict[str, Any]]] = {}
+        self._running: dict[Path, tuple[Job, TrainLine | None]] = {}
         self._live: Live | None = None
         self._said = time.monotonic()
 
@@ -57,17 +58,17 @@ class Display(Watcher):
 
     def on_start(self, job: Job) -> None:
         """A job has started."""
-        self._running[job.folder] = (job, {})
+        self._running[job.folder] = (job, None)
         if (line := job.latest()) is not None:  # it resumes
             self._first_step[job.folder] = line["step"]
             self._done_before += line["step"]
         self._say(f"{job.title}: begins")
 
-    def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
+    def on_progress(self, job: Job, metrics: TrainLine) -> None:
         """A job has made progress."""
         self._running[job.folder] = (job, metrics)
 
-    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
+    def on_end(self, job: Job, failure: Failure | None) -> None:
         """A job has ended, or was done before."""
         before = self._running.pop(job.folder, None) is None
         if before:
@@ -81,7 +82,8 @@ class Display(Watcher):
             self._say(f"{job.title}: {said}" + ("" if failure["stopped"] else f" (see {job.folder / LOG_NAME})"))
             return
         result = job.result()
-        bits = ((result or {}).get("evaluation") or {}).get("bits_per_byte")
+        evaluation = None if result is None else result.get("evaluation")
+        bits = None if evaluation is None else evaluation.get("bits_per_byte")
         loss = "" if bits is None else f", held-out {bits:.4f} bits/byte"
         self._say(f"{job.title}: {'was done before' if before else 'done'}{loss}")
 
@@ -117,7 +119,7 @@ class Display(Watcher):
         self._people.print(line, markup=False, soft_wrap=True)
 
 
-def _standing(job: Job, line: dict[str, Any]) -> tuple[str, str, str]:
+def _standing(job: Job, line: TrainLine | None) -> tuple[str, str, str]:
     """Step, loss and speed of a run, from the last line of its log."""
     steps = job.config.training.steps
     if not line:

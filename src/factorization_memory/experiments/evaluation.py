@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from factorization_memory._files import read_json_or_none, write_atomic
 from factorization_memory.config import ConfigError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from factorization_memory.config import RunConfig
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.evaluation_record import Evaluated, EvaluationRecord, RecallOptions
 
 Progress = Callable[[str, int, int], None]
 """Called with the current task, the amount done, and the total."""
@@ -45,19 +46,36 @@ def evaluate_model(
     stretches: int = 8,
     ngram_orders: tuple[int, ...] = (3, 5),
     progress: Progress | None = None,
-    **recall: Any,
-) -> dict[str, Any]:
+    **recall: Unpack[RecallOptions],
+) -> EvaluationRecord:
     """`evaluate_run` in the precision of the run that `config` is of; `recall` are its arguments for the recall suite.
 
     `evaluated` in the record says what was evaluated (the name of the `checkpoint`) and how.
     """
-    options: dict[str, Any] = {"max_position": max_position, "max_tokens": max_tokens, "stretches": stretches, **recall}
     with autocast(config.training, next(model.parameters()).device):
-        record = evaluate_run(model, corpus, config, ngram_orders=ngram_orders, progress=progress, **options)
-    return {"evaluated": {"checkpoint": checkpoint, "corpus_fingerprint": corpus.fingerprint, **options}, **record}
+        record = evaluate_run(
+            model,
+            corpus,
+            config,
+            max_position=max_position,
+            max_tokens=max_tokens,
+            stretches=stretches,
+            ngram_orders=ngram_orders,
+            progress=progress,
+            **recall,
+        )
+    evaluated: Evaluated = {
+        "checkpoint": checkpoint,
+        "corpus_fingerprint": corpus.fingerprint,
+        "max_position": max_position,
+        "max_tokens": max_tokens,
+        "stretches": stretches,
+        **recall,
+    }
+    return {"evaluated": evaluated, **record}
 
 
-def keep_evaluation(run_dir: Path, record: dict[str, Any]) -> Path | None:
+def keep_evaluation(run_dir: Path, record: EvaluationRecord) -> Path | None:
     """Saves an evaluation in its run folder and updates the report; returns the report's path.
 
     Returns None if the run already has an evaluation of the same checkpoint that covers more.
@@ -70,13 +88,14 @@ def keep_evaluation(run_dir: Path, record: dict[str, Any]) -> Path | None:
     return write_report(run_dir)
 
 
-def told_by(record: dict[str, Any], kept: dict[str, Any]) -> bool:
+def told_by(record: EvaluationRecord, kept: EvaluationRecord) -> bool:
     """Whether `kept`, of the same model and text as `record`, covers all of it on as much text, and more in some part."""
-    evaluated = kept.get("evaluated", {})
-    if any(evaluated.get(name) != record["evaluated"][name] for name in ("checkpoint", "corpus_fingerprint")):
+    evaluated: Mapping[str, object] = kept.get("evaluated", {})
+    wanted: Mapping[str, object] = record["evaluated"]
+    if any(evaluated.get(name) != wanted[name] for name in ("checkpoint", "corpus_fingerprint")):
         return False
 
-    def extent(evaluation: dict[str, Any]) -> tuple[int, ...]:
+    def extent(evaluation: EvaluationRecord) -> tuple[int, ...]:
         positions = evaluation.get("position", {}).values()
         return (
             evaluation["total"]["tokens"],

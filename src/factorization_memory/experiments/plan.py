@@ -24,6 +24,8 @@ from factorization_memory.experiments.matching import (
     reach,
 )
 from factorization_memory.experiments.processes import Job
+from factorization_memory.runs.comparison_record import Candidate, CandidateLoss, Search
+from factorization_memory.runs.training_record import RunResult
 
 PLAN_VERSION = 2
 SAME_COMMAND_MAY_CHANGE = ("data.corpus", "data.read_ahead")
@@ -171,11 +173,11 @@ class Plan:
             jobs.append(self._job(entry, "alone", "alone", "alone", config))
         return jobs
 
-    def search(self, entry: Entry) -> dict[str, Any]:
+    def search(self, entry: Entry) -> Search:
         """How the learning rate was chosen, as far as it is: `chosen` is None while a candidate is missing, or if all
         diverged."""
         jobs = self.search_jobs(entry)
-        candidates: list[dict[str, Any]] = []
+        candidates: list[Candidate] = []
         for rate, job in zip(entry.rates, jobs, strict=True) if jobs else ():
             losses = _held_out(job.result())
             diverged = job.diverged or (job.done and losses["loss"] is None)
@@ -183,9 +185,8 @@ class Plan:
         if not jobs:
             return {"chosen": entry.rates[0], "searched": False, "at_edge": None, "candidates": []}
         ready = all(job.done for job in jobs)
-        rated = [candidate for candidate in candidates if candidate["loss"] is not None]
-        best = min(rated, key=lambda candidate: candidate["loss"]) if ready and rated else None
-        chosen = None if best is None else best["learning_rate"]
+        rated = [(candidate["loss"], candidate["learning_rate"]) for candidate in candidates if candidate["loss"] is not None]
+        chosen = min(rated, key=lambda each: each[0])[1] if ready and rated else None
         at_edge = None if chosen is None else chosen in (entry.rates[0], entry.rates[-1])
         return {"chosen": chosen, "searched": True, "at_edge": at_edge, "candidates": candidates}
 
@@ -288,7 +289,7 @@ def make_entries(
     return tuple(entries)
 
 
-def _held_out(result: dict[str, Any] | None) -> dict[str, float | None]:
+def _held_out(result: RunResult | None) -> CandidateLoss:
     """Loss and bits per byte over all sources at the end of a training."""
     evaluation = None if result is None else result["evaluation"]
     if evaluation is None or evaluation["bits_per_byte"] is None:

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from factorization_memory._files import JSONError, parse_json, read_json_or_none, write_atomic
 from factorization_memory.config import RunConfig, to_dict
 from factorization_memory.runs.names import EVALUATION_NAME, FAILURE_NAME, JOB_NAME, LOG_NAME, METRICS_NAME, RESULT_NAME
+from factorization_memory.runs.training_record import RunResult, TrainLine
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
@@ -27,6 +28,16 @@ LOOK_SECONDS = 1.0
 _TAIL_BYTES = 1 << 16
 
 Kind = Literal["search", "seed", "alone"]
+
+
+class Failure(TypedDict):
+    """`failure.json`: what went wrong with a job."""
+
+    message: str
+    diverged: bool
+    """Whether the training did: it would do so again."""
+    stopped: bool
+    """Whether the job was told to stop; then it is in no file."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,9 @@ class Job:
         """Contender and label, for humans."""
         return f"{self.contender}, {self.label}"
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> RunResult | None:
         """The contents of `result.json`, if the training has finished."""
-        result = read_json_or_none(self.folder / RESULT_NAME)
+        result: RunResult | None = read_json_or_none(self.folder / RESULT_NAME)
         return result if result is not None and result["stopped"] == "finished" else None
 
     @property
@@ -60,22 +71,24 @@ class Job:
     @property
     def diverged(self) -> bool:
         """Whether the training diverged."""
-        return bool((self.failure() or {}).get("diverged"))
+        failure = self.failure()
+        return failure is not None and bool(failure.get("diverged"))
 
-    def failure(self) -> dict[str, Any] | None:
+    def failure(self) -> Failure | None:
         """`message`, and whether it `diverged`; None if nothing went wrong."""
-        return read_json_or_none(self.folder / FAILURE_NAME)
+        failure: Failure | None = read_json_or_none(self.folder / FAILURE_NAME)
+        return failure
 
     def parallel(self) -> list[int]:
         """How many jobs could run at once whenever a process started on this one, without duplicates."""
         return list((read_json_or_none(self.folder / JOB_NAME) or {}).get("parallel", []))
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[TrainLine]:
         """The training lines of `metrics.jsonl`."""
         path = self.folder / METRICS_NAME
         return _training_lines(path.read_bytes()) if path.exists() else []
 
-    def latest(self) -> dict[str, Any] | None:
+    def latest(self) -> TrainLine | None:
         """The last training line, reading only the end of the file."""
         try:
             with open(self.folder / METRICS_NAME, "rb") as file:
@@ -92,10 +105,10 @@ class Watcher:
     def on_start(self, job: Job) -> None:
         """The job's process has started."""
 
-    def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
+    def on_progress(self, job: Job, metrics: TrainLine) -> None:
         """The last line that the job's training wrote, about once a second."""
 
-    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
+    def on_end(self, job: Job, failure: Failure | None) -> None:
         """The job's process has ended, well or with a failure, or the job was done before."""
 
     def on_tick(self) -> None:
@@ -222,7 +235,7 @@ class _Process:
             if line is not None:
                 watcher.on_progress(self.job, line)
 
-    def close(self, stopping: bool) -> dict[str, Any] | None:
+    def close(self, stopping: bool) -> Failure | None:
         """After its end: what went wrong, kept in the folder; None where nothing did, or where it was told to stop."""
         status = self._process.wait()
         self._log.close()
@@ -233,8 +246,8 @@ class _Process:
         if failure is None:
             said = (self.job.folder / LOG_NAME).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            failure = {"message": f"{how}; {said[-1] if said else 'it said nothing'}", "diverged": False}
-            failure["stopped"] = stopping
+            message = f"{how}; {said[-1] if said else 'it said nothing'}"
+            failure = {"message": message, "diverged": False, "stopped": stopping}
             if not stopping:
                 write_atomic(self.job.folder / FAILURE_NAME, json.dumps(failure, ensure_ascii=False))
         return failure
@@ -256,7 +269,7 @@ def is_evaluated(folder: Path, options: dict[str, Any] | None) -> bool:
     return all(evaluated.get(name) == value for name, value in options.items())
 
 
-def _training_lines(text: bytes) -> list[dict[str, Any]]:
+def _training_lines(text: bytes) -> list[TrainLine]:
     lines = []
     for line in text.splitlines():
         # The first line may be cut where reading started, the last may not be completely written yet.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from factorization_memory._files import read_json_or_none
@@ -29,6 +29,18 @@ from factorization_memory.evaluation.position import beyond_context
 from factorization_memory.evaluation.recall_suite import headline
 from factorization_memory.experiments.plan import Entry, Plan
 from factorization_memory.experiments.processes import Job
+from factorization_memory.runs.comparison_record import (
+    ComparisonFigures,
+    ContenderRecord,
+    Difference,
+    MeanAndSpread,
+    MissingRun,
+    PartLoss,
+    RangeLoss,
+    SeedRecord,
+    Summary,
+)
+from factorization_memory.runs.evaluation_record import EvaluationRecord
 from factorization_memory.runs.names import EVALUATION_NAME, MEMORY_NAME
 from factorization_memory.runs.recall_names import KINDS, distance_name
 
@@ -37,7 +49,7 @@ UNITS = ("loss", "bits_per_byte")
 FIGURES = (*UNITS, "accuracy")
 
 
-def make_record(plan: Plan) -> dict[str, Any]:
+def make_record(plan: Plan) -> ComparisonFigures:
     """The comparison so far: all of `compare.json` except the command, the environment and how it was run."""
     contenders = [_contender_record(plan, entry) for entry in plan.entries]
     trained = [contender for contender in contenders if contender["seeds"]]
@@ -71,7 +83,7 @@ def make_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
+def _contender_record(plan: Plan, entry: Entry) -> ContenderRecord:
     jobs = plan.seed_jobs(entry)
     # Failed runs are listed in the record's failures.
     seeds = [_seed_record(plan, job) for job in jobs if job.done and not job.diverged and _finite(job)]
@@ -100,20 +112,20 @@ def _contender_record(plan: Plan, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
+def _seed_record(plan: Plan, job: Job) -> SeedRecord:
     """The figures of one finished training."""
-    evaluation = read_json_or_none(job.folder / EVALUATION_NAME)
+    evaluation: EvaluationRecord = read_json_or_none(job.folder / EVALUATION_NAME)
     result = job.result()
     assert result is not None
     context = {**evaluation["sources"], "all": evaluation["total"]}
     recall = evaluation.get("recall", {})
-    distance: dict[str, dict[str, Any]] = {}
+    distance: dict[str, dict[str, PartLoss]] = {}
     for source, parts in recall.items():
-        for part in parts.get("repeated", {}).get("by_distance", []):
-            distance.setdefault(distance_name(part["start"], part["end"]), {})[source] = _picked(part, "tokens", *UNITS)
+        for each in parts["repeated"].get("by_distance", []) if "repeated" in parts else ():
+            distance.setdefault(distance_name(each["start"], each["end"]), {})[source] = _picked(each, "tokens", *UNITS)
     tasks = evaluation.get("recall_tasks")
-    positions: dict[str, dict[str, Any]] = {}
-    by_position: dict[str, list[dict[str, Any]]] = {}
+    positions: dict[str, dict[str, RangeLoss]] = {}
+    by_position: dict[str, list[RangeLoss]] = {}
     for source, read in evaluation.get("position", {}).items():
         for multiple in plan.positions:
             part = beyond_context(read, multiple)
@@ -146,8 +158,8 @@ def _seed_record(plan: Plan, job: Job) -> dict[str, Any]:
 def _finite(job: Job) -> bool:
     """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null. So
     are errors over stretches where only one stretch reaches, which are none of these."""
-    evaluation = read_json_or_none(job.folder / EVALUATION_NAME)
-    parts = [{unit: part[unit] for unit in UNITS} for part in (*evaluation["sources"].values(), evaluation["total"])]
+    evaluation: EvaluationRecord = read_json_or_none(job.folder / EVALUATION_NAME)
+    parts: list[Mapping[str, Any]] = [_picked(part, *UNITS) for part in (*evaluation["sources"].values(), evaluation["total"])]
     parts += [each for read in evaluation.get("position", {}).values() for each in read["bins"]]
     return all(value is not None for part in parts for name, value in part.items() if name != "gain_stretch_error")
 
@@ -158,38 +170,39 @@ def _tokens_per_second(job: Job) -> float | None:
     return statistics.median(rates[1:] or rates) if rates else None
 
 
-def _picked(part: dict[str, Any], *names: str) -> dict[str, Any]:
+def _picked(part: Mapping[str, Any], *names: str) -> Any:
+    """Some entries of a record, as another."""
     return {name: part[name] for name in names}
 
 
-def _places(seed: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def _places(seed: SeedRecord) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     """Every figure of a seed's record with its place, as ("context", "en") or ("positions", "4", "en")."""
     for source, part in seed["context"].items():
         yield ("context", source), part
     for multiple, sources in seed["positions"].items():
         for source, part in sources.items():
             yield ("positions", multiple, source), part
-    for kind, sources in seed["recall"].items():
-        for source, part in sources.items():
+    for kind, parts in seed["recall"].items():
+        for source, part in parts.items():
             yield ("recall", kind, source), part
-    for name, sources in seed["distance"].items():
-        for source, part in sources.items():
+    for name, parts in seed["distance"].items():
+        for source, part in parts.items():
             yield ("distance", name, source), part
-    for task, sources in seed["tasks"].items():
-        for source, part in sources.items():
-            yield ("tasks", task, source), part
+    for task, shares in seed["tasks"].items():
+        for source, share in shares.items():
+            yield ("tasks", task, source), share
     for source, bins in seed["by_position"].items():
         for each in bins:
             yield ("by_position", source, f"{each['start']}-{each['end']}"), each
 
 
-def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summary(seeds: Sequence[SeedRecord]) -> Summary:
     """Mean and spread over seeds of every figure, in the same structure."""
-    collected: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    collected: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for seed in seeds:
         for place, part in _places(seed):
             collected.setdefault(place, []).append(part)
-    summary: dict[str, Any] = {"n": len(seeds), "context": {}, "positions": {}, "by_position": {}}
+    summary: Any = {"n": len(seeds), "context": {}, "positions": {}, "by_position": {}}
     for place, parts in collected.items():
         if len(parts) < len(seeds):
             continue
@@ -211,15 +224,15 @@ def _summary(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
+def mean_and_spread(values: Sequence[float]) -> MeanAndSpread:
     """Mean and sample standard deviation; no spread of a single value."""
     return {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
 
 
-def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _difference(first: ContenderRecord, other: ContenderRecord) -> Difference:
     """`other` minus `first`, over the seeds that both have: mean and its standard error of each loss but those by position."""
     pairs = [(a, b) for a in first["seeds"] for b in other["seeds"] if a["seed"] == b["seed"]]
-    difference: dict[str, Any] = {"n": len(pairs), "context": {}, "positions": {}}
+    difference: Any = {"n": len(pairs), "context": {}, "positions": {}}
     for place in dict.fromkeys(place for a, _ in pairs for place, _ in _places(a) if place[0] != "by_position"):
         parts = [(dict(_places(a)).get(place), dict(_places(b)).get(place)) for a, b in pairs]
         figures: dict[str, Any] = {}
@@ -237,9 +250,9 @@ def _difference(first: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return difference
 
 
-def _failures(plan: Plan) -> list[dict[str, Any]]:
+def _failures(plan: Plan) -> list[MissingRun]:
     """Missing runs: those that failed, are not finished, or could not start."""
-    failures = []
+    failures: list[MissingRun] = []
     for job in plan.all_jobs():
         failure = job.failure()
         # A search that diverged at some rate has found something.

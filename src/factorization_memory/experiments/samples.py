@@ -10,6 +10,7 @@ from factorization_memory.generation import generate_batch
 if TYPE_CHECKING:
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.training_record import SampleRecord
 
 
 def continue_prompts(
@@ -19,7 +20,7 @@ def continue_prompts(
     *,
     on_text: Callable[[int, str], None] | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
+) -> list[SampleRecord]:
     """Continue each prompt; returns a JSON-ready record for each continuation, with the time it took.
 
     `options` are further arguments of `generate_batch`, which calls `on_text` with the number of a continuation and what has
@@ -29,10 +30,6 @@ def continue_prompts(
     samples = len(results) // len(prompts)
     read, written = sum(result.prompt_tokens for result in results[::samples]), sum(len(result.tokens) for result in results)
     prefill, seconds = results[0].prefill_seconds, max(result.seconds for result in results)
-    speeds = {
-        "prefill_tokens_per_second": read / prefill if prefill > 0 else 0.0,
-        "total_tokens_per_second": written / seconds if seconds > 0 else 0.0,
-    }
     return [
         {
             "prompt": prompts[number // samples],
@@ -44,7 +41,8 @@ def continue_prompts(
             "capture_seconds": result.capture_seconds,
             "seconds": result.seconds,
             "tokens_per_second": result.tokens_per_second,
-            **speeds,
+            "prefill_tokens_per_second": read / prefill if prefill > 0 else 0.0,
+            "total_tokens_per_second": written / seconds if seconds > 0 else 0.0,
         }
         for number, result in enumerate(results)
     ]

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from factorization_memory.config import RunConfig
     from factorization_memory.data.tokenizer import Tokenizer
     from factorization_memory.models import LanguageModel
+    from factorization_memory.runs.evaluation_record import EvaluationRecord
+    from factorization_memory.runs.inspection_record import InspectionRecord
+    from factorization_memory.runs.training_record import HeldOut, RunResult, SampleRecord
     from factorization_memory.training import TrainingObserver
 
 
@@ -68,7 +71,7 @@ class Session:
         report = keep_evaluation(self.run_dir, evaluation) or write_report(self.run_dir)
         return {"training": training, "evaluation": evaluation, "samples": samples, "report": str(report)}
 
-    def train(self, resume: bool = False) -> dict[str, Any]:
+    def train(self, resume: bool = False) -> RunResult:
         """Train, evaluating and sampling as the configuration says; returns what `result.json` holds."""
         self.__dict__.pop("trained", None)  # the best checkpoint may have changed
         trainer = Trainer(
@@ -87,21 +90,21 @@ class Session:
         checkpoint = find_checkpoint(self.run_dir, "best")
         return checkpoint.name, *load_model(checkpoint, resolve_device(self.config.training.device))
 
-    def evaluate(self, **options: Any) -> dict[str, Any]:
+    def evaluate(self, **options: Any) -> EvaluationRecord:
         """The full evaluation on held-out text; `options` are those of `evaluate_model`."""
         checkpoint, model, _, config = self.trained
         return evaluate_model(model, self.corpus, config, checkpoint, **options)
 
-    def write(self, prompt: str, **options: Any) -> list[dict[str, Any]]:
+    def write(self, prompt: str, **options: Any) -> list[SampleRecord]:
         """Continue a prompt; `options` are those of `continue_prompts`."""
         _, model, tokenizer, _ = self.trained
         return continue_prompts(model, tokenizer, (prompt,), **options)
 
-    def keep_samples(self, samples: list[dict[str, Any]]) -> None:
+    def keep_samples(self, samples: list[SampleRecord]) -> None:
         """Saves what `write` returned, for the report."""
         write_atomic(self.run_dir / SAMPLES_NAME, json.dumps(samples, ensure_ascii=False, indent=1))
 
-    def inspect(self, text: str) -> dict[str, Any]:
+    def inspect(self, text: str) -> InspectionRecord:
         """Record how the model uses its memory on a text."""
         _, model, tokenizer, _ = self.trained
         record = inspect_text(model, tokenizer, text)
@@ -121,10 +124,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def evaluator(config: RunConfig, corpus: PackedCorpus) -> Callable[[LanguageModel, int], dict[str, Any]]:
+def evaluator(config: RunConfig, corpus: PackedCorpus) -> Callable[[LanguageModel, int], HeldOut]:
     """The evaluation that the trainer calls: held-out loss of each source."""
 
-    def evaluate(model: LanguageModel, step: int) -> dict[str, Any]:
+    def evaluate(model: LanguageModel, step: int) -> HeldOut:
         result = evaluate_corpus(
             model, corpus, context_length=config.data.context_length, max_tokens=config.training.evaluation_tokens
         )
@@ -133,11 +136,11 @@ def evaluator(config: RunConfig, corpus: PackedCorpus) -> Callable[[LanguageMode
     return evaluate
 
 
-def sampler(config: RunConfig, corpus: PackedCorpus) -> Callable[[LanguageModel], list[dict[str, Any]]]:
+def sampler(config: RunConfig, corpus: PackedCorpus) -> Callable[[LanguageModel], list[SampleRecord]]:
     """The samples that the trainer asks for: a short continuation of each prompt."""
 
-    def sample(model: LanguageModel) -> list[dict[str, Any]]:
-        texts = []
+    def sample(model: LanguageModel) -> list[SampleRecord]:
+        texts: list[SampleRecord] = []
         for prompt in config.training.sample_prompts:
             (generation,) = generate(model, corpus.tokenizer, prompt, max_tokens=64, sampling=SamplingConfig(min_p=0.05))
             texts.append({"prompt": prompt, "text": generation.text})

@@ -42,11 +42,12 @@ from factorization_memory.config import ConfigError, RunConfig, to_dict
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.experiments.comparison import threads, visible_gpus
 from factorization_memory.experiments.cost import run_cost
-from factorization_memory.experiments.processes import Job, Watcher, run_jobs
+from factorization_memory.experiments.processes import Failure, Job, Watcher, run_jobs
 from factorization_memory.experiments.session import with_absolute_paths
 from factorization_memory.experiments.worker import command
 from factorization_memory.runs import RunLock
 from factorization_memory.runs.names import METRICS_NAME
+from factorization_memory.runs.training_record import TrainLine
 from factorization_memory.training.guard import GracefulStop
 
 SWEEP_NAME, RUNNING_NAME = "sweep.json", "running.json"
@@ -280,7 +281,7 @@ def _status(folder: Path, planned: PlannedRun, running: bool) -> RunStatus:
         state = "failed"
     else:
         state = "interrupted" if (folder / METRICS_NAME).exists() else "waiting"
-    evaluation = (result or {}).get("evaluation") or {}
+    held_out = None if result is None else result.get("evaluation")
     return {
         "id": planned["id"],
         "title": planned["title"],
@@ -288,7 +289,7 @@ def _status(folder: Path, planned: PlannedRun, running: bool) -> RunStatus:
         "step": planned["steps"] if state == "done" else 0 if line is None else line["step"],
         "steps": planned["steps"],
         "loss": None if line is None else line["loss"],
-        "bits_per_byte": evaluation.get("bits_per_byte"),
+        "bits_per_byte": None if held_out is None else held_out["bits_per_byte"],
         "tokens_per_second": None if line is None else line["tokens_per_second"],
         "message": failure["message"] if failure is not None and state in ("failed", "diverged") else None,
     }
@@ -313,10 +314,10 @@ class _Running(Watcher):
         self._write()
         self._watcher.on_start(job)
 
-    def on_progress(self, job: Job, metrics: dict[str, Any]) -> None:
+    def on_progress(self, job: Job, metrics: TrainLine) -> None:
         self._watcher.on_progress(job, metrics)
 
-    def on_end(self, job: Job, failure: dict[str, Any] | None) -> None:
+    def on_end(self, job: Job, failure: Failure | None) -> None:
         if job.label in self._runs:
             self._runs.remove(job.label)
             self._write()

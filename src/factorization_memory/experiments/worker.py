@@ -70,6 +70,7 @@ def _work(job_file: Path) -> int:
         if device.type == "cuda":
             _record_memory(folder, device)
         if result["stopped"] == "interrupted":
+            assert result["signal"] is not None
             return 128 + signal.Signals[result["signal"]].value
     if not is_evaluated(folder, job["evaluation"]):
         _evaluate(folder, config, job["evaluation"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -18,6 +18,23 @@ from factorization_memory.ops import over_states
 
 DEAD_SHARE = 0.01
 """A state is dead if it gets less than this fraction of an even share of use."""
+
+
+class StatesUse(TypedDict):
+    """The use of one layer's states; `RoutingHealth.summary` says what it means."""
+
+    share: list[list[float]]
+    balance: list[float]
+    entropy: list[float]
+    dead: list[int]
+    memory_length: list[list[float | None]]
+    """Tokens."""
+
+
+class LayerUse(StatesUse):
+    """The same, with the number of the layer's block."""
+
+    layer: int
 
 
 def memory_layers(model: LanguageModel) -> dict[int, FactorizationMemory]:
@@ -70,7 +87,7 @@ class RoutingHealth:
             for layer in self._layers.values():
                 layer.observer = None
 
-    def summary(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[LayerUse]:
         """JSON-ready statistics, one dictionary per memory layer, none for a model without:
 
         - `layer`: index of its block.
@@ -107,7 +124,7 @@ class _LayerHealth:
         self.decay = self.decay + over_states(decay, updated, routing.num_states).sum(0).cpu()
         self.tokens += affinity.shape[0]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> StatesUse:
         if not self.tokens:
             raise ValueError("routing health: no forward pass was observed; run the model inside observe()")
         share = self.share / self.tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from factorization_memory._text import markdown_cell
+from factorization_memory.runs.comparison_record import ComparisonRecord, ContenderRecord, MeanAndSpread
 from factorization_memory.runs.recall_names import KINDS, distance_name, distance_ranges
 
 TASKS = {"associative": "values", "needle": "needles", "copy": "copies"}
@@ -23,7 +24,7 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
 
 
-def tables(record: dict[str, Any]) -> list[Table]:
+def tables(record: ComparisonRecord) -> list[Table]:
     """Losses; what the models are; differences to the first contender that has seeds; recall, also by distance, and its
     tasks; searches of the learning rate."""
     made = (
@@ -38,7 +39,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
     return [each for each in made if each.rows and len(each.columns) > 1]
 
 
-def _extended(contender: dict[str, Any]) -> str:
+def _extended(contender: ContenderRecord) -> str:
     """A contender's learning rates and one beyond the edge that its best is at, as `--learning-rates` takes them."""
     tried = sorted(each["learning_rate"] for each in contender["learning_rate"]["candidates"])
     if contender["learning_rate"]["chosen"] == tried[0]:
@@ -48,7 +49,7 @@ def _extended(contender: dict[str, Any]) -> str:
     return f"{contender['name']}={','.join(f'{rate:g}' for rate in tried)}"
 
 
-def notes(record: dict[str, Any]) -> list[str]:
+def notes(record: ComparisonRecord) -> list[str]:
     """Sentences needed to read the tables, then the failures."""
     shared, environment = record["shared"], record["environment"]
     context = shared["context_length"]
@@ -113,7 +114,7 @@ def differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"Contenders differ in {', '.join(found)}."] if found else []
 
 
-def markdown(record: dict[str, Any], figure: bool) -> str:
+def markdown(record: ComparisonRecord, figure: bool) -> str:
     """The text of `compare.md`; `figure` says whether `compare.png` exists."""
     parts = ["# Comparison", f"`{record['command']}`"]
     losses, models = _losses(record), _models(record)
@@ -134,12 +135,12 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
 
-def _sources(record: dict[str, Any]) -> list[str]:
+def _sources(record: ComparisonRecord) -> list[str]:
     found = [source for each in record["contenders"] for source in each["summary"]["context"]]
     return [source for source in dict.fromkeys(found) if source != "all"]
 
 
-def _columns(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+def _columns(record: ComparisonRecord) -> list[tuple[str, tuple[str, ...]]]:
     """Heading and path in a summary of every loss that the tables show."""
     context = record["shared"]["context_length"]
     places: list[tuple[str, tuple[str, ...]]] = []
@@ -150,7 +151,7 @@ def _columns(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
     return places
 
 
-def _at(summary: dict[str, Any], place: tuple[str, ...]) -> Any:
+def _at(summary: Mapping[str, Any], place: tuple[str, ...]) -> Any:
     for key in place:
         summary = summary.get(key, {})
     return summary or None
@@ -163,12 +164,12 @@ def seeds_text(seeds: Mapping[str, Sequence[int]]) -> str:
     return "; ".join([f"seeds {', '.join(map(str, usual))}", *own])
 
 
-def _planned(record: dict[str, Any]) -> dict[str, list[int]]:
+def _planned(record: ComparisonRecord) -> dict[str, list[int]]:
     """The planned seeds of each contender; in older records, the same for all."""
     return {each["name"]: each.get("planned_seeds", record["shared"]["seeds"]) for each in record["contenders"]}
 
 
-def _counted(record: dict[str, Any], name: str, n: int, base: str | None = None) -> str:
+def _counted(record: ComparisonRecord, name: str, n: int, base: str | None = None) -> str:
     """A contender's name in front of means over `n` seeds, or of as many that `base` has too, which are said where they are not
     all, or not as many as another's."""
     planned = _planned(record)
@@ -179,12 +180,11 @@ def _counted(record: dict[str, Any], name: str, n: int, base: str | None = None)
     return name if usual else f"{name} ({n} seed{'s' if n > 1 else ''})"
 
 
-def _losses(record: dict[str, Any]) -> Table:
-    places = _columns(record)
-    return _loss_table(record, "Loss in nats per token", places)
+def _losses(record: ComparisonRecord) -> Table:
+    return _table(record, "Loss in nats per token", _columns(record))
 
 
-def _recall(record: dict[str, Any]) -> Table:
+def _recall(record: ComparisonRecord) -> Table:
     places = [
         (f"{source} {kind}", ("recall", kind, source))
         for source in _sources(record)
@@ -195,20 +195,20 @@ def _recall(record: dict[str, Any]) -> Table:
         "Loss by what stood before in the window: token and predecessor (repeated), the predecessor followed by others alone "
         "(contradicted), neither (new)"
     )
-    return _loss_table(record, title, places)
+    return _table(record, title, places)
 
 
-def _distances(record: dict[str, Any]) -> Table:
+def _distances(record: ComparisonRecord) -> Table:
     places = [
         (f"{source} {name}", ("distance", name, source))
         for source in _sources(record)
         for name in (distance_name(*part) for part in distance_ranges())
         if any(_at(contender["summary"], ("distance", name, source)) for contender in record["contenders"])
     ]
-    return _loss_table(record, "Loss of the repeated ones by how many tokens ago they last followed that predecessor", places)
+    return _table(record, "Loss of the repeated ones by how many tokens ago they last followed that predecessor", places)
 
 
-def _tasks(record: dict[str, Any]) -> Table:
+def _tasks(record: ComparisonRecord) -> Table:
     found = [
         (task, source)
         for contender in record["contenders"]
@@ -217,10 +217,10 @@ def _tasks(record: dict[str, Any]) -> Table:
     ]
     places = [(f"{TASKS[task]}, {source}", ("tasks", task, source)) for task, source in dict.fromkeys(found)]
     title = "Share right in recall tasks, over all sizes: by choice the first two, token by token the copies"
-    return _loss_table(record, title, places, "accuracy")
+    return _table(record, title, places, "accuracy")
 
 
-def _loss_table(record: dict[str, Any], title: str, places: Sequence[tuple[str, tuple[str, ...]]], unit: str = "loss") -> Table:
+def _table(record: ComparisonRecord, title: str, places: Sequence[tuple[str, tuple[str, ...]]], unit: str = "loss") -> Table:
     """A row of losses, or of another unit, per contender, from the given paths of its summary and their headings."""
     table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
@@ -229,7 +229,7 @@ def _loss_table(record: dict[str, Any], title: str, places: Sequence[tuple[str, 
     return table
 
 
-def _models(record: dict[str, Any]) -> Table:
+def _models(record: ComparisonRecord) -> Table:
     sources = _sources(record)
     memory = any(each["summary"]["peak_memory_bytes"] for each in record["contenders"])
     columns = ["contender", "parameters", "learning rate", "tokens/s", *(["peak memory"] if memory else [])]
@@ -253,7 +253,7 @@ def _models(record: dict[str, Any]) -> Table:
     return table
 
 
-def _differences(record: dict[str, Any]) -> Table:
+def _differences(record: ComparisonRecord) -> Table:
     places = _columns(record)
     base = next((each["name"] for each in record["contenders"] if each["seeds"]), "none")
     title = f"Difference to {base} in nats per token, same seed against same seed; ± is the standard error"
@@ -269,7 +269,7 @@ def _differences(record: dict[str, Any]) -> Table:
     return table
 
 
-def _searches(record: dict[str, Any]) -> Table:
+def _searches(record: ComparisonRecord) -> Table:
     search = record["shared"]["search"]
     title = f"Search of the learning rate: held-out loss after {search['steps']:,} steps, seed {search['seed']}"
     searched = [each for each in record["contenders"] if each["learning_rate"]["searched"]]
@@ -290,7 +290,7 @@ def _searches(record: dict[str, Any]) -> Table:
     return table
 
 
-def _figure(figure: dict[str, Any] | None) -> str:
+def _figure(figure: MeanAndSpread | None) -> str:
     if figure is None:
         return ""
     return f"{figure['mean']:.4f}" + ("" if figure["spread"] is None else f" ± {figure['spread']:.4f}")

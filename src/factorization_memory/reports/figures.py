@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -13,6 +13,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from factorization_memory.models.routing import DEAD_SHARE
 from factorization_memory.reports.plotting import BAD, INK, SERIES, SOFT, STYLE, label_ends, largest, named, short
+
+if TYPE_CHECKING:
+    from factorization_memory.models.routing import LayerUse
+    from factorization_memory.runs.recall_record import RecallDemoRecord
 
 
 def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure | None:
@@ -68,7 +72,7 @@ def _smooth(values: list[float]) -> list[float]:
     return result
 
 
-def recall_curves(record: dict[str, Any] | None) -> Figure | None:
+def recall_curves(record: RecallDemoRecord | None) -> Figure | None:
     """Share of correct values against training steps, for each form, from `recall_demo.json`; None without a record."""
     if not record:
         return None
@@ -101,7 +105,7 @@ def recall_curves(record: dict[str, Any] | None) -> Figure | None:
     return figure
 
 
-def recall_reads(record: dict[str, Any] | None) -> Figure | None:
+def recall_reads(record: RecallDemoRecord | None) -> Figure | None:
     """For one sequence, what each question reads: a row per repeated key, a cell per token that wrote, darker the larger its
     share of what is read; from `recall_demo.json`. None without a record."""
     if not record:
@@ -143,7 +147,7 @@ def recall_reads(record: dict[str, Any] | None) -> Figure | None:
     return figure
 
 
-def memory_use(routing: Sequence[dict[str, Any]], context_length: int) -> Figure | None:
+def memory_use(routing: Sequence[LayerUse], context_length: int) -> Figure | None:
     """Share of use of every memory state and how long each remembers, from `RoutingHealth.summary()`; None if empty."""
     if not routing:
         return None

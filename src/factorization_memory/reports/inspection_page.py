@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING
 
 from factorization_memory.reports.pages import page
+
+if TYPE_CHECKING:
+    from factorization_memory.runs.inspection_record import HeadInspection, InspectionRecord, LayerInspection, TokenStates
 
 INSPECTION_STYLE = """
 .inspect { margin-top: 1.5rem; }
@@ -192,7 +195,7 @@ _SCRIPT = """
 """
 
 
-def inspection_fragment(result: dict[str, Any]) -> str:
+def inspection_fragment(result: InspectionRecord) -> str:
     """The visualization as a fragment of a page whose style includes `pages.STYLE` and `INSPECTION_STYLE`."""
     shown = {
         "pieces": result["pieces"],
@@ -204,22 +207,19 @@ def inspection_fragment(result: dict[str, Any]) -> str:
     return _BODY.replace("@SCRIPT@", _SCRIPT).replace("@DATA@", data)
 
 
-def _compact(layer: dict[str, Any]) -> dict[str, Any]:
+def _compact(layer: LayerInspection) -> LayerInspection:
     """A layer with token weights in integer thousandths: half the size, and finer than a color can show."""
-    heads = []
-    for head in layer["heads"]:
-        use = {
-            kind: {
-                "states": head[kind]["states"],
-                "weights": [[round(1000 * weight) for weight in weights] for weights in head[kind]["weights"]],
-            }
-            for kind in ("writes", "reads")
-        }
-        heads.append({**head, **use})
+    heads: list[HeadInspection] = [
+        {**head, "writes": _thousandths(head["writes"]), "reads": _thousandths(head["reads"])} for head in layer["heads"]
+    ]
     return {**layer, "heads": heads}
 
 
-def inspection_html(result: dict[str, Any], title: str = "Memory at work") -> str:
+def _thousandths(use: TokenStates) -> TokenStates:
+    return {"states": use["states"], "weights": [[round(1000 * weight) for weight in weights] for weights in use["weights"]]}
+
+
+def inspection_html(result: InspectionRecord, title: str = "Memory at work") -> str:
     """The record of `inspect_text` as a self-contained HTML page."""
     heads, layers = len(result["layers"][0]["heads"]), len(result["layers"])
     size = f"{len(result['tokens']):,} tokens, {layers} layers"
@@ -230,9 +230,9 @@ def inspection_html(result: dict[str, Any], title: str = "Memory at work") -> st
     return page(title, body, INSPECTION_STYLE)
 
 
-def explanation(result: dict[str, Any]) -> str:
+def explanation(result: InspectionRecord | None) -> str:
     """A paragraph that explains the visualization of a record."""
-    return LAGGED_EXPLANATION if result.get("update_lag") else EXPLANATION
+    return LAGGED_EXPLANATION if result and result.get("update_lag") else EXPLANATION
 
 
 LISTS = [("pieces", "", "update")]

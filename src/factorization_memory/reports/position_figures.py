@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -13,8 +13,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from factorization_memory.reports.plotting import SERIES, SOFT, STYLE, largest, named
 
+if TYPE_CHECKING:
+    from factorization_memory.runs.comparison_record import RangeFigures
+    from factorization_memory.runs.evaluation_record import PositionBin, SourcePosition
 
-def position_curves(position: dict[str, dict[str, Any]]) -> Figure | None:
+
+def position_curves(position: dict[str, SourcePosition]) -> Figure | None:
     """Bits per byte by position for each source, memory carried on, and below it how much less or more that is than on the same
     tokens with the memory restarted each training context; from the `position` part of evaluation.json."""
     if not position:
@@ -50,7 +54,7 @@ def position_curves(position: dict[str, dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int) -> Figure | None:
+def comparison_curves(contenders: dict[str, dict[str, list[RangeFigures]]], context_length: int) -> Figure | None:
     """Loss by position of several models: for each source one plot with a curve for each model.
 
     `contenders` holds the `by_position` part of a summary in `compare.json` by name: bins of each source with mean and spread
@@ -97,7 +101,7 @@ def comparison_curves(contenders: dict[str, dict[str, Any]], context_length: int
     return figure
 
 
-def _loss_axes(axes: Axes, name: str, bins: Sequence[dict[str, Any]], x: Sequence[float], colour: str) -> None:
+def _loss_axes(axes: Axes, name: str, bins: Sequence[PositionBin], x: Sequence[float], colour: str) -> None:
     carried = [b["bits_per_byte"] for b in bins]
     error = [b["bits_per_byte"] * b["loss_error"] / b["loss"] if b["loss"] else 0.0 for b in bins]
     axes.fill_between(
@@ -115,7 +119,7 @@ def _loss_axes(axes: Axes, name: str, bins: Sequence[dict[str, Any]], x: Sequenc
     axes.set_title(f"{named(name)}: loss, memory carried on")
 
 
-def _difference_axes(axes: Axes, bins: Sequence[dict[str, Any]], x: Sequence[float], context: int, colour: str) -> None:
+def _difference_axes(axes: Axes, bins: Sequence[PositionBin], x: Sequence[float], context: int, colour: str) -> None:
     """Carried minus restarted on the same tokens, with two standard errors; up to the context the two are identical."""
     beyond = [i for i, b in enumerate(bins) if b["start"] >= context]
     difference = [bins[i]["bits_per_byte"] - bins[i]["restarted_bits_per_byte"] for i in beyond]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from factorization_memory._files import JSONError, read_json, read_json_lines, write_atomic
 from factorization_memory.config import ConfigError, RunConfig, from_dict, to_dict
@@ -19,6 +19,7 @@ from factorization_memory.reports.inspection_page import INSPECTION_STYLE, expla
 from factorization_memory.reports.pages import page
 from factorization_memory.reports.plotting import png, svg
 from factorization_memory.reports.position_figures import position_curves
+from factorization_memory.runs.evaluation_record import EvaluationRecord
 from factorization_memory.runs.names import (
     CONFIG_NAME,
     ENVIRONMENT_NAME,
@@ -32,6 +33,12 @@ from factorization_memory.runs.names import (
     SAMPLES_NAME,
 )
 
+if TYPE_CHECKING:
+    from factorization_memory.models.routing import LayerUse
+    from factorization_memory.runs.inspection_record import InspectionRecord
+    from factorization_memory.runs.recall_record import RecallDemoRecord
+    from factorization_memory.runs.training_record import RunResult, SampleRecord
+
 
 class ReportError(ValueError):
     """No report can be made from a run folder; the message names the file and the remedy."""
@@ -44,10 +51,10 @@ def write_report(run_dir: Path) -> Path:
     """
     config = _read_config(run_dir)
     environment = _read(run_dir / ENVIRONMENT_NAME) or {}
-    result = _read(run_dir / RESULT_NAME) or {}
-    evaluation = _read(run_dir / EVALUATION_NAME) or {}
-    inspection = _read(run_dir / INSPECTION_NAME)
-    recall_demo = _read(run_dir / RECALL_DEMO_NAME)
+    result: RunResult | None = _read(run_dir / RESULT_NAME)
+    evaluation: EvaluationRecord = _read(run_dir / EVALUATION_NAME) or EvaluationRecord()
+    inspection: InspectionRecord | None = _read(run_dir / INSPECTION_NAME)
+    recall_demo: RecallDemoRecord | None = _read(run_dir / RECALL_DEMO_NAME)
     metrics = list(_metrics(run_dir / METRICS_NAME))
     drawn = {
         "loss": figures.loss_curve(metrics),
@@ -68,7 +75,7 @@ def write_report(run_dir: Path) -> Path:
             caption = f"<figcaption>{sections.CAPTIONS[name]}</figcaption>" if name in sections.CAPTIONS else ""
             plots[name] = f"<figure>{svg(figure, name)}{caption}</figure>"
 
-    samples = _read(run_dir / SAMPLES_NAME) or _last_samples(metrics)
+    samples: list[SampleRecord] = _read(run_dir / SAMPLES_NAME) or _last_samples(metrics)
     parts = [
         sections.header(config, environment, result, evaluation, metrics),
         sections.headline(evaluation),
@@ -79,14 +86,14 @@ def write_report(run_dir: Path) -> Path:
         sections.section("Recall", sections.RECALL_NOTE, sections.recall_table(evaluation.get("recall", {}))),
         sections.section(
             "Learning to recall",
-            sections.recall_demo_note(recall_demo or {}),
+            sections.recall_demo_note(recall_demo),
             plots.get("recall-learning"),
             plots.get("recall-reads"),
         ),
         sections.section("Use of the memory", sections.MEMORY_NOTE, plots.get("memory")),
         sections.section(
             "The memory at work",
-            explanation(inspection or {}),
+            explanation(inspection),
             inspection_fragment(inspection) if inspection else None,
         ),
         sections.samples(samples),
@@ -131,9 +138,9 @@ def _metrics(path: Path) -> Iterator[dict[str, Any]]:
         raise ReportError(str(error)) from None
 
 
-def _last_samples(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _last_samples(metrics: list[dict[str, Any]]) -> list[SampleRecord]:
     return next((m["samples"] for m in reversed(metrics) if m["kind"] == "sample"), [])
 
 
-def _routing(evaluation: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _routing(evaluation: EvaluationRecord, metrics: list[dict[str, Any]]) -> list[LayerUse]:
     return evaluation.get("routing") or next((m["layers"] for m in reversed(metrics) if m["kind"] == "routing"), [])

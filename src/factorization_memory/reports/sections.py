@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from factorization_memory._text import visible
 from factorization_memory.reports.plotting import short
 from factorization_memory.reports.recall_text import as_text, distances_as_text
 from factorization_memory.runs.recall_names import KINDS
+
+if TYPE_CHECKING:
+    from factorization_memory.runs.evaluation_record import EvaluationRecord, KindLoss
+    from factorization_memory.runs.recall_record import RecallDemoRecord
+    from factorization_memory.runs.training_record import RunResult, SampleRecord
 
 STYLE = """
 header .note { font-size: 1.02rem; }
@@ -87,8 +92,8 @@ def section(title: str, note: str, *content: str | None) -> str:
 def header(
     config: dict[str, Any],
     environment: dict[str, Any],
-    result: dict[str, Any],
-    evaluation: dict[str, Any],
+    result: RunResult | None,
+    evaluation: EvaluationRecord,
     metrics: list[dict[str, Any]],
 ) -> str:
     """The run's name, what was trained on what, and its main figures."""
@@ -97,13 +102,13 @@ def header(
     facts: list[tuple[str, str]] = []
     if evaluation.get("total"):
         facts.append(("held-out bits per byte", f"{evaluation['total']['bits_per_byte']:.3f}"))
-    if result.get("parameters"):
+    if result and result.get("parameters"):
         facts.append(("parameters", short(result["parameters"])))
     if last:
         facts.append(("training tokens", short(last["tokens"])))
         facts.append(("steps", f"{last['step']:,}"))
-        facts.append(("time", _duration(result.get("seconds") or last["seconds"])))
-    if result.get("tokens_per_second"):
+        facts.append(("time", _duration((result and result.get("seconds")) or last["seconds"])))
+    if result and result.get("tokens_per_second"):
         facts.append(("training tokens per second", f"{result['tokens_per_second']:,.0f}"))
     where = environment.get("gpu") or environment.get("cpu") or ""
     sources = ", ".join(evaluation.get("sources", {}))
@@ -137,20 +142,21 @@ def _model(model: dict[str, Any]) -> str:
     return f"A language model: {size}, {said[pattern[0]] if len(said) == 1 else kinds}"
 
 
-def headline(evaluation: dict[str, Any]) -> str:
+def headline(evaluation: EvaluationRecord) -> str:
     """Bits per byte of held-out text next to those of n-gram models, one row per source; empty without an evaluation."""
     if not evaluation.get("sources"):
         return ""
-    ngram = evaluation.get("ngram") or {}
-    orders = [str(order) for order in ngram.get("orders", [])]
+    ngram = evaluation.get("ngram")
+    orders = [str(order) for order in ngram.get("orders", [])] if ngram else []
     names = {"2": "bigram", "3": "trigram"}
     head = ["", "this model", *(names.get(order, f"{order}-gram") for order in orders), "loss<br>nats per token", "perplexity"]
     head += ["held-out text"]
     rows = []
     listed = list(evaluation["sources"].items())
     for name, value in listed + ([("all", evaluation["total"])] if len(listed) > 1 else []):
-        yardsticks = ngram.get("total" if name == "all" else "sources", {})
-        yardsticks = yardsticks if name == "all" else yardsticks.get(name, {})
+        yardsticks: dict[str, float] = {}
+        if ngram:
+            yardsticks = ngram.get("total", {}) if name == "all" else ngram.get("sources", {}).get(name, {})
         cells = [f"<td>{_shown(name)}</td>", f"<td class='strong'>{value['bits_per_byte']:.3f}</td>"]
         for order in orders:
             mark = yardsticks[order]
@@ -160,7 +166,7 @@ def headline(evaluation: dict[str, Any]) -> str:
         cells += [f"<td>{value['loss']:.3f}</td>", f"<td>{value['perplexity']:,.1f}</td>", f"<td>{_size(value['bytes'])}</td>"]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f"Bits per byte of held-out text, read in windows of {evaluation['context_length']:,} tokens; lower is better."
-    if orders:
+    if ngram and orders:
         note += (
             f" The n-gram models over bytes (modified Kneser-Ney) are fitted on the same {_size(ngram['training_bytes'])} of "
             "training text; the percentages say how many more or fewer bits this model needs than they do."
@@ -172,7 +178,7 @@ def headline(evaluation: dict[str, Any]) -> str:
     return section("Held-out text", note, table)
 
 
-def position_note(evaluation: dict[str, Any]) -> str:
+def position_note(evaluation: EvaluationRecord) -> str:
     """What the figure of loss by position shows."""
     context = f"{evaluation.get('context_length', 0):,}"
     return (
@@ -185,7 +191,7 @@ def position_note(evaluation: dict[str, Any]) -> str:
     )
 
 
-def position_table(evaluation: dict[str, Any]) -> str | None:
+def position_table(evaluation: EvaluationRecord) -> str | None:
     """The loss far beyond the training context, with memory carried and restarted; None if not measured."""
     rows = []
     for name, result in evaluation.get("position", {}).items():
@@ -207,7 +213,7 @@ def position_table(evaluation: dict[str, Any]) -> str | None:
     )
 
 
-def recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
+def recall_table(recall: dict[str, dict[str, KindLoss]]) -> str | None:
     """The loss by what the window contained before, and by distance; None without it."""
     if not recall:
         return None
@@ -216,7 +222,7 @@ def recall_table(recall: dict[str, dict[str, dict[str, Any]]]) -> str | None:
     return made + (_rows(headings, cells) if headings else "")
 
 
-def recall_demo_note(record: dict[str, Any]) -> str:
+def recall_demo_note(record: RecallDemoRecord | None) -> str:
     """Description of the two models of the recall demonstration; empty without a record."""
     if not record:
         return ""
@@ -237,7 +243,7 @@ def _rows(headings: Sequence[str], cells: dict[str, list[str]]) -> str:
     return f"<div class='table'><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
-def samples(samples: list[dict[str, Any]]) -> str:
+def samples(samples: list[SampleRecord]) -> str:
     """Prompts and the model's continuations."""
     cards = []
     for sample in samples:

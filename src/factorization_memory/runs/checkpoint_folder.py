@@ -17,6 +17,7 @@ from typing import Any
 from factorization_memory._files import JSONError, explain_unreadable, read_json
 from factorization_memory.config import ConfigError, RunConfig, from_dict
 from factorization_memory.runs.names import CHECKPOINTS_NAME, STATE_NAME
+from factorization_memory.runs.training_record import EvaluationLine, TrainLine
 
 FORMAT_VERSION = 1
 FOLDER_NAME = re.compile(r"step-(\d{8,})")
@@ -52,9 +53,9 @@ class TrainingState:
     """Step of the evaluation with the fewest bits per byte."""
     interval: dict[str, float] = field(default_factory=dict)
     """Sums since the last line of the log."""
-    last_train: dict[str, Any] | None = None
-    last_evaluation: dict[str, Any] | None = None
-    best_evaluation: dict[str, Any] | None = None
+    last_train: TrainLine | None = None
+    last_evaluation: EvaluationLine | None = None
+    best_evaluation: EvaluationLine | None = None
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

@@ -9,11 +9,38 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 
 from factorization_memory._version import __version__
+
+
+class EnvironmentRecord(TypedDict):
+    """`environment.json`, and where another record was made."""
+
+    date: str
+    """ISO 8601, UTC."""
+    command: list[str]
+    package: str
+    """Our version."""
+    git_commit: str | None
+    """Of a checkout, with "+changes" if modified."""
+    python: str
+    torch: str
+    cuda: str | None
+    """The version that PyTorch was built for."""
+    platform: str
+    cpu: str
+    cores: int
+    """Those that the process may use."""
+    threads: int
+    """Of PyTorch."""
+    device: str
+    gpu: str | None
+    resumed_at_step: NotRequired[int]
+    earlier: NotRequired[list[EnvironmentRecord]]
+    """Those of a resumed run's earlier parts."""
 
 
 def _program() -> str:
@@ -22,7 +49,7 @@ def _program() -> str:
     return "fmem" if name == "__main__.py" and Path(sys.argv[0]).parent.name == "cli" else name
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device) -> EnvironmentRecord:
     """The machine, software and command that produced a result."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

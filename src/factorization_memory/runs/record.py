@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from factorization_memory.data.tokenizer import Tokenizer
+    from factorization_memory.runs.training_record import RunResult
 
 
 class RunFolderError(ValueError):
@@ -75,7 +76,7 @@ class RunRecord:
         # Last, since its presence marks the folder as a run.
         write_json(self.run_dir / CONFIG_NAME, to_dict(config))
 
-    def append(self, kind: str, values: dict[str, Any]) -> None:
+    def append(self, kind: str, values: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`; once this returns, the line survives a crash of this process."""
         line = strict_json({"kind": kind, **values})
         path = self.run_dir / METRICS_NAME
@@ -108,7 +109,7 @@ class RunRecord:
         ]
         _replace_text(self.run_dir / METRICS_NAME, "".join(kept))
 
-    def write_result(self, result: dict[str, Any]) -> None:
+    def write_result(self, result: RunResult) -> None:
         """Writes the result of a stopped run."""
         write_json(self.run_dir / RESULT_NAME, result)
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,15 +18,16 @@ from factorization_memory.models.routing import RoutingHealth, memory_layers
 from factorization_memory.runs.checkpoint import model_tensors
 from factorization_memory.runs.checkpoint_folder import TrainingState
 from factorization_memory.runs.record import RunRecord
+from factorization_memory.runs.training_record import EvaluationLine, HeldOut, RoutingLine, SampleLine, SampleRecord
 from factorization_memory.training.guard import diverged
 from factorization_memory.training.progress import TrainingObserver
 
 if TYPE_CHECKING:
     from factorization_memory.data.loader import Batch
 
-Evaluate = Callable[[LanguageModel, int], dict[str, Any]]
+Evaluate = Callable[[LanguageModel, int], HeldOut]
 """Maps the model, in evaluation mode, and the step to `sources` (by name) and `bits_per_byte`, which ranks checkpoints."""
-Sample = Callable[[LanguageModel], list[dict[str, Any]]]
+Sample = Callable[[LanguageModel], list[SampleRecord]]
 """Maps the model, in evaluation mode, to its samples, as JSON-ready dictionaries (`prompt`, `text`)."""
 
 
@@ -71,7 +72,7 @@ class Observation:
                 self._measure_routing(batch)
             if sampling:
                 assert self.sample is not None
-                sample = {"step": step, "samples": self.sample(self.model)}
+                sample: SampleLine = {"step": step, "samples": self.sample(self.model)}
                 self.record.append("sample", sample)
                 self.observer.on_sample(sample)
             self.model.train()
@@ -82,7 +83,7 @@ class Observation:
         if self.evaluate is None:
             return False
         state = self.state
-        evaluation = {"step": state.step, **self.evaluate(self.model, state.step)}
+        evaluation: EvaluationLine = {"step": state.step, **self.evaluate(self.model, state.step)}
         self.record.append("evaluation", evaluation)
         self.observer.on_evaluation(evaluation)
         state.last_evaluation = evaluation
@@ -104,7 +105,7 @@ class Observation:
                 keep_state=False,
             )
         layers = health.summary()
-        routing = {
+        routing: RoutingLine = {
             "step": self.state.step,
             "states": sum(len(head) for layer in layers for head in layer["share"]),
             "dead_states": sum(sum(layer["dead"]) for layer in layers),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from factorization_memory.runs.training_record import EvaluationLine, RoutingLine, SampleLine, TrainLine
+
 
 class TrainingObserver:
     """Notified of a run's events as they happen; does nothing. Override the events of interest.
@@ -25,16 +27,16 @@ class TrainingObserver:
         """The run starts: its total steps, the number of trainable parameters, and the step it resumes from (0 for a new
         run)."""
 
-    def on_step(self, metrics: dict[str, Any]) -> None:
+    def on_step(self, metrics: TrainLine) -> None:
         """An optimizer step is done."""
 
-    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+    def on_evaluation(self, metrics: EvaluationLine) -> None:
         """The model was evaluated on held-out text."""
 
-    def on_routing(self, metrics: dict[str, Any]) -> None:
+    def on_routing(self, metrics: RoutingLine) -> None:
         """Routing health was measured."""
 
-    def on_sample(self, metrics: dict[str, Any]) -> None:
+    def on_sample(self, metrics: SampleLine) -> None:
         """The model generated samples."""
 
     def on_checkpoint(self, path: Path) -> None:
@@ -67,16 +69,16 @@ class ShieldedObserver(TrainingObserver):
     def on_start(self, total_steps: int, parameters: int, step: int) -> None:
         self._tell("on_start", total_steps, parameters, step)
 
-    def on_step(self, metrics: dict[str, Any]) -> None:
+    def on_step(self, metrics: TrainLine) -> None:
         self._tell("on_step", metrics)
 
-    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+    def on_evaluation(self, metrics: EvaluationLine) -> None:
         self._tell("on_evaluation", metrics)
 
-    def on_routing(self, metrics: dict[str, Any]) -> None:
+    def on_routing(self, metrics: RoutingLine) -> None:
         self._tell("on_routing", metrics)
 
-    def on_sample(self, metrics: dict[str, Any]) -> None:
+    def on_sample(self, metrics: SampleLine) -> None:
         self._tell("on_sample", metrics)
 
     def on_checkpoint(self, path: Path) -> None:
@@ -130,7 +132,7 @@ class RichProgress(TrainingObserver):
             self._task = self._bar.add_task("", total=total_steps, completed=step, values="", left="")
             self._bar.start()
 
-    def on_step(self, metrics: dict[str, Any]) -> None:
+    def on_step(self, metrics: TrainLine) -> None:
         step = metrics["step"]
         bits = metrics["bits_per_byte"]
         loss = f"{metrics['loss']:.3f} nats/token" if bits is None else f"{bits:.3f} bits/byte"
@@ -145,17 +147,17 @@ class RichProgress(TrainingObserver):
             self._last_time, self._last_step = now, step
             self._say(f"step {step}/{self._total}  {values}  {left}")
 
-    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+    def on_evaluation(self, metrics: EvaluationLine) -> None:
         sources = metrics.get("sources", {})
         parts = [f"{name} {value['bits_per_byte']:.3f}" for name, value in sources.items()] if len(sources) > 1 else []
         detail = f"  ({', '.join(parts)})" if parts else ""
         self._say(f"step {metrics['step']}: held-out {metrics['bits_per_byte']:.3f} bits/byte{detail}")
 
-    def on_routing(self, metrics: dict[str, Any]) -> None:
+    def on_routing(self, metrics: RoutingLine) -> None:
         if metrics["dead_states"]:
             self._say(f"step {metrics['step']}: {metrics['dead_states']} of {metrics['states']} memory states are dead")
 
-    def on_sample(self, metrics: dict[str, Any]) -> None:
+    def on_sample(self, metrics: SampleLine) -> None:
         for sample in metrics["samples"]:
             self._say(f"  | {sample.get('prompt', '')}{sample.get('text', '')}".replace("\n", " "))
 

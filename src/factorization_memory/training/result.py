@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from factorization_memory.runs.checkpoint_folder import TrainingState, checkpoint_path
+
+if TYPE_CHECKING:
+    from factorization_memory.runs.training_record import RunResult
 
 
 def run_result(
     state: TrainingState, total_steps: int, signal: str | None, parameters: int, run_dir: Path, checkpoint: Path | None
-) -> dict[str, Any]:
+) -> RunResult:
     """The contents of `result.json`.
 
     Args:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from factorization_memory.data.loader import Batch
     from factorization_memory.data.shards import PackedCorpus
     from factorization_memory.models import ModelState
+    from factorization_memory.runs.training_record import RunResult, StepFigures, StepTiming
 
 
 class Trainer:
@@ -82,7 +83,7 @@ class Trainer:
         require_room_for_training(self.config, self.device)
         self.record = RunRecord(self.run_dir)
 
-    def run(self, resume: bool = False) -> dict[str, Any]:
+    def run(self, resume: bool = False) -> RunResult:
         """Trains to the last step, or until SIGINT, SIGTERM or SIGHUP; returns the contents of `result.json`.
 
         `resume` continues from the folder's last checkpoint. Raises RunFolderError for a folder that has a run if `resume` is
@@ -158,7 +159,7 @@ class _Run:
             trainer.sample,
         )
 
-    def train(self, stop: GracefulStop) -> dict[str, Any]:
+    def train(self, stop: GracefulStop) -> RunResult:
         steps, every = self.config.training.steps, self.config.training.checkpoint_every
         state = self.state
         self.observer.on_start(steps, sum(parameter.numel() for parameter in self.parameters), state.step)
@@ -194,7 +195,7 @@ class _Run:
             start_step=start_step,
         )
 
-    def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def _step(self, batches: Sequence[Batch]) -> StepFigures:
         """One optimizer step; returns its metrics and adds them to the sums of the log's interval."""
         step = self.state.step + 1
         rate = learning_rate(self.config.optimizer, step, self.config.training.steps)
@@ -227,24 +228,22 @@ class _Run:
         for name, value in values.items():
             self.state.interval[name] = self.state.interval.get(name, 0) + value
 
-    def _log(self, metrics: dict[str, Any], seconds: float, waited: float) -> None:
+    def _log(self, metrics: StepFigures, seconds: float, waited: float) -> None:
         self._add(seconds=seconds, waited=waited)
         state, sums = self.state, self.state.interval
         state.step_seconds += seconds
         state.seconds = time.perf_counter() - self.clock
-        timing = {
+        timing: StepTiming = {
             "tokens_per_second": sums["tokens"] / sums["seconds"],
             "seconds": state.seconds,
             "data_wait_share": sums["waited"] / sums["seconds"],
         }
         self.observer.on_step({**metrics, **timing})
         if state.step % self.config.training.log_every == 0 or state.step == self.config.training.steps:
-            means = {
-                "loss": sums["nats"] / sums["targets"],
-                "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
-                "gradient_norm": sums["gradient_norm"] / sums["steps"],
-            }
-            state.last_train = {**metrics, **means, **timing}
+            metrics["loss"] = sums["nats"] / sums["targets"]
+            metrics["bits_per_byte"] = bits_per_byte(sums["nats"], sums["bytes"])
+            metrics["gradient_norm"] = sums["gradient_norm"] / sums["steps"]
+            state.last_train = {**metrics, **timing}
             self.record.append("train", state.last_train)
             state.interval = {}
 
@@ -284,7 +283,7 @@ class _Run:
         prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.observer.on_checkpoint(self.checkpoint)
 
-    def _finish(self, stop: GracefulStop) -> dict[str, Any]:
+    def _finish(self, stop: GracefulStop) -> RunResult:
         state, steps = self.state, self.config.training.steps
         state.seconds = time.perf_counter() - self.clock
         parameters = sum(parameter.numel() for parameter in self.parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from factorization_memory.reports.comparison_table import notes, tables
 from factorization_memory.reports.terminal.tables import plain, table
@@ -10,8 +10,10 @@ from factorization_memory.reports.terminal.tables import plain, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from factorization_memory.runs.comparison_record import ComparisonRecord
 
-def show_comparison(record: dict[str, Any], people: Console) -> None:
+
+def show_comparison(record: ComparisonRecord, people: Console) -> None:
     """A comparison's record: its tables, then the notes to them."""
     for part in tables(record):
         people.print(f"\n{part.title}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -14,8 +14,11 @@ from factorization_memory.runs.recall_names import KINDS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from factorization_memory.models.routing import LayerUse
+    from factorization_memory.runs.evaluation_record import EvaluationRecord, KindLoss
 
-def show_evaluation(result: dict[str, Any], out: Console) -> None:
+
+def show_evaluation(result: EvaluationRecord, out: Console) -> None:
     """What `evaluate_run` returned."""
     _show_losses(result, out)
     _show_repeated(result["recall"], out)
@@ -26,7 +29,7 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
         _show_routing(result["routing"], out)
 
 
-def _show_losses(result: dict[str, Any], out: Console) -> None:
+def _show_losses(result: EvaluationRecord, out: Console) -> None:
     orders = [str(order) for order in result["ngram"]["orders"]] if "ngram" in result else []
     table = Table("held-out text", "nats per token", "perplexity", "bits per byte", *(f"{n}-gram bytes" for n in orders))
     for name, row in [*result["sources"].items(), ("all", result["total"])]:
@@ -41,7 +44,7 @@ def _show_losses(result: dict[str, Any], out: Console) -> None:
     out.print(table)
 
 
-def _show_repeated(recall: dict[str, Any], out: Console) -> None:
+def _show_repeated(recall: dict[str, dict[str, KindLoss]], out: Console) -> None:
     """The loss by what the window contained before a token."""
     table = Table("held-out text", *KINDS)
     for name, parts in recall.items():
@@ -60,7 +63,7 @@ def _show_repeated(recall: dict[str, Any], out: Console) -> None:
         out.print(table)
 
 
-def _show_positions(result: dict[str, Any], out: Console) -> None:
+def _show_positions(result: EvaluationRecord, out: Console) -> None:
     rows = [
         (name, multiple, row)
         for name, position in result.get("position", {}).items()
@@ -85,10 +88,10 @@ def _show_positions(result: dict[str, Any], out: Console) -> None:
     out.print(table)
 
 
-def _show_routing(layers: list[dict[str, Any]], out: Console) -> None:
+def _show_routing(layers: list[LayerUse], out: Console) -> None:
     table = Table("layer", "dead states", "balance", "entropy of a token's affinities")
     for layer in layers:
-        mean = [sum(layer[key]) / len(layer[key]) for key in ("balance", "entropy")]
+        mean = [sum(values) / len(values) for values in (layer["balance"], layer["entropy"])]
         states = sum(len(head) for head in layer["share"])
         table.add_row(str(layer["layer"] + 1), f"{sum(layer['dead'])} of {states}", *(f"{value:.2f}" for value in mean))
     out.print(table)

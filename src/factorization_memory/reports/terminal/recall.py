@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 
@@ -13,20 +13,26 @@ from factorization_memory.reports.terminal.tables import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from factorization_memory.runs.recall_record import ByLength, Distances, QueryFigures, RecallRecord
 
-def show_recall(record: dict[str, Any], out: Console) -> None:
+Row = TypeVar("Row")
+
+
+def show_recall(record: RecallRecord, out: Console) -> None:
     """What `evaluate_recall` returned."""
     pairs = record["associative"]["by_pairs"]
     if pairs:
         out.print("recall: random tokens in pairs, then the first of each again; how often is its partner the likeliest?")
         table = Table("pairs", *(str(row["pairs"]) for row in pairs))
-        table.add_row("among the values shown", *(_share(row, "choice") for row in pairs))
-        table.add_row("among all tokens", *(_share(row, "exact") for row in pairs))
+        table.add_row("among the values shown", *(_share(row["choice"], row["choice_error"]) for row in pairs))
+        table.add_row("among all tokens", *(_share(row["exact"], row["exact_error"]) for row in pairs))
         table.add_row("chance, among the values shown", *(f"{row['chance']:.0%}" for row in pairs))
         out.print(table)
         rows = record["associative"]["by_distance"]
         table = Table("tokens between", *map(_range, rows))
-        table.add_row(f"among the values shown, {rows[0]['pairs']} pairs", *(_share(row, "choice") for row in rows))
+        table.add_row(
+            f"among the values shown, {rows[0]['pairs']} pairs", *(_share(row["choice"], row["choice_error"]) for row in rows)
+        )
         out.print(table)
     needles = record["needle"]
     if needles:
@@ -35,7 +41,7 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
             f"recall: the number in a sentence hidden in text, likeliest of {round(1 / chance)} (chance {chance:.1%}); "
             "in brackets how often it would be written"
         )
-        lengths: dict[str, dict[str, Any]] = {}
+        lengths: dict[str, dict[str, ByLength]] = {}
         for name, parts in needles.items():
             for row in parts["by_length"]:
                 lengths.setdefault(f"{name}, {row['needles']} hidden", {})[str(row["length"])] = row
@@ -60,7 +66,7 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
         out.print(f"left out: {reason}", markup=False)
 
 
-def _grid(out: Console, title: str, cells: dict[str, dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> None:
+def _grid(out: Console, title: str, cells: Mapping[str, Mapping[str, Row]], text: Callable[[Row], str]) -> None:
     """A row per name, a column per heading that any of them has, sorted by the number at its start."""
     headings = sorted({heading for row in cells.values() for heading in row}, key=lambda text: int(re.findall(r"\d+", text)[0]))
     table = Table(title, *headings)
@@ -69,14 +75,13 @@ def _grid(out: Console, title: str, cells: dict[str, dict[str, Any]], text: Call
     out.print(table)
 
 
-def _share(row: dict[str, Any], name: str) -> str:
-    error = row[f"{name}_error"]
-    return f"{row[name]:.0%}" + ("" if error is None else f" ± {error:.0%}")
+def _share(share: float, error: float | None) -> str:
+    return f"{share:.0%}" + ("" if error is None else f" ± {error:.0%}")
 
 
-def _both(row: dict[str, Any]) -> str:
-    return f"{_share(row, 'choice')} ({row['exact']:.0%})"
+def _both(row: QueryFigures) -> str:
+    return f"{_share(row['choice'], row['choice_error'])} ({row['exact']:.0%})"
 
 
-def _range(row: dict[str, Any]) -> str:
+def _range(row: Distances) -> str:
     return f"{row['start']}-{row['end'] - 1}"
