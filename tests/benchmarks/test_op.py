@@ -156,7 +156,7 @@ def test_bad_benchmarks() -> None:
         ({"backends": ("chonked",)}, r"backend 'chonked' is not known; .*chunked"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"shapes": ("2x3",)}, "write BxTxHxMxD"),
-        ({"shapes": ("2x3x1x4x5",), "batch": 3}, "batch=3: not together with shapes"),
+        ({"shapes": ("2x3x1x4x5",), "batch": 3}, "batch=3: cannot be combined with shapes"),
         ({"top_k": 65}, "use 1 to num_states=64"),
         ({"memory_length": -1}, "memory_length=-1: use 0"),
         ({"lengths": (0,)}, "lengths of 1 or more"),

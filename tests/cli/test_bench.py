@@ -354,7 +354,7 @@ def test_peers_whose_heads_do_not_fit_are_left_out(capsys: pytest.CaptureFixture
         ("op --lengths 0", "lengths=(0,)"),
         ("op --length-tokens -1", "--length-tokens=-1"),
         ("op --shapes 16x2048", "write BxTxHxMxD"),
-        ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: not together with shapes"),
+        ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: cannot be combined with shapes"),
         ("op --plot times.pdf", "times.pdf"),
         ("op --device gpu", "'gpu'"),
         ("training --model.vocab-size 20 --llama-heads 0", "--llama-heads=0"),

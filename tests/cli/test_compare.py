@@ -453,7 +453,7 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["demo", "b=demo", "--learning-rates", "c=1e-3"], "--learning-rates: contender 'c' is not known"),
         (["demo", "b=demo", "--learning-rates", "fast"], "--learning-rates='fast': use positive numbers"),
         (["demo", "b=demo", "--match-to", "c"], "--match-to: contender 'c' is not known"),
-        (["demo", "b=demo", "--match-to", "b", "--parameters", "9"], "not together with --match-to"),
+        (["demo", "b=demo", "--match-to", "b", "--parameters", "9"], "cannot be combined with --match-to"),
         (["demo", "b=demo", "--seeds", "1", "1"], "--seeds=1,1: give each once"),
         (["demo", "b=demo", "--seeds", "1", "-2"], "--seeds=1,-2: use whole numbers"),
         (["demo", "b=demo", "--seeds", "1", "b=one"], "--seeds=b=one: use whole numbers"),

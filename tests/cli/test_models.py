@@ -170,7 +170,7 @@ def test_exported_and_imported(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
         (["export", "{run}", "{exported}"], 2, "exported: it exists; choose another folder, or give --overwrite"),
         (["export", "{tmp}/nowhere", "{tmp}/new"], 1, "no such folder; give a run folder"),
         (["import", "{tmp}/nowhere", "{tmp}/new"], 1, "no such folder; give one that holds config.json"),
-        (["import", "{exported}", "{run}"], 2, "it exists and is not empty"),
+        (["import", "{exported}", "{run}"], 2, "exists and is not empty"),
         (["import", "{run}", "{tmp}/new"], 1, "it is a run, or a part of one; use it as it is"),
         (["export", "{exported}", "{tmp}/new"], 1, "it is an exported model already; copy it"),
         (["export", "{run}", "{run}", "--overwrite"], 2, "it is no exported model, and stays as it is"),

@@ -185,7 +185,7 @@ class TestKinds:
             raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
         monkeypatch.setattr(Path, "iterdir", refused)
-        with pytest.raises(OSError, match=rf"{tmp_path}: cannot be read \(Permission denied\); give read access"):
+        with pytest.raises(OSError, match=rf"{tmp_path}: cannot be read \(Permission denied\); grant read access"):
             read_documents(tmp_path)
 
     def test_books_of_the_package(self) -> None:
@@ -292,7 +292,7 @@ class TestBadFiles:
             monkeypatch.setattr(Path, method, refused)
         for path in (table, *(tmp_path / name for name in ("a.txt", "a.jsonl", "a.jsonl.zst"))):
             path.touch()
-            with pytest.raises(OSError, match=rf"{path}: cannot be read \(Permission denied\); give read access"):
+            with pytest.raises(OSError, match=rf"{path}: cannot be read \(Permission denied\); grant read access"):
                 list(read_documents(path))
 
     def test_compressed_data_cut_short(self, tmp_path: Path) -> None:
@@ -512,7 +512,7 @@ class TestNamedCorpora:
     def test_unknown_short_name_names_the_nearest(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"name='wikipedia_jp'.*did you mean 'wikipedia-ja'.*OWNER/NAME"):
             fetch_dataset("wikipedia_jp", tmp_path / "a.jsonl.zst")
-        with pytest.raises(ConfigError, match=r"known are .*fineweb-edu.*pg19"):
+        with pytest.raises(ConfigError, match=r"choose from .*fineweb-edu.*pg19"):
             fetch_dataset("zzzzzz", tmp_path / "a.jsonl.zst")
 
     def test_pinned_revision_unless_another_is_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

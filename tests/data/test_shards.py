@@ -362,7 +362,7 @@ class TestOpen:
             return opened(self, *arguments, **options)
 
         monkeypatch.setattr(Path, "open", refused)
-        with pytest.raises(OSError, match=rf"{file}: cannot be read \(Permission denied\); give read access"):
+        with pytest.raises(OSError, match=rf"{file}: cannot be read \(Permission denied\); grant read access"):
             PackedCorpus.open(packed)
 
     def rewritten(self, packed: Path, change) -> str:

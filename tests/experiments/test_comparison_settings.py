@@ -31,7 +31,7 @@ def settings(**changes: Any) -> ComparisonSettings:
         ({"max_tokens": 0}, "max_tokens=0: use 1 or more"),
         ({"search_fraction": 0.0}, "search_fraction=0.0: use 0 < fraction <= 1"),
         ({"positions": (4, 6)}, "positions=6: use powers of two"),
-        ({"match_to": "demo", "parameters": 1000}, "parameters=1000: not together"),
+        ({"match_to": "demo", "parameters": 1000}, "parameters=1000: cannot be combined"),
     ],
 )
 def test_settings_that_no_comparison_has(changes: dict[str, Any], message: str) -> None:

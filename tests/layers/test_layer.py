@@ -25,7 +25,7 @@ def test_all_states_kept_equals_dense(x: torch.Tensor) -> None:
 
 def test_padding_mask_with_packing_is_refused(x: torch.Tensor) -> None:
     layer = FactorizationMemory(16, num_states=8).double()
-    with pytest.raises(ValueError, match="padding_mask: not together with cu_seqlens"):
+    with pytest.raises(ValueError, match="padding_mask: cannot be combined with cu_seqlens"):
         layer(x[:1], cu_seqlens=torch.tensor([0, 70]), padding_mask=torch.ones(1, 70, dtype=torch.bool))
 
 

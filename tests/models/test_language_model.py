@@ -228,7 +228,7 @@ def test_targets_that_do_not_fit(model: LanguageModel, tokens: torch.Tensor) -> 
         model(tokens, tokens.tolist())
     with pytest.raises(ValueError, match=r"targets: got shape \(2, 1\), takes that of the tokens, \(2, 40\)"):
         model(tokens, tokens[:, :1])
-    with pytest.raises(ValueError, match="last_only=True: not together with targets"):
+    with pytest.raises(ValueError, match="last_only=True: cannot be combined with targets"):
         model(tokens, tokens, last_only=True)
 
 

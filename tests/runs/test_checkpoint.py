@@ -184,7 +184,7 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(
         # The library says "no such file" of one that it may not open.
         monkeypatch.setattr(errors, "open", refused, raising=False)
     model, optimizer = make(1)
-    with pytest.raises(OSError, match=rf"{path / name}: cannot be read \(Permission denied\); give read access") as caught:
+    with pytest.raises(OSError, match=rf"{path / name}: cannot be read \(Permission denied\); grant read access") as caught:
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
     assert "delete" not in str(caught.value)
 

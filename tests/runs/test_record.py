@@ -65,9 +65,9 @@ def test_metrics_past_a_step_are_cut_and_a_torn_line_goes(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[" * 100_000 + "]" * 100_000, "line 2: JSON nested too deeply to be read; remove that line"),
-        ('{"kind": "train", "step": 2, "name": "\\ud800"}', r"line 2: holds the lone surrogate U\+D800"),
-        ("[1]", "line 2: a list, not an object; remove that line"),
+        ("[" * 100_000 + "]" * 100_000, "line 2: JSON nested too deeply; remove that line"),
+        ('{"kind": "train", "step": 2, "name": "\\ud800"}', r"line 2: contains the lone surrogate U\+D800"),
+        ("[1]", "line 2: expected an object, got a list; remove that line"),
         ('{"step": 2}', "a line without 'kind' and 'step'.*; remove it"),
         ('{"kind": "train", "step": null}', "a line without 'kind' and 'step'"),
     ],

@@ -72,7 +72,9 @@ class OpBenchmark:
             for each in fields(self):
                 value = getattr(self, each.name)
                 if each.name in SIZE_FIELDS and value != each.default:
-                    raise ConfigError(f"{each.name}={value}: not together with shapes, which give every size; drop one of both")
+                    raise ConfigError(
+                        f"{each.name}={value}: cannot be combined with shapes, which give every size; drop one of them"
+                    )
         for name in ("length", "heads", "num_states", "value_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: use 1 or more")

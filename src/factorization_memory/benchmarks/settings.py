@@ -149,7 +149,7 @@ class InferenceBenchmark:
         states = self.model.num_states
         require(all(0 <= k <= states for k in self.top_k), "top_k", f"use 0 (dense) to model.num_states={states}")
         if self.top_k and self.model.top_k is not None:
-            raise ConfigError(f"model.top_k={self.model.top_k}: not together with top_k={self.top_k}; drop one of both")
+            raise ConfigError(f"model.top_k={self.model.top_k}: cannot be combined with top_k={self.top_k}; drop one of them")
         require(
             all(peer in get_args(InferencePeer) for peer in self.peers),
             "peers",

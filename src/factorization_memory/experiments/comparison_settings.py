@@ -79,7 +79,7 @@ def check(settings: ComparisonSettings, overrides: Mapping[str, str]) -> None:
         if multiple < 2 or multiple & (multiple - 1):
             raise ConfigError(f"positions={multiple}: use powers of two from 2 on, the edges of the position bins")
     if settings.match_to is not None and settings.parameters is not None:
-        raise ConfigError(f"parameters={settings.parameters}: not together with --match-to; drop one of both")
+        raise ConfigError(f"parameters={settings.parameters}: cannot be combined with --match-to; drop one of them")
     for field, remedy in (
         ("training.seed", "give the seeds with --seeds"),
         ("data.corpus", "name the corpus with --corpus"),

@@ -134,7 +134,9 @@ def field_type(name: str) -> Any:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if kind is ModelConfig and part in RETIRED[ModelConfig.__name__]:
             version = RETIRED[ModelConfig.__name__][part][1]
-            raise ConfigError(f"{name}: this field is gone; leave it out (factorization_memory {version} had it last)")
+            raise ConfigError(
+                f"{name}: this field was removed; leave it out (factorization_memory {version} was the last to have it)"
+            )
         if part not in hints:
             before = "".join(f"{each}." for each in parts[:i])
             known = [f"{before}{each}" for each in hints]

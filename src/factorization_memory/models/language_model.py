@@ -169,7 +169,7 @@ class LanguageModel(Backbone):
 
     def _check_last_only(self, tokens: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None) -> None:
         if targets is not None:
-            raise ValueError("last_only=True: not together with targets; a loss takes all positions")
+            raise ValueError("last_only=True: cannot be combined with targets; a loss takes all positions")
         if tokens.shape[1] == 0:
             raise ValueError(
                 f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or no last_only"

@@ -31,7 +31,7 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
     if is_own(folder):
         raise CheckpointError(f"{folder}: it is a run, or a part of one; use it as it is, or `fmem export` it")
     if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
-        raise FileExistsError(f"{run_dir}: it exists and is not empty; choose another run folder")
+        raise FileExistsError(f"{run_dir}: exists and is not empty; choose another run folder")
     model, tokenizer, config = read_exported(folder)
     record = known_training(folder)
     with atomic_folder(run_dir) as aside:

@@ -111,7 +111,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         mask = padding_mask(attention_mask, x, layers[0].seen if layers else 0)
         borders, position_ids, rows = cu_seqlens, kwargs.get("position_ids"), Rows(x)
         if borders is not None and cache is not None:
-            raise ValueError(f"cu_seqlens: not together with {CACHE_NAME}; packed sequences each begin anew")
+            raise ValueError(f"cu_seqlens: cannot be combined with {CACHE_NAME}; packed sequences each begin anew")
         if borders is None and position_ids is not None and cache is None:
             borders, rows.real = borders_of_positions(position_ids, x, mask)
             mask = mask if borders is None else None
@@ -262,7 +262,7 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Factori
                 takes = list(outputs.last_hidden_state.shape[:2])
                 raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes that of the tokens, {takes}")
             if logits.shape[:2] != labels.shape:
-                raise ValueError(f"logits_to_keep={logits_to_keep!r}: not together with labels; a loss takes all logits")
+                raise ValueError(f"logits_to_keep={logits_to_keep!r}: cannot be combined with labels; a loss takes all logits")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
