@@ -119,7 +119,7 @@ def test_there_and_back(corpus: PackedCorpus, run_dir: Path, tmp_path: Path, kin
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
     assert (state["step"], state["tokens"]) == (2, 128)
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: missing, as of an imported model"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: missing; an imported model cannot be resumed"):
         Trainer(own_config, corpus, tmp_path / "back").run(resume=True)
 
 
@@ -256,10 +256,10 @@ def test_disk_full(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(export, "save_torch_state_dict", full)
-    with pytest.raises(OSError, match=rf"^{tmp_path / 'other'}: No space left on the disk; nothing was written there"):
+    with pytest.raises(OSError, match=rf"^{tmp_path / 'other'}: No space left on the disk; nothing was written"):
         export_run(run, tmp_path / "other")
     monkeypatch.setattr(checkpoint_module, "save_file", full)
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'back'}: the model could not be written there .*No space"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'back'}: the model could not be written .*No space"):
         import_model(tmp_path / "model", tmp_path / "back")
     assert not {path.name for path in tmp_path.iterdir()} - {"model", "run"}
 
@@ -305,7 +305,7 @@ def test_weights_that_were_trained_further(run: Path, tmp_path: Path) -> None:
     assert "128 tokens" not in card
     own.save(tmp_path / "model" / "tokenizer.json")
     Tokenizer.train(["a b c " * 100], 260).save(tmp_path / "model" / "tokenizer.json")
-    with pytest.raises(CheckpointError, match="not the tokenizer of this model"):
+    with pytest.raises(CheckpointError, match="not this model's tokenizer"):
         load_model(tmp_path / "model")
 
 
@@ -365,8 +365,8 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
     refused(r"config\.json: vocab_size=0", vocab_size=0)
     refused(r"config\.json: rms_norm_eps", rms_norm_eps=10**400)
     refused(r"config\.json: 1,000,000 layers, but", num_hidden_layers=1_000_000)
-    refused(r"has shape \(16, 64\), by config\.json it should have \(100000000, 64\)", hidden_size=10**8)
-    refused(r"not the tokenizer of this model.*eos_token_id=7", eos_token_id=7)
+    refused(r"has shape \(16, 64\), but according to config\.json \(100000000, 64\)", hidden_size=10**8)
+    refused(r"not this model's tokenizer.*eos_token_id=7", eos_token_id=7)
     refused(r"not JSON, damaged", write={"config.json": "{"}, damaged=True)
     for files in ({}, [], {"a": 3}, {"a": ""}, {"a": ".."}, {"a": "../b.safetensors"}, {"a": "shard.bin"}):
         refused(
@@ -434,7 +434,7 @@ def test_weights_that_are_not_finite_are_refused_in_every_format(
         weights[name][1, 1] = value
         save_file(weights, file, metadata={"format": "pt"})
     named = r"'(model\.)?blocks\.0\.mixer.*' is NaN or infinite"
-    with pytest.raises(CheckpointError, match=named + ".*delete the folder .*--resume goes on from"):
+    with pytest.raises(CheckpointError, match=named + ".*delete the folder .*--resume continue from"):
         load_model(checkpoint)
     with pytest.raises(CheckpointError, match=named):
         export_run(checkpoint, tmp_path / "again")
