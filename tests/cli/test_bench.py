@@ -96,7 +96,7 @@ def test_a_red_gate_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert dispatch(OP.split()) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "gate is red" in shown.err
+    assert "gate failed" in shown.err
     assert "ns/token" not in shown.err
 
 
@@ -200,7 +200,7 @@ def test_a_wrong_step_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert dispatch(STEP.split()) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "gate is red" in shown.err
+    assert "gate failed" in shown.err
     assert "faster than dense" not in shown.err
 
 
@@ -366,7 +366,7 @@ def test_peers_whose_heads_do_not_fit_are_left_out(capsys: pytest.CaptureFixture
         ("inference --threads -1", "threads=-1"),
         ("inference --model.vocab-size 0", "vocab_size=0"),
         ("step --batches 0", "batches=(0,)"),
-        ("step --top-k 2000", "--top-k=(2000,): more than any of num_states=(256, 1024)"),
+        ("step --top-k 2000", "--top-k=(2000,): exceeds every num_states=(256, 1024)"),
         ("step --rollbacks 0", "rollbacks=(0,)"),
         ("step --repeats 0", "repeats=0"),
         ("step --device gpu", "'gpu'"),

@@ -52,12 +52,12 @@ def test_the_model_of_the_package_writes(capsys: pytest.CaptureFixture[str]) -> 
     assert "the one that comes with the package" in err
     english, japanese = out.split("\n--- 2 ---\n")
     assert english.startswith("It was")
-    assert "ends in a space" not in err
+    assert "ends with a space" not in err
     # It learned what the two languages are made of.
     assert len(re.findall(r"\b(?:the|and|of|to|a|in|was|I|he|it)\b", english[6:])) >= 1
     assert len(re.findall(r"[ぁ-んァ-ヶ一-龥]", japanese)) > 20
     result, err = called(capsys, "generate", "--prompt", "It was ", "--max-tokens", "2", "--device", "cpu")
-    assert "note: prompt 'It was ' ends in a space" in err
+    assert "note: prompt 'It was ' ends with a space" in err
     assert [one["prompt"] for one in result] == ["It was "]
 
 

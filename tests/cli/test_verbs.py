@@ -157,7 +157,7 @@ def test_models_of_other_mixers(
         assert status == 0
     else:
         assert status == 1
-        assert "there is no memory layer to look into" in err
+        assert "no memory layer to inspect" in err
     status, out, err = call(capsys, "plan", "demo", *fields, "--json")
     assert status == 0
     assert bool(json.loads(out)["state_bytes_per_token"]) == (mixers == ("attention",))
