@@ -43,7 +43,7 @@ def test_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert [record["contender"] for record in result["comparison"]] == ["reference", "chunked", "attention"]
     assert result["command"] == f"fmem {OP}"
     assert set(result["missing"]) == {"gla", "ssd"}
-    for heading in ("correctness gate green", "speed-up", "to floor", "over inputs + outputs", "without gla"):
+    for heading in ("correctness gate passed", "speed-up", "to floor", "over inputs + outputs", "without gla"):
         assert heading in shown.err
 
 
@@ -190,7 +190,7 @@ def test_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert result["command"] == f"fmem {STEP}"
     assert [(record["batch"], record["top_k"]) for record in result["steps"]] == [(1, None), (1, 3), (2, None), (2, 3)]
     assert len(result["rollbacks"]) == 4
-    for heading in ("correctness gate green", "B=2, H=1, M=8, D=4", "faster than dense", "steps taken back", "copies"):
+    for heading in ("correctness gate passed", "B=2, H=1, M=8, D=4", "faster than dense", "steps rolled back", "copies"):
         assert heading in shown.err
 
 

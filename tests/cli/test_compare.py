@@ -179,7 +179,7 @@ def test_recall_tasks_are_asked_for(
         assert share == shares[task][source]
         assert wide["difference"]["tasks"][task][source]["accuracy"]["mean"] == pytest.approx(share - other)
     page = (tmp_path / "out" / "compare.md").read_text()
-    assert "Share right in recall tasks" in page
+    assert "Share correct in recall tasks" in page
     assert "| contender | values, random | needles, en | needles, ja | copies, random | copies, en | copies, ja |" in page
     status, out, err = call(capsys, *arguments, "--json", "--no-train")
     assert status == 0, err

@@ -18,7 +18,7 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
     """What `evaluate_recall` returned."""
     pairs = record["associative"]["by_pairs"]
     if pairs:
-        out.print("recall: random tokens in pairs, then the first of each again; how often is its partner the likeliest?")
+        out.print("recall: random pairs of tokens, then the first of each again; how often is its partner the likeliest token?")
         table = Table("pairs", *(str(row["pairs"]) for row in pairs))
         table.add_row("among the values shown", *(_share(row, "choice") for row in pairs))
         table.add_row("among all tokens", *(_share(row, "exact") for row in pairs))
@@ -33,7 +33,7 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
         chance = next(iter(needles.values()))["by_length"][0]["chance"]
         out.print(
             f"recall: the number in a sentence hidden in text, likeliest of {round(1 / chance)} (chance {chance:.1%}); "
-            "in brackets how often it would be written"
+            "in brackets, how often it would be generated"
         )
         lengths: dict[str, dict[str, Any]] = {}
         for name, parts in needles.items():
@@ -49,7 +49,7 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
         _grid(out, "text before it", depths, _both)
     copies = record["copy"]
     if copies:
-        out.print("recall: a stretch of tokens twice; how much of the second is likeliest, and nats per token (of the first)")
+        out.print("recall: a stretch of tokens twice; how much of the second is predicted, and nats per token (of the first)")
         _grid(
             out,
             "tokens of the stretch",
@@ -57,7 +57,7 @@ def show_recall(record: dict[str, Any], out: Console) -> None:
             lambda row: f"{row['accuracy']:.0%}, {row['loss']:.2f} ({row['first_loss']:.2f})",
         )
     for reason in record["left_out"]:
-        out.print(f"left out: {reason}", markup=False)
+        out.print(f"skipped: {reason}", markup=False)
 
 
 def _grid(out: Console, title: str, cells: dict[str, dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> None:
