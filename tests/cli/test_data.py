@@ -23,7 +23,7 @@ def packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 def test_verify(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["data", "verify", str(packed), "--json"]) == 0
     said = capsys.readouterr()
-    assert "as it was packed, 2 documents and 1,102 tokens" in said.err
+    assert "intact, 2 documents and 1,102 tokens" in said.err
     assert json.loads(said.out)["tokens"] == 1102
     file = next(packed.glob("*.train.tokens"))
     data = bytearray(file.read_bytes())
@@ -48,7 +48,7 @@ def test_pack_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixt
     command = ["data", "pack", str(texts), "--output", str(tmp_path / "packed"), "--holdout", "tail", "--json"]
     assert dispatch(command) == 0
     said = capsys.readouterr()
-    assert f"left out (a link that leads nowhere): {texts / 'lost.txt'}\n" in said.err
+    assert f"skipped (a link that leads nowhere): {texts / 'lost.txt'}\n" in said.err
     assert f"{texts / '4.md'} and 2 more\n" in said.err
     result = json.loads(said.out)
     assert list(result["sources"]) == ["linked", "texts"]

@@ -123,9 +123,9 @@ def test_without_a_hub(run: Path, data: Path, capsys: pytest.CaptureFixture[str]
         (["--harness", "hellaswag", "--harness-limit", "0"], 2, "--harness-limit=0: use 1 or more"),
         (["--harness", "hellaswag", "--harness-shots", "-1"], 2, "--harness-shots=-1: use 0 or more"),
         (["--harness", "hellaswag", "--harness-batch-size", "0"], 2, "--harness-batch-size=0: use 1 or more"),
-        (["--harness", "hellaswag", "--max-tokens", "9"], 2, "--max-tokens: it is about held-out text"),
-        (["--harness-data", "data"], 2, "--harness-data: there is no task; name some with --harness"),
-        (["--harness"], 2, "--harness: no task is named"),
+        (["--harness", "hellaswag", "--max-tokens", "9"], 2, "--max-tokens: applies to held-out text"),
+        (["--harness-data", "data"], 2, "--harness-data: no task given; name one or more with --harness"),
+        (["--harness"], 2, "--harness: no task given"),
         (["--harness", "hellaswag", "--harness-data", "nowhere"], 2, "nowhere: no such folder"),
     ],
 )
