@@ -616,7 +616,7 @@ class TestLocalFiles:
         message = r"fineweb-edu: no 20231101.ja/train-\* .*hf download wikimedia/wikipedia .*--local-dir DIR"
         with pytest.raises(CorpusError, match=message):
             fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", data_dir=fineweb_edu)
-        with pytest.raises(CorpusError, match="no .* file of "):
+        with pytest.raises(CorpusError, match=r"no .* file of "):
             fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", data_dir=wikipedia / "20231101.en")
         with pytest.raises(CorpusError, match="no such file or folder; did you mean"):
             fetch_dataset("wikipedia-ja", tmp_path / "a.jsonl.zst", data_dir=tmp_path / "fineweb-ed")

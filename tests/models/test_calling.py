@@ -280,13 +280,13 @@ def backward_hooked(model: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (hooked_head, "head: a forward hook is on it"),
+        (hooked_head, "head: it has a forward hook"),
         (adapted_head, "head: Adapter replaces it"),
         (lora, r"blocks\.0\.mixer\.affinity: Linear replaces it"),
         (quantised, r"blocks\.0\.mixer\.output: its weight is a Packed"),
         (normalised, r"blocks\.0\.mixer\.output: ParametrizedLinear replaces it"),
         (replaced, "final_norm: its forward was replaced, as Accelerate does"),
-        (backward_hooked, r"blocks\.1: a backward hook is on it"),
+        (backward_hooked, r"blocks\.1: it has a backward hook"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -390,7 +390,7 @@ def test_mixers_and_models_of_other_packages_are_no_obstacle() -> None:
     model.blocks[0].mixer = Other()
     assert why_any_called(model) is None
     handle = model.blocks[0].mixer.part.register_forward_hook(lambda *_: None)
-    assert why_any_called(model) == "blocks.0.mixer.part: a forward hook is on it"
+    assert why_any_called(model) == "blocks.0.mixer.part: it has a forward hook"
     handle.remove()
     model.head = Part()
     assert why_any_called(model) == "head: Part replaces it"
