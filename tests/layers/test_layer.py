@@ -63,7 +63,7 @@ def test_autocast(where: str, update_lag: int, x: torch.Tensor) -> None:
         ({"state": FactorizationMemory(16, num_states=8).initial_state(1)}, r"state\.memory: got dtype torch\.float32"),
         (
             {"state": FactorizationMemory(16, num_states=8, conv_size=2).double().initial_state(1)},
-            r"state\.convolution: the state is not of this layer",
+            r"state\.convolution: the state is not from this layer",
         ),
         ({"x": torch.zeros(70, 16)}, r"x: got shape \(70, 16\), takes \[B, T, 16\]"),
     ],

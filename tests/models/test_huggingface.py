@@ -645,12 +645,12 @@ def test_refused() -> None:
     ones = torch.ones(2, 5, dtype=torch.int64)
     for message, options in (
         ("has 2 sequences, but the input 1", {"input_ids": tokens[:1], "past_key_values": cache}),
-        ("of another model", {"input_ids": tokens, "past_key_values": other}),
+        ("from another model", {"input_ids": tokens, "past_key_values": other}),
         ("got DynamicCache", {"input_ids": tokens, "past_key_values": DynamicCache()}),
         (r"attention_mask: got shape \(2, 4\), takes \[2, 5\]", {"input_ids": tokens, "attention_mask": ones[:, :4]}),
         (r"takes \[2, 1\] or \[2, 6\]", {"input_ids": tokens[:, :1], "past_key_values": cache, "attention_mask": ones}),
-        ("exactly one of them", {}),
-        ("exactly one of them", {"input_ids": tokens, "inputs_embeds": torch.zeros(2, 5, 16)}),
+        ("takes exactly one", {}),
+        ("takes exactly one", {"input_ids": tokens, "inputs_embeds": torch.zeros(2, 5, 16)}),
         (
             "start from empty memory",
             {"input_ids": tokens[:1], "past_key_values": cache.clone(), "cu_seqlens": torch.tensor([0, 5])},

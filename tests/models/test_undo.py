@@ -75,7 +75,9 @@ def test_no_further_back_than_kept() -> None:
     model = model_of("sparse")
     plain = model.initial_state(1)
     model.step(torch.tensor([1]), plain)
-    with pytest.raises(ValueError, match=r"steps=1: the last 0 steps can be rolled back; call LanguageModel.keep_undo first"):
+    with pytest.raises(
+        ValueError, match=r"steps=1: only the last 0 steps can be rolled back; call LanguageModel.keep_undo first"
+    ):
         plain.rollback(1)
     state = model.keep_undo(plain, 2)
     snapshot = state.snapshot()
@@ -83,7 +85,7 @@ def test_no_further_back_than_kept() -> None:
         model.step(torch.tensor([1]), state)
     with pytest.raises(ValueError, match=r"snapshot: not among the last 2 steps that this state keeps"):
         state.restore(snapshot)
-    with pytest.raises(ValueError, match=r"steps=3: the last 2 steps can be rolled back; keep more"):
+    with pytest.raises(ValueError, match=r"steps=3: only the last 2 steps can be rolled back; keep more"):
         state.rollback(3)
     with pytest.raises(ValueError, match="steps=0: use 1 or more"):
         model.keep_undo(state, 0)
