@@ -348,7 +348,7 @@ def test_resuming_with_another_configuration_names_the_field(corpus: PackedCorpu
     with pytest.raises(RunFolderError, match=r"training\.seed=0, not 1"):
         Trainer(config(seed=1), corpus, run_dir).run(resume=True)
     other = dataclasses.replace(corpus, fingerprint="another")
-    with pytest.raises(RunFolderError, match=r"its corpus \(fingerprint another\) is not the one"):
+    with pytest.raises(RunFolderError, match=r"its corpus \(fingerprint another\) differs from the one"):
         Trainer(config(), other, run_dir).run(resume=True)
     result = Trainer(config(log_every=2, evaluate_every=0), corpus, run_dir).run(resume=True)
     assert result["stopped"] == "finished"
@@ -444,7 +444,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_hide_the_failing_evaluatio
 
 @pytest.mark.parametrize("prompts", [(), ("It ", "")])
 def test_samples_without_a_prompt_are_refused(corpus: PackedCorpus, run_dir: Path, prompts: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"training\.sample_prompts=.*sample_every to 0"):
+    with pytest.raises(ConfigError, match=r"training\.sample_prompts=.*sample_every=0"):
         Trainer(config(sample_every=4, sample_prompts=prompts), corpus, run_dir)
     Trainer(config(sample_prompts=prompts), corpus, run_dir)
 
