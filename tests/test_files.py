@@ -114,7 +114,7 @@ class TestFolder:
         for overwrite, text in ((False, "first"), (True, "second")):  # an empty folder is free
             with atomic_folder(path, overwrite=overwrite) as partial:
                 (partial / "a").write_text(text)
-        with pytest.raises(FileExistsError, match="run: it exists and is not empty"), atomic_folder(path) as partial:
+        with pytest.raises(FileExistsError, match="run: exists and is not empty"), atomic_folder(path) as partial:
             (partial / "a").write_text("third")
         assert (path / "a").read_text() == "second"
         assert names(tmp_path) == ["run"]

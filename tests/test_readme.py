@@ -102,10 +102,10 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert result["evaluation"]["position"]["en"]["max_position"] >= 16 * 256 - 1
     assert [sample["tokens"] for sample in result["samples"]] == [100, 100]
     assert result["samples"][0]["prompt"] in err
-    order = ["text to tokens", "training", "evaluation", "writing", "recall", "report"]
+    order = ["text to tokens", "training", "evaluation", "generated", "recall", "report"]
     assert re.findall(r"^─+ [1-6]  (text to tokens|\w+)", err, re.MULTILINE) == order
     assert "associative form (update_lag=1)" in err
-    last = err.partition("what to do next:")[2]
+    last = err.partition("next:")[2]
     commands_of = [line.split() for line in last.strip().splitlines()]
     assert commands_of[0][:2] == ["open", "runs/demo-2/report.html"]
     assert commands_of[1][:4] == ["fmem", "generate", "runs/demo-2", "--prompt"]

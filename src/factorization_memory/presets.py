@@ -89,7 +89,7 @@ PARAMETERS = {"tiny": "5.1", "small": "26.1", "base": "308"}
 """Millions of parameters outside the embedding."""
 FORMS = {
     "pure": "the paper's equations, nothing added",
-    "best": "memory alone, the best form that was trained: associative, convolution of values, value_skip, gate",
+    "best": "memory alone in the best form we trained: associative, with convolution of values, value_skip and gate",
 }
 FEED_FORWARD = {"tiny": 512, "small": 1008, "base": 2048}
 """Widths that make a size's forms equally large, to 0.5 %: what is added is taken from the feed-forward layers."""

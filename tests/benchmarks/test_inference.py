@@ -199,7 +199,7 @@ def test_on_a_gpu_steps_are_also_replayed() -> None:
         ({"decode_tokens": 0}, "decode_tokens=0"),
         ({"repeats": 0}, "repeats=0"),
         ({"model": ModelConfig()}, "vocab_size=0"),
-        ({"model": ModelConfig(vocab_size=9, top_k=2), "top_k": (4,)}, "model.top_k=2: not together"),
+        ({"model": ModelConfig(vocab_size=9, top_k=2), "top_k": (4,)}, "model.top_k=2: cannot be combined"),
     ],
 )
 def test_bad_settings_name_themselves(settings: dict[str, Any], message: str) -> None:

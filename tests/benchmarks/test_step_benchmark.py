@@ -115,7 +115,7 @@ def test_a_wrong_step_is_not_timed(fault: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(step_correctness, "recurrence_undo", not_back)
     monkeypatch.setattr(step, "_measure", timed)
     wanted = {"raises": "RuntimeError: no such kernel", "not back": "does not restore"}.get(fault, fault)
-    with pytest.raises(IncorrectBackendError, match=rf"gate is red.* at 1x1x1x8x4.*{wanted}"):
+    with pytest.raises(IncorrectBackendError, match=rf"gate failed.* at 1x1x1x8x4.*{wanted}"):
         step.run(SMALL, CPU)
 
 
@@ -162,13 +162,13 @@ def test_a_bfloat16_memory_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batches": ()}, r"batches=\(\): use one number or more"),
-        ({"batches": (1, 0)}, r"batches=\(1, 0\): use one number or more, each 1 or more"),
+        ({"batches": ()}, r"batches=\(\): use one or more numbers"),
+        ({"batches": (1, 0)}, r"batches=\(1, 0\): use one or more numbers, each 1 or more"),
         ({"num_states": (0,)}, r"num_states=\(0,\)"),
         ({"rollbacks": (0,)}, r"rollbacks=\(0,\)"),
         ({"top_k": ()}, r"top_k=\(\)"),
         ({"top_k": (-1, 3)}, r"top_k=\(-1, 3\)"),
-        ({"top_k": (9,), "num_states": (8, 4)}, r"top_k=\(9,\): more than any of num_states=\(8, 4\)"),
+        ({"top_k": (9,), "num_states": (8, 4)}, r"top_k=\(9,\): exceeds every num_states=\(8, 4\)"),
         ({"value_size": 0}, "value_size=0: use 1 or more"),
         ({"heads": 0}, "heads=0"),
         ({"repeats": 0}, "repeats=0"),

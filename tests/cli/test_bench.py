@@ -43,7 +43,7 @@ def test_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert [record["contender"] for record in result["comparison"]] == ["reference", "chunked", "attention"]
     assert result["command"] == f"fmem {OP}"
     assert set(result["missing"]) == {"gla", "ssd"}
-    for heading in ("correctness gate green", "speed-up", "to floor", "over inputs + outputs", "without gla"):
+    for heading in ("correctness gate passed", "speed-up", "to floor", "over inputs + outputs", "without gla"):
         assert heading in shown.err
 
 
@@ -96,7 +96,7 @@ def test_a_red_gate_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert dispatch(OP.split()) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "gate is red" in shown.err
+    assert "gate failed" in shown.err
     assert "ns/token" not in shown.err
 
 
@@ -190,7 +190,7 @@ def test_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert result["command"] == f"fmem {STEP}"
     assert [(record["batch"], record["top_k"]) for record in result["steps"]] == [(1, None), (1, 3), (2, None), (2, 3)]
     assert len(result["rollbacks"]) == 4
-    for heading in ("correctness gate green", "B=2, H=1, M=8, D=4", "faster than dense", "steps taken back", "copies"):
+    for heading in ("correctness gate passed", "B=2, H=1, M=8, D=4", "faster than dense", "steps rolled back", "copies"):
         assert heading in shown.err
 
 
@@ -200,7 +200,7 @@ def test_a_wrong_step_prints_no_speed(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert dispatch(STEP.split()) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "gate is red" in shown.err
+    assert "gate failed" in shown.err
     assert "faster than dense" not in shown.err
 
 
@@ -354,7 +354,7 @@ def test_peers_whose_heads_do_not_fit_are_left_out(capsys: pytest.CaptureFixture
         ("op --lengths 0", "lengths=(0,)"),
         ("op --length-tokens -1", "--length-tokens=-1"),
         ("op --shapes 16x2048", "write BxTxHxMxD"),
-        ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: not together with shapes"),
+        ("op --shapes 1x2x1x4x8 --batch 3", "batch=3: cannot be combined with shapes"),
         ("op --plot times.pdf", "times.pdf"),
         ("op --device gpu", "'gpu'"),
         ("training --model.vocab-size 20 --llama-heads 0", "--llama-heads=0"),
@@ -366,7 +366,7 @@ def test_peers_whose_heads_do_not_fit_are_left_out(capsys: pytest.CaptureFixture
         ("inference --threads -1", "threads=-1"),
         ("inference --model.vocab-size 0", "vocab_size=0"),
         ("step --batches 0", "batches=(0,)"),
-        ("step --top-k 2000", "--top-k=(2000,): more than any of num_states=(256, 1024)"),
+        ("step --top-k 2000", "--top-k=(2000,): exceeds every num_states=(256, 1024)"),
         ("step --rollbacks 0", "rollbacks=(0,)"),
         ("step --repeats 0", "repeats=0"),
         ("step --device gpu", "'gpu'"),

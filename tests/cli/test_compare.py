@@ -179,7 +179,7 @@ def test_recall_tasks_are_asked_for(
         assert share == shares[task][source]
         assert wide["difference"]["tasks"][task][source]["accuracy"]["mean"] == pytest.approx(share - other)
     page = (tmp_path / "out" / "compare.md").read_text()
-    assert "Share right in recall tasks" in page
+    assert "Share correct in recall tasks" in page
     assert "| contender | values, random | needles, en | needles, ja | copies, random | copies, en | copies, ja |" in page
     status, out, err = call(capsys, *arguments, "--json", "--no-train")
     assert status == 0, err
@@ -195,7 +195,7 @@ def test_too_little_text_for_recall_tasks(tmp_path: Path, capsys: pytest.Capture
     status, _, err = call(capsys, *CONTENDERS, *TINY, "--corpus", tmp_path / "packed", "--out", tmp_path / "out", "--recall")
     assert status == 2
     assert "--recall: the longest held-out text of the corpus has" in err
-    assert "fewer than the 256 of the shortest haystack" in err.replace("\n", " ")
+    assert "the shortest haystack needs 256" in err.replace("\n", " ")
 
 
 def test_search_seeds_and_figures(
@@ -277,7 +277,7 @@ def test_figures_that_are_not_finite_are_a_failure(
     status, out, err = call(capsys, *arguments, "--json")
     assert status == 1, err
     record = json.loads(out)
-    assert [each["message"] for each in record["failures"]] == ["its evaluation is not finite"] * 2
+    assert [each["message"] for each in record["failures"]] == ["evaluation gave NaN or infinity"] * 2
     assert [[seed["seed"] for seed in each["seeds"]] for each in record["contenders"]] == [[0], [0]]
     # A search without any loss says so, rather than that nothing is missing.
     arguments = [*CONTENDERS, *TINY, "--seeds", 0, "--search-seed", 9, "--learning-rates", "1e-3", "2e-3", "--corpus", corpus]
@@ -354,7 +354,7 @@ def test_the_best_get_more_seeds_and_others_join_in(
     ):  # fmt: skip
         status, _, err = call(capsys, *fewer)
         assert status == 2
-        assert "holds another comparison" in err
+        assert "contains another comparison" in err
     assert len(pretended) == 5
 
     # What has no folder any more may be left out, and a record of other runs is not taken for this one's.
@@ -405,7 +405,7 @@ def test_a_damaged_plan_is_another_comparison(
     file.write_text(json.dumps(json.loads(file.read_text()) | damage))
     status, _, err = call(capsys, *arguments)
     assert (status, len(pretended)) == (2, 2)
-    assert "holds another comparison" in err
+    assert "contains another comparison" in err
 
 
 def test_another_comparison_is_refused(
@@ -416,7 +416,7 @@ def test_another_comparison_is_refused(
     before = len(pretended)
     status, _, err = call(capsys, *arguments, "--optimizer.weight-decay", 0.5)
     assert status == 2
-    assert "holds another comparison, with contenders.demo.optimizer.weight_decay = 1.0 where this one has 0.5" in err
+    assert "contains another comparison, with contenders.demo.optimizer.weight_decay = 1.0 instead of 0.5" in err
     # Where the corpus lies and how many run at once decide nothing.
     (tmp_path / "elsewhere").symlink_to(corpus)
     moved = [tmp_path / "elsewhere" if each == corpus else each for each in arguments]
@@ -448,21 +448,21 @@ def test_dry_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["demo"], "name two or more"),
-        (["demo", "demo"], "contender 'demo': named twice"),
-        (["demo", "dmo"], "'dmo' is no preset; did you mean 'demo'?"),
-        (["demo", "b=demo", "--learning-rates", "c=1e-3"], "--learning-rates: contender 'c' is not known"),
+        (["demo", "demo"], "contender 'demo': this name is used twice"),
+        (["demo", "dmo"], "'dmo' is not a preset; did you mean 'demo'?"),
+        (["demo", "b=demo", "--learning-rates", "c=1e-3"], "--learning-rates: unknown contender 'c'"),
         (["demo", "b=demo", "--learning-rates", "fast"], "--learning-rates='fast': use positive numbers"),
-        (["demo", "b=demo", "--match-to", "c"], "--match-to: contender 'c' is not known"),
-        (["demo", "b=demo", "--match-to", "b", "--parameters", "9"], "not together with --match-to"),
-        (["demo", "b=demo", "--seeds", "1", "1"], "--seeds=1,1: give each once"),
+        (["demo", "b=demo", "--match-to", "c"], "--match-to: unknown contender 'c'"),
+        (["demo", "b=demo", "--match-to", "b", "--parameters", "9"], "cannot be combined with --match-to"),
+        (["demo", "b=demo", "--seeds", "1", "1"], "--seeds=1,1: has duplicates; give each once"),
         (["demo", "b=demo", "--seeds", "1", "-2"], "--seeds=1,-2: use whole numbers"),
         (["demo", "b=demo", "--seeds", "1", "b=one"], "--seeds=b=one: use whole numbers"),
-        (["demo", "b=demo", "--seeds", "1", "c=2"], "--seeds: contender 'c' is not known"),
+        (["demo", "b=demo", "--seeds", "1", "c=2"], "--seeds: unknown contender 'c'"),
         (["demo", "b=demo", "--seeds", "b=0,,1"], "--seeds=b=0,,1: use whole numbers"),
         (["demo", "b=demo", "--seeds", str(2**32)], "use whole numbers from 0 to 4294967295"),
-        (["demo", "b=demo", "--seeds", "b=2"], "--seeds: 'demo' has none; give one or more for all, or as demo=0,1"),
-        (["demo", "b=demo", "--seeds", "1", "b=3,1000"], "--search-seed=1000: it is one of --seeds"),
-        (["demo", "b=demo", "--seeds", "1000"], "--search-seed=1000: it is one of --seeds"),
+        (["demo", "b=demo", "--seeds", "b=2"], "--seeds: no seed for 'demo'; give one or more for all, or demo=0,1"),
+        (["demo", "b=demo", "--seeds", "1", "b=3,1000"], "--search-seed=1000: also one of --seeds"),
+        (["demo", "b=demo", "--seeds", "1000"], "--search-seed=1000: also one of --seeds"),
         (["demo", "b=demo", "--positions", "3"], "--positions=3: use powers of two"),
         (["demo", "b=demo", "--parallel", "0"], "--parallel=0: use 1 or more"),
         (["demo", "b=demo", "--gpus", "0"], "--gpus=0: use 1 or more"),
@@ -526,7 +526,7 @@ def test_text_in_another_order_is_refused(corpus: Path) -> None:
     other = from_dict(RunConfig, {"data": {"context_length": 32}, "training": {"tokens_per_step": 256, "steps": 4}})
     assert same_order(opened, {"a": one, "b": cut}, 0) == same_order(opened, {"a": one}, 0)
     assert same_order(opened, {"a": one}, 1) != same_order(opened, {"a": one}, 0)
-    with pytest.raises(RuntimeError, match="contender 'b': it would not read the text in the order of 'a'"):
+    with pytest.raises(RuntimeError, match="contender 'b': would read the text in another order than 'a'"):
         same_order(opened, {"a": one, "b": other}, 0)
 
 
@@ -577,7 +577,7 @@ def test_the_record_is_kept_while_runs_end_and_can_be_made_without_training(
     assert (out / "compare.md").exists()
     status, _, err = call(capsys, *arguments[:-1], tmp_path / "other", "--no-train")
     assert (status, (tmp_path / "other").exists()) == (2, False)
-    assert "holds no comparison to make a record of" in err
+    assert "contains no comparison; drop --no-train" in err
 
 
 def test_a_record_that_cannot_be_kept_ends_no_training(
@@ -613,7 +613,7 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.Capture
         display.on_end(job, {"message": "no memory", "diverged": False, "stopped": False})
         display.on_tick()
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "a, seed 0: begins"
+    assert said[0] == "a, seed 0: started"
     assert said[2].split() == ["a,", "seed", "0:", "20/1000", "3.2500", "1,234"]
     assert said[3].startswith("a, seed 0: no memory (see ")
 
@@ -634,4 +634,4 @@ def test_the_time_that_all_runs_still_take(tmp_path: Path, monkeypatch: pytest.M
     now[0] += 60
     display.on_progress(jobs[1], {"step": 6})
     display.on_progress(jobs[2], {"step": 4})
-    assert display.time_left() == "20 of 40 steps of all runs left, about 3:20"
+    assert display.time_left() == "20 of 40 steps left over all runs, about 3:20"

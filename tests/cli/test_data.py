@@ -23,7 +23,7 @@ def packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 def test_verify(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["data", "verify", str(packed), "--json"]) == 0
     said = capsys.readouterr()
-    assert "as it was packed, 2 documents and 1,102 tokens" in said.err
+    assert "intact, 2 documents and 1,102 tokens" in said.err
     assert json.loads(said.out)["tokens"] == 1102
     file = next(packed.glob("*.train.tokens"))
     data = bytearray(file.read_bytes())
@@ -48,7 +48,7 @@ def test_pack_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixt
     command = ["data", "pack", str(texts), "--output", str(tmp_path / "packed"), "--holdout", "tail", "--json"]
     assert dispatch(command) == 0
     said = capsys.readouterr()
-    assert f"left out (a link that leads nowhere): {texts / 'lost.txt'}\n" in said.err
+    assert f"skipped (a link that leads nowhere): {texts / 'lost.txt'}\n" in said.err
     assert f"{texts / '4.md'} and 2 more\n" in said.err
     result = json.loads(said.out)
     assert list(result["sources"]) == ["linked", "texts"]
@@ -68,7 +68,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder.mkdir()
     (folder / "b.txt").write_text("other words\n" * 100)
     assert dispatch(command) == 1
-    assert "the name of its source, '\\udcfe', is not UTF-8; rename" in capsys.readouterr().err
+    assert "the source name '\\udcfe' is not UTF-8; rename" in capsys.readouterr().err
 
 
 def test_recipe_of_the_readme_on_a_few_books(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +80,6 @@ def test_recipe_of_the_readme_on_a_few_books(tmp_path: Path, capsys: pytest.Capt
     packed = ["data", "pack", str(texts), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "packed"), "--json"]
     assert dispatch(packed) == 0
     said = capsys.readouterr()
-    assert "the end of every document is held out: source " in said.err
+    assert "holding out the end of every document: source " in said.err
     sources = json.loads(said.out)["sources"]
     assert {name: parts["validation"]["documents"] for name, parts in sources.items()} == {"en": 19, "ja": 2}

@@ -43,7 +43,7 @@ def test_list_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "a.jsonl.zst"
     for arguments, message in (
-        (["pg19"], "--output is missing; name the file to write, for example --output pg19.jsonl.zst"),
+        (["pg19"], "--output is missing; give the file to write, for example --output pg19.jsonl.zst"),
         (["pg20", "--output", output], "did you mean 'pg19'?"),
         (["pg19", "--output", output, "--max-documents", 0], "--max-documents=0"),
     ):
@@ -80,7 +80,7 @@ def test_files_on_disk_to_a_packed_corpus(
             "--json",
         )
         assert status == 0, err
-        assert f"20 documents of {name} are in" in err
+        assert f"20 documents of {name} written to" in err
         result = json.loads(out)
         assert json.loads(Path(result.pop("record")).read_text(encoding="utf-8")).items() < result.items()
         assert result["revision"] == CORPORA[name].revision

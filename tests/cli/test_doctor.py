@@ -27,7 +27,7 @@ def test_findings(capsys: pytest.CaptureFixture[str]) -> None:
     assert {check["backend"] for check in findings["checks"]} >= {"reference", "chunked"}
     assert all(check["passed"] for check in findings["checks"])
     assert bool(findings["gpus"]) == torch.cuda.is_available() == (findings["no_gpu"] is None)
-    assert "all backends that can run here are right" in shown.err
+    assert "all backends that can run here are correct" in shown.err
     assert [(one["backend"], one["device"]) for one in findings["skipped"]] == [
         ("triton-dense", "cpu"),
         ("triton-sparse", "cpu"),

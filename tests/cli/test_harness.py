@@ -111,7 +111,7 @@ def test_without_a_hub(run: Path, data: Path, capsys: pytest.CaptureFixture[str]
     arguments = ["--harness-data", data, "--device", "cpu", "--json"]
     status, out, err = call(capsys, "evaluate", run, "--harness", "hellaswag", "piqa", *arguments)
     assert (status, out) == (1, "")
-    assert "task piqa: baber/piqa cannot be had from the hub" in err
+    assert "task piqa: baber/piqa cannot be loaded from the hub" in err
     assert "DIR/piqa/validation.jsonl (or .json, .parquet), with --harness-data DIR" in err
     assert "Traceback" not in err
 
@@ -119,13 +119,13 @@ def test_without_a_hub(run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--harness", "helaswag"], 2, "task 'helaswag': there is none of this name; did you mean 'hellaswag'"),
+        (["--harness", "helaswag"], 2, "unknown task 'helaswag'; did you mean 'hellaswag'"),
         (["--harness", "hellaswag", "--harness-limit", "0"], 2, "--harness-limit=0: use 1 or more"),
         (["--harness", "hellaswag", "--harness-shots", "-1"], 2, "--harness-shots=-1: use 0 or more"),
         (["--harness", "hellaswag", "--harness-batch-size", "0"], 2, "--harness-batch-size=0: use 1 or more"),
-        (["--harness", "hellaswag", "--max-tokens", "9"], 2, "--max-tokens: it is about held-out text"),
-        (["--harness-data", "data"], 2, "--harness-data: there is no task; name some with --harness"),
-        (["--harness"], 2, "--harness: no task is named"),
+        (["--harness", "hellaswag", "--max-tokens", "9"], 2, "--max-tokens: applies to held-out text"),
+        (["--harness-data", "data"], 2, "--harness-data: no task given; name one or more with --harness"),
+        (["--harness"], 2, "--harness: no task given"),
         (["--harness", "hellaswag", "--harness-data", "nowhere"], 2, "nowhere: no such folder"),
     ],
 )

@@ -55,12 +55,12 @@ def test_the_model_of_the_package_writes(capsys: pytest.CaptureFixture[str]) -> 
     assert "the one that comes with the package" in err
     english, japanese = out.split("\n--- 2 ---\n")
     assert english.startswith("It was")
-    assert "ends in a space" not in err
+    assert "ends with a space" not in err
     # It learned what the two languages are made of.
     assert len(re.findall(r"\b(?:the|and|of|to|a|in|was|I|he|it)\b", english[6:])) >= 1
     assert len(re.findall(r"[ぁ-んァ-ヶ一-龥]", japanese)) > 20
     result, err = called(capsys, "generate", "--prompt", "It was ", "--max-tokens", "2", "--device", "cpu")
-    assert "note: prompt 'It was ' ends in a space" in err
+    assert "note: prompt 'It was ' ends with a space" in err
     assert [one["prompt"] for one in result] == ["It was "]
 
 
@@ -129,22 +129,22 @@ def test_the_model_of_the_package_is_asked_what_it_read(
         "en, 4 hidden",
         "chance, among the values shown",
         "tokens of the stretch",
-        "left out: ja, haystacks of 200000 tokens",
+        "skipped: ja, haystacks of 200000 tokens",
     ):
         assert words in said
     capsys.readouterr()
     assert dispatch(["evaluate", *options, "--recall", "--recall-lengths", "200000"]) == 2
-    assert "fewer than the 200000 of the shortest haystack" in " ".join(capsys.readouterr().err.split())
+    assert "the shortest haystack needs 200000" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recall-items", "3"], "--recall-items: the recall suite is not asked for; add --recall"),
-        (["--recall-lengths", "99"], "--recall-lengths: the recall suite is not asked for"),
+        (["--recall-items", "3"], "--recall-items: needs the recall suite; add --recall"),
+        (["--recall-lengths", "99"], "--recall-lengths: needs the recall suite"),
         (["--recall", "--recall-items", "0"], "--recall-items=0: use 1 or more"),
-        (["--recall", "--recall-lengths", "256", "0"], "--recall-lengths=256 0: name one or more"),
-        (["--recall", "--harness", "hellaswag"], "--recall: it is about held-out text"),
+        (["--recall", "--recall-lengths", "256", "0"], "--recall-lengths=256 0: use one or more"),
+        (["--recall", "--harness", "hellaswag"], "--recall: applies to held-out text"),
     ],
 )
 def test_recall_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -198,18 +198,18 @@ def test_exported_and_imported(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["export", "{run}", "{exported}"], 2, "exported: it exists; choose another folder, or give --overwrite"),
+        (["export", "{run}", "{exported}"], 2, "exported: already exists; choose another folder, or pass --overwrite"),
         (["export", "{tmp}/nowhere", "{tmp}/new"], 1, "no such folder; give a run folder"),
-        (["import", "{tmp}/nowhere", "{tmp}/new"], 1, "no such folder; give one that holds config.json"),
-        (["import", "{exported}", "{run}"], 2, "it exists and is not empty"),
+        (["import", "{tmp}/nowhere", "{tmp}/new"], 1, "no such folder; give one with config.json"),
+        (["import", "{exported}", "{run}"], 2, "exists and is not empty"),
         (["import", "{run}", "{tmp}/new"], 1, "it is a run, or a part of one; use it as it is"),
-        (["export", "{exported}", "{tmp}/new"], 1, "it is an exported model already; copy it"),
-        (["export", "{run}", "{run}", "--overwrite"], 2, "it is no exported model, and stays as it is"),
-        (["export", "{run}", "{tmp}", "--overwrite"], 2, "it is no exported model, and stays as it is"),
+        (["export", "{exported}", "{tmp}/new"], 1, "already an exported model; copy it"),
+        (["export", "{run}", "{run}", "--overwrite"], 2, "not an exported model, so left unchanged"),
+        (["export", "{run}", "{tmp}", "--overwrite"], 2, "not an exported model, so left unchanged"),
         (["export", "{run}", "{tmp}/new", "--max-shard-size", "0"], 2, "--max-shard-size='0': use a number of bytes"),
-        (["export", "{run}", "{tmp}/new", "--license", "a | b"], 2, "license='a | b': use an identifier"),
-        (["evaluate", "{exported}", "--corpus", "{tmp}/nowhere"], 1, "name where it is with --corpus"),
-        (["evaluate", "{exported}"], 1, "does not say where its corpus is; name one with --corpus"),
+        (["export", "{run}", "{tmp}/new", "--license", "a | b"], 2, "license='a | b': use the hub's identifier"),
+        (["evaluate", "{exported}", "--corpus", "{tmp}/nowhere"], 1, "give its new place with --corpus"),
+        (["evaluate", "{exported}"], 1, "does not record its corpus; give one with --corpus"),
     ],
 )
 def test_refused(

@@ -102,7 +102,7 @@ def test_evaluate(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = call(capsys, "evaluate", workplace / "run", "--json", *part)
     assert status == 0
     assert json.loads(out)["total"]["tokens"] < result["total"]["tokens"]
-    assert "stays as it is" in err
+    assert "unchanged, since it already has more" in err
     assert "repeated" in err
     assert json.loads((workplace / "run" / "evaluation.json").read_text())["total"] == result["total"]
 
@@ -157,7 +157,7 @@ def test_models_of_other_mixers(
         assert status == 0
     else:
         assert status == 1
-        assert "there is no memory layer to look into" in err
+        assert "no memory layer to inspect" in err
     status, out, err = call(capsys, "plan", "demo", *fields, "--json")
     assert status == 0
     assert bool(json.loads(out)["state_bytes_per_token"]) == (mixers == ("attention",))
@@ -317,9 +317,9 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
     ("arguments", "status", "message"),
     [
         ([], 2, "usage: fmem VERB"),
-        (["trian"], 2, "'trian' is no verb of fmem; did you mean 'train'?"),
+        (["trian"], 2, "'trian' is not a verb of fmem; did you mean 'train'?"),
         (["train"], 2, "usage: fmem train PRESET"),
-        (["train", "dmo"], 2, "preset 'dmo' is not known; did you mean 'demo'?"),
+        (["train", "dmo"], 2, "unknown preset 'dmo'; did you mean 'demo'?"),
         (["train", "demo"], 2, "data.corpus=''"),
         (["train", "demo", "--model.topk", "3"], 2, "--model.top-k"),
         (["train", "demo", "--model.top-k", "65"], 2, "model.top_k=65: use 1 to num_states=64"),
@@ -331,10 +331,10 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["generate", "nowhere"], 2, "exactly one of --prompt TEXT (once or several times) and --prompt-file FILE"),
         (["generate", "nowhere", "--prompt", "x", "--prompt-file", "x"], 2, "exactly one of --prompt TEXT"),
         (["generate", "nowhere", "--prompt", "x", "--prefill-chunk", "-1"], 2, "--prefill-chunk=-1"),
-        (["generate", "nowhere", "--prompt", ""], 2, "prompt: it is empty"),
+        (["generate", "nowhere", "--prompt", ""], 2, "prompt: empty"),
         (["generate", "nowhere", "--prompt-file", "missing.txt"], 1, "missing.txt"),
         (["inspect", "nowhere"], 2, "exactly one of --text TEXT and --file FILE"),
-        (["inspect", "nowhere", "--text", ""], 2, "text: it is empty"),
+        (["inspect", "nowhere", "--text", ""], 2, "text: empty"),
         (["generate", "nowhere", "--prompt", "x", "--top-k", "0"], 2, "--top-k=0: use 1 or more"),
         (["generate", "nowhere", "--prompt", "x", "--max-tokens", "0"], 2, "--max-tokens=0: use 1 or more"),
         (["generate", "nowhere", "--prompt", "x", "--num-samples", "-1"], 2, "--num-samples=-1: use 1 or more"),
@@ -342,7 +342,7 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["evaluate", "nowhere", "--max-tokens", "0"], 2, "--max-tokens=0: use 1 or more"),
         (["evaluate", "nowhere", "--stretches", "0"], 2, "--stretches=0: use 1 or more"),
         (["evaluate", "nowhere", "--max-position", "-1"], 2, "--max-position=-1: use 0 or more"),
-        (["demo", "--resume"], 2, "there is no demo here to resume"),
+        (["demo", "--resume"], 2, "no demo to resume"),
         (["data", "pack", "--output", "p"], 2, "name at least one file"),
         (["data", "pack", "x", "--output", "p", "--holdout-fraction", "1.5"], 2, "--holdout-fraction=1.5"),
         (["data", "tokenizer"], 2, "name at least one file"),
@@ -351,8 +351,8 @@ def test_tokenizer_and_pack(workplace: Path, tmp_path: Path, capsys: pytest.Capt
         (["plan", "demo", "--model.num-layers", "1000000000"], 2, "model.num_layers=1000000000: use 1,000,000 or fewer"),
         (["generate", "--prompt", "x", "--seed", str(2**70)], 2, "--seed=1180591620717411303424: use a number from 0 to"),
         (["generate", "--prompt", "x", "--num-samples", str(10**9)], 2, "ask for fewer"),
-        (["bench", "step", "--top-k", "100000"], 2, "--top-k=(100000,): more than any of"),
-        (["bench", "op", "--batch", str(10**9)], 1, "this needs more memory than there is"),
+        (["bench", "step", "--top-k", "100000"], 2, "--top-k=(100000,): exceeds every"),
+        (["bench", "op", "--batch", str(10**9)], 1, "out of memory"),
         (["data"], 2, "usage: fmem data VERB"),
         (["data", "pakc"], 2, "did you mean 'pack'?"),
         (["data", "pack", "missing.txt", "--output", "p"], 1, "missing.txt"),
@@ -443,7 +443,7 @@ def test_demo_stopped_and_resumed_by_the_command_it_prints(
     assert status == 128 + stop
     assert json.loads((run / "result.json").read_text())["steps"] == 2
     command = next(line for line in err.splitlines() if line.startswith(f"stopped by {stop.name}"))
-    status, _, _ = call(capsys, *shlex.split(command.partition("to go on: fmem ")[2]))
+    status, _, _ = call(capsys, *shlex.split(command.partition("to resume: fmem ")[2]))
     assert status == 0
     assert json.loads((run / "result.json").read_text())["stopped"] == "finished"
     assert (run / "evaluation.json").exists()
@@ -507,7 +507,7 @@ def test_a_run_is_resumed_by_its_folder_alone_and_lengthened(
     folder = tmp_path / "parts"
     assert call(capsys, *command, "--run-dir", folder)[0] == 0
     status, _, err = call(capsys, "train", "--resume", folder, "--training.steps", 7)
-    assert (status, "training.steps=8, not 7; resume with the same value, or a larger one" in err) == (1, True)
+    assert (status, "training.steps=8, not 7; resume with the same value or a larger one" in err) == (1, True)
     # By its folder in every spelling; without more steps there is nothing to do but to keep fewer checkpoints.
     assert call(capsys, "train", f"--resume={folder}", "--training.keep-checkpoints", 1)[0] == 0
     assert len(list((folder / "checkpoints").iterdir())) <= 2
@@ -522,9 +522,9 @@ def test_a_run_is_resumed_by_its_folder_alone_and_lengthened(
     # The line of step 10 is a mean over the steps since the last line, which the shorter run wrote at its end.
     assert losses(folder)[-1] == losses(tmp_path / "whole")[-1]
     status, _, err = call(capsys, "train", "--resume", tmp_path / "nothing")
-    assert (status, "there is no run here" in err) == (1, True)
+    assert (status, "no run here" in err) == (1, True)
     status, _, err = call(capsys, "train", "--resume", folder, "--run-dir", tmp_path)
-    assert (status, "give one of the two" in err) == (2, True)
+    assert (status, "drop one of them" in err) == (2, True)
 
 
 def test_a_run_starts_from_a_trained_model(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_presets_survive_json(name: str) -> None:
         (ModelConfig, {"temperature": 0.0}, r"model\.temperature=0.0"),
         (DataConfig, {"context_length": 0}, r"data\.context_length=0"),
         (DataConfig, {"weights": {"en": -1.0}}, r"data\.weights\.en=-1.0"),
-        (DataConfig, {"weights": {"en": 0.0}}, r"data\.weights=.*at least one must be positive"),
+        (DataConfig, {"weights": {"en": 0.0}}, r"data\.weights=.*make at least one positive"),
         (OptimizerConfig, {"learning_rate": -1.0}, r"optimizer\.learning_rate=-1.0"),
         (OptimizerConfig, {"beta2": 1.0}, r"optimizer\.beta2=1.0"),
         (ModelConfig, {"expand": float("inf")}, r"model\.expand=inf: use a finite number"),
@@ -85,7 +85,7 @@ def test_tokens_per_step_must_fit_the_context() -> None:
         ({"model": {"num_states": "many"}}, r"model\.num_states='many': expected int"),
         ({"model": {"num_states": True}}, r"model\.num_states=True: expected int"),
         ({"model": {"rates": "token"}}, r"model\.rates='token': use one of 'head', 'state'"),
-        ({"model": {"norm": "state"}}, r"model\.norm='state': this field is gone; what was trained with it needs"),
+        ({"model": {"norm": "state"}}, r"model\.norm='state': this field was removed; load models trained with it in"),
         ({"model": {"update_lag": 1.0}}, r"model\.update_lag=1\.0: expected int"),
         ([], r"configuration=\[\]: expected an object"),
         ({"model": {"backend": "fast"}}, r"model\.backend='fast': use one of 'auto', 'reference', 'chunked'"),
@@ -126,7 +126,7 @@ def test_retired_fields_load_with_their_neutral_value_alone(name: str) -> None:
     assert from_dict(RunConfig, {"model": {name: neutral, "top_k": 4}}).model.top_k == 4
     other = 0.5 if neutral in (None, 0.0) else "both"
     assert version == "0.1.0 (commit 1f9596a)"
-    told = f"model.{name}={other!r}: this field is gone; what was trained with it needs factorization_memory {version}"
+    told = f"model.{name}={other!r}: this field was removed; load models trained with it in factorization_memory {version}"
     with pytest.raises(ConfigError, match=re.escape(told)):
         from_dict(RunConfig, {"model": {name: other}})
     assert name not in to_dict(RunConfig())["model"]
@@ -141,7 +141,7 @@ def test_retired_fields_load_with_their_neutral_value_alone(name: str) -> None:
         (
             ModelConfig,
             {"num_states": 2**29, "num_heads": 4},
-            "model.num_states=536870912: makes a weight of width 2,147,483,648",
+            "model.num_states=536870912: gives a weight of width 2,147,483,648",
         ),
         (ModelConfig, {"expand": 1e9}, "model.expand=1000000000.0"),
         (ModelConfig, {"conv_size": 2**40}, "model.conv_size"),

@@ -70,7 +70,7 @@ class TestMixture:
         assert all((share > 0) == (weight > 0) for share, weight in zip(shares, weights, strict=True))
 
     def test_too_few_rows(self) -> None:
-        with pytest.raises(ValueError, match="1 rows cannot hold 2 sources"):
+        with pytest.raises(ValueError, match=r"got 1 row\(s\) for 2 sources"):
             order.shared_rows(1, [1, 1])
 
 

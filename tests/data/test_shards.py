@@ -127,7 +127,7 @@ class TestPack:
         assert [(source.splits["train"].num_documents, source.splits["validation"].num_documents) for source in
                 few.sources.values()] == [(20, 20), (1, 1)]  # fmt: skip
         (message,) = told
-        assert "the end of every document is held out: source 'ja'" in message
+        assert "holding out the end of every document: source 'ja'" in message
         assert "1 document(s)" in message
 
     @pytest.mark.parametrize("holdout", ["hash", "author"])
@@ -160,7 +160,7 @@ class TestPack:
             read = [text for name in corpus.sources for split in ("train", "validation") for text in texts(corpus, name, split)]
             assert sum(map(len, read)) == sum(len(row["text"]) for row in rows)
             monkeypatch.setattr(manifest, "MAPPED_BYTES", 0)
-            with pytest.raises(CorpusError, match=r"more sources than files may be open; raise the limit"):
+            with pytest.raises(CorpusError, match=r"more sources than the limit on open files; raise it"):
                 PackedCorpus.open(tmp_path / "out")
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, most)
@@ -178,7 +178,7 @@ class TestRefusals:
 
     def test_tail_of_next_to_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("x")
-        with pytest.raises(CorpusError, match="too short"):
+        with pytest.raises(CorpusError, match="too little text"):
             pack([(None, tmp_path / "a.txt")], BYTES, tmp_path / "out", holdout="tail")
 
     def test_author_missing(self, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ class TestInterrupted:
 
         def second(documents: int, text_bytes: int) -> None:
             if not refused:
-                with pytest.raises(CorpusError, match=r"out: another process is packing into it; wait") as caught:
+                with pytest.raises(CorpusError, match=r"out: another process is packing into this folder; wait") as caught:
                     pack([(None, jsonl)], BYTES, tmp_path / "out", holdout_fraction=0.2)
                 refused.append(str(caught.value))
 
@@ -333,7 +333,7 @@ class TestOpen:
         size = file.stat().st_size
         file.write_bytes(file.read_bytes()[:-2])
         assert file.name in self.error_of(packed)
-        assert f"{size - 2} bytes instead of {size}" in self.error_of(packed)
+        assert f"got {size - 2} bytes, expected {size}" in self.error_of(packed)
         file.unlink()
         assert file.name in self.error_of(packed)
         assert "missing" in self.error_of(packed)
@@ -362,7 +362,7 @@ class TestOpen:
             return opened(self, *arguments, **options)
 
         monkeypatch.setattr(Path, "open", refused)
-        with pytest.raises(OSError, match=rf"{file}: cannot be read \(Permission denied\); give read access"):
+        with pytest.raises(OSError, match=rf"{file}: cannot be read \(Permission denied\); grant read access"):
             PackedCorpus.open(packed)
 
     def rewritten(self, packed: Path, change) -> str:
@@ -385,13 +385,13 @@ class TestOpen:
         [
             (
                 lambda t, s, _: (np.where(np.arange(len(t)) == 5, 258, t).astype("<u2"), s),
-                "train.tokens: holds the token id 258",
+                "train.tokens: contains the token id 258",
             ),
-            (lambda t, s, _: (t, s + 1), "train.documents.npy: the borders"),
-            (lambda t, s, _: (t, np.append(s[:-1], s[-1] - 1)), "the borders"),
-            (lambda t, s, _: (t, np.append([0, s[2], s[1]], s[3:])), "the borders"),
-            (lambda t, s, _: (t, s[:-1]), r"train.documents.npy: int64 \[\d+\] instead"),
-            (lambda t, s, _: (t, s.astype(np.float64)), "train.documents.npy: float64"),
+            (lambda t, s, _: (t, s + 1), "train.documents.npy: document borders"),
+            (lambda t, s, _: (t, np.append(s[:-1], s[-1] - 1)), "document borders"),
+            (lambda t, s, _: (t, np.append([0, s[2], s[1]], s[3:])), "document borders"),
+            (lambda t, s, _: (t, s[:-1]), r"train.documents.npy: got int64 \[\d+\], expected"),
+            (lambda t, s, _: (t, s.astype(np.float64)), "train.documents.npy: got float64"),
             (lambda t, s, _: (t.astype("<u4"), s), "manifest.json: size="),
             (lambda t, s, m: m.update(dtype="<f2") or (t, s), "manifest.json: dtype='<f2'"),
             (lambda t, s, m: m.pop("sources", None) and (t, s), "manifest.json: sources='None'"),
@@ -437,7 +437,7 @@ class TestOpen:
 
     def test_another_tokenizer(self, packed: Path) -> None:
         Tokenizer.train(["other text"], 300).save(packed / "tokenizer.json")
-        assert "another tokenizer" in self.error_of(packed)
+        assert "not the tokenizer the corpus was packed with" in self.error_of(packed)
         (packed / "tokenizer.json").write_text("{")
         assert "tokenizer.json" in self.error_of(packed)
         (packed / "tokenizer.json").unlink()

@@ -405,7 +405,7 @@ def test_by_name_and_with_its_cache(
 
 def test_model_and_tokenizer_of_different_sizes(model: LanguageModel, tokenizer: Tokenizer) -> None:
     small = LanguageModel(ModelConfig(vocab_size=258, hidden_size=16, num_layers=1, num_states=8))
-    with pytest.raises(ValueError, match="tokenizer: it has 3"):
+    with pytest.raises(ValueError, match="tokenizer: has 3"):
         FactorizationMemoryLM(small, tokenizer)
     with pytest.raises(ValueError, match="batch_size='auto'"):
         FactorizationMemoryLM(model, tokenizer, "auto")
@@ -487,7 +487,7 @@ def small_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 )
 @pytest.mark.usefixtures("small_harness")
 def test_no_such_task(name: str, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=f"task '{name}': there is none of this name; .*{nearest}"), choose_tasks([name]):
+    with pytest.raises(ConfigError, match=f"unknown task '{name}'; .*{nearest}"), choose_tasks([name]):
         pass
 
 
@@ -535,9 +535,9 @@ def test_what_to_give_without_a_hub(data: Path, own_tasks: Path, model: Language
     with choose_tasks(names, own_tasks=own_tasks) as chosen, pytest.raises(HarnessDataError) as raised:
         run_tasks(chosen, model, tokenizer)
     message = str(raised.value)
-    assert message.startswith("task hellaswag: Rowan/hellaswag cannot be had from the hub")
-    assert "give files like its own, DIR/hellaswag/validation.jsonl (or .json, .parquet)" in message
-    assert "--harness-data DIR; without files are also lambada_openai, own_questions" in message
+    assert message.startswith("task hellaswag: Rowan/hellaswag cannot be loaded from the hub")
+    assert "give its files, DIR/hellaswag/validation.jsonl (or .json, .parquet)" in message
+    assert "--harness-data DIR; also without files: lambada_openai, own_questions" in message
     with (
         choose_tasks(["ja_leaderboard_jcommonsenseqa"]) as chosen,
         pytest.raises(
@@ -553,7 +553,7 @@ def test_one_of_a_group_without_data(
     shutil.copytree(data / "own_texts", tmp_path / "own_texts")
     with (
         choose_tasks(["own_group"], data=tmp_path, own_tasks=own_tasks) as chosen,
-        pytest.raises(HarnessDataError, match="task own_questions: nobody/questions cannot be had"),
+        pytest.raises(HarnessDataError, match="task own_questions: nobody/questions cannot be loaded"),
     ):
         run_tasks(chosen, model, tokenizer)
 
@@ -570,12 +570,12 @@ def test_a_task_that_needs_a_package(model: LanguageModel, tokenizer: Tokenizer,
 @pytest.mark.parametrize(
     ("task", "files", "shots", "message"),
     [
-        ("hellaswag", ["train.jsonl"], None, r"needs validation\.jsonl .*it holds train\.jsonl"),
+        ("hellaswag", ["train.jsonl"], None, r"needs validation\.jsonl .*found train\.jsonl"),
         ("hellaswag", ["validation.jsonl"], 2, r"needs train\.jsonl"),
         ("arc_easy", ["validation.jsonl"], None, r"needs test\.jsonl"),
-        ("hellaswag", [], None, "it holds nothing"),
+        ("hellaswag", [], None, "found nothing"),
         ("ja_leaderboard_jcommonsenseqa", ["validation.jsonl"], None, r"needs train\.jsonl"),
-        ("hellaswag", ["train.parquet", "validation.jsonl"], None, "several kinds"),
+        ("hellaswag", ["train.parquet", "validation.jsonl"], None, "several types"),
     ],
 )
 def test_files_that_are_missing(task: str, files: list[str], shots: int | None, message: str, tmp_path: Path) -> None:
@@ -600,8 +600,8 @@ def test_files_that_do_not_fit(tmp_path: Path, model: LanguageModel, tokenizer: 
 @pytest.mark.parametrize(
     ("task", "rows", "shots", "message"),
     [
-        ("lambada_openai", [{"text": "a b c"}, {"text": None}], None, "task lambada_openai: its questions cannot be made"),
-        ("hellaswag", None, 100, "task hellaswag: its questions cannot be made.*ask for fewer examples of 'train'"),
+        ("lambada_openai", [{"text": "a b c"}, {"text": None}], None, "task lambada_openai: cannot make its questions"),
+        ("hellaswag", None, 100, "task hellaswag: cannot make its questions.*use fewer examples of 'train'"),
     ],
 )
 def test_rows_that_do_not_fit(
@@ -632,12 +632,12 @@ def test_files_that_are_two_or_empty(tmp_path: Path) -> None:
 
     write(folder / "test.jsonl", [{"text": "a b"}])
     (folder / "test.json").write_text("[]", encoding="utf-8")
-    refused(r"test\.jsonl? and test\.jsonl? are one split of task lambada_openai; keep one")
+    refused(r"test\.jsonl? and test\.jsonl? are the same split of task lambada_openai; keep one")
     (folder / "test.json").unlink()
     (folder / "test.jsonl").write_text("", encoding="utf-8")
     refused(r"test\.jsonl: the file is empty")
     (folder / "test.jsonl").rename(folder / "test.csv")
-    refused(r"needs test\.jsonl .*it holds test\.csv")
+    refused(r"needs test\.jsonl .*found test\.csv")
 
 
 def test_parquet(tmp_path: Path, data: Path) -> None:

@@ -142,7 +142,7 @@ def test_html_is_one_page_that_carries_its_data() -> None:
 
 def test_bad_text() -> None:
     model = build(2)
-    with pytest.raises(ValueError, match="nothing to inspect"):
+    with pytest.raises(ValueError, match="empty; give at least one"):
         inspect_text(model, TOKENIZER, "")
     with pytest.raises(ValueError, match=f"at most {MAX_TOKENS}"):
         inspect_text(model, TOKENIZER, "a" * (MAX_TOKENS + 1))

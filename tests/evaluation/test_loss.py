@@ -132,5 +132,5 @@ def test_bad_arguments(model: LanguageModel, field: str, value: int) -> None:
 
 def test_nothing_to_score(model: LanguageModel) -> None:
     tokens, starts = packed(["a", ""])
-    with pytest.raises(ValueError, match="no text to score"):
+    with pytest.raises(ValueError, match="to score; give"):
         evaluate_loss(model, tokens, starts, TOKENIZER, context_length=8)

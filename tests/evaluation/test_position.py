@@ -160,5 +160,5 @@ def test_progress_counts_both_readings(model: LanguageModel) -> None:
 def test_bad_arguments(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="context_length=0"):
         loss_by_position(model, [stretch(50)], TOKENIZER, context_length=0)
-    with pytest.raises(ValueError, match="no text to score"):
+    with pytest.raises(ValueError, match="to score; give"):
         loss_by_position(model, [stretch(1)], TOKENIZER, context_length=8)

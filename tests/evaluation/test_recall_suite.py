@@ -198,14 +198,14 @@ def test_what_is_left_out_is_said() -> None:
     left_out = "\n".join(record["left_out"])
     assert "short, haystacks of 128 tokens: its text has 70 tokens" in left_out
     assert "long, haystacks of 1048576 tokens" in left_out
-    assert "200 pairs: need 400 different tokens, the vocabulary has 256" in left_out
+    assert "200 pairs: need 400 different tokens, but the vocabulary has 256" in left_out
     assert "short, copies: length=200: the text has 70 tokens" in left_out
     assert {what for what, _, _ in said} == {"needles, long", "keys and values", "copies"}
     assert all(done <= total for _, done, total in said)
 
 
 def test_nothing_to_ask() -> None:
-    with pytest.raises(ValueError, match=r"no text fills a haystack of 128, 512 tokens \(tokens there are: short 50\)"):
+    with pytest.raises(ValueError, match=r"no text fills a haystack of 128, 512 tokens \(available tokens: short 50\)"):
         evaluate_recall(Indifferent(), TOKENIZER, {"short": TEXTS["books"][:50]}, **SMALL)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="items=0: use 1 or more"):
         evaluate(Indifferent(), items=0)

@@ -144,7 +144,7 @@ def test_what_does_not_fit() -> None:
     assert haystack(ENGLISH, BYTES, "en", 256, 4, "test", 0) is None  # needles take more than half
     with pytest.raises(ValueError, match="needles=25: use at most 24"):
         haystack(ENGLISH, BYTES, "en", 256, 25, "test", 0)
-    with pytest.raises(ValueError, match="pairs=200: needs 400 different tokens, the vocabulary has 256"):
+    with pytest.raises(ValueError, match="pairs=200: needs 400 different tokens, but the vocabulary has 256"):
         associations(np.arange(256), 200, "test", 0)
     with pytest.raises(ValueError, match="pairs=1: use 2 or more"):
         associative_recall(1, "test", 0, 1)

@@ -17,5 +17,5 @@ def test_which_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible_gpus(2) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-a")
     assert visible_gpus(2) == ["4", "GPU-a"]
-    with pytest.raises(ConfigError, match="gpus=3: this process sees 2"):
+    with pytest.raises(ConfigError, match="gpus=3: only 2 visible"):
         visible_gpus(3)

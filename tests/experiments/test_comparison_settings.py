@@ -31,7 +31,7 @@ def settings(**changes: Any) -> ComparisonSettings:
         ({"max_tokens": 0}, "max_tokens=0: use 1 or more"),
         ({"search_fraction": 0.0}, "search_fraction=0.0: use 0 < fraction <= 1"),
         ({"positions": (4, 6)}, "positions=6: use powers of two"),
-        ({"match_to": "demo", "parameters": 1000}, "parameters=1000: not together"),
+        ({"match_to": "demo", "parameters": 1000}, "parameters=1000: cannot be combined"),
     ],
 )
 def test_settings_that_no_comparison_has(changes: dict[str, Any], message: str) -> None:
@@ -45,9 +45,9 @@ def test_what_has_a_setting_is_not_overridden() -> None:
 
 
 def test_contenders_are_told_apart_and_known() -> None:
-    with pytest.raises(ConfigError, match="'demo': named twice"):
+    with pytest.raises(ConfigError, match="'demo': this name is used twice"):
         make_plan(settings(contenders=("demo", "demo")))
-    with pytest.raises(ConfigError, match="contender 'dmo' is not known; did you mean 'demo'"):
+    with pytest.raises(ConfigError, match="unknown contender 'dmo'; did you mean 'demo'"):
         make_plan(settings(match_to="dmo"))
 
 
@@ -58,11 +58,11 @@ def test_rates_and_seeds_of_each_contender() -> None:
     assert training_seeds(("1,0", "b=7"), contenders) == {"demo": (0, 1), "b": (7,)}
     for texts, message in (
         (("x",), "seeds=x: use whole"),
-        (("b=1,1",), "seeds=b=1,1: give each once"),
-        (("b=1",), "'demo' has"),
+        (("b=1,1",), "seeds=b=1,1: has duplicates; give each once"),
+        (("b=1",), "for 'demo'"),
     ):
         with pytest.raises(ConfigError, match=message):
             training_seeds(texts, contenders)
-    for texts, message in ((("0",), "learning_rates='0'"), (("c=1",), "--learning-rates: contender 'c' is not known")):
+    for texts, message in ((("0",), "learning_rates='0'"), (("c=1",), "--learning-rates: unknown contender 'c'")):
         with pytest.raises(ConfigError, match=message):
             learning_rates(texts, contenders)

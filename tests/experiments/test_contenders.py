@@ -50,7 +50,7 @@ def test_contenders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("papre", "'papre' is no preset; did you mean 'paper'?"),
+        ("papre", "'papre' is not a preset; did you mean 'paper'?"),
         ("paper:model.topk=8", "contender 'paper:model.topk=8': model.topk: no such field; did you mean 'model.top_k'?"),
         ("paper:model.top-k=many", "model.top_k='many': expected int"),
         ("paper:model.top-k=65", "model.top_k=65: use 1 to num_states=64"),
@@ -59,11 +59,11 @@ def test_contenders(tmp_path: Path) -> None:
         ("paper:model.update-rate-init=0.5", "model.update_rate_init=[0.5]: expected 2 values"),
         (
             "paper:model.attention=2",
-            "model.attention: a section, not a field; set one of its fields, as model.attention.num_heads",
+            "model.attention: a section, not a field; set one of its fields, such as model.attention.num_heads",
         ),
-        ("paper:top", "'top' is no setting; write field=value"),
-        ("paper:data.context-length=8", "contenders differ in model and optimizer alone"),
-        ("paper:training.steps=8", "give --training.steps to all"),
+        ("paper:top", "'top' is not a setting; write field=value"),
+        ("paper:data.context-length=8", "contenders may differ only in model and optimizer"),
+        ("paper:training.steps=8", "to change it for all, use --training.steps"),
         ("nowhere/config.json", "nowhere/config.json: cannot be read"),
     ],
 )
@@ -77,9 +77,9 @@ def test_contenders_that_are_none(text: str, message: str) -> None:
     ("words", "message"),
     [
         (["--model.topk", "8"], "model.topk: no such field; did you mean 'model.top_k'?"),
-        (["--model.top-k"], "--model.top-k: a value is missing"),
+        (["--model.top-k"], "--model.top-k: value missing"),
         (["--model.no-top-k"], "--model.no-top-k: no such field"),
-        (["--training.steps", "--json"], "--training.steps: a value is missing"),
+        (["--training.steps", "--json"], "--training.steps: value missing"),
     ],
 )
 def test_flags_that_are_none(words: list[str], message: str) -> None:

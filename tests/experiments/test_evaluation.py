@@ -49,13 +49,13 @@ def test_the_text_to_evaluate_on(tmp_path: Path) -> None:
         with held_out_corpus(corpus, tmp_path / "model", tokenizer, config) as found:
             assert found.fingerprint == packed.fingerprint
     require_recall_texts(packed, (256, 4096))
-    with pytest.raises(ConfigError, match="fewer than the 4096 of the shortest haystack"):
+    with pytest.raises(ConfigError, match="the shortest haystack needs 4096"):
         require_recall_texts(packed, (4096,))
     other = Tokenizer.train(["a few words, and a few more words"], 260)
     for corpus, model_tokenizer, message in (
-        (None, tokenizer, "an exported model does not say where its corpus is"),
-        (tmp_path / "gone", tokenizer, "the run's corpus is not there any more"),
-        (tmp_path / "corpus", other, "packed with another tokenizer"),
+        (None, tokenizer, "an exported model does not record its corpus"),
+        (tmp_path / "gone", tokenizer, "the run's corpus no longer exists"),
+        (tmp_path / "corpus", other, "packed with a different tokenizer"),
     ):
         with (
             pytest.raises(ValueError, match=message),

@@ -96,7 +96,7 @@ def test_refuses_what_cannot_be_matched() -> None:
         with pytest.raises(ConfigError, match=message):
             match_parameters(MEMORY, target)
     given = dataclasses.replace(MEMORY, feed_forward=False)
-    with pytest.raises(ConfigError, match=r"model\.num_layers .* a factor of 2, cannot .* nearest, .*model\.num_layers=4"):
+    with pytest.raises(ConfigError, match=r"model\.num_layers .* a factor of 2, cannot .* nearest .*model\.num_layers=4"):
         match_parameters(given, 50 * non_embedding_parameters(given))
 
 

@@ -239,7 +239,7 @@ def test_no_part_of_a_character_at_the_end(most: int) -> None:
 def test_a_prompt_that_ends_in_a_space_is_noted() -> None:
     trained = Tokenizer.train(["it was a dark and stormy night " * 20], 300)
     assert any(piece == b" dark" for piece in trained.token_bytes)
-    assert "'it was ' ends in a space" in (note_on_prompt(trained, "it was ") or "")
+    assert "'it was ' ends with a space" in (note_on_prompt(trained, "it was ") or "")
     for prompt in ("it was", "it was\n", "それは", "それは　"):
         assert note_on_prompt(trained, prompt) is None
     assert note_on_prompt(TOKENIZER, "it was ") is None  # a space is a token of its own anyway
@@ -321,7 +321,7 @@ def test_bad_arguments_name_themselves(model: LanguageModel, arguments: dict[str
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([], r"prompts=\[\]"), ("abc", "prompts='abc': give a list"), (["a", ""], r"prompts\[1\]='': it holds no token")],
+    [([], r"prompts=\[\]"), ("abc", "prompts='abc': use a list"), (["a", ""], r"prompts\[1\]='': no token")],
 )
 def test_bad_lists_of_prompts_name_themselves(model: LanguageModel, prompts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -249,18 +249,18 @@ def test_logits_that_are_not_finite_harm_no_other_request() -> None:
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
-        ([REQUESTS[0], Request([])], r"requests\[1\].prompt=\[\]: it holds no token to start from; give one id or more"),
-        ([Request([1, 30])], r"requests\[0\].prompt: it has the id 30; use ids of the model, from 0 to 29"),
-        ([Request([-1])], r"requests\[0\].prompt: it has the id -1;"),
+        ([REQUESTS[0], Request([])], r"requests\[1\].prompt=\[\]: no token to start from; give at least one id"),
+        ([Request([1, 30])], r"requests\[0\].prompt: contains the id 30; use ids from 0 to 29"),
+        ([Request([-1])], r"requests\[0\].prompt: contains the id -1;"),
         ([Request([1.5])], r"requests\[0\].prompt: got \[1.5\], takes token ids, integers from 0 to 29"),  # type: ignore[list-item]
         ([Request("text")], r"requests\[0\].prompt: got 'text', takes token ids"),  # type: ignore[arg-type]
         ([Request([2**70])], r"requests\[0\].prompt: got \[1180591620717411303424\], takes token ids"),
-        ([Request([1], sample=-1)], r"requests\[0\].sample=-1: use the number of the sample, 0 or more"),
+        ([Request([1], sample=-1)], r"requests\[0\].sample=-1: use a sample number, 0 or more"),
         (
             [Request([1], barred=torch.zeros(4).bool())],
             r"requests\[0\].barred: got torch.bool of shape \(4,\), takes .*\(30,\)",
         ),
-        ([Request([1], barred=torch.ones(30).bool())], r"requests\[0\].barred: it leaves none of the 30 ids to draw"),
+        ([Request([1], barred=torch.ones(30).bool())], r"requests\[0\].barred: bars all 30 ids"),
         ([REQUESTS[0]] * 3, r"requests: got 3, and 2 of 3 slots are free; release some, or admit fewer"),
     ],
 )
@@ -284,12 +284,12 @@ def test_bad_arguments_name_themselves() -> None:
         Engine(model, 1, prefill_chunk=0)
     engine = Engine(model, 2)
     engine.admit([REQUESTS[0]])
-    with pytest.raises(ValueError, match=r"slot=1: no request runs there; running are those in \[0\]"):
+    with pytest.raises(ValueError, match=r"slot=1: no request runs in it; the running slots are \[0\]"):
         engine.release(1)
-    with pytest.raises(ValueError, match=r"prompts\[1\]=\[\]: it holds no token"):
+    with pytest.raises(ValueError, match=r"prompts\[1\]=\[\]: no token"):
         engine.prefill([[1], []])
     (read,) = Engine(build("mixed"), 1).prefill([[1]])
-    with pytest.raises(ValueError, match=r"requests\[0\].prompt: another model has read it; prefill it with this engine"):
+    with pytest.raises(ValueError, match=r"requests\[0\].prompt: was prefilled by another model; prefill it with this engine"):
         engine.admit([Request(read)])
     assert engine.prefill([]) == engine.admit([]) == []
 

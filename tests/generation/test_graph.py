@@ -146,10 +146,10 @@ def test_bad_arguments_name_themselves() -> None:
         steps.load(read(model, 2))
     with pytest.raises(ValueError, match="got 2 sequences, takes 1"):
         steps.load(read(model, 2), [0])
-    with pytest.raises(ValueError, match="not of this model"):
+    with pytest.raises(ValueError, match="not from this model"):
         steps.load(read(build("dense"), 3))
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="takes a GPU"):
+        with pytest.raises(ValueError, match="needs a GPU"):
             StepGraph(model, 1)
 
 

@@ -83,7 +83,7 @@ def test_bad_arguments(x: Tensor) -> None:
         with pytest.raises(ValueError, match=message):
             layer(**({"x": x} | change))
     mask = torch.ones(1, 50, dtype=torch.bool)
-    with pytest.raises(ValueError, match="padding_mask: not together with cu_seqlens"):
+    with pytest.raises(ValueError, match="padding_mask: cannot be combined with cu_seqlens"):
         layer(x[:1], cu_seqlens=torch.tensor([0, 50]), padding_mask=mask)
 
 

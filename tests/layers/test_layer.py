@@ -25,7 +25,7 @@ def test_all_states_kept_equals_dense(x: torch.Tensor) -> None:
 
 def test_padding_mask_with_packing_is_refused(x: torch.Tensor) -> None:
     layer = FactorizationMemory(16, num_states=8).double()
-    with pytest.raises(ValueError, match="padding_mask: not together with cu_seqlens"):
+    with pytest.raises(ValueError, match="padding_mask: cannot be combined with cu_seqlens"):
         layer(x[:1], cu_seqlens=torch.tensor([0, 70]), padding_mask=torch.ones(1, 70, dtype=torch.bool))
 
 
@@ -63,7 +63,7 @@ def test_autocast(where: str, update_lag: int, x: torch.Tensor) -> None:
         ({"state": FactorizationMemory(16, num_states=8).initial_state(1)}, r"state\.memory: got dtype torch\.float32"),
         (
             {"state": FactorizationMemory(16, num_states=8, conv_size=2).double().initial_state(1)},
-            r"state\.convolution: the state is not of this layer",
+            r"state\.convolution: the state is not from this layer",
         ),
         ({"x": torch.zeros(70, 16)}, r"x: got shape \(70, 16\), takes \[B, T, 16\]"),
     ],

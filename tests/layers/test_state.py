@@ -135,14 +135,14 @@ def test_state_container() -> None:
         (
             {},
             {"update_lag": 1},
-            r"state\.affinity: the state is of update_lag=0, the layer has update_lag=1; read the text again",
+            r"state\.affinity: the state has update_lag=0, but the layer update_lag=1; read the text again",
         ),
-        ({"update_lag": 1}, {}, "of update_lag=1, the layer has update_lag=0; read the text again"),
-        ({"update_lag": 2}, {"update_lag": 1}, "of update_lag=2, the layer has update_lag=1"),
+        ({"update_lag": 1}, {}, "has update_lag=1, but the layer update_lag=0; read the text again"),
+        ({"update_lag": 2}, {"update_lag": 1}, "has update_lag=2, but the layer update_lag=1"),
         (
             {"update_lag": 1},
             {"update_lag": 1, "top_k": 3},
-            r"state\.indices: the state has no selection, the layer has top_k=3; take one",
+            r"state\.indices: the state has no selection, but the layer top_k=3; take one",
         ),
         (
             {"update_lag": 1, "top_k": 2},

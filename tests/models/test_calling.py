@@ -172,7 +172,7 @@ def test_a_hook_on_every_module() -> None:
     model, seen = make(PURE), set()
     hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(type(module).__name__))
     try:
-        assert why_called(model.head) == "a hook is on every module"
+        assert why_called(model.head) == "a global module hook is registered"
         model.step(tokens(1), model.initial_state(1))
     finally:
         hook.remove()
@@ -185,12 +185,12 @@ def test_steps_that_keep_undo_are_refused_with_hooks() -> None:
     state = model.keep_undo(model.initial_state(1), 2)
     model.step(tokens(1), state)
     hook = model.blocks[1].mixer.register_forward_hook(lambda *_: None)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"state: it keeps .* \(FactorizationMemory: a forward hook is on it\); remove that"):
+    with pytest.raises(ValueError, match=r"state: keep_undo .* \(FactorizationMemory: it has a forward hook\); remove that"):
         model.step(tokens(1), state)
     hook.remove()
     model.register_forward_hook(lambda *_: None)
     before = state.clone()
-    with pytest.raises(ValueError, match=r"state: it keeps .* \(the model: a forward hook is on it\); remove that"):
+    with pytest.raises(ValueError, match=r"state: keep_undo .* \(the model: it has a forward hook\); remove that"):
         model.step(tokens(1), state)
     assert all(torch.equal(x, y) for x, y in zip(state.tensors(), before.tensors(), strict=True))
 
@@ -339,13 +339,13 @@ def backward_hooked(model: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (hooked_head, "head: a forward hook is on it"),
-        (adapted_head, "head: Adapter stands in its place"),
-        (lora, r"blocks\.0\.mixer\.affinity: Linear stands in its place"),
+        (hooked_head, "head: it has a forward hook"),
+        (adapted_head, "head: Adapter replaces it"),
+        (lora, r"blocks\.0\.mixer\.affinity: Linear replaces it"),
         (quantised, r"blocks\.0\.mixer\.output: its weight is a Packed"),
-        (normalised, r"blocks\.0\.mixer\.output: ParametrizedLinear stands in its place"),
+        (normalised, r"blocks\.0\.mixer\.output: ParametrizedLinear replaces it"),
         (replaced, "final_norm: its forward was replaced, as Accelerate does"),
-        (backward_hooked, r"blocks\.1: a backward hook is on it"),
+        (backward_hooked, r"blocks\.1: it has a backward hook"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -449,7 +449,7 @@ def test_mixers_and_models_of_other_packages_are_no_obstacle() -> None:
     model.blocks[0].mixer = Other()
     assert why_any_called(model) is None
     handle = model.blocks[0].mixer.part.register_forward_hook(lambda *_: None)
-    assert why_any_called(model) == "blocks.0.mixer.part: a forward hook is on it"
+    assert why_any_called(model) == "blocks.0.mixer.part: it has a forward hook"
     handle.remove()
     model.head = Part()
-    assert why_any_called(model) == "head: Part stands in its place"
+    assert why_any_called(model) == "head: Part replaces it"

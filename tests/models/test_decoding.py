@@ -110,7 +110,7 @@ def test_a_state_of_another_lag_or_batch_is_refused() -> None:
     models = [LanguageModel(replace(PURE, top_k=2, update_lag=lag)).to(DEVICE).eval() for lag in (0, 1, 2)]
     tokens = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     for model, other in ((models[1], models[0]), (models[0], models[1]), (models[1], models[2])):
-        with pytest.raises(ValueError, match=r"state\.affinity: the state is of update_lag"):
+        with pytest.raises(ValueError, match=r"state\.affinity: the state has update_lag"):
             DecodingModel(model).step(tokens, other.initial_state(2))
     with pytest.raises(ValueError, match=r"state\.memory: got shape \(3,"):
         DecodingModel(models[1]).step(tokens, models[1].initial_state(3))

@@ -202,7 +202,7 @@ def test_memory_length_is_the_mean_decay(model: LanguageModel, tokens: torch.Ten
 
 
 def test_unobserved_health_is_an_error(model: LanguageModel) -> None:
-    with pytest.raises(ValueError, match="no forward pass was observed"):
+    with pytest.raises(ValueError, match="no forward pass observed"):
         RoutingHealth(model).summary()
 
 
@@ -223,14 +223,14 @@ def test_targets_that_do_not_fit(model: LanguageModel, tokens: torch.Tensor) -> 
     _, state = model(tokens)
     assert torch.equal(model(tokens, state)[0], model(tokens, state=state)[0])
     with pytest.raises(
-        ValueError, match=r"targets: got a ModelState, and state another; give the targets, int64 \[B, T\], first"
+        ValueError, match=r"targets: got a ModelState, and another as state; pass targets \(int64 \[B, T\]\) before state"
     ):
         model(tokens, state, state=state)
     with pytest.raises(ValueError, match="targets: got list"):
         model(tokens, tokens.tolist())
-    with pytest.raises(ValueError, match=r"targets: got shape \(2, 1\), takes that of the tokens, \(2, 40\)"):
+    with pytest.raises(ValueError, match=r"targets: got shape \(2, 1\), takes the shape of tokens, \(2, 40\)"):
         model(tokens, tokens[:, :1])
-    with pytest.raises(ValueError, match="last_only=True: not together with targets"):
+    with pytest.raises(ValueError, match="last_only=True: cannot be combined with targets"):
         model(tokens, tokens, last_only=True)
 
 

@@ -95,9 +95,9 @@ def test_it_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(steps_for(model(), 2, undo_steps=3)) is Steps
     reasons = {
         "top_k=None": model(top_k=None),
-        "top_k=12: the loops are for a selection": model(top_k=12),
+        "top_k=12: the loops need selected states": model(top_k=12),
         "backend='chunked' is plain PyTorch": model(backend="chunked"),
-        "only memory layers": model(mixers=("memory", "attention")),
+        "memory layers alone": model(mixers=("memory", "attention")),
         "its weights are torch.float64": model().double(),
     }
     hooked = model()
@@ -106,7 +106,7 @@ def test_it_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     for reason, unfit in reasons.items():
         assert reason in (why_unsupported(unfit) or "")
         assert type(steps_for(unfit, 2)) is Steps
-    with pytest.raises(ValueError, match=r"model: top_k=None: the loops are for a selection of states; use LanguageModel.step"):
+    with pytest.raises(ValueError, match=r"model: top_k=None: the loops need selected states; use LanguageModel.step"):
         LoopDecodingModel(model(top_k=None))
     monkeypatch.setattr(runtime, "_has_numba", lambda: False)
     assert type(steps_for(model(), 2)) is Steps
@@ -125,5 +125,5 @@ def test_a_state_that_names_no_state_is_refused(index: int) -> None:
     plain = model(**FORMS["associative"])
     state = plain.initial_state(1)
     state.layers[1].indices[0, 0, 0, 2] = index
-    with pytest.raises(ValueError, match=r"state.indices: an index is not one of the layer's states"):
+    with pytest.raises(ValueError, match=r"state.indices: contains an index outside the layer's states"):
         LoopDecodingModel(plain).step(torch.tensor([1]), state)

@@ -105,7 +105,7 @@ def test_names_that_cannot_be() -> None:
         ModelConfig(mixers=("memory", "mamba"))
     with pytest.raises(ConfigError, match=r"model\.mixers"):
         ModelConfig(mixers=())
-    with pytest.raises(ValueError, match="mixer 'mamba2': there is one of this name"):
+    with pytest.raises(ValueError, match="mixer 'mamba2': this name is already taken"):
         register_mixer("mamba2", MIXERS["mamba2"])
-    with pytest.raises(ValueError, match="mixer 'memory': there is one of this name"):
+    with pytest.raises(ValueError, match="mixer 'memory': this name is already taken"):
         register_mixer("memory", MixerKind(lambda config: None), MixerChoice())

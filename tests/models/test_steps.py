@@ -62,7 +62,7 @@ def test_tokens_of_another_shape(name: str) -> None:
     model = LanguageModel(ModelConfig(**SIZES, **MODELS[name])).eval()
     state = model.initial_state(2)
     for tokens in (torch.zeros(2, 1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)):
-        untouched(state, lambda tokens=tokens: model.step(tokens, state), r"tokens: got shape .*one token of each sequence")
+        untouched(state, lambda tokens=tokens: model.step(tokens, state), r"tokens: got shape .*one token per sequence")
     for x in (torch.zeros(2, 1, 16), torch.zeros(2, 15), torch.zeros(16)):
         untouched(state, lambda x=x: model.blocks[0].mixer.step(x, state.layers[0]), r"x: got shape .*takes one token")
 
@@ -187,7 +187,7 @@ def test_steps_of_inference_mode_are_taken_back() -> None:
 def test_operators_say_what_to_do_with_a_state_of_inference_mode() -> None:
     with torch.inference_mode():
         state = torch.zeros(2, 2, 6, 4)
-    with pytest.raises(ValueError, match=r"state: was made under torch\.inference_mode\(\).*take state\.clone\(\)"):
+    with pytest.raises(ValueError, match=r"state: created under torch\.inference_mode\(\).*use state\.clone\(\)"):
         factorization_memory_step(torch.rand(2, 2, 6), torch.rand(2, 2, 6), torch.rand(2, 2, 4), state)
 
 

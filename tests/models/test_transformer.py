@@ -183,7 +183,7 @@ def test_states_are_chosen_placed_emptied_and_loaded(config: ModelConfig) -> Non
         torch.testing.assert_close(steps(model, tokens[:, 12:], other)[1], whole[1, 12:])
         other.restore(before)
     torch.testing.assert_close(steps(model, tokens[:, 3:], other)[[0, 2]], whole[[0, 2], 3:])
-    with pytest.raises(ValueError, match="not of this model"):
+    with pytest.raises(ValueError, match="not from this model"):
         other.load(model_of(replace(config, num_layers=1)).initial_state(3))
     with pytest.raises(ValueError, match="got 1 sequences, takes 3"):
         other.load(state.select([1]))
@@ -252,7 +252,7 @@ def test_what_only_memory_has() -> None:
     assert [isinstance(block.mixer, UndoableMixer) for block in model.blocks[:2]] == [True, False]
     assert "attention, mamba2" in (why_unsupported(model) or "")
     assert "feed_forward=False" in (why_unsupported(model_of(replace(BARE, mixers=("memory",)))) or "")
-    with pytest.raises(ValueError, match="attention keeps all it has read"):
+    with pytest.raises(ValueError, match="attention without a window keeps everything it has read"):
         StepGraph(model, 1)
 
 
@@ -301,7 +301,7 @@ def test_states_of_other_models_are_named() -> None:
         narrow, wide = build(("attention",), 4), build(("attention",), 8)
         mine, given = narrow(tokens)[1], wide(tokens)[1]
         before = [tensor.clone() for tensor in mine.tensors()]
-        with pytest.raises(ValueError, match="not of this model"):
+        with pytest.raises(ValueError, match="not from this model"):
             mine.load(given)
         with pytest.raises(ValueError, match="sliding_window=8, not 4"):
             narrow(tokens, state=given)

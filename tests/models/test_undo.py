@@ -75,15 +75,17 @@ def test_no_further_back_than_kept() -> None:
     model = model_of("sparse")
     plain = model.initial_state(1)
     model.step(torch.tensor([1]), plain)
-    with pytest.raises(ValueError, match=r"steps=1: the last 0 steps can be rolled back; call LanguageModel.keep_undo first"):
+    with pytest.raises(
+        ValueError, match=r"steps=1: only the last 0 steps can be rolled back; call LanguageModel.keep_undo first"
+    ):
         plain.rollback(1)
     state = model.keep_undo(plain, 2)
     snapshot = state.snapshot()
     for _ in range(3):
         model.step(torch.tensor([1]), state)
-    with pytest.raises(ValueError, match=r"snapshot: it is not among the last 2 steps of this state"):
+    with pytest.raises(ValueError, match=r"snapshot: not among the last 2 steps that this state keeps"):
         state.restore(snapshot)
-    with pytest.raises(ValueError, match=r"steps=3: the last 2 steps can be rolled back; keep more"):
+    with pytest.raises(ValueError, match=r"steps=3: only the last 2 steps can be rolled back; keep more"):
         state.rollback(3)
     with pytest.raises(ValueError, match="steps=0: use 1 or more"):
         model.keep_undo(state, 0)
@@ -103,14 +105,14 @@ def test_a_point_that_was_left_is_not_restored() -> None:
     state.rollback(2)
     for token in (5, 6):
         model.step(torch.tensor([token]), state)
-    with pytest.raises(ValueError, match="snapshot: it is not among"):
+    with pytest.raises(ValueError, match="snapshot: not among"):
         state.restore(snapshot)
     other = model.keep_undo(model.initial_state(1), 8)
-    with pytest.raises(ValueError, match="snapshot: it is not among"):
+    with pytest.raises(ValueError, match="snapshot: not among"):
         other.restore(snapshot)
     fresh = state.snapshot()
     state.forget_steps()
-    with pytest.raises(ValueError, match="snapshot: it is not among the last 0 steps"):
+    with pytest.raises(ValueError, match="snapshot: not among the last 0 steps"):
         state.restore(fresh)
 
 

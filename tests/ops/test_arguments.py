@@ -23,7 +23,7 @@ PACKED = {"update": U[:1], "merge": U[:1], "value": V[:1]}
         ({"value": V.long()}, "value: got dtype torch.int64"),
         ({"update": U[:, :4]}, r"update: got shape \(2, 4, 1, 4\)"),
         ({"update": U.long()}, "update: got dtype torch.int64"),
-        ({"merge": U[..., :3]}, r"merge: got shape \(2, 5, 1, 3\), takes that of update"),
+        ({"merge": U[..., :3]}, r"merge: got shape \(2, 5, 1, 3\), takes the shape of update"),
         ({"num_states": 5}, "num_states: got 5, takes update's last dimension 4"),
         ({"indices": torch.zeros(2, 5, 1, 4, dtype=torch.long)}, "num_states: got None"),
         (SPARSE | {"indices": torch.zeros(2, 5, 1, 1, dtype=torch.long)}, r"indices: got shape \(2, 5, 1, 1\)"),
@@ -38,7 +38,7 @@ PACKED = {"update": U[:1], "merge": U[:1], "value": V[:1]}
         (SPARSE | {"indices": CHOSEN, "merge_indices": 4}, "merge_indices: got int 4, takes a tensor"),
         (
             SPARSE | {"indices": CHOSEN, "merge_indices": CHOSEN[..., :1]},
-            r"merge_indices: got shape \(2, 5, 1, 1\), takes that of",
+            r"merge_indices: got shape \(2, 5, 1, 1\), takes the shape of",
         ),
         (SPARSE | {"indices": CHOSEN, "merge_indices": CHOSEN.float()}, "merge_indices: got dtype torch.float32"),
         (
@@ -48,7 +48,7 @@ PACKED = {"update": U[:1], "merge": U[:1], "value": V[:1]}
         (SPARSE | {"indices": CHOSEN, "merge_indices": CHOSEN * 0}, "merge_indices: got the same state twice for one token"),
         ({"initial_state": torch.zeros(2, 1, 4, 2)}, r"initial_state: got shape \(2, 1, 4, 2\), takes \(2, 1, 4, 3\)"),
         ({"initial_state": torch.zeros(2, 1, 4, 3).double()}, "initial_state: got dtype torch.float64, takes torch.float32"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: B = 2, packed sequences take B = 1"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got B = 2, takes B = 1 with packed sequences"),
         (
             PACKED | {"cu_seqlens": torch.tensor([0, 4])},
             r"cu_seqlens: got \[0, 4\], takes a non-decreasing sequence from 0 to T = 5",

@@ -229,7 +229,7 @@ def test_a_sequence_may_be_split_anywhere(first: int, second: int, taps: int, ba
         ({"bias": torch.zeros(5)}, r"bias: got shape \(5,\), takes \(4,\)"),
         ({"tail": torch.zeros(2, 3, 4)}, r"tail: got shape \(2, 3, 4\), takes \(2, 2, 4\)"),
         ({"x": torch.zeros(2, 6, 4, dtype=torch.int64)}, r"x: got dtype torch\.int64, takes floating-point numbers"),
-        ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens: B = 2, packed sequences take B = 1"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens: got B = 2, takes B = 1 with packed sequences"),
         ({"x": torch.zeros(1, 6, 4), "cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens: got \[0, 5\], takes .* to T = 6"),
         ({"x": torch.zeros(1, 6, 4), "cu_seqlens": torch.tensor([0, 5, 3, 6])}, r"cu_seqlens: got \[0, 5, 3, 6\], takes"),
         (

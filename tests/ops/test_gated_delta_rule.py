@@ -284,7 +284,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
     [
         ({"v": torch.zeros(2, 5, 4)}, r"v: got torch\.float32 \(2, 5, 4\), takes \[B, T, H, V\]"),
         ({"k": torch.zeros(2, 5, 3, 6)}, r"k: got shape \(2, 5, 3, 6\).* a divisor of 4 heads"),
-        ({"q": torch.zeros(2, 5, 2, 7)}, r"q: got shape \(2, 5, 2, 7\), takes that of k, \(2, 5, 2, 6\)"),
+        ({"q": torch.zeros(2, 5, 2, 7)}, r"q: got shape \(2, 5, 2, 7\), takes the shape of k, \(2, 5, 2, 6\)"),
         ({"g": torch.zeros(2, 5, 3)}, r"g: got shape \(2, 5, 3\), takes \(2, 5, 4\)"),
         ({"beta": torch.zeros(2, 5)}, r"beta: got shape \(2, 5\), takes \(2, 5, 4\)"),
         ({"beta": torch.zeros(2, 5, 4, dtype=torch.int64)}, r"beta: got dtype torch\.int64"),

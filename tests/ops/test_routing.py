@@ -284,7 +284,7 @@ def test_layer_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"affinity_logits": torch.zeros(4)}, r"affinity_logits: got shape \(4,\), takes \[\.\.\., H, M\]"),
         ({"update_logits": torch.zeros(3, 2, 5)}, r"update_logits: got shape \(3, 2, 5\), takes \(3, 2, 8\) or \(3, 2, 1\)"),
-        ({"merge_logits": torch.zeros(3, 2, 1)}, r"merge_logits: got shape \(3, 2, 1\), takes that of update_logits"),
+        ({"merge_logits": torch.zeros(3, 2, 1)}, r"merge_logits: got shape \(3, 2, 1\), takes update_logits' "),
         ({"update_logits": torch.zeros(3, 2, 8, device="meta")}, r"update_logits: is on meta, affinity_logits on cpu"),
         ({"top_k": 9}, r"top_k: got 9, takes 1 to M = 8"),
         ({"top_k": 0}, r"top_k: got 0"),

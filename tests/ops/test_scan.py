@@ -196,7 +196,7 @@ def test_auto_takes_it_for_few_of_many_states(monkeypatch: pytest.MonkeyPatch) -
         return backends.choose_backend(backend, value, indices, None, num_states, True, False).name
 
     assert [name(*sizes) for sizes in ((8, 256), (8, 16), (9, 16), (None, 16))] == ["numba", "numba", "chunked", "chunked"]
-    with pytest.raises(ValueError, match="backend='numba': it computes with indices, which are None; use 'auto'"):
+    with pytest.raises(ValueError, match="backend='numba': it needs indices, which are None; use 'auto'"):
         name(None, 16, "numba")
     monkeypatch.setattr(runtime, "_has_numba", lambda: False)
     assert name(8, 256) == "chunked"

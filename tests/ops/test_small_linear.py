@@ -121,11 +121,11 @@ def test_most_tokens() -> None:
         ({"x": torch.zeros(5, 8), "out": torch.zeros(5, 4)}, "x: got 5 tokens of 8 inputs, takes up to 4"),
         ({"x": torch.zeros(8)}, r"x, weight, out: got shapes \(8,\)"),
         ({"weight": torch.zeros(4, 7)}, r"weight: got shape \(4, 7\), takes \(4, 8\)"),
-        ({"weight": torch.zeros(8, 4).T}, r"weight: numbers of a row stand 4 apart"),
+        ({"weight": torch.zeros(8, 4).T}, r"weight: last dimension has stride 4"),
         ({"glu": True}, r"weight: got shape \(4, 8\), takes \(8, 8\)"),
         ({"bias": torch.zeros(4).half()}, r"bias: got dtype torch\.float16, takes bfloat16 or float32"),
         ({"gate": torch.zeros(2, 8, device="meta")}, r"gate: is on meta, x on cpu"),
-        ({"skipped": torch.zeros(2, 8)}, r"skip_weight: got None, takes a tensor where skipped is given"),
+        ({"skipped": torch.zeros(2, 8)}, r"skip_weight: got None, takes a tensor together with skipped"),
         ({"norm_weight": torch.zeros(7)}, r"norm_weight: got shape \(7,\), takes \(8,\)"),
     ],
 )

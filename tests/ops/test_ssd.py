@@ -313,7 +313,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
         ({"dt": torch.zeros(2, 5, 3)}, r"dt: got shape \(2, 5, 3\), takes \(2, 5, 4\)"),
         ({"decay_rate": torch.zeros(3)}, r"decay_rate: got shape \(3,\), takes \(4,\)"),
         ({"input_map": torch.zeros(2, 5, 3, 6)}, r"input_map: got shape \(2, 5, 3, 6\).* a divisor of 4 heads"),
-        ({"output_map": torch.zeros(2, 5, 2, 7)}, r"output_map: got shape .* takes that of input_map"),
+        ({"output_map": torch.zeros(2, 5, 2, 7)}, r"output_map: got shape .* takes the shape of input_map"),
         ({"dt": torch.zeros(2, 5, 4, dtype=torch.int64)}, r"dt: got dtype torch\.int64"),
         ({"initial_state": torch.zeros(2, 4, 6, 3)}, r"initial_state: got shape \(2, 4, 6, 3\), takes \(2, 4, 3, 6\)"),
         ({"chunk_size": 0}, "chunk_size: got 0"),

@@ -122,7 +122,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, trained: Trained, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "save_file", full)
         for step in (1, 2):
-            with pytest.raises(CheckpointError, match=rf"step-0000000{step}: .*No space left.*Make room"):
+            with pytest.raises(CheckpointError, match=rf"step-0000000{step}: .*No space left.*Free space"):
                 save(tmp_path, trained, step)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [old.name]
     model, optimizer = make(1)
@@ -184,7 +184,7 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(
         # The library says "no such file" of one that it may not open.
         monkeypatch.setattr(errors, "open", refused, raising=False)
     model, optimizer = make(1)
-    with pytest.raises(OSError, match=rf"{path / name}: cannot be read \(Permission denied\); give read access") as caught:
+    with pytest.raises(OSError, match=rf"{path / name}: cannot be read \(Permission denied\); grant read access") as caught:
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
     assert "delete" not in str(caught.value)
 
@@ -198,7 +198,7 @@ def test_a_carried_memory_that_is_not_whole(tmp_path: Path, trained: Trained) ->
     tensors.pop("0/0")
     save_file(tensors, path / "carried.safetensors")
     model, optimizer = make(1)
-    with pytest.raises(CheckpointError, match=r"carried.safetensors: 0/0 should be .*there is nothing; .*step-00000001"):
+    with pytest.raises(CheckpointError, match=r"carried.safetensors: expected 0/0 of shape .*found nothing; .*step-00000001"):
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
 
 
@@ -214,7 +214,7 @@ def test_another_configuration_is_refused_by_its_first_field(tmp_path: Path, tra
     path = save(tmp_path, trained, 1)
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_states=8))
     model, optimizer = make(0, other)
-    with pytest.raises(CheckpointError, match=r"model\.num_states=4, this run has model\.num_states=8"):
+    with pytest.raises(CheckpointError, match=r"model\.num_states=4, but this run has model\.num_states=8"):
         load_checkpoint(path, model=model, optimizer=optimizer, config=other)
 
 
@@ -320,7 +320,7 @@ def test_a_configuration_that_cannot_be_read_names_its_file(tmp_path: Path, trai
     record["config"]["model"]["colour"] = "red"
     (path / "state.json").write_text(json.dumps(record))
     model, optimizer = make(1)
-    with pytest.raises(CheckpointError, match=r"state\.json: its configuration cannot be read .*colour"):
+    with pytest.raises(CheckpointError, match=r"state\.json: unreadable configuration .*colour"):
         load_checkpoint(path, model=model, optimizer=optimizer, config=CONFIG)
 
 

@@ -119,7 +119,7 @@ def test_there_and_back(corpus: PackedCorpus, run_dir: Path, tmp_path: Path, kin
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
     assert (state["step"], state["tokens"]) == (2, 128)
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: missing, as of an imported model"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: missing; an imported model cannot be resumed"):
         Trainer(own_config, corpus, tmp_path / "back").run(resume=True)
 
 
@@ -199,7 +199,7 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     export_run(run, tmp_path / "silent", data="A sentence.")
     assert "Data: A sentence.\n" in (tmp_path / "silent" / "README.md").read_text(encoding="utf-8")
     export_run(run, tmp_path / "silent", overwrite=True)
-    assert "Data: not said by those who exported it." in ModelCard.load(tmp_path / "silent" / "README.md").text
+    assert "Data: not specified." in ModelCard.load(tmp_path / "silent" / "README.md").text
 
 
 def test_the_card_takes_the_evaluation_of_this_checkpoint_alone(run: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_folder_that_is_there_stays(run: Path, tmp_path: Path, monkeypatch: py
     folder = tmp_path / "model"
     export_run(run, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(FileExistsError, match="it exists"):
+    with pytest.raises(FileExistsError, match="already exists"):
         export_run(run, folder, dtype="bfloat16")
 
     def full(*_: Any) -> None:
@@ -235,11 +235,15 @@ def test_a_folder_that_is_there_stays(run: Path, tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob("*.partial"))
     # Nothing but what an export wrote is ever removed.
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    for place, message in ((folder, "it holds 'notes.txt'"), (run, "no exported model"), (run.parent, "no exported model")):
+    for place, message in (
+        (folder, "contains 'notes.txt'"),
+        (run, "not an exported model"),
+        (run.parent, "not an exported model"),
+    ):
         with pytest.raises(FileExistsError, match=message):
             export_run(run, place, overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "back")
-    with pytest.raises(FileExistsError, match="no exported model"):
+    with pytest.raises(FileExistsError, match="not an exported model"):
         export_run(run, tmp_path / "link", overwrite=True)
     assert load_model(run)
     assert (folder / "notes.txt").exists()
@@ -252,10 +256,10 @@ def test_disk_full(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(export, "save_torch_state_dict", full)
-    with pytest.raises(OSError, match=rf"^{tmp_path / 'other'}: No space left on the disk; nothing was written there"):
+    with pytest.raises(OSError, match=rf"^{tmp_path / 'other'}: No space left on the disk; nothing was written"):
         export_run(run, tmp_path / "other")
     monkeypatch.setattr(checkpoint_module, "save_file", full)
-    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'back'}: the model could not be written there .*No space"):
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'back'}: the model could not be written .*No space"):
         import_model(tmp_path / "model", tmp_path / "back")
     assert not {path.name for path in tmp_path.iterdir()} - {"model", "run"}
 
@@ -301,7 +305,7 @@ def test_weights_that_were_trained_further(run: Path, tmp_path: Path) -> None:
     assert "128 tokens" not in card
     own.save(tmp_path / "model" / "tokenizer.json")
     Tokenizer.train(["a b c " * 100], 260).save(tmp_path / "model" / "tokenizer.json")
-    with pytest.raises(CheckpointError, match="not the tokenizer of this model"):
+    with pytest.raises(CheckpointError, match="not this model's tokenizer"):
         load_model(tmp_path / "model")
 
 
@@ -337,10 +341,16 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "back").exists()
         assert not list(tmp_path.glob("*.partial"))
 
-    refused(r"model_type='bert', takes one of 'factorization_memory', 'llama', 'mistral', 'mamba2'", model_type="bert")
-    refused(r"'model\.blocks\.0\.mixer\.affinity\.weight' has shape \(8, 16\).*should have \(9, 16\)", num_states=9)
+    refused(
+        r"model_type='bert' is not supported; use a model of type 'factorization_memory', 'llama', 'mistral', 'mamba2'",
+        model_type="bert",
+    )
+    refused(
+        r"'model\.blocks\.0\.mixer\.affinity\.weight' has shape \(8, 16\).*but according to config\.json \(9, 16\)",
+        num_states=9,
+    )
     refused(r"tokenizer\.json: missing", remove=["tokenizer.json"])
-    refused(r"there is no model\.safetensors; pytorch_model\.bin can run programs", remove=["model.safetensors"],
+    refused(r"no model\.safetensors here; pytorch_model\.bin can run code", remove=["model.safetensors"],
             write={"pytorch_model.bin": "x"})  # fmt: skip
     refused(r"training\.json: not JSON", write={"training.json": "{"})
     refused(r"training\.json: format version 9", write={"training.json": '{"format_version": 9}'})
@@ -358,12 +368,12 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
     refused(r"config\.json: vocab_size=0", vocab_size=0)
     refused(r"config\.json: rms_norm_eps", rms_norm_eps=10**400)
     refused(r"config\.json: 1,000,000 layers, but", num_hidden_layers=1_000_000)
-    refused(r"has shape \(16, 64\), by config\.json it should have \(100000000, 64\)", hidden_size=10**8)
-    refused(r"not the tokenizer of this model.*eos_token_id=7", eos_token_id=7)
+    refused(r"has shape \(16, 64\), but according to config\.json \(100000000, 64\)", hidden_size=10**8)
+    refused(r"not this model's tokenizer.*eos_token_id=7", eos_token_id=7)
     refused(r"not JSON, damaged", write={"config.json": "{"}, damaged=True)
     for files in ({}, [], {"a": 3}, {"a": ""}, {"a": ".."}, {"a": "../b.safetensors"}, {"a": "shard.bin"}):
         refused(
-            r"index\.json: it(s weight_map does not say| names '.*', which is no safetensors file of this folder)",
+            r"index\.json: (its weight_map does not map|lists '.*', which is not a safetensors file of this folder)",
             remove=["model.safetensors"], write={"model.safetensors.index.json": json.dumps({"weight_map": files})},
         )  # fmt: skip
     (tmp_path / "model" / "training.json").unlink()
@@ -376,7 +386,10 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
     [
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, r"rope_parameters=\{'rope_type': 'llama3'\}"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "do not scale rotary positions"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
+            "scaled rotary positions are not supported",
+        ),
         ({"rope_parameters": [1]}, "of the wrong kind"),
         ({"hidden_size": "16"}, "of the wrong kind"),
         ({"num_attention_heads": 0}, "of the wrong kind"),
@@ -387,7 +400,10 @@ def test_folders_that_cannot_be_taken(run: Path, tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, "head's weight differs from the embedding's"),
         ({"head_dim": 8}, "head_dim=8"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"intermediate_size": 32}, r"'blocks\.0\.feed_forward\.down\.weight' has shape \(16, 64\).*should have \(16, 32\)"),
+        (
+            {"intermediate_size": 32},
+            r"'blocks\.0\.feed_forward\.down\.weight' has shape \(16, 64\).*but according to config\.json \(16, 32\)",
+        ),
     ],
 )
 def test_llamas_that_ours_are_not(
@@ -424,7 +440,7 @@ def test_weights_that_are_not_finite_are_refused_in_every_format(
         weights[name][1, 1] = value
         save_file(weights, file, metadata={"format": "pt"})
     named = r"'(model\.)?blocks\.0\.mixer.*' is NaN or infinite"
-    with pytest.raises(CheckpointError, match=named + ".*delete the folder .*--resume goes on from"):
+    with pytest.raises(CheckpointError, match=named + ".*delete the folder .*--resume continue from"):
         load_model(checkpoint)
     with pytest.raises(CheckpointError, match=named):
         export_run(checkpoint, tmp_path / "again")
@@ -445,6 +461,6 @@ def test_weights_that_are_not_finite_are_not_saved(run: Path, tmp_path: Path) ->
     export_run(run, tmp_path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     theirs.model.final_norm.weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match=r"not written, since weight 'model\.final_norm\.weight' is NaN or infinite"):
+    with pytest.raises(ValueError, match=r"not saved, as weight 'model\.final_norm\.weight' is NaN or infinite"):
         theirs.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

@@ -65,11 +65,11 @@ def test_metrics_past_a_step_are_cut_and_a_torn_line_goes(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[" * 100_000 + "]" * 100_000, "line 2: JSON nested too deeply to be read; remove that line"),
-        ('{"kind": "train", "step": 2, "name": "\\ud800"}', r"line 2: holds the lone surrogate U\+D800"),
-        ("[1]", "line 2: a list, not an object; remove that line"),
-        ('{"step": 2}', "a line without 'kind' and 'step'.*; remove it"),
-        ('{"kind": "train", "step": null}', "a line without 'kind' and 'step'"),
+        ("[" * 100_000 + "]" * 100_000, "line 2: JSON nested too deeply; remove that line"),
+        ('{"kind": "train", "step": 2, "name": "\\ud800"}', r"line 2: contains the lone surrogate U\+D800"),
+        ("[1]", "line 2: expected an object, got a list; remove that line"),
+        ('{"step": 2}', "line without 'kind' and 'step'.*; remove it"),
+        ('{"kind": "train", "step": null}', "line without 'kind' and 'step'"),
     ],
     ids=["deep", "surrogate", "list", "kind", "step"],
 )
@@ -96,7 +96,7 @@ def test_json_is_strict() -> None:
 
 
 def test_no_run_and_a_torn_configuration_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="there is no run here"):
+    with pytest.raises(RunFolderError, match="no run here"):
         RunRecord(tmp_path).read_config()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"config\.json: not a configuration"):
@@ -112,7 +112,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RunFolderError, match=r"result\.json: could not be written \(No space left on the disk\); make room"):
+    with pytest.raises(RunFolderError, match=r"result\.json: could not be written \(No space left on the disk\); free space"):
         record.write_result({"steps": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert json.loads((tmp_path / "result.json").read_text()) == {"steps": 1}
@@ -132,5 +132,5 @@ def test_what_an_unfinished_observation_wrote_is_cut_and_its_step_kept(tmp_path:
 @pytest.mark.parametrize("text", ['{"date": "20', "[]", '{"earlier": 3}'])
 def test_a_torn_environment_is_named_when_resuming(tmp_path: Path, text: str) -> None:
     (tmp_path / "environment.json").write_text(text)
-    with pytest.raises(RunFolderError, match=r"environment\.json: damaged or cut short .*remove that file"):
+    with pytest.raises(RunFolderError, match=r"environment\.json: damaged or cut short .*remove this file"):
         RunRecord(tmp_path).begin(RunConfig(), Tokenizer.bytes_level(), torch.device("cpu"), resumed_at=5)

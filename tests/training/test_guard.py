@@ -81,5 +81,5 @@ def test_a_bad_loss_names_step_rows_and_checkpoint(bad: float) -> None:
 
 
 def test_a_bad_gradient_names_all_rows_up_to_eight() -> None:
-    with pytest.raises(TrainingDivergedError, match=r"en:7 and 4 more.*no checkpoint yet"):
+    with pytest.raises(TrainingDivergedError, match=r"en:7 and 4 more.*no checkpoint was saved yet"):
         check_finite(7, [1.0], math.inf, [[f"en:{index}" for index in range(12)]], None)

@@ -302,7 +302,7 @@ def test_weights_that_are_not_finite_are_not_kept(corpus: PackedCorpus, run_dir:
     watcher = Watcher()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "learning_rate", learning_rate)
-        with pytest.raises(TrainingDivergedError, match=r"step 3: after it, .*weight '.*' is NaN or infinite.*step-00000002"):
+        with pytest.raises(TrainingDivergedError, match=r"step 3: weight '.*' is NaN or infinite after it.*step-00000002"):
             Trainer(quiet, corpus, run_dir, evaluate=evaluate, observer=watcher).run()
     kept = find_checkpoint(run_dir, "last")
     assert kept.name == "step-00000002"
@@ -311,12 +311,12 @@ def test_weights_that_are_not_finite_are_not_kept(corpus: PackedCorpus, run_dir:
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_one_without_not_resumed(corpus: PackedCorpus, run_dir: Path) -> None:
-    with pytest.raises(RunFolderError, match="no run here to resume"):
+    with pytest.raises(RunFolderError, match="no run to resume"):
         Trainer(config(), corpus, run_dir).run(resume=True)
     assert not run_dir.exists()
     Trainer(config(), corpus, run_dir).run()
     before = lines(run_dir)
-    with pytest.raises(RunFolderError, match="already holds a run; continue it with --resume, or choose another folder"):
+    with pytest.raises(RunFolderError, match="already contains a run; continue it with --resume, or choose another folder"):
         Trainer(config(), corpus, run_dir).run()
     assert lines(run_dir) == before
 
@@ -348,7 +348,7 @@ def test_resuming_with_another_configuration_names_the_field(corpus: PackedCorpu
     with pytest.raises(RunFolderError, match=r"training\.seed=0, not 1"):
         Trainer(config(seed=1), corpus, run_dir).run(resume=True)
     other = dataclasses.replace(corpus, fingerprint="another")
-    with pytest.raises(RunFolderError, match=r"its corpus \(fingerprint another\) is not the one"):
+    with pytest.raises(RunFolderError, match=r"its corpus \(fingerprint another\) differs from the one"):
         Trainer(config(), other, run_dir).run(resume=True)
     result = Trainer(config(log_every=2, evaluate_every=0), corpus, run_dir).run(resume=True)
     assert result["stopped"] == "finished"
@@ -417,7 +417,7 @@ def test_a_failing_evaluation_or_sample_loses_no_step(corpus: PackedCorpus, tmp_
     functions: dict[str, Any] = {"evaluate": evaluate, "sample": sample, broken: fail}
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         Trainer(settings, corpus, tmp_path / "parts", **functions, observer=parts).run()
-    assert "step-00000004. Resume" in caught.value.__notes__[0]
+    assert "step-00000004. Continue" in caught.value.__notes__[0]
     assert parts.messages == caught.value.__notes__
     with pytest.raises(RuntimeError, match="out of memory"):
         Trainer(settings, corpus, tmp_path / "parts", **functions, observer=parts).run(resume=True)
@@ -444,7 +444,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_hide_the_failing_evaluatio
 
 @pytest.mark.parametrize("prompts", [(), ("It ", "")])
 def test_samples_without_a_prompt_are_refused(corpus: PackedCorpus, run_dir: Path, prompts: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"training\.sample_prompts=.*sample_every to 0"):
+    with pytest.raises(ConfigError, match=r"training\.sample_prompts=.*sample_every=0"):
         Trainer(config(sample_every=4, sample_prompts=prompts), corpus, run_dir)
     Trainer(config(sample_prompts=prompts), corpus, run_dir)
 
@@ -453,7 +453,7 @@ def test_a_damaged_last_checkpoint_is_got_past_as_the_message_says(corpus: Packe
     whole = Trainer(config(), corpus, run_dir, evaluate=evaluate).run()
     last = find_checkpoint(run_dir, "last")
     (last / "state.json").write_text((last / "state.json").read_text()[:100])
-    with pytest.raises(CheckpointError, match=rf"delete the folder {last} and --resume goes on from step-00000010"):
+    with pytest.raises(CheckpointError, match=rf"delete the folder {last} to make --resume continue from step-00000010"):
         Trainer(config(), corpus, run_dir, evaluate=evaluate).run(resume=True)
     shutil.rmtree(last)
     again = Trainer(config(), corpus, run_dir, evaluate=evaluate).run(resume=True)
@@ -484,7 +484,7 @@ def test_a_run_does_not_write_through_a_link(corpus: PackedCorpus, run_dir: Path
         (run_dir / name).rename(elsewhere)
     (run_dir / name).symlink_to(elsewhere)
     before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} if elsewhere.is_dir() else None
-    with pytest.raises(RunFolderError, match=rf"{name}: a symbolic link, and a run writes into its own folder alone"):
+    with pytest.raises(RunFolderError, match=rf"{name}: a symbolic link, but a run writes only to its own folder"):
         Trainer(config(), corpus, run_dir).run(resume=True)
     if before is not None:
         assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before

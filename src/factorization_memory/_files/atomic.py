@@ -68,7 +68,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.rename(partial, path)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise FileExistsError(f"{path}: it exists and is not empty; choose another folder") from None
+                    raise FileExistsError(f"{path}: exists and is not empty; choose another folder") from None
                 raise
         _sync(path.parent)
 
@@ -94,7 +94,7 @@ def _aside(path: Path, folder: bool) -> Iterator[Path]:
             break
         os.close(descriptor)
     else:
-        raise OSError(errno.EAGAIN, "other processes remove what is written here", str(path))
+        raise OSError(errno.EAGAIN, "other processes keep removing the file", str(path))
     try:
         yield partial
     except OSError as error:

@@ -15,14 +15,14 @@ class DiskFullError(OSError):
     """A full disk or exceeded quota; the message names the path, whose old content is untouched."""
 
     def __str__(self) -> str:
-        return f"{self.filename}: No space left on the disk; nothing was written there; free some, or write elsewhere"
+        return f"{self.filename}: No space left on the disk; nothing was written; free some space, or write elsewhere"
 
 
 class UnreadableError(OSError):
     """A file or folder exists but cannot be read, for lack of permission or because of a disk error."""
 
     def __str__(self) -> str:
-        return f"{self.filename}: cannot be read ({self.strerror}); give read access to it, or put a readable copy there"
+        return f"{self.filename}: cannot be read ({self.strerror}); grant read access, or replace it with a readable copy"
 
 
 @contextmanager

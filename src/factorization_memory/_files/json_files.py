@@ -66,7 +66,9 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 except JSONError as error:
                     raise JSONError(f"{error}; remove that line", f"{path}, line {number}") from None
                 if not isinstance(values, dict):
-                    raise JSONError(f"a {type(values).__name__}, not an object; remove that line", f"{path}, line {number}")
+                    raise JSONError(
+                        f"expected an object, got a {type(values).__name__}; remove that line", f"{path}, line {number}"
+                    )
                 yield values
     except FileNotFoundError:
         return
@@ -92,11 +94,13 @@ def parse_json(data: str | bytes, *, any_text: bool = False) -> Any:
     except UnicodeDecodeError as error:
         raise JSONError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
     except UnicodeEncodeError as error:
-        raise JSONError(f"holds the lone surrogate U+{ord(error.object[error.start]):04X}, which is no character") from None
+        raise JSONError(
+            f"contains the lone surrogate U+{ord(error.object[error.start]):04X}, which is not a character"
+        ) from None
     except RecursionError:
-        raise JSONError("JSON nested too deeply to be read") from None
+        raise JSONError("JSON nested too deeply") from None
     except ValueError as error:  # an integer of thousands of digits
-        raise JSONError(f"JSON that cannot be read ({error})") from None
+        raise JSONError(f"unreadable JSON ({error})") from None
     return value
 
 

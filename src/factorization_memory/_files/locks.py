@@ -34,7 +34,7 @@ def lock(path: Path, held: Callable[[str], Exception]) -> Iterator[None]:
             os.close(descriptor)
             raise held(holder)
         if locked is None:
-            warnings.warn(f"{path}: this file system has no locks; let no second process write here", stacklevel=3)
+            warnings.warn(f"{path}: this file system has no locks; make sure no other process writes here", stacklevel=3)
             break
         # A holder that just finished removes the file, and a lock on a removed file protects nothing: try again.
         if is_open_at(descriptor, path):

@@ -36,7 +36,7 @@ class IncorrectBackendError(RuntimeError):
             for result in checks
             if not result["passed"]
         ]
-        super().__init__(f"the correctness gate is red, no speed is measured: {', '.join(red)}")
+        super().__init__(f"correctness gate failed, so nothing was timed: {', '.join(red)}")
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def run(
 
 
 def _run(benchmark: InferenceBenchmark, device: torch.device, progress: Callable[[str], None], show: Show) -> dict[str, Any]:
-    progress("speed of copies and matrix products")
+    progress("measuring the speed of copies and matrix products")
     rates = measure_rates(device)
     release(device)
     records: Records = []
@@ -265,7 +265,7 @@ def _measure_batch(
             writing.append((record, Writing(contender, benchmark, record["batch"], device)))
     # Contexts are interleaved, like the modes of a step, so that slow phases of the machine do not bias one of them.
     for number in range(benchmark.repeats):
-        progress(f"{contender.name}: {records[0]['batch']} sequences write, round {number + 1}")
+        progress(f"{contender.name}: {records[0]['batch']} sequences decoding, round {number + 1}")
         for record, one in writing:
             if record["error"] is None:
                 with _failing_alone(record, device):

@@ -61,7 +61,7 @@ def run(
         ConfigError: the reference is to be timed on a GPU.
     """
     if device.type == "cuda" and REFERENCE in benchmark.backends:
-        raise ConfigError(f"backends={benchmark.backends}: the reference is not timed on a GPU; drop it, or use --device cpu")
+        raise ConfigError(f"backends={benchmark.backends}: the reference is not timed on GPUs; drop it, or use --device cpu")
     with on_device(device):
         return _run(benchmark, device, progress, show)
 
@@ -72,7 +72,7 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
     if not all(result["passed"] for result in checks):
         raise IncorrectBackendError(checks)
     show("checks", checks)
-    progress("speed of copies and matrix products")
+    progress("measuring the speed of copies and matrix products")
     rates = measure_rates(device)
     dtype = getattr(torch, benchmark.dtype)
     backends = tuple(backend for backend in benchmark.backends_on(device.type) if backend != REFERENCE)
@@ -100,7 +100,7 @@ def _run(benchmark: OpBenchmark, device: torch.device, progress: Callable[[str],
         # After the peers were timed, not before: see `peers.same_maths`.
         measured = [name for name in benchmark.peers if name not in missing]
         if peers.GLA in measured:
-            progress("what the peers compute")
+            progress("checking what the peers compute")
             for shape in _gate_shapes(benchmark.sizes):
                 interruption.check()
                 problem = Problem.random(shape, dtype, device)

@@ -19,18 +19,18 @@ class OpBenchmark:
     """What to measure of the recurrence alone: each backend and peer at each size, its time over length, its memory."""
 
     backends: tuple[str, ...] = ()
-    """Backends to measure; none takes triton and chunked on a GPU, chunked on a CPU. On a GPU ratios are to the first, on a CPU
+    """Backends to measure; by default triton and chunked on a GPU, chunked on a CPU. Ratios are to the first on a GPU, on a CPU
     to the reference."""
     peers: tuple[OpPeer, ...] = get_args(OpPeer)
-    """To compare with: fla's chunk_gla on the same maths, PyTorch's attention and Mamba-2's scan of equal width (all but
+    """Peers to compare with: fla's chunk_gla on the same maths, PyTorch's attention, Mamba-2's scan of equal width (all but
     attention on a GPU only, where installed); may be empty."""
     shapes: tuple[str, ...] = ()
-    """Sizes to compare at, each written BxTxHxMxD or BxTxHxMxDxK, as 16x2048x1x64x2048; none takes the one of the six options
-    that follow. Lengths and memory are measured at the first one's widths."""
+    """Sizes to compare at, each BxTxHxMxD or BxTxHxMxDxK, such as 16x2048x1x64x2048; by default the one of the six options
+    below. Lengths and memory are measured at the widths of the first."""
     batch: int = 4
     """Sequences."""
     length: int = 1024
-    """Tokens of each, where the backends are compared."""
+    """Tokens of each sequence, where the backends are compared."""
     heads: int = 1
     """Heads."""
     num_states: int = 64
@@ -42,13 +42,13 @@ class OpBenchmark:
     lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
     """Lengths of one sequence for the time per token over length; may be empty."""
     length_tokens: int = 0
-    """If positive, those lengths are also measured in batches of this many tokens in all."""
+    """If positive, also measure those lengths in batches with this many tokens in total."""
     memory_length: int = 16384
-    """Length of the one sequence whose memory is measured; 0 for none."""
+    """Length of the sequence whose peak memory is measured; 0 for none."""
     dtype: OpDtype = "float32"
-    """Of values and output."""
+    """Dtype of values and output."""
     repeats: int = 5
-    """Rounds, of which medians are taken."""
+    """Number of rounds; results are medians over them."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):
@@ -62,7 +62,7 @@ class OpBenchmark:
         known = get_args(Backend)
         for backend in self.backends:
             if backend not in known:
-                raise ConfigError(f"backend {backend!r} is not known{suggestion(backend, known)}")
+                raise ConfigError(f"unknown backend {backend!r}{suggestion(backend, known)}")
         for peer in self.peers:
             if peer not in get_args(OpPeer):
                 raise ConfigError(f"peers={peer!r}: use some of {', '.join(get_args(OpPeer))}")
@@ -72,7 +72,9 @@ class OpBenchmark:
             for each in fields(self):
                 value = getattr(self, each.name)
                 if each.name in SIZE_FIELDS and value != each.default:
-                    raise ConfigError(f"{each.name}={value}: not together with shapes, which give every size; drop one of both")
+                    raise ConfigError(
+                        f"{each.name}={value}: cannot be combined with shapes, which sets all sizes; drop one of them"
+                    )
         for name in ("length", "heads", "num_states", "value_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: use 1 or more")

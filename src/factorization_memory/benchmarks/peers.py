@@ -23,7 +23,7 @@ GLA, ATTENTION, SSD = "gla", "attention", "ssd"
 LEAST_LOG_DECAY = -20.0
 """`log(1 - theta)` is not finite at a full overwrite; below this a decay is no more than 2e-9."""
 GLA_TOLERANCE = 3e-2
-"""Relative error in norm at which `chunk_gla` in bfloat16 counts as computing the same maths."""
+"""Relative error in norm up to which `chunk_gla` in bfloat16 counts as computing the same maths."""
 ATTENTION_HEAD = 128
 """Width of an attention head, where it divides the whole."""
 SSD_EXPAND, SSD_HEAD, SSD_STATE, SSD_CHUNK = 2, 64, 128, 256
@@ -113,7 +113,7 @@ def _ssd(problem: Problem) -> Contender:
     inner = SSD_EXPAND * heads * width
     _needs_gpu(problem, SSD)
     if inner % SSD_HEAD:
-        raise ValueError(f"inner width {inner} is no multiple of heads of {SSD_HEAD}")
+        raise ValueError(f"inner width {inner} is not a multiple of the head width {SSD_HEAD}")
     tokens, count = (batch, length), inner // SSD_HEAD
     x, d_output = (_normal((*tokens, count, SSD_HEAD), problem.value, seed) for seed in range(2))
     step = nn.functional.softplus(_normal((*tokens, count), problem.value, 2).float() - 4)
@@ -179,12 +179,12 @@ def _from_fla(problem: Problem, module: str, function: str, remedy: str = FLA_RE
             warnings.simplefilter("ignore")  # remarks of another package's imports
             return getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise MissingPeerError(f"{module}.{function} is not here ({error}); {remedy}") from None
+        raise MissingPeerError(f"{module}.{function} is not installed ({error}); {remedy}") from None
 
 
 def _needs_gpu(problem: Problem, what: str) -> None:
     if problem.value.device.type != "cuda":
-        raise MissingPeerError(f"{what} runs on a GPU only")
+        raise MissingPeerError(f"{what} runs only on a GPU")
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:

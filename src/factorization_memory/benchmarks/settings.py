@@ -45,12 +45,12 @@ class Shape:
         parts = text.split("x")
         if len(parts) not in (5, 6) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
             raise ConfigError(
-                f"shapes={text!r}: write BxTxHxMxD (or BxTxHxMxDxK), positive whole numbers as in 16x2048x1x64x2048: "
-                "sequences, tokens of each, heads, memory states, value width of a head (states selected)"
+                f"shapes={text!r}: write BxTxHxMxD (or BxTxHxMxDxK), positive whole numbers such as 16x2048x1x64x2048: "
+                "sequences, tokens each, heads, memory states, value width per head (selected states)"
             )
         shape = cls(*map(int, parts))
         if shape.top_k is not None and shape.top_k > shape.num_states:
-            raise ConfigError(f"shapes={text!r}: K={shape.top_k} selected states of M={shape.num_states}; use K of M or fewer")
+            raise ConfigError(f"shapes={text!r}: K={shape.top_k} exceeds M={shape.num_states}; use K <= M")
         return shape
 
     def __str__(self) -> str:
@@ -65,30 +65,30 @@ class TrainingBenchmark:
     parameters."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
-    """Our model."""
+    """Our model, to compare."""
     batch: int = 8
-    """Sequences of a step."""
+    """Sequences per step."""
     lengths: tuple[int, ...] = (512, 4096)
     """Tokens of each sequence."""
     peers: tuple[TrainingPeer, ...] = get_args(TrainingPeer)
-    """Models to compare with; may be empty."""
+    """Peer models to compare with; may be empty."""
     llama_heads: int = 4
-    """Attention heads of Llama."""
+    """Number of Llama's attention heads."""
     mamba2_layers: int = 8
-    """Layers of Mamba-2."""
+    """Number of Mamba-2's layers."""
     mamba2_chunk: int = 64
-    """Chunk of Mamba-2's scan; 64 is the fastest on a CPU."""
+    """Chunk size of Mamba-2's scan; 64 is the fastest on a CPU."""
     bfloat16: bool = False
     """Autocast to bfloat16."""
     compile: bool = False
     """Compile the losses with torch.compile, ours as one graph (which the backend chunked does not allow)."""
     activation_memory_budget: float = 1.0
-    """With --compile: share of the bytes kept for the backward pass, 0 to 1; the rest is computed again."""
+    """With --compile: share of the activation bytes saved for backward, 0 to 1; the rest is recomputed."""
     peak_tflops: float = 0
-    """The device's peak in TFLOP/s that MFU is relative to; 0 takes the data sheet's for dense bfloat16 where the device is
+    """Peak TFLOP/s of the device that MFU is relative to; 0 means the data sheet's for dense bfloat16 if the device is
     known (H100, H200, A100), otherwise the measured rate of a large matrix product."""
     repeats: int = 5
-    """Rounds, of which medians are taken."""
+    """Number of rounds; results are medians over them."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):
@@ -99,7 +99,7 @@ class TrainingBenchmark:
         if not self.lengths:
             raise ConfigError("lengths=(): use one length or more")
         if self.model.vocab_size < 1:
-            raise ConfigError(f"model.vocab_size={self.model.vocab_size}: a model needs one or more token ids")
+            raise ConfigError(f"model.vocab_size={self.model.vocab_size}: use 1 or more token ids")
         for peer in self.peers:
             if peer not in get_args(TrainingPeer):
                 raise ConfigError(f"peers={peer!r}: use some of {', '.join(get_args(TrainingPeer))}")
@@ -114,43 +114,45 @@ class InferenceBenchmark:
     """What to measure of reading and writing: each model at each number of sequences, after each number of tokens."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=4096, hidden_size=256, num_layers=4))
-    """Our model."""
+    """Our model, to compare."""
     contexts: tuple[int, ...] = (1024, 16384, 131072, 1048576)
-    """Tokens that each sequence has read when it starts to write."""
+    """Tokens each sequence has read before it starts decoding."""
     batches: tuple[int, ...] = (1, 16)
-    """Sequences at once."""
+    """Batch sizes: sequences decoded at once."""
     top_k: tuple[int, ...] = ()
-    """States that each token selects, one model for each number; 0 is the dense form, none takes --model.top-k."""
+    """States each token selects, one model for each number; 0 is the dense form; by default --model.top-k."""
     peers: tuple[InferencePeer, ...] = ()
-    """To compare with, if transformers is installed: its Llama of as many parameters, with a cache of keys and values."""
+    """Peers to compare with, if transformers is installed: its Llama with as many parameters and a key-value cache."""
     llama_heads: int = 4
-    """Attention heads of Llama."""
+    """Number of Llama's attention heads."""
     precision: Precision = "auto"
-    """Of weights and arithmetic: auto takes bfloat16 on a GPU, float32 on a CPU. Our memories are float32 in any case."""
+    """Precision of weights and arithmetic: auto means bfloat16 on a GPU, float32 on a CPU. Our memories are always float32."""
     prefill_chunk: int = 0
-    """Tokens read in one forward, of all sequences together; 0 takes 16384 on a GPU, 1024 on a CPU."""
+    """Tokens read in one forward pass, over all sequences; 0 means 16384 on a GPU, 1024 on a CPU."""
     prefill_seconds: float = 2.0
-    """A prompt that takes longer to read than this is not read, and its steps go on from random numbers in place of its state,
-    which cost the same; 0 reads none."""
+    """Seconds; a prompt that would take longer to read is not read, and its steps continue from random numbers as its state,
+    which costs the same; 0 reads none."""
     decode_tokens: int = 128
-    """Steps that are timed at each size, from Python and as generation steps: as a CUDA graph on a
-    GPU, in compiled loops on a CPU."""
+    """Steps to time at each size, from Python and as generation runs them: as a CUDA graph on a GPU, in compiled loops on a
+    CPU."""
     decode_seconds: float = 2.0
-    """They are fewer where they would take longer than this."""
+    """Seconds; fewer steps are timed if they would take longer than this."""
     repeats: int = 5
-    """Rounds, of which medians are taken."""
+    """Number of rounds; results are medians over them."""
 
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, remedy: str) -> None:
             if not condition:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {remedy}")
 
-        require(bool(self.contexts) and min(self.contexts) >= 1, "contexts", "use one number of tokens or more, each 1 or more")
-        require(bool(self.batches) and min(self.batches) >= 1, "batches", "use one number of sequences or more, each 1 or more")
+        require(
+            bool(self.contexts) and min(self.contexts) >= 1, "contexts", "use one or more numbers of tokens, each 1 or more"
+        )
+        require(bool(self.batches) and min(self.batches) >= 1, "batches", "use one or more batch sizes, each 1 or more")
         states = self.model.num_states
         require(all(0 <= k <= states for k in self.top_k), "top_k", f"use 0 (dense) to model.num_states={states}")
         if self.top_k and self.model.top_k is not None:
-            raise ConfigError(f"model.top_k={self.model.top_k}: not together with top_k={self.top_k}; drop one of both")
+            raise ConfigError(f"model.top_k={self.model.top_k}: cannot be combined with top_k={self.top_k}; drop one of them")
         require(
             all(peer in get_args(InferencePeer) for peer in self.peers),
             "peers",
@@ -160,17 +162,17 @@ class InferenceBenchmark:
             require(getattr(self, name) >= 1, name, "use 1 or more")
         if "llama" in self.peers:
             size = self.model.hidden_size
-            require(size % (2 * self.llama_heads) == 0, "llama_heads", f"heads must be of one even width; divide {size} by it")
+            require(size % (2 * self.llama_heads) == 0, "llama_heads", f"must divide {size} into heads of even width")
         require(self.precision in get_args(Precision), "precision", f"use one of {', '.join(get_args(Precision))}")
         require(self.prefill_chunk >= 0, "prefill_chunk", "use 1 or more tokens, or 0 (automatic)")
         for name in ("prefill_seconds", "decode_seconds"):
             require(0 <= getattr(self, name) < math.inf, name, "use a number of seconds, 0 or more")
         if "attention" in self.model.layer_mixers:
             raise ConfigError(
-                f"model.mixers={self.model.mixers}: takes layers whose state does not grow; of attention, the peer llama"
+                f"model.mixers={self.model.mixers}: takes only layers with constant state; for attention use the peer llama"
             )
         if self.model.vocab_size < 1:
-            raise ConfigError(f"model.vocab_size={self.model.vocab_size}: a model needs one or more token ids")
+            raise ConfigError(f"model.vocab_size={self.model.vocab_size}: use 1 or more token ids")
 
 
 @dataclass(frozen=True)
@@ -178,32 +180,32 @@ class StepBenchmark:
     """What to measure of decoding steps: each number of sequences with each number of memory states and of selected ones."""
 
     batches: tuple[int, ...] = (1, 64)
-    """Sequences at once."""
+    """Batch sizes: sequences decoded at once."""
     num_states: tuple[int, ...] = (256, 1024)
     """Memory states of each head."""
     top_k: tuple[int, ...] = (0, 64, 16)
-    """States that each token selects; 0 is the dense form. Those above the memory's number are left out."""
+    """States each token selects; 0 is the dense form. Numbers above num_states are skipped."""
     value_size: int = 2048
     """Value width of a head."""
     heads: int = 1
     """Heads."""
     dtype: StepDtype = "auto"
     """Of values and output: auto takes bfloat16 on a GPU, float32 on a CPU. The memory is float32, and where the Triton kernel
-    runs also bfloat16, rounded at random."""
+    runs also bfloat16 with stochastic rounding."""
     rollbacks: tuple[int, ...] = (1, 2, 4, 8)
-    """Steps taken back at once, at each sparse size; may be empty."""
+    """Numbers of steps to roll back at once, at each sparse size; may be empty."""
     repeats: int = 5
-    """Rounds, of which medians are taken."""
+    """Number of rounds; results are medians over them."""
 
     def __post_init__(self) -> None:
         for name in ("batches", "num_states", "rollbacks"):
             numbers = getattr(self, name)
             if not all(number >= 1 for number in numbers) or (not numbers and name != "rollbacks"):
-                raise ConfigError(f"{name}={numbers}: use one number or more, each 1 or more")
+                raise ConfigError(f"{name}={numbers}: use one or more numbers, each 1 or more")
         if not self.top_k or not all(number >= 0 for number in self.top_k):
-            raise ConfigError(f"top_k={self.top_k}: use one number or more, each 0 (dense) or more")
+            raise ConfigError(f"top_k={self.top_k}: use one or more numbers, each 0 (dense) or more")
         if min(self.top_k) > max(self.num_states):
-            raise ConfigError(f"top_k={self.top_k}: more than any of num_states={self.num_states}; use as many or fewer, or 0")
+            raise ConfigError(f"top_k={self.top_k}: exceeds every num_states={self.num_states}; use fewer, or 0 (dense)")
         for name in ("value_size", "heads", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: use 1 or more")

@@ -87,7 +87,7 @@ def _run(benchmark: StepBenchmark, device: torch.device, progress: Callable[[str
     if not all(result["passed"] for result in checks):
         raise IncorrectBackendError(checks)
     show("checks", checks)
-    progress("speed of copies and matrix products")
+    progress("measuring the speed of copies and matrix products")
     rates = measure_rates(device)
     release(device)
     steps: Records = []

@@ -45,7 +45,7 @@ def check(contender: Contender, dtype: torch.dtype, device: torch.device) -> dic
         return result | {"worst": unfinite[0], "reason": f"{unfinite[0]} is not finite"}
     worst = max(errors, key=lambda name: errors[name])
     result |= {"error": errors[worst], "worst": worst, "passed": restored and errors[worst] <= tolerance}
-    return result if restored else result | {"reason": "taking its steps back does not restore the memory"}
+    return result if restored else result | {"reason": "rolling its steps back does not restore the memory"}
 
 
 def _gate(contender: Contender, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, float], bool]:

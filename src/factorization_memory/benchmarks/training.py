@@ -91,7 +91,7 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
             calls = {name: partial(step, tokens) for name, step in steps.items()}
             seconds = interleaved_seconds(calls, benchmark.repeats, device, failures=failures)
             if OURS in failures:
-                remedy = "; try without compile, or with model.backend=triton" if benchmark.compile else ""
+                remedy = "; try without compile or with model.backend=triton" if benchmark.compile else ""
                 raise RuntimeError(f"a step of our model at T={length} failed: {failures[OURS]}{remedy}")
             for name, step in steps.items():
                 record: dict[str, Any] = {
@@ -136,7 +136,7 @@ def _peak(benchmark: TrainingBenchmark, device: torch.device, progress: Callable
     sheet = peak_teraflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if sheet is not None:
         return {"tflops": sheet, "source": "data sheet, dense bfloat16"}
-    progress("speed of matrix products")
+    progress("measuring the speed of matrix products")
     rates = measure_rates(device)
     return {"tflops": rates.matmul_flops_per_second / 1e12, "source": f"measured, {rates.matmul}"}
 

@@ -33,7 +33,7 @@ def tune(
     """
     reason = why_unsupported(torch.empty(0, dtype=dtype, device=device))
     if reason is not None:
-        raise ConfigError(f"tune=True: {reason}; tune on the GPU that is to run the kernels")
+        raise ConfigError(f"tune=True: {reason}; tune on the GPU that will run the kernels")
     # Import only after the check above: Triton may be missing.
     from factorization_memory.ops.memory.kernels import plan, tuning
 

@@ -18,18 +18,18 @@ from types import FrameType
 from factorization_memory._streams import best_effort, prepare_standard_streams
 
 VERBS = {
-    "demo": "train, evaluate and sample a small model on two books, about two minutes; leaves a report",
-    "doctor": "what is installed, and which backends run here",
+    "demo": "train, evaluate and sample a small model on two books in about two minutes, and write a report",
+    "doctor": "show what is installed, and test which backends run here",
     "data": "fetch a data set, train a tokenizer, pack a corpus",
-    "plan": "parameters, FLOPs, memory and learning rates of a run, without running it",
+    "plan": "show a run's parameters, FLOPs, memory and learning rates without running it",
     "train": "train a model on a packed corpus",
     "compare": "train models of equal size on the same text, each at its best learning rate, and compare",
-    "sweep": "many runs from one Python function: plan, run side by side, see where they stand",
-    "evaluate": "held-out loss, bits per byte, loss by position, routing health; or tasks of lm-evaluation-harness",
+    "sweep": "plan and run many runs from one Python function, and show where they stand",
+    "evaluate": "measure held-out loss, bits per byte, loss by position, routing health; or run lm-evaluation-harness tasks",
     "generate": "continue a prompt",
-    "inspect": "which memory states a text's tokens update and read",
-    "export": "write a run's model in the layout of Hugging Face's libraries",
-    "import": "make a run folder of a model in that layout",
+    "inspect": "show which memory states the tokens of a text update and read",
+    "export": "write a run's model in Hugging Face's layout",
+    "import": "make a run folder from a model in that layout",
     "bench": "measure the recurrence and whole models on this machine",
 }
 
@@ -67,7 +67,7 @@ def dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         from factorization_memory.config import suggestion
 
-        return complain(f"{verb!r} is no verb of fmem{suggestion(verb, VERBS)}", 2)
+        return complain(f"{verb!r} is not a verb of fmem{suggestion(verb, VERBS)}", 2)
     from factorization_memory.config import ConfigError
 
     try:
@@ -94,8 +94,8 @@ def _in_words(error: Exception) -> str:
     message = str(error)
     asked = re.search(r"(?:tried to|Tried to|Unable to) allocate (\d+ bytes|[\d.]+ \w+)", message)
     if isinstance(error, MemoryError) or asked or "out of memory" in message or "Storage size calculation" in message:
-        what = f", {asked[1]} of it for one array" if asked else ""
-        return f"this needs more memory than there is{what}; use smaller sizes, or fewer at once"
+        what = f" ({asked[1]} for one array)" if asked else ""
+        return f"out of memory{what}; use smaller sizes, or fewer sequences at once"
     if isinstance(error, OverflowError):
         return f"a number is too large ({message}); use a smaller one"
     return message
@@ -125,4 +125,4 @@ def _help() -> str:
     lines = "\n".join(
         textwrap.fill(what, 80, initial_indent=f"  {verb:<10}", subsequent_indent=" " * 12) for verb, what in VERBS.items()
     )
-    return f"usage: fmem VERB [options]; fmem VERB --help tells more\n\n{lines}\n\n  --version"
+    return f"usage: fmem VERB [options]; see fmem VERB --help for more\n\n{lines}\n\n  --version"

@@ -30,7 +30,7 @@ class Machine:
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
     threads: int = 0
-    """Threads of the CPU; 0 takes PyTorch's number, which suits a machine that does nothing else."""
+    """CPU threads; 0 means PyTorch's default, which suits an otherwise idle machine."""
 
     def __post_init__(self) -> None:
         """What is to be measured is checked when `run` makes the benchmark of it."""
@@ -42,9 +42,9 @@ class Op(Machine, OpBenchmark):
     token over length, memory of training. If a backend is not right, nothing is timed: status 1."""
 
     tune: bool = False
-    """First search the fastest tiles of the Triton kernels on this device, and measure with them."""
+    """Search for the fastest tiles of the Triton kernels on this device first, and measure with them."""
     plot: Path | None = None
-    """Draw the times per token into this .png or .svg file."""
+    """Plot time per token to this .png or .svg file."""
     json: bool = False
     """Write the result to stdout as one JSON line."""
 
@@ -64,7 +64,7 @@ class Inference(Machine, InferenceBenchmark):
     read, the sequences at once and the states that a token selects, beside the floor."""
 
     plot: Path | None = None
-    """Draw latency over context and tokens per second over batch into this .png or .svg file."""
+    """Plot latency over context and tokens per second over batch size to this .png or .svg file."""
     json: bool = False
     """Write the result to stdout as one JSON line."""
 
@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> int:
     """`fmem bench` with `arguments`; returns the exit status: 1 if something of ours failed."""
     options: Op | Training | Inference | Step = parse(Bench, arguments, "bench")  # type: ignore[arg-type]
     if options.threads < 0:
-        raise ConfigError(f"threads={options.threads}: use 0 (PyTorch's number) or more")
+        raise ConfigError(f"threads={options.threads}: use 0 (PyTorch's default) or more")
     plot = options.plot if isinstance(options, Op | Inference) else None
     if plot is not None:
         from factorization_memory.reports.benchmark_figures import check_path
@@ -118,7 +118,7 @@ def run(arguments: list[str]) -> int:
         _remember(record)
     emit(record, options.json)
     if plot is not None and result["interrupted"]:
-        say(f"{plot}: not drawn, the measuring was stopped")
+        say(f"{plot}: not drawn, as the benchmark was interrupted")
     elif plot is not None:
         from factorization_memory.reports.benchmark_figures import draw, draw_inference, save
 
@@ -167,7 +167,7 @@ def _remember(record: dict[str, Any]) -> None:
     try:
         remember(record)
     except (OSError, RuntimeError) as error:
-        say(f"not kept for `fmem plan`: {error}")
+        say(f"speed not saved for `fmem plan`: {error}")
 
 
 def _inference(options: Inference, device: torch.device, people: Console) -> tuple[dict[str, Any], bool]:

@@ -94,7 +94,7 @@ def listing(items: dict[str, str], width: int) -> str:
 def choose(name: str, known: dict[str, Any], what: str) -> Any:
     """`known[name]`, or a usage error that suggests the most similar name."""
     if name not in known:
-        raise ConfigError(f"{what} {name!r} is not known{suggestion(name, known)}")
+        raise ConfigError(f"unknown {what} {name!r}{suggestion(name, known)}")
     return known[name]
 
 
@@ -142,7 +142,7 @@ def load(run: Path | None, device: str) -> tuple[LanguageModel, Tokenizer, RunCo
     from factorization_memory.runs import load_model
 
     if run is None:
-        console().print("[dim]no model named: this is the one that comes with the package[/dim]")
+        console().print("[dim]no model given: using the one that comes with the package[/dim]")
     return load_model(builtin_model() if run is None else run, resolve_device(device, "--device"))
 
 
@@ -166,7 +166,7 @@ def write_out(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OSError(f"stdout: {error.strerror or error}; the result goes there, send it to a file or a pipe") from None
+        raise OSError(f"stdout: {error.strerror or error}; redirect it to a file or a pipe to receive the result") from None
 
 
 def interrupted_status(result: RunResult) -> int:
@@ -180,7 +180,7 @@ def bench_status(result: dict[str, Any], failed: bool) -> int:
     128 + its number, and a line that says so."""
     if result["interrupted"] is None:
         return int(failed)
-    say(f"stopped by {result['interrupted']}: the result holds the sizes that were measured until then")
+    say(f"stopped by {result['interrupted']}: the result has only the sizes measured so far")
     return 128 + signal.Signals[result["interrupted"]].value
 
 
@@ -189,9 +189,9 @@ def read_text(path: str) -> str:
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; name one that is there, or - for stdin") from None
+        raise FileNotFoundError(f"{path}: no such file; give an existing one, or - for stdin") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a readable text file") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a readable text file") from None
     try:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -31,9 +31,9 @@ class CompareOptions(ComparisonSettings):
 
     contenders: tyro.conf.Positional[tuple[str, ...]]
     dry_run: bool = False
-    """Say what would be compared, and stop."""
+    """Show what would be compared, and exit."""
     train: bool = True
-    """Without, nothing is trained: the record is made of the runs that are done."""
+    """Train what is missing; --no-train makes the record from the finished runs alone."""
     json: bool = False
     """Write the result to stdout as JSON."""
 
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     show_comparison(record, people)
     emit(record, options.json)
     if stopped is not None:
-        people.print(f"stopped by {stopped}; the same command goes on from there", soft_wrap=True)
+        people.print(f"stopped by {stopped}; run the same command again to continue", soft_wrap=True)
         return 128 + signal.Signals[stopped].value
     people.print(f"{options.out / TABLE_NAME}", soft_wrap=True)
     return 0 if record["complete"] else 1
@@ -86,7 +86,7 @@ def _show_plan(plan: Plan, people: Console) -> None:
     tokens = first.training.steps * first.training.tokens_per_step
     people.print(
         f"{tokens:,} tokens each ({first.training.steps:,} steps, context {first.data.context_length:,}), "
-        f"{seeds_text({entry.name: entry.seeds for entry in plan.entries})}; learning rates by {plan.search_steps:,} steps",
+        f"{seeds_text({entry.name: entry.seeds for entry in plan.entries})}; rates searched by {plan.search_steps:,} steps",
         soft_wrap=True,
     )
     shown = table("", "contender", "parameters", "off", "varied", "learning rates")

@@ -22,21 +22,21 @@ class FetchOptions:
     """Stream a data set once, to disk, as .jsonl.zst, with a record of where it comes from (needs the `datasets` package)."""
 
     name: tyro.conf.Positional[str | None] = None
-    """A short name of the list, or OWNER/NAME on the Hugging Face hub, or a folder; without it, the list is shown."""
+    """A short name from the list, OWNER/NAME on the Hugging Face hub, or a folder; if omitted, the list is shown."""
     output: Path | None = None
-    """File to write; its name ends in .jsonl.zst."""
+    """File to write; its name must end in .jsonl.zst."""
     show_list: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """Show the corpora that have a short name, and stop."""
+    """List the corpora that have a short name, and exit."""
     data_dir: Path | None = None
-    """Folder with the data set's files, laid out as on the hub; the hub is not asked."""
+    """Folder with the data set's files, laid out as on the hub, to read instead of the hub."""
     config: str | None = None
-    """Configuration of the data set, where it has several; of a short name, another than that of the list."""
+    """Configuration of the data set, if it has several; overrides the list's for a short name."""
     split: str | None = None
-    """Split to read; "train" if not given."""
+    """Split to read; by default "train"."""
     text_column: str | None = None
-    """Column that holds the text; "text" if not given."""
+    """Column with the text; by default "text"."""
     revision: str | None = None
-    """Revision to pin; of a short name, another than that of the list."""
+    """Revision to pin; overrides the list's for a short name."""
     max_documents: int | None = None
     """Stop after this many documents."""
     json: bool = False
@@ -52,9 +52,9 @@ class TokenizerOptions:
     output: Path = Path(TOKENIZER_NAME)
     """File to write."""
     vocab_size: int = 16384
-    """Number of ids, the 256 bytes and 2 special tokens among them."""
+    """Number of ids, including the 256 bytes and 2 special tokens."""
     max_megabytes: float = 50.0
-    """Text to train on; longer inputs are thinned evenly, document by document."""
+    """Megabytes of text to train on; from longer inputs, documents are sampled evenly."""
     json: bool = False
     """Write the result to stdout as JSON."""
 
@@ -64,18 +64,18 @@ class PackOptions:
     """Tokenize texts into a packed corpus: memory-mapped tokens, training and held-out."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Texts: .txt, .jsonl, .jsonl.zst, .parquet, or folders of these; NAME=PATH names the source in the mixture."""
+    """Texts: .txt, .jsonl, .jsonl.zst, .parquet, or folders of these; NAME=PATH sets the name of the source in the mixture."""
     output: Path
     """Folder to write."""
     tokenizer: str = "bytes"
     """A tokenizer.json, or "bytes" for the byte-level tokenizer that needs no training."""
     holdout: Literal["auto", "hash", "author", "tail"] = "auto"
     """What is held out: whole documents by hash, whole authors by hash, or the end of each document; auto takes whole documents
-    where there are enough of every source, else the ends."""
+    if every source has enough of them, else the ends."""
     holdout_fraction: float = 0.05
-    """About how much of the text is held out."""
+    """Approximate share of the text to hold out."""
     overwrite: bool = False
-    """Replace a packed corpus that is there."""
+    """Replace an existing packed corpus."""
     json: bool = False
     """Write the result to stdout as JSON."""
 
@@ -95,11 +95,11 @@ def run(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {"fetch": _fetch, "tokenizer": _tokenizer, "pack": _pack, "verify": _verify}
     if not arguments or arguments[0] in ("-h", "--help"):
         console().print(
-            "usage: fmem data VERB [options]; fmem data VERB --help tells more\n\n"
-            "  fetch      stream a data set of the hub once, to disk; alone, it lists those with a short name\n"
+            "usage: fmem data VERB [options]; see fmem data VERB --help for more\n\n"
+            "  fetch      download a data set from the hub, streaming, to one file; alone, list those with a short name\n"
             "  tokenizer  train a byte-level BPE tokenizer\n"
             "  pack       tokenize texts into a packed corpus\n"
-            "  verify     read a packed corpus whole and compare it with what was packed"
+            "  verify     reread a packed corpus and check that it is as it was packed"
         )
         return 0 if arguments else 2
     return choose(arguments[0], verbs, "fmem data")(arguments[1:])
@@ -111,7 +111,7 @@ def _fetch(arguments: list[str]) -> int:
         return _list_corpora(options.json)
     if options.output is None:
         raise ConfigError(
-            f"--output is missing; name the file to write, for example --output {Path(options.name).name}.jsonl.zst"
+            f"--output is missing; give the file to write, for example --output {Path(options.name).name}.jsonl.zst"
         )
     from factorization_memory.data.fetch import fetch_dataset, source_record
 
@@ -129,7 +129,7 @@ def _fetch(arguments: list[str]) -> int:
             progress=lambda documents, size: status.update(f"fetching: {documents:,} documents, {size / 1e6:,.1f} MB"),
         )
     beside = source_record(options.output)
-    say(f"{record.documents:,} documents of {options.name} are in {options.output}; {beside.name} says where they come from")
+    say(f"{record.documents:,} documents of {options.name} written to {options.output}, their origin to {beside.name}")
     emit({"output": str(options.output), "record": str(beside), **asdict(record)}, options.json)
     return 0
 
@@ -179,7 +179,7 @@ def _pack(arguments: list[str]) -> int:
     options = parse(PackOptions, arguments, "data pack")
     _require_inputs(options.inputs, "data pack")
     if not 0 < options.holdout_fraction < 1:
-        raise ConfigError(f"--holdout-fraction={options.holdout_fraction}: use a share between 0 and 1, for example 0.05")
+        raise ConfigError(f"--holdout-fraction={options.holdout_fraction}: use a number between 0 and 1, such as 0.05")
     import time
 
     from factorization_memory.data.shards import pack
@@ -240,7 +240,7 @@ def _verify(arguments: list[str]) -> int:
         "documents": sum(split.num_documents for split in splits),
         "tokens": sum(len(split.tokens) for split in splits),
     }
-    say(f"{options.corpus}: as it was packed, {result['documents']:,} documents and {result['tokens']:,} tokens")
+    say(f"{options.corpus}: intact, {result['documents']:,} documents and {result['tokens']:,} tokens")
     emit(result, options.json)
     return 0
 
@@ -260,12 +260,12 @@ class LeftOut:
         """Lists the first paths of each reason on stderr."""
         for reason, paths in self.paths.items():
             more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
-            say(f"left out ({reason}): {', '.join(paths[:5])}{more}")
+            say(f"skipped ({reason}): {', '.join(paths[:5])}{more}")
 
 
 def _require_inputs(inputs: Sequence[object], verb: str) -> None:
     if not inputs:
-        raise ConfigError(f"no text given; name at least one file or folder: fmem {verb} PATH ...")
+        raise ConfigError(f"no input given; name at least one file or folder: fmem {verb} PATH ...")
 
 
 def _named(text: str) -> tuple[str | None, Path]:

@@ -37,9 +37,9 @@ class DemoOptions:
     one."""
 
     run_dir: Path | None = None
-    """Run folder; by default runs/demo, or (without --resume) the next name that is free."""
+    """Run folder; by default runs/demo, or the next free name unless --resume is given."""
     resume: bool = False
-    """Go on with a demo that was stopped: its corpus, its last checkpoint, the same --steps."""
+    """Resume an interrupted demo from its last checkpoint; give the same --steps."""
     steps: int | None = None
     """Training steps, for a shorter or longer demo."""
     device: str = "auto"
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     result = session.train(options.resume)
     if result["stopped"] == "interrupted":
         emit({"run_dir": str(run_dir), "training": result}, options.json)
-        say(f"stopped by {result['signal']}; to go on: {_resume_command(run_dir, options)}")
+        say(f"stopped by {result['signal']}; to resume: {_resume_command(run_dir, options)}")
         return interrupted_status(result)
 
     out.rule("[bold]3  evaluation on the held-out end of each book")
@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> int:
         evaluation = session.evaluate(stretches=4, progress=progress)
     show_evaluation(evaluation, out)
 
-    out.rule("[bold]4  writing")
+    out.rule("[bold]4  generated text")
     samples, (_, model, tokenizer, _) = [], session.trained
     for prompt in PROMPTS:
         sampling = SamplingConfig(temperature=0.7, min_p=0.05)
@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> int:
 
     out.rule("[bold]6  report")
     say_kept(run_dir, keep_evaluation(run_dir, evaluation))
-    say("what to do next:")
+    say("next:")
     say(f"  open {run_dir / REPORT_NAME} in a browser")
     say(f"  {shlex.join(['fmem', 'generate', str(run_dir), '--prompt', PROMPTS[0]])}")
     say("  fmem data pack TEXTS --output CORPUS     (your own texts; then fmem train demo --data.corpus CORPUS)")
@@ -111,7 +111,7 @@ def _recall(run_dir: Path, out: Console) -> RecallDemoRecord:
     from factorization_memory.evaluation.recall_demo import FORMS
     from factorization_memory.reports.terminal.recall_demo import learning_table
 
-    out.print("the same sequences and sizes; they differ in update_lag alone. Share of values named right in new sequences:")
+    out.print("the same sequences and sizes; they differ only in update_lag. Share of values named correctly in new sequences:")
     reports: list[tuple[int, dict[str, float]]] = []
     with Live(learning_table(FORMS, reports), console=out, auto_refresh=False, transient=True) as live:
 
@@ -144,5 +144,5 @@ def _packed(run_dir: Path) -> PackedCorpus:
     from factorization_memory.data.shards import PackedCorpus
 
     if not (run_dir / CORPUS_NAME).is_dir():
-        raise ConfigError(f"--run-dir={str(run_dir)!r}: there is no demo here to resume; start one without --resume")
+        raise ConfigError(f"--run-dir={str(run_dir)!r}: no demo to resume; start one without --resume")
     return PackedCorpus.open(run_dir / CORPUS_NAME)

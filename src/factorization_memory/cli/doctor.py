@@ -23,7 +23,7 @@ def run(arguments: list[str]) -> int:
     from factorization_memory.reports.terminal.doctor import show_findings
 
     people = console()
-    with people.status("looking around, then running each backend"):
+    with people.status("checking the installation and every backend"):
         findings = examine()
     show_findings(findings, people)
     emit(findings, options.json)

@@ -31,21 +31,23 @@ def run(arguments: list[str]) -> int:
     with_harness = [f"--{name.replace('_', '-')}" for name in HARNESS if getattr(options, name) != getattr(default, name)]
     without = [f"--{name.replace('_', '-')}" for name in HELD_OUT if getattr(options, name) != getattr(default, name)]
     if options.harness == ():
-        raise ConfigError("--harness: no task is named; name some, for example hellaswag or japanese")
+        raise ConfigError("--harness: no task given; name one or more, such as hellaswag or japanese")
     if options.harness and without:
-        raise ConfigError(f"{without[0]}: it is about held-out text, which --harness leaves out; leave one of them out")
+        raise ConfigError(f"{without[0]}: applies to held-out text, which --harness does not read; drop one of them")
     if options.harness:
         from factorization_memory.cli import evaluate_harness
 
         return evaluate_harness.run(options)
     if with_harness:
-        raise ConfigError(f"{with_harness[0]}: there is no task; name some with --harness")
+        raise ConfigError(f"{with_harness[0]}: no task given; name one or more with --harness")
     at_least(options, max_tokens=1, stretches=1, max_position=0, recall_items=1)
     changed = [f"--{name.replace('_', '-')}" for name in RECALL if getattr(options, name) != getattr(default, name)]
     if changed and not options.recall:
-        raise ConfigError(f"{changed[0]}: the recall suite is not asked for; add --recall")
+        raise ConfigError(f"{changed[0]}: needs the recall suite; add --recall")
     if min(options.recall_lengths, default=0) < 1:
-        raise ConfigError(f"--recall-lengths={' '.join(map(str, options.recall_lengths))}: name one or more, each 1 or more")
+        raise ConfigError(
+            f"--recall-lengths={' '.join(map(str, options.recall_lengths))}: use one or more lengths, each 1 or more"
+        )
     from factorization_memory.experiments.evaluation import (
         BUILTIN,
         evaluate_model,
@@ -74,7 +76,7 @@ def run(arguments: list[str]) -> int:
         if read_state(checkpoint)["corpus_fingerprint"] == corpus.fingerprint:
             say_kept(run_dir, keep_evaluation(run_dir, result))
         else:
-            say(f"{corpus.folder}: not the corpus of the run, whose {EVALUATION_NAME} stays as it is; --json gives this one")
+            say(f"{corpus.folder}: not the run's own corpus, so its {EVALUATION_NAME} is unchanged; --json shows this result")
     emit(result, options.json)
     return 0
 
@@ -100,6 +102,6 @@ def say_kept(run_dir: Path, report: Path | None) -> None:
     """Reports what was done with an evaluation: the path of the `report` with it; None if it was not saved."""
     if report is None:
         path = run_dir / EVALUATION_NAME
-        say(f"{path}: tells all that this evaluation does and more, and stays as it is; --json gives this one")
+        say(f"{path}: unchanged, since it already has more than this evaluation; --json shows this result")
     else:
         say(f"report: {report}")

@@ -24,7 +24,7 @@ def run(options: EvaluateOptions) -> int:
 
     run_dir, checkpoint = resolve(options.run)
     if checkpoint is not None and not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: no such folder; give that of a run, of a checkpoint or of an exported model")
+        raise FileNotFoundError(f"{checkpoint}: no such folder; give a run, checkpoint or exported model")
     resolve_device(options.device, "--device")
     try:
         from factorization_memory.evaluation.harness_tasks import choose_tasks

@@ -14,36 +14,37 @@ class EvaluateOptions:
     routing health, with --recall also tasks of recall; or, with --harness, tasks of lm-evaluation-harness."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
-    the package."""
+    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; by default the model that comes
+    with the package."""
     corpus: Path | None = None
     """Packed corpus; by default the one that the run was trained on. For the model that comes with the package: the two books
-    that come with it too, which it has not read."""
+    that come with it, which it was not trained on."""
     max_position: int | None = None
-    """Read by position up to here; by default 16 training contexts, 0 leaves positions out."""
+    """Measure loss by position up to this one; by default 16 training contexts, 0 skips it."""
     max_tokens: int | None = None
-    """Held-out tokens of each source that the loss is measured on; by default all."""
+    """Held-out tokens of each source to measure the loss on; by default all."""
     stretches: int = 8
-    """Stretches of text of each source that are read by position."""
+    """Stretches of text of each source to read for the loss by position."""
     recall: bool = False
-    """Also ask what the context held: the value behind a key, a number hidden in a book, a stretch of text once more."""
+    """Also test recall from the context: the value behind a key, a number hidden in a book, a repeated stretch of text."""
     recall_items: int = 4
-    """Texts of each length and number of hidden sentences; errors shrink with its square root."""
+    """Texts for each length and number of hidden sentences; standard errors shrink with its square root."""
     recall_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    """Tokens of these texts."""
+    """Lengths of these texts, in tokens."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda or cuda:N."""
     harness: tuple[str, ...] | None = None
-    """Tasks or groups of lm-evaluation-harness, or `english` or `japanese` for several of them, instead of held-out text."""
+    """Run these tasks or groups of lm-evaluation-harness, or our groups `english` or `japanese`, instead of reading held-out
+    text."""
     harness_data: Path | None = None
-    """Folder with data of tasks, TASK/SPLIT.jsonl (or .json, .parquet); what is not there comes from the hub."""
+    """Folder with task data, TASK/SPLIT.jsonl (or .json, .parquet); anything missing there comes from the hub."""
     harness_tasks: Path | None = None
-    """Folder with YAML files of tasks of your own."""
+    """Folder with YAML files of your own tasks."""
     harness_shots: int | None = None
-    """Examples before each question; by default each task's own number."""
+    """Few-shot examples before each question; by default each task's own number."""
     harness_limit: int | None = None
-    """Only the first so many examples of each task."""
+    """Use only this many examples of each task, the first ones."""
     harness_batch_size: int = 64
-    """Sequences that the tasks read or write at a time."""
+    """Sequences per batch when running tasks."""
     json: bool = False
     """Write the result to stdout as JSON."""

@@ -25,17 +25,17 @@ class ExportOptions:
     to: Literal["huggingface"] = "huggingface"
     """Layout."""
     name: str = ""
-    """Name of the model on its card; by default the folder's."""
+    """Model name on the card; by default the folder's name."""
     license: str = ""
-    """Licence of the weights, as the hub names it, for example apache-2.0."""
+    """Licence of the weights, as the hub's identifier, for example apache-2.0."""
     data: str = ""
     """A sentence on the training data, for the card."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights; float32 is what they were trained in, so that nothing is lost."""
+    """Dtype of the exported weights; float32, as they were trained, loses nothing."""
     max_shard_size: str = "5GB"
-    """Of one file of weights, in bytes or with a unit."""
+    """Maximum size of a weights file, in bytes or with a unit."""
     overwrite: bool = False
-    """Replace a folder that is there."""
+    """Replace an existing exported model."""
     json: bool = False
     """Write the result to stdout as JSON."""
 
@@ -58,12 +58,12 @@ def run(arguments: list[str]) -> int:
             overwrite=options.overwrite,
         )
     except FileExistsError as error:
-        raise ConfigError(str(error).replace("or overwrite it", "or give --overwrite")) from None
+        raise ConfigError(str(error).replace("or overwrite it", "or pass --overwrite")) from None
     size = sum(path.stat().st_size for path in options.output.iterdir())
     say(f"{options.output}: {size / 1e6:,.1f} MB, for AutoModelForCausalLM.from_pretrained, as {name}")
     said = {"--license": options.license, "--data": options.data}
     missing = [flag for flag, value in said.items() if not value]
     if missing:
-        say(f"its card, README.md, does not say what only you know: give {' and '.join(missing)}")
+        say(f"its model card, README.md, is incomplete; fill it in with {' and '.join(missing)}")
     emit({"output": str(options.output), "class": name, "bytes": size}, options.json)
     return 0

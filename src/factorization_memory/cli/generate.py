@@ -25,23 +25,23 @@ class GenerateOptions:
     """Continue one prompt or several, all at once. The text streams to stdout (to stderr with --json)."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
-    the package."""
+    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; by default the model that comes
+    with the package."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; may be given several times."""
+    """Text to continue; may be repeated."""
     prompt_file: str | None = None
-    """File that holds the text to continue; - reads stdin."""
+    """File with the text to continue; - reads stdin."""
     max_tokens: int = 256
-    """Tokens to generate at most."""
+    """Maximum number of tokens to generate."""
     num_samples: int = 1
-    """Continuations of each prompt; several are printed one after the other."""
+    """Number of continuations of each prompt."""
     stop: tuple[str, ...] = ()
-    """Strings that end a continuation, and are not part of it."""
+    """Strings that end a continuation; they are not printed."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
     prefill_chunk: int = 0
-    """Prompt tokens read at a time; 0 takes 16384 on a GPU, 1024 on a CPU."""
+    """Prompt tokens read at a time; 0 means 16384 on a GPU, 1024 on a CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and arithmetic: auto takes bfloat16 on a GPU, float32 on a CPU. Memories are float32 in any case."""
+    """Precision of weights and arithmetic: auto means bfloat16 on a GPU, float32 on a CPU. Memories are always float32."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda or cuda:N."""
     json: bool = False
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
         )
     prompts = options.prompt or (read_text(options.prompt_file or ""),)
     if not all(prompts):
-        raise ConfigError("prompt: it is empty; give at least one character to start from")
+        raise ConfigError("prompt: empty; give at least one character to start from")
     from factorization_memory.generation import weights_dtype, with_dtype
 
     model, tokenizer, _ = load(options.run, options.device)

@@ -17,7 +17,7 @@ class ImportOptions:
     have trained it, or a Llama, Mistral or Mamba2 with a tokenizer of ours. Only safetensors is read."""
 
     model: tyro.conf.Positional[Path]
-    """Folder that holds config.json, weights and tokenizer.json."""
+    """Folder with config.json, weights and tokenizer.json."""
     run: tyro.conf.Positional[Path]
     """Run folder to write."""
     json: bool = False
@@ -33,6 +33,8 @@ def run(arguments: list[str]) -> int:
         checkpoint = import_model(options.model, options.run)
     except FileExistsError as error:
         raise ConfigError(str(error)) from None
-    say(f"{checkpoint}: for `fmem generate`, `fmem evaluate` and `fmem inspect`; training cannot go on from it")
+    say(
+        f"{checkpoint}: use it with fmem generate, evaluate or inspect, or train from it with --init-from; it cannot be resumed"
+    )
     emit({"checkpoint": str(checkpoint)}, options.json)
     return 0

@@ -17,14 +17,14 @@ class InspectOptions:
     """Show the memory at work on a text: an HTML page with the text coloured by its strongest state, layer by layer."""
 
     run: tyro.conf.Positional[Path | None] = None
-    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; without it, the model that comes with
-    the package."""
+    """Run folder, the folder of one of its checkpoints, or one in Hugging Face's layout; by default the model that comes
+    with the package."""
     text: str | None = None
     """Text to read."""
     file: str | None = None
-    """File that holds the text; - reads stdin."""
+    """File with the text; - reads stdin."""
     output: Path = Path("inspection.html")
-    """Page to write."""
+    """HTML page to write."""
     device: str = "auto"
     """Where to run: auto, cpu, cuda or cuda:N."""
     json: bool = False
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("text: give exactly one of --text TEXT and --file FILE (- for stdin)")
     text = options.text if options.text is not None else read_text(options.file or "")
     if not text:
-        raise ConfigError("text: it is empty; give at least one character to read")
+        raise ConfigError("text: empty; give at least one character to read")
     from factorization_memory.evaluation import inspect_text
     from factorization_memory.reports import inspection_html
 

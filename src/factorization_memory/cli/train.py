@@ -29,9 +29,9 @@ class TrainOptions:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     run_dir: Path = Path("runs/run")
-    """Run folder: records, checkpoints, report."""
+    """Run folder, for records, checkpoints and the report."""
     resume: bool = False
-    """Go on from the run folder's last checkpoint, on the very same loss curve."""
+    """Resume from the run folder's last checkpoint, continuing the same loss curve."""
     json: bool = False
     """Write the result to stdout as JSON."""
 
@@ -52,7 +52,7 @@ def preset_and_options(arguments: list[str], verb: str, options: type[Any]) -> A
         message = f"usage: fmem {verb} PRESET [options]\n       fmem {verb} PRESET --help lists every option\n\n{presets}"
         if verb == "train":
             message += (
-                "\n\nfmem train --resume RUN goes on with a run;"
+                "\n\nfmem train --resume RUN resumes a run;"
                 "\nfmem train PRESET --init-from MODEL starts from a trained one: a run, an export,\nor builtin"
             )
         if not asked:
@@ -111,7 +111,7 @@ def _options(arguments: list[str]) -> TrainOptions:
     config = RunRecord(folder).read_config()
     options = parse(TrainOptions, rest, f"train --resume {folder}", default=TrainOptions(config, folder, resume=True))
     if options.run_dir != folder:
-        raise ConfigError(f"--run-dir={options.run_dir}: --resume names the run folder {folder}; give one of the two")
+        raise ConfigError(f"--run-dir={options.run_dir}: --resume already names the run folder, {folder}; drop one of them")
     return options
 
 
@@ -119,7 +119,7 @@ def run(arguments: list[str]) -> int:
     """`fmem train`."""
     options = _options(arguments)
     if not options.config.data.corpus:
-        raise ConfigError("data.corpus='': name a packed corpus with --data.corpus DIR; `fmem data pack` makes one")
+        raise ConfigError("data.corpus='': give a packed corpus with --data.corpus DIR; make one with `fmem data pack`")
     from factorization_memory.experiments.session import Session
     from factorization_memory.training import RichProgress
 
@@ -130,7 +130,7 @@ def run(arguments: list[str]) -> int:
     emit(result, options.json)
     if result["stopped"] == "interrupted":
         command = shlex.join(["fmem", "train", "--resume", str(options.run_dir)])
-        say(f"stopped by {result['signal']} after step {result['steps']:,}; {command} goes on from there")
+        say(f"stopped by {result['signal']} after step {result['steps']:,}; resume with: {command}")
         return interrupted_status(result)
     from factorization_memory.reports.report import write_report
 

@@ -46,4 +46,4 @@ def require_finite(config: Any, section: str) -> None:
 
 def require_width(field: str, value: object, width: float) -> None:
     """Raises ConfigError if `value` of `field` makes a weight of `width` that is too wide."""
-    require(width <= LARGEST_WIDTH, field, value, f"makes a weight of width {width:,.0f}; use one of {LARGEST_WIDTH:,} or less")
+    require(width <= LARGEST_WIDTH, field, value, f"gives a weight of width {width:,.0f}; the limit is {LARGEST_WIDTH:,}")

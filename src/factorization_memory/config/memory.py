@@ -30,18 +30,18 @@ class MemoryConfig:
     top_k: int | None = None
     """K: states each token updates and reads; None is the dense form (all M)."""
     num_heads: int = 1
-    """H: independent memories side by side, each with its own affinities over M states; the paper has 1."""
+    """H: number of heads, each an independent memory with its own affinities over M states; the paper has 1."""
     expand: float = 2.0
     """D / d: total width of the memory's values over hidden_size (silent)."""
     temperature: float = 1.0
-    """Divides the affinity logits before the softmax (silent)."""
+    """Temperature that divides the affinity logits before the softmax (silent)."""
     affinity_init: float = 1.0
     """Standard deviation of the affinity logits at initialisation: how sharp routing starts (silent)."""
     update_lag: int = 0
-    """A token writes with the affinities of the token this many before it: 0, its own (the paper); 1, the previous token's, so
+    """How many tokens back a token takes the affinities it writes with: 0, its own (the paper); 1, the previous token's, so
     that a later occurrence of that token finds what followed it (the associative form, see docs/method.md)."""
     rates: Rates = "state"
-    """Whether there is one update and merge rate per head or per state (the paper allows both)."""
+    """Whether update and merge rates are per head or per state (the paper allows both)."""
     update_rate_init: tuple[float, float] = (0.05, 0.95)
     """Update rates at initialisation, spread evenly in logit from the first state to the last: the spread of time scales."""
     conv_size: int = 0
@@ -54,7 +54,7 @@ class MemoryConfig:
     norm_eps: float = 1e-6
     """Epsilon of every RMSNorm, added to the mean square under the root."""
     backend: Backend = "auto"
-    """Backend of the recurrence: the fastest available, the plain loop, parallel over time in PyTorch, or GPU kernels."""
+    """Backend of the recurrence: auto, the fastest available; reference, the plain loop; the others are parallel over time."""
 
     def __post_init__(self) -> None:
         if isinstance(self.update_rate_init, list):

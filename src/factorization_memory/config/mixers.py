@@ -44,7 +44,7 @@ def add_mixer_choice(name: str, choice: MixerChoice) -> None:
         ValueError: the name is taken.
     """
     if name in _CHOICES:
-        raise ValueError(f"mixer {name!r}: there is one of this name; choose another")
+        raise ValueError(f"mixer {name!r}: this name is already taken; choose another")
     _CHOICES[name] = choice
 
 

@@ -68,7 +68,10 @@ class Mamba2Config:
         require_at_most(self, "model.mamba2", LARGEST, "state_size", "head_size", "num_groups", "conv_size", "chunk_size")
         width = self.num_groups * self.state_size
         require(
-            width <= LARGEST_WIDTH, "model.mamba2.state_size", self.state_size, f"times num_groups it is {width:,}; use less"
+            width <= LARGEST_WIDTH,
+            "model.mamba2.state_size",
+            self.state_size,
+            f"times num_groups this is {width:,}; the limit is {LARGEST_WIDTH:,}",
         )
         for name in ("state_size", "head_size", "num_groups", "conv_size", "chunk_size"):
             require(getattr(self, name) >= 1, f"model.mamba2.{name}", getattr(self, name), "use 1 or more")
@@ -125,21 +128,21 @@ class ModelConfig(MemoryConfig):
     intermediate_size: int = 0
     """Width of the SwiGLU feed-forward; 0 means 8/3 of hidden_size, rounded up to a multiple of 32."""
     feed_forward: bool = True
-    """Whether blocks have a feed-forward layer after the mixer; Mamba-2's own layout has none, and twice the blocks."""
+    """Whether blocks have a feed-forward layer after the mixer; Mamba-2's own layout has none, but twice as many blocks."""
     mixers: tuple[str, ...] = ("memory",)
     """Token mixer of each block, from the first on, repeated over the depth: memory, attention, mamba2, gated_deltanet, or one
     that an installed package adds. Three memory layers per attention layer are ("memory", "memory", "memory", "attention")."""
     tie_word_embeddings: bool = True
     """Whether the output head shares the embedding's weights."""
     embedding_multiplier: float = 1.0
-    """Multiplies the embeddings at the input of the blocks, not in a tied output head. Embeddings start at a standard
+    """Factor on the embeddings at the input of the blocks, not in a tied output head. Embeddings start at a standard
     deviation of 0.02, the outputs of blocks near 1: a multiplier of 50 puts both on the same scale."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """The attention layers, if `mixers` has any."""
+    """Options of the attention layers, if `mixers` has any."""
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
-    """The Mamba-2 layers, if `mixers` has any."""
+    """Options of the Mamba-2 layers, if `mixers` has any."""
     gated_deltanet: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
-    """The Gated DeltaNet layers, if `mixers` has any."""
+    """Options of the Gated DeltaNet layers, if `mixers` has any."""
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, list):
@@ -223,13 +226,13 @@ def _check_gated_deltanet(config: ModelConfig) -> None:
         width <= LARGEST_WIDTH,
         "model.gated_deltanet.head_size",
         sizes.head_size,
-        f"all heads together have a width of {width:,}; use {LARGEST_WIDTH:,} or less",
+        f"gives all heads a total width of {width:,}; the limit is {LARGEST_WIDTH:,}",
     )
     require(
         value_heads % heads == 0,
         "model.gated_deltanet.num_value_heads",
         value_heads,
-        f"use a multiple of num_heads={heads}, or 0 for as many",
+        f"use a multiple of num_heads={heads}, or 0 to use num_heads",
     )
 
 

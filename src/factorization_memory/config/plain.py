@@ -54,7 +54,7 @@ def suggestion(name: str, known: typing.Iterable[str]) -> str:
     """`"; did you mean ...?"` with the valid name nearest to `name`, or the list of them."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(sorted(known))}"
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(sorted(known))}"
 
 
 def _from_plain(hint: Any, value: Any, path: str) -> Any:
@@ -88,7 +88,7 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise ConfigError(f"{path}: a number of {len(str(value))} digits; expected float") from None
+            raise ConfigError(f"{path}: got a number of {len(str(value))} digits, too large for a float") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{path}={value!r}: expected {hint.__name__}")
     return value

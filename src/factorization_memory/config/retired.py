@@ -41,8 +41,8 @@ def without_retired(section: str, values: dict[str, Any], path: str = "") -> dic
         if name in RETIRED.get(section, {}) and not is_neutral(section, name, value):
             version = RETIRED[section][name][1]
             raise ConfigError(
-                f"{path}{name}={value!r}: this field is gone; what was trained with it needs factorization_memory {version}; "
-                "a new run does without it"
+                f"{path}{name}={value!r}: this field was removed; load models trained with it in "
+                f"factorization_memory {version}, and leave it out of new runs"
             )
     return {name: value for name, value in values.items() if name not in RETIRED.get(section, {})}
 

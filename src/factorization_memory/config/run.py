@@ -19,11 +19,11 @@ class DataConfig:
     context_length: int = 512
     """Tokens of one training sequence."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Share of each of the corpus's sources in a batch, by name; empty means in proportion to their tokens."""
+    """Weight of each source of the corpus in a batch, by name; empty means in proportion to their tokens."""
     document_boundary: Literal["reset", "continue"] = "reset"
-    """Whether the memory is reset or continues where a new document begins inside a sequence."""
+    """Whether the memory is reset or carried on where a new document begins inside a sequence."""
     read_ahead: int = 4
-    """Batches that a thread prepares ahead of the training step; 0 reads in the step itself."""
+    """Batches that a background thread prepares ahead of the training step; 0 reads them in the step itself."""
 
     def __post_init__(self) -> None:
         require_types(self, "data")
@@ -33,9 +33,7 @@ class DataConfig:
         require(self.read_ahead >= 0, "data.read_ahead", self.read_ahead, "use 0 or more batches")
         for name, weight in self.weights.items():
             require(weight >= 0, f"data.weights.{name}", weight, "use 0 or more")
-        require(
-            not self.weights or sum(self.weights.values()) > 0, "data.weights", self.weights, "at least one must be positive"
-        )
+        require(not self.weights or sum(self.weights.values()) > 0, "data.weights", self.weights, "make at least one positive")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class TrainingConfig:
     """The training loop on one device."""
 
     steps: int = 1000
-    """Optimizer steps of the whole run. A resumed run may have more than before; from there on the schedule is that of the new
+    """Optimizer steps of the whole run. A resumed run may have more than before; its schedule is then computed from the new
     number."""
     tokens_per_step: int = 8192
     """Tokens per optimizer step, over all accumulated micro-batches."""
@@ -100,21 +98,21 @@ class TrainingConfig:
     CPU."""
     compile: bool = False
     """Compile the loss with torch.compile: on a GPU, training gets faster after about a minute. Steps with a document border
-    in their rows run uncompiled (see data.document_boundary)."""
+    inside a row run uncompiled (see data.document_boundary)."""
     activation_memory_budget: float = 1.0
-    """With compile: share of the activation bytes saved for backward; below 1 the rest is recomputed, to use less memory."""
+    """With compile: share of the activation bytes saved for backward; below 1, the rest is recomputed to save memory."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 250
     """Steps between evaluations on held-out text; 0 evaluates only at the end."""
     evaluation_tokens: int = 65536
-    """Held-out tokens of each source that an evaluation during training reads."""
+    """Held-out tokens of each source to read in an evaluation during training."""
     sample_every: int = 0
     """Steps between generated samples; 0 disables them."""
     sample_prompts: tuple[str, ...] = ("It was", "それは")
-    """Prompts of those samples."""
+    """Prompts of the generated samples."""
     checkpoint_every: int = 250
-    """Steps between checkpoints; 0 writes only the last."""
+    """Steps between checkpoints; 0 writes only the final one."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints kept, in addition to the best one."""
 
@@ -124,19 +122,19 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use 1 or more")
         for name in ("micro_batch_size", "evaluate_every", "sample_every", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "use 0 or more")
-        require(-(1 << 63) <= self.seed < 1 << 64, "training.seed", self.seed, "use a number of 64 bits, -2**63 to 2**64 - 1")
+        require(-(1 << 63) <= self.seed < 1 << 64, "training.seed", self.seed, "use a 64-bit integer, -2**63 to 2**64 - 1")
         require(
             not (self.compile and self.carry_state),
             "training.compile",
             self.compile,
-            "not together with carry_state; unset one",
+            "cannot be combined with carry_state; unset one of them",
         )
         budget = self.activation_memory_budget
         require(
             0 <= budget <= 1 and (self.compile or budget == 1),
             "training.activation_memory_budget",
             budget,
-            "use a share from 0 to 1, and below 1 only with compile",
+            "use a number from 0 to 1; below 1 requires compile",
         )
 
 
@@ -162,7 +160,7 @@ class RunConfig:
             not (self.training.carry_state and self.model.state_grows),
             "training.carry_state",
             self.training.carry_state,
-            "attention keeps all it has read, without end; set model.attention.sliding_window, or carry no state",
+            "attention without a window keeps everything it has read; set model.attention.sliding_window, or unset carry_state",
         )
         sequences = self.sequences_per_step
         micro = self.training.micro_batch_size
@@ -177,7 +175,7 @@ class RunConfig:
             tokens <= MOST_TOKENS,
             "training.micro_batch_size",
             micro,
-            f"one forward pass would read {tokens:,} tokens; set it so that it reads {MOST_TOKENS:,} or fewer",
+            f"one forward pass would read {tokens:,} tokens; lower it so that it reads at most {MOST_TOKENS:,}",
         )
 
     @property

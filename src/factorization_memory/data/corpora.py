@@ -64,7 +64,7 @@ def read_documents(
             files, others = find_files(path, lambda name: _suffix(name) is not None)
         if not files:
             why = "".join(f"; {other.name} is {reason}" for other, reason in others[:3])
-            raise CorpusError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file{why}")
+            raise CorpusError(f"{path}: no {', '.join(SUFFIXES)} file in this folder{why}")
         for other, reason in others:
             (skipped or _log_skipped)(other, reason)
         return (
@@ -73,7 +73,7 @@ def read_documents(
             for document in _read_file(file, str(file.relative_to(path)), source, _folder_source(file, path))
         )
     if not _suffix(path.name):
-        raise CorpusError(f"{path}: unsupported kind of file; use one of {', '.join(SUFFIXES)}, or a folder of these")
+        raise CorpusError(f"{path}: unsupported file type; use one of {', '.join(SUFFIXES)}, or a folder of these")
     return _read_file(path, path.name, source, path.name[: -len(_suffix(path.name) or "")])
 
 
@@ -90,7 +90,7 @@ def explain_full_disk(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        raise CorpusError(f"{output}: no space left on the disk; nothing was kept; free some or write elsewhere") from error
+        raise CorpusError(f"{output}: no space left on the disk; nothing was kept; free some, or write elsewhere") from error
 
 
 def require_file(path: Path) -> None:
@@ -99,9 +99,7 @@ def require_file(path: Path) -> None:
         if path.exists():
             return
     if path.is_symlink():
-        raise CorpusError(
-            f"{path}: a link that leads nowhere (to {os.readlink(path)}); mend it, or name another file or folder"
-        )
+        raise CorpusError(f"{path}: a link that leads nowhere (to {os.readlink(path)}); fix it, or give another file or folder")
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
     if nearest:
@@ -116,7 +114,7 @@ def _suffix(name: str) -> str | None:
 
 def _log_skipped(path: Path, reason: str) -> None:
     level = logging.INFO if reason in (OTHER_KIND, HIDDEN) else logging.WARNING
-    logging.getLogger(__name__).log(level, "%s: left out, it is %s", path, reason)
+    logging.getLogger(__name__).log(level, "%s: skipped, it is %s", path, reason)
 
 
 def _folder_source(file: Path, folder: Path) -> str:
@@ -127,8 +125,8 @@ def _folder_source(file: Path, folder: Path) -> str:
 def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iterator[Document]:
     if _SURROGATE.search(source or fallback):
         raise CorpusError(
-            f"{path}: the name of its source, {source or fallback!r}, is not UTF-8; rename the file or folder that it comes "
-            "from, or name the source, NAME=PATH"
+            f"{path}: the source name {source or fallback!r} is not UTF-8; rename the file or folder it comes "
+            "from, or name the source with NAME=PATH"
         )
     suffix = _suffix(path.name)
     if suffix == ".txt":
@@ -147,7 +145,7 @@ def _read_file(path: Path, name: str, source: str | None, fallback: str) -> Iter
         if not isinstance(text, str) or not text.strip():
             shown = reprlib.repr(text)[:40]
             what = "no field 'text'" if "text" not in row else "an empty 'text'" if text == "" else f"'text' = {shown!r}"
-            raise CorpusError(f"{place}: {what}; every document needs its text as a string in the field 'text'")
+            raise CorpusError(f"{place}: {what}; give every document its text as a string in the field 'text'")
         language, author = (optional_text(row, field) for field in ("language", "author"))
         identity = optional_text(row, "id")
         for field, value in (("id", identity), ("author", author), ("language", language)):
@@ -182,7 +180,7 @@ def _require_characters(text: str | None, place: str) -> None:
     lone = _SURROGATE.search(text or "")
     if lone is not None:
         raise CorpusError(
-            f"{place}: character {lone.start()} is the lone surrogate U+{ord(lone[0]):04X}, which is no character; remove it"
+            f"{place}: character {lone.start()} is the lone surrogate U+{ord(lone[0]):04X}, which is not a character; remove it"
         )
 
 

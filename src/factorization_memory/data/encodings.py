@@ -25,7 +25,7 @@ def decode(data: bytes, path: Path, place: str = "", offset: int = 0) -> str:
     Raises `CorpusError` for what is not UTF-8.
     """
     if is_wide(data):
-        raise CorpusError(f"{place or path}: not text in UTF-8, as every other byte or so is zero; {conversion(data)}")
+        raise CorpusError(f"{place or path}: not UTF-8, as about every other byte is zero; {conversion(data)}")
     try:
         return data.decode("utf-8-sig" if offset == 0 else "utf-8")  # a byte-order mark is not part of the text
     except UnicodeDecodeError as error:
@@ -46,7 +46,7 @@ def conversion(data: bytes) -> str:
     """How to convert text that is not UTF-8."""
     found = _encoding(data[:_SEEN_BYTES])
     if found is None:
-        return "convert it from the encoding that it is in, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
+        return "convert it to UTF-8 from its encoding, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
     return f"it looks like {found}; convert it, for example with `iconv -f {found} -t UTF-8`"
 
 

@@ -74,15 +74,15 @@ def fetch_dataset(
     """
     output = Path(output)
     if not output.name.endswith(".jsonl.zst"):
-        raise CorpusError(f"{output}: the name of the fetched file must end in .jsonl.zst")
+        raise CorpusError(f"{output}: the name of the output file must end in .jsonl.zst")
     _require_free(output)
     if max_documents is not None and max_documents < 1:
-        raise ConfigError(f"max_documents={max_documents}: use 1 or more, or leave it out to take all")
+        raise ConfigError(f"max_documents={max_documents}: use 1 or more, or leave it out to fetch all")
     asked = find_corpus(name).choose(config=config, split=split, text_column=text_column, revision=revision)
     rows, read_revision, files = _open_data_set(name, asked, data_dir)
 
     def held(holder: str) -> CorpusError:
-        return CorpusError(f"{output}: another process is fetching into it; wait for that one, or choose another name")
+        return CorpusError(f"{output}: another process is fetching into this file; wait for it, or choose another name")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
@@ -110,7 +110,7 @@ def fetch_dataset(
 
 def _require_free(output: Path) -> None:
     if output.exists():
-        raise CorpusError(f"{output}: the file exists; remove it or choose another name")
+        raise CorpusError(f"{output}: already exists; remove it, or choose another name")
 
 
 def source_record(output: Path) -> Path:
@@ -128,17 +128,17 @@ def _open_data_set(
         files = local_files(corpus, data_dir)
         if corpus.pattern and not files:
             raise CorpusError(
-                f"{data_dir}: holds no {corpus.pattern} of the kinds {', '.join(READERS)}, the files of {name!r}; lay them out "
-                f"as the data set does, as this does where there is a network: {download_command(corpus)}"
+                f"{data_dir}: no {corpus.pattern} file of {name!r} here ({', '.join(READERS)}); lay the files out as the "
+                f"data set does, as this command does on a machine with network access: {download_command(corpus)}"
             )
         kinds = sorted({str(reader(path)) for path in files})
         if len(kinds) > 1:
-            raise CorpusError(f"{data_dir}: {corpus.pattern} are files of several kinds ({', '.join(kinds)}); keep one")
+            raise CorpusError(f"{data_dir}: {corpus.pattern} is files of several types ({', '.join(kinds)}); keep one type")
     elif name in CORPORA and Path(corpus.data_set).is_dir():
         # The library would use it as the data set, whatever its revision.
         raise CorpusError(
-            f"{corpus.data_set}: this folder has the name of the data set of {name!r}; read it with "
-            f"--data-dir {corpus.data_set}, or work in another folder"
+            f"{corpus.data_set}: a folder here has the same name as the data set of {name!r}; read it with "
+            f"--data-dir {corpus.data_set}, or run the command in another folder"
         )
     try:
         import datasets
@@ -155,11 +155,11 @@ def _open_data_set(
             builder = datasets.load_dataset_builder(corpus.data_set, corpus.config, revision=corpus.revision)
         rows = builder.as_streaming_dataset(split=corpus.split)
     except Exception as error:  # the library raises many kinds
-        what = f"data set {name!r} (config {corpus.config!r}, split {corpus.split!r}) cannot be loaded"
+        what = f"data set {name!r} (config {corpus.config!r}, split {corpus.split!r}) could not be loaded"
         if _is_of_network(error):
             raise CorpusError(
-                f"{what}: the hub cannot be reached (or HF_HUB_OFFLINE is set); download its files where there is a network, "
-                f"{download_command(corpus)}, and name the folder: --data-dir DIR"
+                f"{what}: the hub cannot be reached (or HF_HUB_OFFLINE is set); download its files on a machine with "
+                f"network access, {download_command(corpus)}, and pass the folder with --data-dir DIR"
             ) from error
         raise CorpusError(f"{what}: {error}") from error
     if data_dir is not None:
@@ -168,9 +168,9 @@ def _open_data_set(
     if _is_commit(corpus.revision) and commit != corpus.revision:
         # Without a network the library falls back to its cache, whatever the revision.
         raise CorpusError(
-            f"data set {name!r}: the hub cannot be reached, and the cache holds revision {commit}, not {corpus.revision}; "
-            f"take it with --revision {commit}, or download the files where there is a network, "
-            f"{download_command(corpus)}, and name the folder: --data-dir DIR"
+            f"data set {name!r}: the hub cannot be reached, and the cache has revision {commit}, not {corpus.revision}; "
+            f"use it with --revision {commit}, or download the files on a machine with network access, "
+            f"{download_command(corpus)}, and pass the folder with --data-dir DIR"
         )
     return rows, commit, None
 
@@ -221,7 +221,7 @@ def _write_rows(
         for number, row in enumerate(rows, start=1):
             if corpus.text_column not in row:
                 raise CorpusError(
-                    f"data set {name!r}: no column {corpus.text_column!r} among {', '.join(row)}; name another text column"
+                    f"data set {name!r}: no column {corpus.text_column!r} among {', '.join(row)}; give another as text_column"
                 )
             text = row[corpus.text_column]
             if not isinstance(text, str) or not text.strip():
@@ -240,5 +240,5 @@ def _write_rows(
             if documents == max_documents:
                 break
     if documents == 0:
-        raise CorpusError(f"data set {name!r}: no row has text in the column {corpus.text_column!r}")
+        raise CorpusError(f"data set {name!r}: no text in the column {corpus.text_column!r}")
     return documents

@@ -79,8 +79,8 @@ class BatchLoader:
             # A window has one more token than the context, the last target.
             if len(tokens) <= self._context_length:
                 raise ConfigError(
-                    f"data.context_length={self._context_length}: longer than the training text of source {name!r}, which has "
-                    f"{len(tokens)} tokens; use {len(tokens) - 1} or less, or more text"
+                    f"data.context_length={self._context_length}: longer than the training text of source {name!r}, "
+                    f"{len(tokens)} tokens; use {len(tokens) - 1} or less, or add text"
                 )
         self._weights = order.integer_weights(weights)
         self._streams = self._stream_rows() if carry_state else []
@@ -146,8 +146,8 @@ class BatchLoader:
             shares = order.shared_rows(self._sequences, self._weights)
         except ValueError as error:
             raise ConfigError(
-                f"training.tokens_per_step={self._sequences * self._context_length}: with carried state every source needs a "
-                f"row of its own, but {error}; use more tokens per step, a shorter context, or weight 0 for some"
+                f"training.tokens_per_step={self._sequences * self._context_length}: carry_state needs a row for each "
+                f"source, but {error}; use more tokens per step, a shorter context, or weight 0 for some sources"
             ) from error
         return [(source, row, rows) for source, rows in enumerate(shares) for row in range(rows)]
 

@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CorpusError(f"{path}: not the manifest of a packed corpus; make one with `fmem data pack`")
     if manifest.get("version") != VERSION:
         raise CorpusError(
-            f"{path}: packed in format version {manifest.get('version')!r}, this program reads version {VERSION}; "
+            f"{path}: packed in format version {manifest.get('version')!r}, but this program reads version {VERSION}; "
             "update the program, or pack the corpus again"
         )
     if fingerprint_of(manifest) != manifest.get("fingerprint"):
@@ -84,7 +84,7 @@ def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
     def field(entry: Any, name: str, *kinds: type, fits: Callable[[Any], bool] = lambda _: True) -> Any:
         value = entry.get(name) if isinstance(entry, dict) else None
         if not isinstance(value, kinds) or not fits(value):
-            raise CorpusError(f"{path}: {name}={str(value)[:80]!r}, which no packing writes; pack the corpus again")
+            raise CorpusError(f"{path}: {name}={str(value)[:80]!r} is not a valid value; pack the corpus again")
         return value
 
     bytes_per_token = np.dtype(field(manifest, "dtype", str, fits=DTYPES.__contains__)).itemsize
@@ -112,11 +112,11 @@ def open_tokenizer(folder: Path, manifest: dict[str, Any]) -> Tokenizer:
     try:
         tokenizer = Tokenizer.load(path)
     except TokenizerError as error:
-        raise CorpusError(f"{error}; put back the tokenizer of this corpus, or pack it again") from error
+        raise CorpusError(f"{error}; restore this corpus's tokenizer, or pack it again") from error
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise CorpusError(
-            f"{path}: another tokenizer (fingerprint {tokenizer.fingerprint[:12]}) than the corpus was packed "
-            f"with ({manifest['tokenizer'][:12]}); put the right one back, or pack again"
+            f"{path}: not the tokenizer the corpus was packed with: its fingerprint is "
+            f"{tokenizer.fingerprint[:12]}, not {manifest['tokenizer'][:12]}; restore the right one, or pack again"
         )
     return tokenizer
 
@@ -128,14 +128,12 @@ def open_split(folder: Path, files: dict[str, Any], dtype: np.dtype[Any], langua
     try:
         starts = np.load(path)
     except (ValueError, EOFError) as error:
-        raise CorpusError(f"{path}: not a file of document borders ({error}); {REMEDY}") from None
+        raise CorpusError(f"{path}: not a list of document borders ({error}); {REMEDY}") from None
     shape = (files["documents"] + 1,)
     if starts.dtype != np.int64 or starts.shape != shape:
-        raise CorpusError(f"{path}: {starts.dtype} {list(starts.shape)} instead of int64 {list(shape)}; {REMEDY}")
+        raise CorpusError(f"{path}: got {starts.dtype} {list(starts.shape)}, expected int64 {list(shape)}; {REMEDY}")
     if starts[0] != 0 or starts[-1] != files["tokens"] or np.any(starts[1:] <= starts[:-1]):
-        raise CorpusError(
-            f"{path}: the borders of documents do not rise from 0 to the {files['tokens']} tokens of the split; {REMEDY}"
-        )
+        raise CorpusError(f"{path}: document borders do not increase from 0 to the split's {files['tokens']} tokens; {REMEDY}")
     return Split(
         tokens=_open_tokens(folder / files["tokens_file"]["name"], dtype),
         document_starts=starts,

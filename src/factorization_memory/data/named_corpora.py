@@ -181,8 +181,8 @@ def find_corpus(name: str) -> HubCorpus:
         return CORPORA[name]
     if "/" not in name and not Path(name).is_dir():
         raise ConfigError(
-            f"name={name!r}: no corpus has this short name{suggestion(name, CORPORA)} "
-            "(others of the hub go by OWNER/NAME, a folder of files by its path)"
+            f"name={name!r}: unknown short name{suggestion(name, CORPORA)} "
+            "(give other data sets of the hub as OWNER/NAME, a folder by its path)"
         )
     return HubCorpus(name)
 

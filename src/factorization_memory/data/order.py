@@ -58,7 +58,7 @@ def shared_rows(rows: int, weights: Sequence[int]) -> list[int]:
     """
     shares = [1 if weight else 0 for weight in weights]
     if sum(shares) > rows:
-        raise ValueError(f"{rows} rows cannot hold {sum(shares)} sources, one row each")
+        raise ValueError(f"got {rows} row(s) for {sum(shares)} sources")
     while sum(shares) < rows:
         shares[max(range(len(weights)), key=lambda s: Fraction(weights[s], 2 * shares[s] + 1))] += 1
     return shares

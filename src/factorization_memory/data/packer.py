@@ -73,9 +73,7 @@ class Packer:
             }
             for split in (TRAIN, VALIDATION):
                 if not entries[source]["splits"][split]["documents"]:
-                    raise CorpusError(
-                        f"source {source!r}: its text is too short to give both training and validation text; add more"
-                    )
+                    raise CorpusError(f"source {source!r}: too little text to split into training and validation; add more")
         self._tokenizer.save(self._folder / "tokenizer.json")
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -95,7 +93,7 @@ def _drawn(document: Document, holdout: Holdout, fraction: float) -> str:
     """The split that a whole document belongs to."""
     if holdout == "author" and document.author is None:
         raise CorpusError(
-            f"document {document.id!r} of source {document.source!r} has no author, which holdout='author' needs; "
+            f"document {document.id!r} of source {document.source!r} has no author, but holdout='author' needs one; "
             "add the field, or use holdout='hash'"
         )
     key = document.author if holdout == "author" and document.author is not None else document.text

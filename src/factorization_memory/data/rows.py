@@ -28,10 +28,10 @@ def json_rows(path: Path, *, compressed: bool) -> Iterator[tuple[int, str, dict[
         try:
             row = parse_json(text, any_text=True)
         except JSONError as error:
-            raise CorpusError(f"{place}: {error}; each line is one JSON object") from error
+            raise CorpusError(f"{place}: {error}; write one JSON object per line") from error
         del text
         if not isinstance(row, dict):
-            raise CorpusError(f'{place}: a {type(row).__name__}, not a JSON object; write {{"text": ...}}')
+            raise CorpusError(f'{place}: expected a JSON object, got a {type(row).__name__}; write {{"text": ...}}')
         yield number, place, row
 
 
@@ -44,7 +44,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
         with explain_unreadable(path), path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             if "text" not in names:
-                raise CorpusError(f"{path}: no column 'text' among {', '.join(names)}; rename the one that holds the documents")
+                raise CorpusError(f"{path}: no column 'text' among {', '.join(names)}; rename the column with the documents")
             number = 0
             columns = [name for name in ("text", "id", "author", "language") if name in names]
             for batch in file.iter_batches(batch_size=64, columns=columns):
@@ -95,10 +95,10 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
                 yield frame.decompress(block)
                 block = frame.unused_data if frame.eof else b""
     except zstandard.ZstdError as error:
-        raise CorpusError(f"{path}: not Zstandard data, or damaged ({error}); fetch or compress it again") from error
+        raise CorpusError(f"{path}: not a Zstandard file, or damaged ({error}); download or compress it again") from error
     # The library's own stream reader does not detect truncated files.
     if frame is not None and not frame.eof:
-        raise CorpusError(f"{path}: the compressed data is cut short; fetch or compress it again")
+        raise CorpusError(f"{path}: the compressed data is cut short; download or compress it again")
 
 
 def _rows_of(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
@@ -114,5 +114,5 @@ def _rows_of(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
                 byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start} of a field"
                 raise CorpusError(f"{place}: not UTF-8: {byte}; {conversion(error.object)}") from None
             except (ValueError, OverflowError) as error:
-                raise CorpusError(f"{place}: cannot be read ({error}); mend or remove that row") from None
+                raise CorpusError(f"{place}: cannot be read ({error}); fix or remove that row") from None
         raise

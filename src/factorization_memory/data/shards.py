@@ -76,7 +76,7 @@ class PackedCorpus:
             if error.errno != errno.EMFILE:
                 raise
             raise CorpusError(
-                f"{folder}: the corpus has more sources than files may be open; raise the limit (`ulimit -n 65536`), or pack "
+                f"{folder}: more sources than the limit on open files; raise it (`ulimit -n 65536`), or pack "
                 "several under one name (NAME=PATH)"
             ) from None
         return cls(folder=folder, sources=sources, tokenizer=tokenizer, fingerprint=manifest["fingerprint"])
@@ -122,7 +122,7 @@ def pack(
     if holdout not in get_args(Holdout):
         raise CorpusError(f"holdout={holdout!r}: use one of {', '.join(get_args(Holdout))}")
     if not 0 < holdout_fraction < 1:
-        raise CorpusError(f"holdout_fraction={holdout_fraction!r}: use a share between 0 and 1, for example 0.05")
+        raise CorpusError(f"holdout_fraction={holdout_fraction!r}: use a number between 0 and 1, such as 0.05")
     if not inputs:
         raise CorpusError("no input to pack; name at least one file or folder")
     _require_free(output, overwrite)
@@ -134,7 +134,7 @@ def pack(
             yield from read_documents(path, source=source, skipped=lambda *_: None)  # reported above
 
     def held(holder: str) -> CorpusError:
-        return CorpusError(f"{output}: another process is packing into it; wait for that one, or choose another folder")
+        return CorpusError(f"{output}: another process is packing into this folder; wait for it, or choose another")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with explain_full_disk(output), lock(output.with_name(output.name + ".lock"), held):
@@ -142,7 +142,7 @@ def pack(
         _require_free(output, overwrite)
         holdout, why = choose_holdout(texts, holdout, holdout_fraction)
         if why and notice is not None:
-            notice(f"the end of every document is held out: {why}")
+            notice(f"holding out the end of every document: {why}")
         with atomic_folder(output, overwrite=overwrite) as aside:
             packer = Packer(aside, tokenizer, holdout, holdout_fraction)
             for document in texts():
@@ -157,6 +157,6 @@ def _require_free(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / "manifest.json").is_file():
-        raise CorpusError(f"{output}: exists and is not a packed corpus; choose another folder")
+        raise CorpusError(f"{output}: exists but is not a packed corpus; choose another folder")
     if not overwrite:
-        raise CorpusError(f"{output}: holds a packed corpus already; choose another folder, or ask to overwrite it")
+        raise CorpusError(f"{output}: already contains a packed corpus; choose another folder, or set overwrite")

@@ -58,12 +58,10 @@ class Tokenizer:
         expected = json.loads(_new_backend(models.BPE()).to_str())
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             if parts[part] != expected[part]:
-                raise TokenizerError(f"its {part} is not the one of this package; train one with `fmem data tokenizer`")
+                raise TokenizerError(f"its {part} is not this package's; train one with `fmem data tokenizer`")
         document_end, padding = (self._backend.token_to_id(token) for token in (DOCUMENT_END, PADDING))
         if document_end is None or padding is None:
-            raise TokenizerError(
-                f"it lacks the special token {DOCUMENT_END} or {PADDING}; train one with `fmem data tokenizer`"
-            )
+            raise TokenizerError(f"it has no special token {DOCUMENT_END} or {PADDING}; train one with `fmem data tokenizer`")
         self.document_end: int = document_end
         self.padding: int = padding
         self.vocab_size: int = self._backend.get_vocab_size()
@@ -167,7 +165,7 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch_fast(texts + alone, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
-            raise TokenizerError("the text holds lone surrogates, which are not characters; remove them") from error
+            raise TokenizerError("the text contains lone surrogates, which are not characters; remove them") from error
         for group, encoding in zip(groups, encodings[: len(groups)], strict=True):
             ids = np.array(encoding.ids, dtype=np.uint32)
             data = ids.tobytes()
@@ -228,11 +226,11 @@ def _as_first_written(definition: dict[str, Any]) -> dict[str, Any]:
         if single is None or [list(piece) for piece in single] != [["Sequence"]]:
             raise TokenizerError("its post_processor adds tokens to a text; train one with `fmem data tokenizer`")
     if definition.get("model", {}).get("dropout"):
-        raise TokenizerError("its merges drop out at random, which ours do not; set model.dropout to null")
+        raise TokenizerError("its merges drop out at random, which is not supported; set model.dropout to null")
     for token in definition.get("added_tokens", []):
         if token.get("content") not in (DOCUMENT_END, PADDING):
             raise TokenizerError(
-                f"the token {token.get('content')!r} was added to it; train one without with `fmem data tokenizer`"
+                f"the token {token.get('content')!r} was added to it; train one without it, with `fmem data tokenizer`"
             )
     return definition | {"padding": None, "truncation": None, "post_processor": None}
 

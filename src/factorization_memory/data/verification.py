@@ -25,7 +25,7 @@ REMEMBERED_BYTES = 1 << 26
 
 _BLOCK_BYTES = 1 << 22
 
-REMEDY = "put back the file as it was packed, or pack the corpus again"
+REMEDY = "restore the file, or pack the corpus again"
 
 
 def listed_files(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -46,7 +46,7 @@ def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
         except FileNotFoundError:
             raise CorpusError(f"{path}: the file is missing; {REMEDY}") from None
         if size != file["size"]:
-            raise CorpusError(f"{path}: {size} bytes instead of {file['size']}: cut short or changed; {REMEDY}")
+            raise CorpusError(f"{path}: got {size} bytes, expected {file['size']}: cut short or changed; {REMEDY}")
 
 
 def verify_once(
@@ -94,11 +94,9 @@ def _check_contents(
                 if progress is not None:
                     progress(read, total)
         if found.hexdigest() != file["sha256"]:
-            raise CorpusError(f"{path}: changed since it was packed (its checksum is another); {REMEDY}")
+            raise CorpusError(f"{path}: changed since it was packed (its checksum differs); {REMEDY}")
         if largest >= vocab_size:
-            raise CorpusError(
-                f"{path}: holds the token id {largest}, but the ids of its tokenizer are below {vocab_size}; pack it again"
-            )
+            raise CorpusError(f"{path}: contains the token id {largest}, but its tokenizer has {vocab_size} ids; pack it again")
 
 
 def _stamp(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

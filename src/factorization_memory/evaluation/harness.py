@@ -36,7 +36,7 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"the harness is not installed ({error}): pip install 'factorization_memory[harness]'") from error
+    raise ModuleNotFoundError(f"the harness is not installed ({error}); pip install 'factorization_memory[harness]'") from error
 
 MAX_GENERATED_TOKENS = 256
 """Token limit of tasks that set none, as in the harness's own adapters."""
@@ -68,10 +68,10 @@ class FactorizationMemoryLM(TemplateLM):
     ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size!r}: use a number of 1 or more")
+            raise ValueError(f"batch_size={batch_size!r}: use 1 or more")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
-                f"tokenizer: it has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; take the one of its run"
+                f"tokenizer: has {tokenizer.vocab_size} ids, but the model {model.config.vocab_size}; use the model's own"
             )
         self.model = model if device is None else model.to(device)
         self.batch_size = int(batch_size)
@@ -111,7 +111,7 @@ class FactorizationMemoryLM(TemplateLM):
             if not continuation:
                 end, more = (strings[0][-40:], strings[1][:80]) if strings else ("", "")
                 raise ValueError(
-                    f"continuation {more!r} adds no token to its context, which ends in {end!r}; correct the task's data"
+                    f"continuation {more!r} adds no token to its context, which ends with {end!r}; fix the task's data"
                 )
             contexts.setdefault(tuple(context) or (self.prefix_token_id,), []).append(index)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)

@@ -35,9 +35,7 @@ def read_from_files(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Changes to a task's configuration that make it read the files of a folder, and the file of each split."""
     if "class" in config:
-        raise HarnessDataError(
-            f"{folder}: task {name} gets its data by a program of its own, not from files; remove the folder"
-        )
+        raise HarnessDataError(f"{folder}: task {name} loads its data with its own code, not from files; remove the folder")
     there = [path for path in sorted(folder.iterdir()) if path.suffix in FORMATS]
     examples = config.get("fewshot_config")
     named = {config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")}
@@ -45,20 +43,20 @@ def read_from_files(
     found = {path.stem: path for path in there if path.stem in named}
     for path in there:
         if path.stem in found and path != found[path.stem]:
-            raise HarnessDataError(f"{folder}: {path.name} and {found[path.stem].name} are one split of task {name}; keep one")
+            raise HarnessDataError(
+                f"{folder}: {path.name} and {found[path.stem].name} are the same split of task {name}; keep one"
+            )
     missing = [split for split in needed_splits(config, shots) if split not in found]
     if missing:
         needed = ", ".join(f"{split}.jsonl" for split in missing)
         holds = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise HarnessDataError(f"{folder}: task {name} needs {needed} (or .json, .parquet) there; it holds {holds}")
+        raise HarnessDataError(f"{folder}: task {name} needs {needed} (or .json, .parquet) there; found {holds}")
     formats = {FORMATS[path.suffix] for path in found.values()}
     if len(formats) > 1:
-        raise HarnessDataError(
-            f"{folder}: files of task {name} are of several kinds; give all of them as .jsonl or as .parquet"
-        )
+        raise HarnessDataError(f"{folder}: files of task {name} are of several types; give all as .jsonl or all as .parquet")
     for path in found.values():
         if path.stat().st_size == 0:
-            raise HarnessDataError(f"{path}: the file is empty; give task {name} rows like those of its own data set")
+            raise HarnessDataError(f"{path}: the file is empty; give task {name} rows in the format of its own data set")
     files = {split: str(path.resolve()) for split, path in found.items()}
     change: dict[str, Any] = {
         "dataset_path": formats.pop(),

@@ -34,15 +34,13 @@ class Decoding:
         self.top_k = int(options.pop("top_k", None) or 0)
         self.top_p = float(options.pop("top_p", None) or 1.0)
         if options.pop("num_beams", 1) != 1:
-            raise ValueError("num_beams: a task asks for beam search, which this model does not have here; leave the task out")
+            raise ValueError("num_beams: a task asks for beam search, which is not supported here; leave the task out")
         if options:
-            raise ValueError(
-                f"{', '.join(sorted(options))}: options of a task that this model does not have; leave the task out"
-            )
+            raise ValueError(f"{', '.join(sorted(options))}: task options that are not supported here; leave the task out")
         if self.max_tokens < 0 or self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"max_gen_toks={self.max_tokens}, temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: "
-                "use 0 or more for the first three, and over 0 to 1 for top_p"
+                "use 0 or more for the first three, and above 0 and up to 1 for top_p"
             )
         if sampled and not self.temperature:
             self.temperature = 1.0

@@ -102,8 +102,8 @@ def _unknown(name: str, known: list[str]) -> ConfigError:
     """The error for an unknown name, with up to three suggestions: names that contain it, shortest first, and similar ones."""
     holding = sorted((one for one in known if name and name in one), key=len)[:2]
     near = list(dict.fromkeys([*holding, *difflib.get_close_matches(name, known, n=3, cutoff=0.6)]))[:3]
-    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm_eval ls tasks` lists all"
-    return ConfigError(f"task {name!r}: there is none of this name; {remedy}")
+    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "list all with `lm_eval ls tasks`"
+    return ConfigError(f"unknown task {name!r}; {remedy}")
 
 
 def _children(entry: Any) -> list[str]:

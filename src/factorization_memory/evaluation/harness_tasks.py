@@ -81,14 +81,14 @@ def choose_tasks(
     expanded = tuple(dict.fromkeys(name for one in asked for name in GROUPS.get(one, (one,))))
     for what, folder in (("data", data), ("own tasks", own_tasks)):
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder for the harness's {what}; name one that is there")
+            raise ConfigError(f"{folder}: no such folder for the harness's {what}; give an existing one")
     manager = task_manager(expanded, own_tasks)
     leaves: dict[str, dict[str, Any]] = {}
     owner: dict[str, str] = {}
     for name in expanded:
         for leaf in leaves_of(manager.task_index, name):
             if leaf in owner:
-                raise ConfigError(f"task {leaf!r} is in {owner[leaf]!r} and in {name!r}; leave one of them out")
+                raise ConfigError(f"task {leaf!r} is in {owner[leaf]!r} and in {name!r}; drop one of them")
             owner[leaf] = name
             leaves[leaf] = manager.task_index[leaf].cfg or {}
     with tempfile.TemporaryDirectory() as workspace:
@@ -216,9 +216,9 @@ def _in_rows(chosen: ChosenTasks, limit: int | None) -> HarnessDataError | None:
             task.build_all_requests(limit=limit, rank=0, world_size=1)
         except Exception as cause:
             _, examples = task_splits(chosen.leaves[leaf], chosen.shots)
-            of = f", or ask for fewer examples of {examples!r} with --harness-shots" if examples else ""
+            of = f", or use fewer examples of {examples!r} with --harness-shots" if examples else ""
             return HarnessDataError(
-                f"task {leaf}: its questions cannot be made of its data ({_reason(cause)}); correct the rows{of}"
+                f"task {leaf}: cannot make its questions from its data ({_reason(cause)}); fix the rows{of}"
             )
     return None
 
@@ -239,13 +239,13 @@ def _complaint(chosen: ChosenTasks, task: str, error: Exception) -> str:
         return f"task {task}: {error}; install what is missing, or leave the task out"
     if task in chosen.local:
         files = ", ".join(chosen.local[task].values())
-        return f"task {task}: its data files do not fit it ({reason}); give rows like those of its own data set in {files}"
+        return f"task {task}: its data files do not fit it ({reason}); give rows in the format of its own data set in {files}"
     config = chosen.leaves.get(task, {})
     data_set = " ".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or "its data set"
     files = " and ".join(f"DIR/{task}/{split}.jsonl" for split in needed_splits(config, chosen.shots))
     others = [leaf for leaf in chosen.leaves if leaf not in chosen.local and leaf != task]
-    more = f"; without files are also {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''}"
+    more = f"; also without files: {', '.join(others[:5])}{f' and {len(others) - 5} more' if len(others) > 5 else ''}"
     return (
-        f"task {task}: {data_set} cannot be had from the hub ({reason}); without it give files like its own, {files} "
+        f"task {task}: {data_set} cannot be loaded from the hub ({reason}); without network access give its files, {files} "
         f"(or .json, .parquet), with --harness-data DIR{more if others else ''}"
     )

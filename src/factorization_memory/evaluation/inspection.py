@@ -59,14 +59,12 @@ def inspect_text(
     """
     numbers = list(memory_layers(model))
     if not numbers:
-        raise ValueError(
-            f"model.mixers={model.config.mixers!r}: there is no memory layer to look into; inspect a model that has one"
-        )
+        raise ValueError(f"model.mixers={model.config.mixers!r}: no memory layer to inspect; use a model that has one")
     tokens = tokenizer.encode(text)
     if not tokens:
-        raise ValueError(f"text={text!r}: nothing to inspect; give at least one character")
+        raise ValueError(f"text={text!r}: empty; give at least one character")
     if len(tokens) > MAX_TOKENS:
-        raise ValueError(f"text: {len(tokens)} tokens; inspect at most {MAX_TOKENS}, so give a shorter text")
+        raise ValueError(f"text: {len(tokens)} tokens; give a shorter text, of at most {MAX_TOKENS}")
     pieces = whole_pieces(tokenizer, tokens)
     with evaluating(model) as device, observe_routing(model) as observed:
         model(torch.tensor([tokens], device=device))

@@ -130,7 +130,7 @@ def evaluate_loss(
     of_kind = of_kind[:-1]
     nats, count, size = of_kind.sum(0).tolist()
     if not count:
-        raise ValueError(f"{len(tokens)} tokens hold no text to score: evaluate a text of at least two tokens")
+        raise ValueError(f"tokens: got {len(tokens)}, with none to score; give at least two")
     result: TextLoss = {**summarize(nats, int(count), int(size))}
     if recall:
         parts = zip(KINDS, of_kind.tolist(), strict=True)
@@ -186,7 +186,7 @@ def evaluate_corpus(
             progress=None if progress is None else partial(progress, name),
         )
     if not sources:
-        raise ValueError(f"split={split!r}: no source of the corpus has text in it; pack it with a larger held-out share")
+        raise ValueError(f"split={split!r}: no source of the corpus has text in it; pack it with a larger --holdout-fraction")
     parts = sources.values()
     tokens = int(sum(s["tokens"] for s in parts))
     nats = sum(s["loss"] * s["tokens"] for s in parts)

@@ -38,7 +38,7 @@ class NgramModel:
         if not 1 <= order <= MAX_ORDER:
             raise ValueError(f"order={order}: use 1 to {MAX_ORDER}")
         if not any(documents):
-            raise ValueError("documents: no text to fit on; give at least one byte")
+            raise ValueError("documents: no text to fit; give at least one byte")
         self.order = order
         data, position = _concatenate(documents)
         self._orders = [_fit(data, position, k, highest=k == order) for k in range(1, order + 1)]

@@ -118,7 +118,7 @@ def loss_by_position(
                 sums += own
                 gains_of_stretches.append(own[:, [0, 5]])
     if not reached:
-        raise ValueError(f"{len(stretches)} stretches hold no text to score: give documents of at least two tokens")
+        raise ValueError(f"stretches: none of {len(stretches)} has a token to score; give documents of at least two tokens")
     gains = np.stack(gains_of_stretches, axis=1)
     bins: list[PositionBin] = [
         {"start": int(start), "end": int(end), **_summary(row), "gain_stretch_error": _error_of_ratio(own[own[:, 0] > 0])}

@@ -154,7 +154,7 @@ def haystack(
     """
     form, draws = LANGUAGES[language], Draws("needle", language, length, needles, split, index)
     if needles > len(form.names):
-        raise ValueError(f"needles={needles}: use at most {len(form.names)}, one for each name")
+        raise ValueError(f"needles={needles}: use at most {len(form.names)}, the number of names")
 
     def encode(piece: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode(piece))

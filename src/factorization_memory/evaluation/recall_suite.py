@@ -152,7 +152,7 @@ def _associative(
 ) -> AssociativeFigures:
     possible = [number for number in sorted(set(pairs)) if 2 * number <= len(vocabulary)]
     for number in sorted(set(pairs) - set(possible)):
-        left_out.append(f"{number} pairs: need {2 * number} different tokens, the vocabulary has {len(vocabulary)}")
+        left_out.append(f"{number} pairs: need {2 * number} different tokens, but the vocabulary has {len(vocabulary)}")
     queries: list[dict[str, Any]] = []
     for done, number in enumerate(possible):
         for first in range(0, count, read.batch_size):
@@ -237,8 +237,8 @@ def _needles(
     if not result:
         sizes = ", ".join(f"{name} {len(text)}" for name, text in texts.items()) or "none"
         raise ValueError(
-            f"recall: no text fills a haystack of {', '.join(map(str, sorted(set(lengths))))} tokens (tokens there "
-            f"are: {sizes}); ask at shorter lengths or pack with a larger held-out share"
+            f"recall: no text fills a haystack of {', '.join(map(str, sorted(set(lengths))))} tokens (available "
+            f"tokens: {sizes}); use shorter lengths, or pack with a larger --holdout-fraction"
         )
     return result
 

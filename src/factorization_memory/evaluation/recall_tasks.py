@@ -29,7 +29,7 @@ def associative_recall(pairs: int, split: Split, first: int, count: int, seed: i
     Returns tokens and targets, int64 [count, 6 P]: the target of a repeated key is its value, all others are `IGNORED`.
     """
     if pairs < 2:
-        raise ValueError(f"pairs={pairs}: use 2 or more; one pair has too few forms to be divided into splits")
+        raise ValueError(f"pairs={pairs}: use 2 or more; a single pair has too few forms to split")
     symbols = places = 4 * pairs
     tokens = np.full((count, 2 * pairs + places), 2 * symbols, dtype=np.int64)
     targets = np.full_like(tokens, IGNORED)
@@ -62,7 +62,7 @@ class Associations:
 def associations(vocabulary: np.ndarray, pairs: int, split: Split, index: int) -> Associations:
     """An item of associative recall in a tokenizer's vocabulary: P keys and P values, all different ids of `vocabulary`."""
     if len(vocabulary) < 2 * pairs:
-        raise ValueError(f"pairs={pairs}: needs {2 * pairs} different tokens, the vocabulary has {len(vocabulary)}")
+        raise ValueError(f"pairs={pairs}: needs {2 * pairs} different tokens, but the vocabulary has {len(vocabulary)}")
     draws = Draws("associations", pairs, split, index)
     ids = drawn(lambda: vocabulary[draws.distinct(len(vocabulary), 2 * pairs)], split).reshape(pairs, 2)
     order = draws.distinct(pairs, pairs)

@@ -74,9 +74,7 @@ class Comparison:
     def record_without_training(self) -> ComparisonRecord:
         """Rewrites the record from the finished runs. Raises ConfigError if the folder has no comparison."""
         if not (self.plan.folder / PLAN_NAME).exists():
-            raise ConfigError(
-                f"out={self.plan.folder}: holds no comparison to make a record of; leave --no-train out to begin one"
-            )
+            raise ConfigError(f"out={self.plan.folder}: contains no comparison; drop --no-train to start one")
         with RunLock(self.plan.folder):
             self._keep_plan()
             return self._write_record(changed=True, trained=False)
@@ -92,9 +90,9 @@ class Comparison:
             if difference is not None:
                 name, old, new = difference
                 raise ConfigError(
-                    f"out={self.plan.folder}: holds another comparison, with {name or 'a plan'} = {_brief(old)} where this one "
-                    f"has {_brief(new)}; choose another folder, or repeat its command (with more contenders or seeds, if you "
-                    "like; one whose folder in runs/ is deleted may be left out)"
+                    f"out={self.plan.folder}: contains another comparison, with {name or 'a plan'} = {_brief(old)} instead of "
+                    f"{_brief(new)}; choose another folder, or repeat its command (you may add contenders or seeds, and drop "
+                    "contenders whose folder in runs/ you deleted)"
                 )
             if first_difference(kept, own) is None:
                 return False
@@ -214,7 +212,7 @@ def visible_gpus(count: int) -> list[str]:
     if count == 1:
         return []
     if (there := torch.cuda.device_count()) < count:
-        raise ConfigError(f"gpus={count}: this process sees {there}; use {max(1, there)}, or see to CUDA_VISIBLE_DEVICES")
+        raise ConfigError(f"gpus={count}: only {there} visible; use {max(1, there)}, or set CUDA_VISIBLE_DEVICES")
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(number) for number in range(there)])[:count]
 

@@ -18,44 +18,44 @@ class ComparisonSettings:
     """Models to compare on equal terms, on what text and how; `make_plan` of planning.py makes a plan of them."""
 
     contenders: tuple[str, ...]
-    """Each PRESET, PRESET:field=value,field=value (as paper-sparse:model.top-k=8,model.num-heads=4), or a run's config.json;
-    NAME= before it gives it a name."""
+    """Each a PRESET, PRESET:field=value,... (such as paper-sparse:model.top-k=8,model.num-heads=4) or a run's config.json;
+    prefix NAME= to name it."""
     corpus: Path
     """Packed corpus."""
     out: Path
-    """Folder of the comparison: compare.json, compare.md, compare.png, runs/."""
+    """Folder of the comparison, for compare.json, compare.md, compare.png and runs/."""
     seeds: tuple[str, ...] = ("0", "1", "2")
-    """A training of every contender for each; NAME=0,1,2 gives one its own."""
+    """Seeds to train every contender with; NAME=0,1,2 gives one contender its own."""
     learning_rates: tuple[str, ...] = ()
-    """Rates to choose from: numbers for all contenders, NAME=1e-3,2e-3 for one; none takes half, once and twice each one's own.
-    A single rate is taken without a search."""
+    """Rates to search: numbers for all contenders, NAME=1e-3,2e-3 for one; by default 0.5, 1 and 2 times each contender's own.
+    A single rate is used without a search."""
     search_steps: int | None = None
-    """Steps of the short trainings that choose the learning rate; by default a share of all, see --search-fraction."""
+    """Steps of the short trainings that choose the learning rate; by default set by --search-fraction."""
     search_fraction: float = 0.2
-    """Share of the steps that the short trainings have."""
+    """Steps of the short trainings, as a fraction of training.steps."""
     search_seed: int = 1000
-    """Seed of the short trainings, none of --seeds."""
+    """Seed of the short trainings; must not be one of --seeds."""
     own_schedules: bool = False
-    """Each contender keeps the warm-up and decay of its preset; by default all have the first's, but for what their own text
-    sets."""
+    """Each contender keeps the warm-up and decay of its preset; by default all use the first's, except for fields that
+    a contender's own text sets."""
     match_to: str | None = None
-    """Contender whose number of parameters all take; by default the first."""
+    """Contender whose number of parameters all others are matched to; by default the first."""
     parameters: int | None = None
-    """Number of parameters outside the embedding that all take, instead."""
+    """Number of parameters outside the embedding to match all contenders to, instead of --match-to."""
     positions: tuple[int, ...] = (4, 16)
-    """Loss is also read at so many times the training context (powers of two); may be empty."""
+    """Multiples of the training context (powers of two) at which loss by position is reported; may be empty."""
     max_tokens: int | None = None
-    """Held-out tokens of each source that the loss is measured on; by default all."""
+    """Held-out tokens of each source to measure the loss on; by default all."""
     stretches: int = 8
-    """Stretches of text of each source that are read by position."""
+    """Stretches of text of each source to read for the loss by position."""
     recall: bool = False
-    """Also ask each trained model what its context held (see `fmem evaluate --recall`)."""
+    """Also run the recall suite on each trained model (see `fmem evaluate --recall`)."""
     parallel: int = 1
-    """Trainings that run at the same time."""
+    """Number of trainings to run at the same time."""
     gpus: int = 1
-    """GPUs that they are shared out over."""
+    """Number of GPUs to spread them over."""
     alone_steps: int = 0
-    """If positive, each contender also trains so many steps with nothing beside it, for its tokens per second."""
+    """If positive, also train each contender alone for this many steps, to measure its tokens per second."""
 
 
 def check(settings: ComparisonSettings, overrides: Mapping[str, str]) -> None:
@@ -77,9 +77,9 @@ def check(settings: ComparisonSettings, overrides: Mapping[str, str]) -> None:
         raise ConfigError(f"search_fraction={settings.search_fraction}: use 0 < fraction <= 1")
     for multiple in settings.positions:
         if multiple < 2 or multiple & (multiple - 1):
-            raise ConfigError(f"positions={multiple}: use powers of two from 2 on, the edges of the position bins")
+            raise ConfigError(f"positions={multiple}: use powers of two, 2 or more (the edges of the position bins)")
     if settings.match_to is not None and settings.parameters is not None:
-        raise ConfigError(f"parameters={settings.parameters}: not together with --match-to; drop one of both")
+        raise ConfigError(f"parameters={settings.parameters}: cannot be combined with --match-to; drop one of them")
     for field, remedy in (
         ("training.seed", "give the seeds with --seeds"),
         ("data.corpus", "name the corpus with --corpus"),
@@ -92,7 +92,7 @@ def check(settings: ComparisonSettings, overrides: Mapping[str, str]) -> None:
 def require_contender(name: str, names: Sequence[str], flag: str) -> None:
     """Raises ConfigError with the most similar of `names` if `name` is none of them."""
     if name not in names:
-        raise ConfigError(f"{flag}: contender {name!r} is not known{suggestion(name, names)}")
+        raise ConfigError(f"{flag}: unknown contender {name!r}{suggestion(name, names)}")
 
 
 def learning_rates(texts: Sequence[str], contenders: Sequence[Contender]) -> dict[str, tuple[float, ...]]:
@@ -113,7 +113,7 @@ def training_seeds(texts: Sequence[str], contenders: Sequence[Contender]) -> dic
     seeds = {contender.name: others.get(contender.name, usual) for contender in contenders}
     for name, each in seeds.items():
         if not each:
-            raise ConfigError(f"--seeds: {name!r} has none; give one or more for all, or as {name}=0,1")
+            raise ConfigError(f"--seeds: no seed for {name!r}; give one or more for all, or {name}=0,1")
     return seeds
 
 
@@ -140,7 +140,7 @@ def _seeds(words: list[str], name: str | None = None) -> tuple[int, ...]:
         raise ConfigError(f"{said}: use whole numbers from 0 to {2**32 - 1}, or NAME=0,1,2 for one contender")
     seeds = tuple(sorted(map(int, words)))
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{said}: give each once")
+        raise ConfigError(f"{said}: has duplicates; give each once")
     return seeds
 
 

@@ -63,7 +63,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
             while words and not words[0].startswith("--") and (several or not values):
                 values.append(words.pop(0))
             if not values:
-                raise ConfigError(f"--{flag}: a value is missing; give one behind it")
+                raise ConfigError(f"--{flag}: value missing; give one after the flag")
             text = ",".join(values)
         overrides[name] = text
     return rest, overrides
@@ -83,12 +83,12 @@ def read_contender(text: str, overrides: Mapping[str, str]) -> Contender:
     for part in re.split(r",(?=[\w.-]+=)", settings) if settings else ():
         name, equals, value = part.partition("=")
         if not equals:
-            raise ConfigError(f"contender {text!r}: {part!r} is no setting; write field=value, as model.top-k=8")
+            raise ConfigError(f"contender {text!r}: {part!r} is not a setting; write field=value, such as model.top-k=8")
         name = name.replace("-", "_")
         if not name.startswith(OWN_FIELDS):
             raise ConfigError(
-                f"contender {text!r}: {name}={value}: contenders differ in model and optimizer alone, text and steps are the "
-                f"same for all; give --{name.replace('_', '-')} to all"
+                f"contender {text!r}: {name}={value}: contenders may differ only in model and optimizer; "
+                f"to change it for all, use --{name.replace('_', '-')}"
             )
         own[name] = value
     try:
@@ -104,13 +104,13 @@ def _base(text: str) -> RunConfig:
         return PRESETS[text]()
     path = Path(text)
     if not text.endswith(".json"):
-        raise ConfigError(f"{text!r} is no preset{suggestion(text, PRESETS)}; a file is named by its .json")
+        raise ConfigError(f"{text!r} is not a preset{suggestion(text, PRESETS)}; a file name must end in .json")
     try:
         values = read_json(path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); name a run's {CONFIG_NAME}") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a run's {CONFIG_NAME}") from None
     except JSONError as error:
-        raise ConfigError(f"{error}; name a run's {CONFIG_NAME}") from None
+        raise ConfigError(f"{error}; give a run's {CONFIG_NAME}") from None
     return from_dict(RunConfig, values)
 
 
@@ -134,7 +134,9 @@ def field_type(name: str) -> Any:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if kind is ModelConfig and part in RETIRED[ModelConfig.__name__]:
             version = RETIRED[ModelConfig.__name__][part][1]
-            raise ConfigError(f"{name}: this field is gone; leave it out (factorization_memory {version} had it last)")
+            raise ConfigError(
+                f"{name}: this field was removed; leave it out (factorization_memory {version} was the last to have it)"
+            )
         if part not in hints:
             before = "".join(f"{each}." for each in parts[:i])
             known = [f"{before}{each}" for each in hints]
@@ -142,7 +144,7 @@ def field_type(name: str) -> Any:
         kind = hints[part]
     if dataclasses.is_dataclass(kind):
         raise ConfigError(
-            f"{name}: a section, not a field; set one of its fields, as {name}.{dataclasses.fields(kind)[0].name}"
+            f"{name}: a section, not a field; set one of its fields, such as {name}.{dataclasses.fields(kind)[0].name}"
         )
     return kind
 

@@ -62,7 +62,7 @@ class Display(Watcher):
         if (line := job.latest()) is not None:  # it resumes
             self._first_step[job.folder] = line["step"]
             self._done_before += line["step"]
-        self._say(f"{job.title}: begins")
+        self._say(f"{job.title}: started")
 
     def on_progress(self, job: Job, metrics: TrainLine) -> None:
         """A job has made progress."""
@@ -105,7 +105,7 @@ class Display(Watcher):
             return None
         left = max(0, self._total - self._done_before - here)
         seconds = left * (time.monotonic() - self._began) / here
-        return f"{left:,} of {self._total:,} steps of all runs left, about {clock(seconds)}"
+        return f"{left:,} of {self._total:,} steps left over all runs, about {clock(seconds)}"
 
     def _table(self) -> Table:
         shown = table("", "run", "step", "loss", "tokens/s")

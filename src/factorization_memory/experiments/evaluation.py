@@ -124,14 +124,14 @@ def held_out_corpus(corpus: Path | None, model: Path | None, tokenizer: Tokenize
             yield pack(books, tokenizer, Path(temporary) / "packed", holdout="tail", holdout_fraction=0.99)
         return
     if corpus is None and not config.data.corpus:
-        raise ValueError(f"{model}: an exported model does not say where its corpus is; name one with --corpus DIR")
+        raise ValueError(f"{model}: an exported model does not record its corpus; give one with --corpus DIR")
     folder = corpus or Path(config.data.corpus)
     if not folder.exists():
-        raise ValueError(f"{folder}: the run's corpus is not there any more; name where it is with --corpus DIR")
+        raise ValueError(f"{folder}: the run's corpus no longer exists; give its new place with --corpus DIR")
     packed = PackedCorpus.open(folder)
     if packed.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{folder}: packed with another tokenizer than the model's; pack it with the {TOKENIZER_NAME} beside the model"
+            f"{folder}: packed with a different tokenizer than the model's; pack it with the {TOKENIZER_NAME} beside the model"
         )
     yield packed
 
@@ -141,6 +141,6 @@ def require_recall_texts(corpus: PackedCorpus, lengths: Sequence[int]) -> None:
     longest = max(map(len, held_out_texts(corpus).values()), default=0)
     if longest < min(lengths):
         raise ConfigError(
-            f"--recall: the longest held-out text of the corpus has {longest} tokens, fewer than the {min(lengths)} of the "
-            "shortest haystack; pack it with a larger held-out share, or leave --recall out"
+            f"--recall: the longest held-out text of the corpus has {longest} tokens, but the shortest haystack needs "
+            f"{min(lengths)}; pack the corpus with a larger --holdout-fraction, or drop --recall"
         )

@@ -138,13 +138,13 @@ def _by_feed_forward(model: ModelConfig, target: int, tolerance: float) -> Model
         nearest = lowest if exact < lowest else highest
         raise ConfigError(
             f"model.intermediate_size, up to a factor of {FEED_FORWARD_FARTHEST:g} from {model.feed_forward_size}, cannot "
-            f"bring the model to {target:,} parameters outside the embedding; the nearest, {difference_at(nearest):+.2%}, is "
+            f"bring the model to {target:,} parameters outside the embedding; the nearest ({difference_at(nearest):+.2%}) is "
             f"model.intermediate_size={nearest}; choose another hidden_size or depth, or --match-to this contender"
         )
     remedy = (
-        f"its mixers alone have {round(narrow - 32 * of_one):,}; use fewer layers or a smaller hidden_size, or a larger target"
+        f"the mixers alone have {round(narrow - 32 * of_one):,}; use fewer layers or a smaller hidden_size, or a larger target"
         if target < least
-        else f"widths in multiples of {step} leave {best:+.2%} at best; use another hidden_size or depth"
+        else f"widths in multiples of {step} come within {best:+.2%} at best; use another hidden_size or depth"
     )
     raise ConfigError(
         f"model.intermediate_size cannot bring the model to {target:,} parameters outside the embedding: {remedy}"
@@ -178,7 +178,7 @@ def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> Mo
     _, difference, nearest = min(candidates, key=lambda candidate: abs(candidate[1]))
     raise ConfigError(
         f"model.num_layers and the mixers' expand, up to a factor of {FARTHEST:g}, cannot bring the model to {target:,} "
-        f"parameters outside the embedding; the nearest, {difference:+.2%}, is {_described(_varied(model, nearest))}; choose "
+        f"parameters outside the embedding; the nearest ({difference:+.2%}) is {_described(_varied(model, nearest))}; choose "
         "another hidden_size, or --match-to this contender"
     )
 

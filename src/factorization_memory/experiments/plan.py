@@ -210,10 +210,8 @@ def _what_fits(configs: Sequence[RunConfig], target: int) -> str:
     """Advice for an impossible size: the sizes contenders can have, and one that fits all."""
     ranges = "; ".join(f"{config.name} {least:,} to {most:,}" for config in configs for least, most in [reach(config.model)])
     number = fitting_target([config.model for config in configs], target)
-    remedy = (
-        f"--parameters {number} fits all" if number is not None else "none was found that fits all: change depths or widths"
-    )
-    return f". Sizes that can be reached: {ranges}; {remedy}"
+    remedy = f"--parameters {number} fits all" if number is not None else "no size found that fits all; change depths or widths"
+    return f". Reachable sizes: {ranges}; {remedy}"
 
 
 def make_entries(
@@ -265,7 +263,7 @@ def make_entries(
         if config.optimizer.warmup_steps >= training.steps:
             raise ConfigError(
                 f"contender {contender.name!r}: optimizer.warmup_steps={config.optimizer.warmup_steps}: use fewer than "
-                f"training.steps={training.steps}, or train longer; all would be warm-up"
+                f"training.steps={training.steps}, or train longer; otherwise the whole run is warm-up"
             )
         complete.append(config)
         if contender.name == match_to:
@@ -284,7 +282,7 @@ def make_entries(
     for entry in entries:
         if slugs.count(entry.slug) > 1:
             raise ConfigError(
-                f"contender {entry.text!r}: another has the folder {entry.slug!r}; give each a name, as NAME=PRESET"
+                f"contender {entry.text!r}: another contender uses the folder {entry.slug!r}; name each, as NAME=PRESET"
             )
     return tuple(entries)
 

@@ -35,7 +35,7 @@ def make_plan(settings: ComparisonSettings, overrides: Mapping[str, str] = Mappi
     names = [contender.name for contender in contenders]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"contender {name!r}: named twice; give each its own name, as NAME={name}")
+            raise ConfigError(f"contender {name!r}: this name is used twice; give each its own, as NAME={name}")
     if settings.match_to is not None:
         require_contender(settings.match_to, names, "--match-to")
     rates = learning_rates(settings.learning_rates, contenders)
@@ -44,9 +44,7 @@ def make_plan(settings: ComparisonSettings, overrides: Mapping[str, str] = Mappi
     if settings.recall:
         require_recall_texts(corpus, LENGTHS)
     if any(settings.search_seed in own for own in seeds.values()):
-        raise ConfigError(
-            f"search_seed={settings.search_seed}: it is one of --seeds; the learning rate must be chosen with another"
-        )
+        raise ConfigError(f"search_seed={settings.search_seed}: also one of --seeds; choose a seed that is not")
     known = Corpus(corpus.folder, corpus.fingerprint, corpus.tokenizer.fingerprint, corpus.tokenizer.vocab_size)
     match_to = settings.parameters or settings.match_to or names[0]
     entries = make_entries(contenders, known, rates, seeds, match_to, settings.own_schedules)

@@ -246,7 +246,7 @@ class _Process:
         if failure is None:
             said = (self.job.folder / LOG_NAME).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            message = f"{how}; {said[-1] if said else 'it said nothing'}"
+            message = f"{how}; {said[-1] if said else 'no output'}"
             failure = {"message": message, "diverged": False, "stopped": stopping}
             if not stopping:
                 write_atomic(self.job.folder / FAILURE_NAME, json.dumps(failure, ensure_ascii=False))

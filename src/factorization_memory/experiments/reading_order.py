@@ -49,5 +49,5 @@ def same_order(corpus: PackedCorpus, configs: dict[str, RunConfig], seed: int) -
     first, *others = found
     for name in others:
         if found[name] != found[first]:
-            raise RuntimeError(f"contender {name!r}: it would not read the text in the order of {first!r}; nothing was trained")
+            raise RuntimeError(f"contender {name!r}: would read the text in another order than {first!r}; nothing was trained")
     return found[first]

@@ -257,15 +257,15 @@ def _failures(plan: Plan) -> list[MissingRun]:
         failure = job.failure()
         # A search that diverged at some rate has found something.
         if not job.done or (job.diverged and job.kind != "search"):
-            message = "not finished; the same command goes on with it" if failure is None else failure["message"]
+            message = "not finished; run the same command again to continue" if failure is None else failure["message"]
         elif job.kind == "seed" and not _finite(job):
-            message = "its evaluation is not finite"
+            message = "evaluation gave NaN or infinity"
         else:
             continue
         failures.append({"run": job.title, "folder": job.folder.relative_to(plan.folder).as_posix(), "message": message})
     for entry in plan.entries:
         search = plan.search(entry)
         if search["searched"] and search["candidates"] and all(each["diverged"] for each in search["candidates"]):
-            message = "the training diverged at every learning rate; give smaller ones"
+            message = "training diverged at every learning rate; try lower ones"
             failures.append({"run": entry.name, "folder": f"runs/{entry.slug}", "message": message})
     return failures

@@ -71,7 +71,7 @@ def generate(
     Raises ValueError for an empty prompt or an argument out of range.
     """
     if not prompt:
-        raise ValueError(f"prompt={prompt!r}: it holds no token to start from; give at least one character")
+        raise ValueError(f"prompt={prompt!r}: no token to start from; give at least one character")
     return generate_batch(
         model,
         tokenizer,
@@ -109,7 +109,7 @@ def generate_batch(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: use 1 or more")
     if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop={stop!r}: give a list of strings of at least one character")
+        raise ValueError(f"stop={stop!r}: use a list of non-empty strings")
     prompt_ids = _encode(tokenizer, prompts)
     _require_room(model, prompt_ids, num_samples, max_tokens)
     streams = [
@@ -126,13 +126,11 @@ def generate_batch(
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts={prompts!r}: give a list of one string or more")
+        raise ValueError(f"prompts={prompts!r}: use a list of one or more strings")
     prompt_ids = tokenizer.encode_batch(prompts)
     for number, ids in enumerate(prompt_ids):
         if not ids:
-            raise ValueError(
-                f"prompts[{number}]={prompts[number]!r}: it holds no token to start from; give a character or more"
-            )
+            raise ValueError(f"prompts[{number}]={prompts[number]!r}: no token to start from; give at least one character")
     return prompt_ids
 
 

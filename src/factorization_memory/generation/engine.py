@@ -152,7 +152,7 @@ class Engine:
             ValueError: no request is running in it.
         """
         if slot not in self._running:
-            raise ValueError(f"slot={slot!r}: no request runs there; running are those in {self.running}")
+            raise ValueError(f"slot={slot!r}: no request runs in it; the running slots are {self.running}")
         del self._running[slot]
         self._pool.remove(slot)
         self._sampler.end(slot)

@@ -153,13 +153,11 @@ class StepGraph(Steps):
         super().__init__(model, batch_size, dtype, undo_steps)
         device = self.state.device
         if grows(self.model):
-            raise ValueError(
-                "model: its attention keeps all it has read, and a CUDA graph takes a state of one size; use Steps"
-            )
+            raise ValueError("model: its attention state grows, but a CUDA graph needs a state of constant size; use Steps")
         if (reason := why_any_called(self.model)) is not None:
-            raise ValueError(f"model: {reason}, which a CUDA graph would leave out; use Steps, which calls it")
+            raise ValueError(f"model: {reason}, which a CUDA graph would skip; use Steps, which calls it")
         if device.type != "cuda":
-            raise ValueError(f"model: is on {device}, a CUDA graph takes a GPU; use Steps, which runs anywhere")
+            raise ValueError(f"model: is on {device}, but a CUDA graph needs a GPU; use Steps, which runs anywhere")
         with torch.inference_mode(False):
             self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # Disable autocast's cache of cast weights: a graph would keep reading cached copies.
@@ -187,7 +185,7 @@ class StepGraph(Steps):
     def step(self, tokens: Tensor) -> Tensor:
         """Tokens int64 `[B]` to logits `[B, V]`: one tensor, which the next step overwrites."""
         if tokens.shape != self.tokens.shape:  # copy_ would broadcast one token to all sequences
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes {tuple(self.tokens.shape)}, one of each sequence")
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes {tuple(self.tokens.shape)}, one per sequence")
         self.tokens.copy_(tokens)
         self._graph.replay()
         self.state.step_done(replayed=True)

@@ -55,7 +55,7 @@ def token_ids(name: str, prompt: Sequence[int], model: LanguageModel) -> Tensor:
     vocabulary."""
     size = model.config.vocab_size
     if len(prompt) == 0:
-        raise ValueError(f"{name}={prompt!r}: it holds no token to start from; give one id or more")
+        raise ValueError(f"{name}={prompt!r}: no token to start from; give at least one id")
     try:
         tokens = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -64,7 +64,7 @@ def token_ids(name: str, prompt: Sequence[int], model: LanguageModel) -> Tensor:
         raise ValueError(f"{name}: got {_short(prompt)}, takes token ids, integers from 0 to {size - 1}")
     outside = tokens[(tokens < 0) | (tokens >= size)]
     if len(outside):
-        raise ValueError(f"{name}: it has the id {int(outside[0])}; use ids of the model, from 0 to {size - 1}")
+        raise ValueError(f"{name}: contains the id {int(outside[0])}; use ids from 0 to {size - 1}")
     return tokens.to(device_of(model), torch.int64)
 
 
@@ -72,9 +72,9 @@ def check_request(name: str, request: Request, model: LanguageModel) -> None:
     """Raises ValueError, under this name, for an invalid request. `token_ids` checks the token ids of a prompt."""
     size, device, barred = model.config.vocab_size, device_of(model), request.barred
     if isinstance(request.prompt, Prefilled) and request.prompt.model is not model:
-        raise ValueError(f"{name}.prompt: another model has read it; prefill it with this engine")
+        raise ValueError(f"{name}.prompt: was prefilled by another model; prefill it with this engine")
     if not isinstance(request.sample, int) or request.sample < 0:
-        raise ValueError(f"{name}.sample={request.sample!r}: use the number of the sample, 0 or more")
+        raise ValueError(f"{name}.sample={request.sample!r}: use a sample number, 0 or more")
     if barred is None:
         return
     if barred.dtype != torch.bool or tuple(barred.shape) != (size,):
@@ -82,7 +82,7 @@ def check_request(name: str, request: Request, model: LanguageModel) -> None:
     if barred.device != device:
         raise ValueError(f"{name}.barred: is on {barred.device}, the model on {device}; move it there")
     if barred.all():
-        raise ValueError(f"{name}.barred: it leaves none of the {size} ids to draw; leave at least one")
+        raise ValueError(f"{name}.barred: bars all {size} ids; leave at least one")
 
 
 def _short(value: object) -> str:

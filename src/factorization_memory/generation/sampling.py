@@ -17,18 +17,18 @@ class SamplingConfig:
     """How the next token is chosen. Filters act in the order of the fields and always leave the likeliest token."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token (greedy)."""
+    """Temperature that divides the logits; 0 always takes the likeliest token (greedy)."""
     top_k: int | None = None
-    """Keep the k likeliest tokens."""
+    """Sample only from the k likeliest tokens."""
     top_p: float | None = None
-    """Keep the fewest likeliest tokens whose probabilities reach this sum."""
+    """Sample only from the fewest likeliest tokens whose probabilities add up to this."""
     min_p: float | None = None
-    """Keep the tokens at least this share as likely as the likeliest."""
+    """Sample only from tokens at least this fraction as likely as the likeliest."""
     repetition_penalty: float = 1.0
-    """Makes tokens that stand in the prompt or the text so far less likely: positive logits are divided by it, negative ones
+    """Penalty on tokens that are in the prompt or the text so far: their positive logits are divided by it, negative ones
     multiplied; 1 is off."""
     seed: int = 0
-    """Sample i of a prompt depends on (seed, i) only, not on how many others are drawn beside it."""
+    """Random seed; sample i of a prompt depends only on (seed, i), not on the other samples."""
 
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, remedy: str) -> None:
@@ -37,8 +37,8 @@ class SamplingConfig:
 
         require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "use 0 (greedy) or a positive number")
         require(self.top_k is None or self.top_k >= 1, "top_k", "use 1 or more, or none for all tokens")
-        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "use a share above 0 and up to 1, or none")
-        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "use a share from 0 to 1, or none")
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "use a number above 0 and up to 1, or none")
+        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "use a number from 0 to 1, or none")
         require(
             math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty",

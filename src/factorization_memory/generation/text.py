@@ -21,8 +21,8 @@ def note_on_prompt(tokenizer: Tokenizer, prompt: str) -> str | None:
     if not prompt.endswith(" ") or not any(piece.startswith(b" ") and len(piece) > 1 for piece in tokenizer.token_bytes):
         return None
     return (
-        f"prompt {prompt[-20:]!r} ends in a space, which this model's tokenizer has in the token of the next word; the text "
-        "goes on better without it"
+        f"prompt {prompt[-20:]!r} ends with a space, which this model's tokenizer puts into the next word's token; the text "
+        "continues better without it"
     )
 
 

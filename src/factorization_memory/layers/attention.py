@@ -153,7 +153,7 @@ class Attention(nn.Module):
                 raise ValueError(f"state.{name}: is on {tensor.device}, the layer on {device}; move them to one device")
         if state.most != self.sliding_window:
             raise ValueError(
-                f"state: it is of a layer with sliding_window={state.most}, not {self.sliding_window}; "
+                f"state: from a layer with sliding_window={state.most}, not {self.sliding_window}; "
                 "take one from initial_state or forward"
             )
 

@@ -37,9 +37,9 @@ def why_hooked(module: nn.Module) -> str | None:
         return "its forward was replaced, as Accelerate does to offload weights"
     for name, kind in _HOOKS.items():
         if getattr(module, name):
-            return f"{kind} is on it"
+            return f"it has {kind}"
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
-        return "a hook is on every module"
+        return "a global module hook is registered"
     return None
 
 
@@ -47,7 +47,7 @@ def why_called(module: nn.Module) -> str | None:
     """Why a module expected to be plain, such as a linear layer, must be called instead of having its weights read; None if it
     need not be."""
     if not type(module).__module__.startswith(_OWN_MODULES):
-        return f"{type(module).__name__} stands in its place"
+        return f"{type(module).__name__} replaces it"
     return why_hooked(module)
 
 

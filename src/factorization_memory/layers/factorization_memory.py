@@ -268,7 +268,7 @@ class FactorizationMemory(nn.Module):
         """Raises ValueError unless `state` fits this layer and holds `sequences` sequences; reads no values."""
         self.state_sizes.check(state, sequences, self.value.weight)
         if (state.convolution is None) != (self.convolution is None):
-            raise ValueError("state.convolution: the state is not of this layer; take one from initial_state or forward")
+            raise ValueError("state.convolution: the state is not from this layer; take one from initial_state or forward")
         if state.convolution is not None and self.convolution is not None:
             behind_adapters(self.convolution).check_tail(state.convolution, "state.convolution", sequences)
 

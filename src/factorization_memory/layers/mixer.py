@@ -143,7 +143,7 @@ def register_mixer(name: str, kind: MixerKind, choice: MixerChoice | None = None
         ValueError: the name is taken.
     """
     if name in MIXERS:
-        raise ValueError(f"mixer {name!r}: there is one of this name; choose another")
+        raise ValueError(f"mixer {name!r}: this name is already taken; choose another")
     if choice is not None or name not in mixer_names():
         add_mixer_choice(name, choice or MixerChoice())
     MIXERS[name] = kind
@@ -207,7 +207,7 @@ def check_inputs(x: Tensor, hidden_size: int, cu_seqlens: Tensor | None, padding
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes [B, T, {hidden_size}]")
     if padding_mask is not None:
         if cu_seqlens is not None:
-            raise ValueError("padding_mask: not together with cu_seqlens; leave padding out of packed sequences")
+            raise ValueError("padding_mask: cannot be combined with cu_seqlens; leave padding out of packed sequences")
         if padding_mask.dtype != torch.bool or padding_mask.shape != x.shape[:2]:
             raise ValueError(
                 f"padding_mask: got {padding_mask.dtype} {tuple(padding_mask.shape)}, takes torch.bool {tuple(x.shape[:2])}"

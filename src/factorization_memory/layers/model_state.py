@@ -84,7 +84,7 @@ class ModelState:
         if state.batch_size != expected:
             raise ValueError(f"state: got {state.batch_size} sequences, takes {expected}; use select or place first")
         if len(self) != len(state) or not all(map(_alike, self.layers, state.layers)):
-            raise ValueError("state: it is not of this model; take one from its initial_state or forward")
+            raise ValueError("state: not from this model; take one from its initial_state or forward")
         pairs: list[tuple[Tensor, Tensor]] = []
         for mine, given in zip(self.layers, state.layers, strict=True):
             make_writable(mine)
@@ -112,7 +112,7 @@ class ModelState:
         """
         if not 0 <= steps <= len(self._before):
             remedy = "keep more with LanguageModel.keep_undo" if self.undo_steps else "call LanguageModel.keep_undo first"
-            raise ValueError(f"steps={steps}: the last {len(self._before)} steps can be rolled back; {remedy}")
+            raise ValueError(f"steps={steps}: only the last {len(self._before)} steps can be rolled back; {remedy}")
         undo = self.layers[0].undo
         if steps and undo is not None:
             for layer in self.layers:
@@ -140,7 +140,7 @@ class ModelState:
             self.rollback(len(self._before) - self._before.index(snapshot.point))
         elif snapshot.point != self._point:
             raise ValueError(
-                f"snapshot: it is not among the last {len(self._before)} steps of this state, which are kept; "
+                f"snapshot: not among the last {len(self._before)} steps that this state keeps; "
                 "keep more with LanguageModel.keep_undo, or clone() the state"
             )
 

@@ -76,12 +76,12 @@ class StateSizes:
         found = 0 if state.affinity is None else state.affinity.shape[1]
         if found != self.update_lag:
             raise ValueError(
-                f"state.affinity: the state is of update_lag={found}, the layer has update_lag={self.update_lag}; read the "
+                f"state.affinity: the state has update_lag={found}, but the layer update_lag={self.update_lag}; read the "
                 "text again from initial_state"
             )
         if (state.indices is None) != (self.top_k is None or not self.update_lag):
             said = "no selection" if state.indices is None else f"a selection of {state.indices.shape[-1]}"
-            raise ValueError(f"state.indices: the state has {said}, the layer has top_k={self.top_k}; {REMEDY}")
+            raise ValueError(f"state.indices: the state has {said}, but the layer top_k={self.top_k}; {REMEDY}")
         takes = (sequences, self.update_lag, self.num_heads, self.selected)
         for name, tensor, dtype in (
             ("affinity", state.affinity, state.memory.dtype),
@@ -96,4 +96,4 @@ class StateSizes:
             rows = state.undo.rows
             wanted = (len(rows), sequences, self.num_heads, self.selected, self.head_size)
             if rows.shape != wanted:
-                raise ValueError(f"state.undo: got rows {tuple(rows.shape)}, takes {wanted}; take a state from keep_undo")
+                raise ValueError(f"state.undo: got rows {tuple(rows.shape)}, takes {wanted}; use a state from keep_undo")

@@ -87,6 +87,6 @@ def refuse_undo(state: MixerState, reason: str) -> None:
     """Raises ValueError for a state that records undo, if for `reason` a step runs `forward` instead."""
     if state.undo is not None:
         raise ValueError(
-            f"state: it keeps what steps overwrite, which they do not where a module has to be called ({reason}); "
-            "remove that, or take a state without keep_undo"
+            f"state: keep_undo does not work with modules that must be called ({reason}); "
+            "remove that, or use a state without keep_undo"
         )

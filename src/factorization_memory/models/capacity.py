@@ -38,7 +38,7 @@ def require_room(what: str, size: int, remedy: str, device: torch.device | str =
     """Raises ConfigError if `what`, of `size` bytes, exceeds the memory of `device`; the message ends with `remedy`."""
     there = machine_memory(device)
     if size > there:
-        raise ConfigError(f"{what} would take {readable(size)}, and this machine's {device} has {readable(there)}; {remedy}")
+        raise ConfigError(f"{what} would take {readable(size)}, but this machine's {device} has {readable(there)}; {remedy}")
 
 
 def readable(size: int) -> str:

@@ -90,7 +90,7 @@ def why_unsupported(model: LanguageModel) -> str | None:
         return reason
     weight = model.embedding.weight
     if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"its weights are {weight.dtype}, the kernels take float32 or bfloat16"
+        return f"its weights are {weight.dtype}, but the kernels take float32 or bfloat16"
     return ops.why_unsupported(weight, "weight")
 
 
@@ -99,9 +99,9 @@ def why_not_memory_alone(model: LanguageModel) -> str | None:
     config = model.config
     others = sorted({mixer for mixer in config.layer_mixers if mixer != "memory"})
     if others:
-        return f"mixers={config.mixers!r}: only memory layers have one, not {', '.join(others)}"
+        return f"mixers={config.mixers!r}: it needs memory layers alone, not {', '.join(others)}"
     if not config.feed_forward:
-        return "feed_forward=False: it takes blocks with a feed-forward layer"
+        return "feed_forward=False: it needs blocks with a feed-forward layer"
     if config.backend in ("reference", "chunked"):
         return f"backend={config.backend!r} is plain PyTorch"
     return why_any_called(model)

@@ -24,7 +24,7 @@ def resolve_device(name: str, setting: str = "training.device") -> torch.device:
         raise ConfigError(f"{setting}={name!r}: {reason}; use 'auto' or 'cpu'")
     count = torch.cuda.device_count()
     if index and int(index) >= count:
-        raise ConfigError(f"{setting}={name!r}: there are {count} GPUs here; use 'cuda:0' to 'cuda:{count - 1}'")
+        raise ConfigError(f"{setting}={name!r}: this machine has {count} GPUs; use 'cuda:0' to 'cuda:{count - 1}'")
     return torch.device("cuda", int(index) if index else torch.cuda.current_device())
 
 

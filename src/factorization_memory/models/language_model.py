@@ -47,7 +47,7 @@ def _require_room(config: ModelConfig) -> None:
     require_room(
         f"model: {number:,} parameters ({sizes})",
         torch.get_default_dtype().itemsize * number + BLOCK_BYTES * config.num_layers,
-        "make them fewer, by these or the mixers' sizes",
+        "lower these or the mixers' sizes",
         device,
     )
 
@@ -65,7 +65,7 @@ class LanguageModel(Backbone):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
-            raise ConfigError(f"model.vocab_size={config.vocab_size!r}: a model needs the number of its tokenizer's ids")
+            raise ConfigError(f"model.vocab_size={config.vocab_size!r}: use the number of ids of its tokenizer")
         _require_room(config)
         self.config = config
         self._add_layers(config)
@@ -126,11 +126,11 @@ class LanguageModel(Backbone):
         """
         if isinstance(targets, ModelState):
             if state is not None:
-                raise ValueError("targets: got a ModelState, and state another; give the targets, int64 [B, T], first")
+                raise ValueError("targets: got a ModelState, and another as state; pass targets (int64 [B, T]) before state")
             targets, state = None, targets
         check_tensors(tokens=tokens, targets=targets, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
         if targets is not None and targets.shape != tokens.shape:
-            raise ValueError(f"targets: got shape {tuple(targets.shape)}, takes that of the tokens, {tuple(tokens.shape)}")
+            raise ValueError(f"targets: got shape {tuple(targets.shape)}, takes the shape of tokens, {tuple(tokens.shape)}")
         if last_only:
             self._check_last_only(tokens, targets, cu_seqlens)
         if state is not None:
@@ -169,17 +169,17 @@ class LanguageModel(Backbone):
 
     def _check_last_only(self, tokens: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None) -> None:
         if targets is not None:
-            raise ValueError("last_only=True: not together with targets; a loss takes all positions")
+            raise ValueError("last_only=True: cannot be combined with targets; a loss needs all positions")
         if tokens.shape[1] == 0:
             raise ValueError(
-                f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or no last_only"
+                f"tokens: got shape {tuple(tokens.shape)}, which has no last position; give a token, or drop last_only"
             )
         if cu_seqlens is not None and not torch.compiler.is_compiling():
             borders = read_borders(cu_seqlens)
             empty = [n for n, (start, stop) in enumerate(pairwise(borders)) if start == stop]
             if empty:
                 raise ValueError(
-                    f"cu_seqlens: got {borders}, whose sequence {empty[0]} is empty and has no last position; leave it out, or "
+                    f"cu_seqlens: got {borders}, whose sequence {empty[0]} is empty and has no last position; drop it, or "
                     "last_only"
                 )
 
@@ -240,7 +240,7 @@ class LanguageModel(Backbone):
         any layer's state is modified."""
         check_tensors(tokens=tokens)
         if tokens.dim() != 1:
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes one token of each sequence, [B]")
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes one token per sequence, [B]")
         self.check_state(state)
         for block, layer in zip(self.blocks, state, strict=True):
             block.mixer.check_state(layer, len(tokens))

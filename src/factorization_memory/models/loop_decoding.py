@@ -63,9 +63,9 @@ def why_unsupported(model: LanguageModel) -> str | None:
         return reason
     weight = model.embedding.weight
     if model.config.top_k in (None, model.config.num_states):
-        return f"top_k={model.config.top_k}: the loops are for a selection of states"
+        return f"top_k={model.config.top_k}: the loops need selected states"
     if weight.dtype != torch.float32:
-        return f"its weights are {weight.dtype}, the loops take float32"
+        return f"its weights are {weight.dtype}, but the loops take float32"
     return runtime.why_no_numba(weight, "weight")
 
 

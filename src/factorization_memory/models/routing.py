@@ -126,7 +126,7 @@ class _LayerHealth:
 
     def summary(self) -> StatesUse:
         if not self.tokens:
-            raise ValueError("routing health: no forward pass was observed; run the model inside observe()")
+            raise ValueError("routing health: no forward pass observed; run the model inside observe()")
         share = self.share / self.tokens
         num_states = share.shape[-1]
         full = math.log(num_states) or 1.0

@@ -56,11 +56,11 @@ def check_weights(
         raise ValueError(f"value: got dtype {value.dtype}, takes float64, float32, bfloat16 or float16")
     if merge_indices is not None and indices is None:
         raise ValueError(
-            f"merge_indices: got {tuple(merge_indices.shape)} without indices; give the updated states as indices, "
+            f"merge_indices: got {tuple(merge_indices.shape)} without indices; pass the updated states as indices, "
             "or neither for the dense form"
         )
     if merge_indices is None and merge.shape != update.shape:
-        raise ValueError(f"merge: got shape {tuple(merge.shape)}, takes that of update, {tuple(update.shape)}")
+        raise ValueError(f"merge: got shape {tuple(merge.shape)}, takes the shape of update, {tuple(update.shape)}")
     if indices is None:
         if num_states is not None and num_states != update.shape[-1]:
             raise ValueError(f"num_states: got {num_states}, takes update's last dimension {update.shape[-1]} without indices")
@@ -71,7 +71,7 @@ def check_weights(
         if chosen is None:
             continue
         if chosen.shape != weights.shape:
-            raise ValueError(f"{name}: got shape {tuple(chosen.shape)}, takes that of {of}, {tuple(weights.shape)}")
+            raise ValueError(f"{name}: got shape {tuple(chosen.shape)}, takes the shape of {of}, {tuple(weights.shape)}")
         if chosen.dtype not in INDEX_DTYPES:
             raise ValueError(f"{name}: got dtype {chosen.dtype}, takes int64, int32 or int16")
         if chosen.device != value.device:
@@ -111,7 +111,7 @@ def check_borders(cu_seqlens: Tensor, batch: int, length: int) -> None:
     """
     check_tensors(cu_seqlens=cu_seqlens)
     if batch != 1:
-        raise ValueError(f"cu_seqlens: B = {batch}, packed sequences take B = 1")
+        raise ValueError(f"cu_seqlens: got B = {batch}, takes B = 1 with packed sequences")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, takes N + 1 >= 2 int32 or int64 numbers"
@@ -151,7 +151,7 @@ def check_places(places: Tensor, sequences: int, state: Tensor) -> None:
 def check_writable(state: Tensor) -> None:
     """Raises ValueError for a state that cannot be updated in place here."""
     if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError("state: was made under torch.inference_mode() and cannot be updated outside of it; take state.clone()")
+        raise ValueError("state: created under torch.inference_mode() and cannot be updated outside it; use state.clone()")
 
 
 def check_state(state: Tensor, name: str, shape: tuple[int, ...], value: Tensor, dtype: torch.dtype | None = None) -> None:

@@ -82,7 +82,7 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         raise RuntimeError(
-            "a gradient of a gradient was asked for, through a function whose gradient is once_differentiable; take the "
+            "second derivative through a function whose gradient is once_differentiable; take the "
             "difference of two gradients instead"
         )
 

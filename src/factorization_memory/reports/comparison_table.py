@@ -56,11 +56,11 @@ def notes(record: ComparisonRecord) -> list[str]:
     said = [
         f"Every contender read the same {shared['tokens']:,} tokens in the same order ({shared['steps']:,} steps of "
         f"{shared['tokens_per_step']:,}, context {context:,}; {seeds_text(_planned(record))}). "
-        "Losses are of held-out text; ± is the sample standard deviation over seeds. Parameters: blocks + embedding and head.",
+        "Losses are on held-out text; ± is the sample standard deviation over seeds. Parameters: blocks + embedding and head.",
     ]
     if shared["positions"]:
         said.append(
-            "Nx: the loss of tokens between N/2 and N training contexts from the beginning of a text, read without a break."
+            "Nx: the loss on tokens between N/2 and N training contexts from the start of a text, read without a break."
         )
     for contender in record["contenders"]:
         varied, off = contender["matching"]["varied"], contender["matching"]["difference"]
@@ -68,11 +68,11 @@ def notes(record: ComparisonRecord) -> list[str]:
             changes = ", ".join(change(name, each["from"], each["to"]) for name, each in varied.items())
             said.append(f"{contender['name']}: {changes}, which leaves {off:+.2%} parameters outside the embedding.")
         elif off:
-            said.append(f"{contender['name']}: near enough as it is, {off:+.2%} parameters outside the embedding.")
+            said.append(f"{contender['name']}: unchanged, {off:+.2%} parameters outside the embedding.")
     said += differing({each["name"]: each["config"] for each in record["contenders"]})
     if any(each["learning_rate"]["searched"] for each in record["contenders"]):
         said.append(
-            "Learning rates were chosen on held-out text that the final losses are measured on too (a part of it, or all), the "
+            "Learning rates were chosen on held-out text that the final losses are also measured on (part or all of it), the "
             "same for all contenders."
         )
     given = [each["name"] for each in record["contenders"] if not each["learning_rate"]["searched"]]
@@ -87,7 +87,7 @@ def notes(record: ComparisonRecord) -> list[str]:
         )
     at_once = max(record["parallel"], default=1)
     if at_once > 1 and not shared["alone_steps"]:
-        said.append(f"Tokens per second are those of up to {at_once} runs at once; --alone-steps measures each alone.")
+        said.append(f"Tokens per second were measured with up to {at_once} runs at once; --alone-steps measures each alone.")
     where = environment["gpu"] or f"{environment['cpu']}, {record['threads']} thread(s) a run"
     said.append(f"{where}, torch {environment['torch']}, commit {environment['git_commit']}, {environment['date']}.")
     said += [f"NOT DONE: {failure['run']} ({failure['folder']}): {failure['message']}" for failure in record["failures"]]
@@ -192,7 +192,7 @@ def _recall(record: ComparisonRecord) -> Table:
         if any(_at(contender["summary"], ("recall", kind, source)) for contender in record["contenders"])
     ]
     title = (
-        "Loss by what stood before in the window: token and predecessor (repeated), the predecessor followed by others alone "
+        "Loss by what came earlier in the window: token and predecessor (repeated), the predecessor followed only by others "
         "(contradicted), neither (new)"
     )
     return _table(record, title, places)
@@ -205,7 +205,7 @@ def _distances(record: ComparisonRecord) -> Table:
         for name in (distance_name(*part) for part in distance_ranges())
         if any(_at(contender["summary"], ("distance", name, source)) for contender in record["contenders"])
     ]
-    return _table(record, "Loss of the repeated ones by how many tokens ago they last followed that predecessor", places)
+    return _table(record, "Loss of repeated tokens by how many tokens ago they last followed that predecessor", places)
 
 
 def _tasks(record: ComparisonRecord) -> Table:
@@ -216,7 +216,7 @@ def _tasks(record: ComparisonRecord) -> Table:
         for source in shares
     ]
     places = [(f"{TASKS[task]}, {source}", ("tasks", task, source)) for task, source in dict.fromkeys(found)]
-    title = "Share right in recall tasks, over all sizes: by choice the first two, token by token the copies"
+    title = "Share correct in recall tasks, over all sizes: by choice for the first two, token by token for copies"
     return _table(record, title, places, "accuracy")
 
 
@@ -256,7 +256,7 @@ def _models(record: ComparisonRecord) -> Table:
 def _differences(record: ComparisonRecord) -> Table:
     places = _columns(record)
     base = next((each["name"] for each in record["contenders"] if each["seeds"]), "none")
-    title = f"Difference to {base} in nats per token, same seed against same seed; ± is the standard error"
+    title = f"Difference to {base} in nats per token, seed by seed; ± is the standard error"
     table = Table(title, ["contender", *(heading for heading, _ in places)])
     for contender in record["contenders"]:
         if contender["difference"] is None or not contender["difference"]["n"]:
@@ -271,7 +271,7 @@ def _differences(record: ComparisonRecord) -> Table:
 
 def _searches(record: ComparisonRecord) -> Table:
     search = record["shared"]["search"]
-    title = f"Search of the learning rate: held-out loss after {search['steps']:,} steps, seed {search['seed']}"
+    title = f"Learning-rate search: held-out loss after {search['steps']:,} steps, seed {search['seed']}"
     searched = [each for each in record["contenders"] if each["learning_rate"]["searched"]]
     rates = sorted({each["learning_rate"] for contender in searched for each in contender["learning_rate"]["candidates"]})
     table = Table(title, ["contender", *(f"{rate:g}" for rate in rates)])

@@ -98,8 +98,8 @@ def recall_curves(record: RecallDemoRecord | None) -> Figure | None:
         axes.set_ylim(-3, 106)
         axes.set_xlim(0, last)
         label_ends(axes, ends, "{:.0f} %")
-        axes.set_title("How soon each form names the value behind a key")
-        axes.set_ylabel("values named right, %")
+        axes.set_title("How soon each form names the value after a key")
+        axes.set_ylabel("values named correctly, %")
         axes.set_xlabel("training steps")
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     return figure

@@ -240,14 +240,14 @@ LAGGED_LISTS = [("read_at", "read at", "merge"), ("written_after", "written afte
 """The lists of pieces shown for a state: field of the record, label, and the weight that ranks them."""
 
 EXPLANATION = (
-    "Each piece of text is coloured by the memory state it uses most, the stronger the more. Point at the text to see the "
-    "states it writes and reads; click a state to see where it is used. Beside a state: its share of all updates or "
-    "reads, the tokens after which it has forgotten all but 1/e of what it held, and the pieces that update it most."
+    "Each piece of text has the colour of the memory state it uses most, stronger for more use. Hover over the text to see "
+    "the states it writes and reads; click a state to see where it is used. Next to a state: its share of all updates or "
+    "reads, the tokens after which it has forgotten all but 1/e of its contents, and the pieces that update it most."
 )
 LAGGED_EXPLANATION = (
-    "Each piece of text is coloured by the memory state it uses most, the stronger the more. What a piece writes goes into the "
-    "states that the token before it reads, so that this token finds it when it occurs again. Point at the text to see the "
-    "states it writes and reads; click a state to see where it is used. Beside a state: its share of all updates or reads, the "
-    "tokens after which it has forgotten all but 1/e of what it held, the pieces that read it, those after which it is "
-    "written, and what it holds: the pieces that followed."
+    "Each piece of text has the colour of the memory state it uses most, stronger for more use. A piece is written to the "
+    "states that the previous token reads, so that this token finds it when it recurs. Hover over the text to see the "
+    "states it writes and reads; click a state to see where it is used. Next to a state: its share of all updates or reads, "
+    "the tokens after which it has forgotten all but 1/e of its contents, the pieces that read it, those after which it is "
+    "written, and the pieces it holds, which followed those."
 )

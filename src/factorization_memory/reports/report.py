@@ -65,9 +65,7 @@ def write_report(run_dir: Path) -> Path:
     }
     plots: dict[str, str] = {}
     if (run_dir / PLOTS_NAME).is_symlink():
-        raise ReportError(
-            f"{run_dir / PLOTS_NAME}: a symbolic link, and a report writes into its run's folder alone; remove it"
-        )
+        raise ReportError(f"{run_dir / PLOTS_NAME}: a symbolic link, but a report writes only to its run's folder; remove it")
     (run_dir / PLOTS_NAME).mkdir(exist_ok=True)
     for name, figure in drawn.items():
         if figure is not None:
@@ -111,17 +109,17 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except JSONError as error:
-        raise ReportError(f"{error}; write it again, or remove it to leave its section out") from None
+        raise ReportError(f"{error}; write it again, or remove it to skip its section") from None
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIG_NAME
     values = _read(path)
     if values is None:
-        raise ReportError(f"{run_dir}: there is no run here ({CONFIG_NAME} is missing); give a run folder")
+        raise ReportError(f"{run_dir}: no run here ({CONFIG_NAME} is missing); give a run folder")
     # Filling in defaults for missing parts would describe a run that never was. Single fields may be missing.
     if missing := ", ".join(name for name in to_dict(RunConfig()) if isinstance(values, dict) and name not in values):
-        raise ReportError(f"{path}: {missing} missing; restore the file")
+        raise ReportError(f"{path}: fields missing: {missing}; restore the file")
     try:
         return to_dict(from_dict(RunConfig, values))
     except ConfigError as error:
@@ -132,7 +130,7 @@ def _metrics(path: Path) -> Iterator[dict[str, Any]]:
     try:
         for values in read_json_lines(path):
             if not isinstance(values.get("kind"), str) or not isinstance(values.get("step"), int):
-                raise ReportError(f"{path}: a line without 'kind' and 'step' ({str(values)[:80]}); remove it")
+                raise ReportError(f"{path}: line without 'kind' and 'step' ({str(values)[:80]}); remove it")
             yield values
     except JSONError as error:
         raise ReportError(str(error)) from None

@@ -50,31 +50,31 @@ figcaption { color: var(--soft); max-width: 46rem; margin: .3rem 0 1.6rem; posit
 """
 
 LEARNING_NOTE = (
-    "Bits per byte of text against the tokens trained on; lower is better. Grey is the training text (thin: single steps), "
-    "colours are held-out text that training never sees."
+    "Bits per byte against training tokens; lower is better. Grey is the training text (thin line: single steps); "
+    "colours are held-out text, never seen in training."
 )
 RECALL_NOTE = (
-    "Nats per token, and share of tokens, by what stood before in the same window: the token behind the same predecessor "
-    "(repeated), the predecessor behind which other tokens stood alone (contradicted), or neither (new). A model that recalls "
-    "what it has read is best where tokens are repeated; below, these by how many tokens ago that pair last occurred."
+    "Nats per token, and share of tokens, by what came earlier in the same window: the same token after the same predecessor "
+    "(repeated), the predecessor, but only with other tokens after it (contradicted), or neither (new). A model that recalls "
+    "what it has read does best on repeated tokens; below, these are split by how many tokens ago the pair last occurred."
 )
 CAPTIONS = {
     "recall-learning": (
-        "After each few steps both models are asked for the values of keys in sequences that neither has been trained on. "
-        "The two differ in one thing: the associative form writes a value under the key before it, the paper's form under the "
+        "Every few steps, both models are asked for the values of keys in sequences that neither was trained on. "
+        "They differ in one thing: the associative form writes a value under the key before it, the paper's form under the "
         "value itself."
     ),
     "recall-reads": (
-        "Each row is a key that is asked again, and the stronger the colour of a cell, the more of what the question reads "
-        "from the memory was written at that token (P[t, s] for question t and token s, as a share of its row). "
-        "The outlined cell is the value that stood right behind the key: where it is filled, the answer is there to be read."
+        "Each row is a key asked about again; a cell's colour shows how much of what the question reads from the memory was "
+        "written at that token (P[t, s] for question t and token s, as a share of its row). "
+        "The outlined cell is the value right after the key: if it is filled, the model can read the answer."
     ),
 }
 """Captions of figures, by name."""
 MEMORY_NOTE = (
-    "Left: each layer's memory states, the stronger the colour the larger the state's part of all affinity; a red mark is a "
-    "state that held-out text hardly ever selects. Right: for how many tokens each state holds what it has read (to 1/e), "
-    "larger where it is used more."
+    "Left: each layer's memory states, coloured by their share of all affinity; a red mark is a state that held-out text "
+    "hardly ever selects. Right: how many tokens each state remembers (until it has decayed to 1/e); larger dots are states "
+    "used more."
 )
 
 
@@ -168,7 +168,7 @@ def headline(evaluation: EvaluationRecord) -> str:
     note = f"Bits per byte of held-out text, read in windows of {evaluation['context_length']:,} tokens; lower is better."
     if ngram and orders:
         note += (
-            f" The n-gram models over bytes (modified Kneser-Ney) are fitted on the same {_size(ngram['training_bytes'])} of "
+            f" The n-gram models over bytes (modified Kneser-Ney) are fitted to the same {_size(ngram['training_bytes'])} of "
             "training text; the percentages say how many more or fewer bits this model needs than they do."
         )
     header = "".join(f"<th>{cell}</th>" for cell in head)
@@ -182,12 +182,11 @@ def position_note(evaluation: EvaluationRecord) -> str:
     """What the figure of loss by position shows."""
     context = f"{evaluation.get('context_length', 0):,}"
     return (
-        "Long stretches of held-out text are read from their beginning with the memory carried on, at constant cost per token. "
-        f"The shaded part lies beyond the {context} tokens of a training sequence. Different positions hold different text, so "
-        "the fair comparison is the lower plot: the very same tokens read once more with the memory emptied every "
-        f"{context} tokens, as in training, and the difference; below zero, the carried memory predicts better. Band and bars "
-        "are two standard errors, the bars' over the stretches where those differ more than their tokens; the table is in bits "
-        "per byte."
+        "Long stretches of held-out text are read from the start with the memory carried on, at constant cost per token. "
+        f"The shaded part lies beyond the {context} tokens of a training sequence. Since different positions have different "
+        "text, the fair comparison is the lower plot: the difference to reading the same tokens with the memory emptied every "
+        f"{context} tokens, as in training; below zero, the carried memory predicts better. Band and bars are two standard "
+        "errors, those of the bars over stretches if these vary more than their tokens; the table is in bits per byte."
     )
 
 
@@ -231,8 +230,8 @@ def recall_demo_note(record: RecallDemoRecord | None) -> str:
         f"Two small models of {record['models'][0]['parameters']:,} parameters each learned from scratch, in "
         f"{record['seconds']:.0f} seconds together, to name the value behind a key: a sequence shows {record['pairs']} keys, "
         "each followed by its value, and then asks for the keys again in another order. They are "
-        f"{one} and {other}, equal but for where a token writes: in the first, into the memory states that the token before it "
-        "reads, so that a key finds what followed it; in the second, into those that the token itself reads."
+        f"{one} and {other}, which differ only in where a token writes: in the first, into the memory states that the previous "
+        "token reads, so that a key finds what followed it; in the second, into the states that the token itself reads."
     )
 
 
@@ -255,7 +254,7 @@ def samples(samples: list[SampleRecord]) -> str:
         small = f"<small>{', '.join(told)}</small>" if told else ""
         text = f"<b>{_shown(sample.get('prompt', ''))}</b>{_shown(sample.get('text', ''))}"
         cards.append(f"<div class='sample'><p>{text}</p>{small}</div>")
-    note = "Text that the model wrote, one token at a time with a memory of constant size; the prompt is in colour."
+    note = "Text generated by the model, one token at a time, with a memory of constant size; the prompt is in colour."
     return section("Samples", note, *cards)
 
 
@@ -271,7 +270,7 @@ def configuration(config: dict[str, Any], environment: dict[str, Any]) -> str:
             if value not in (None, "", {}, []) and key != "earlier"
         )
         tables.append(f"<div><h3>{_shown(name.capitalize())}</h3><table>{rows}</table></div>")
-    return section("Configuration", "What it takes to run this again.", f"<div class='columns'>{''.join(tables)}</div>")
+    return section("Configuration", "Everything needed to repeat this run.", f"<div class='columns'>{''.join(tables)}</div>")
 
 
 def _plain(value: Any) -> str:

@@ -89,7 +89,7 @@ def save_checkpoint(
     for what, tensors in (("weight", weights), ("optimizer's", moments), ("carried memory", memories)):
         wrong = not_finite(tensors)
         if wrong is not None:
-            raise NotFiniteError(f"{path}: not written, since {what} {wrong!r} is NaN or infinite")
+            raise NotFiniteError(f"{path}: not saved, as {what} {wrong!r} is NaN or infinite")
     record = {
         "format_version": FORMAT_VERSION,
         "state": dataclasses.asdict(state),
@@ -109,8 +109,8 @@ def save_checkpoint(
             (partial / STATE_NAME).write_text(strict_json(record, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: the checkpoint could not be written ({error}); earlier checkpoints are intact. "
-            "Make room on that disk, then resume the run"
+            f"{path}: the checkpoint could not be saved ({error}); earlier checkpoints are intact. "
+            "Free space on that disk, then resume the run"
         ) from error
     return path
 
@@ -129,7 +129,7 @@ def load_checkpoint(
     if difference is not None:
         name, old, new = difference
         raise CheckpointError(
-            f"{path}: trained with {name}={old!r}, this run has {name}={new!r}; use the same value, or start another run folder"
+            f"{path}: trained with {name}={old!r}, but this run has {name}={new!r}; use the same value, or a new run folder"
         )
     load_tensors(model, path)
     _load_optimizer(model, optimizer, path)
@@ -182,12 +182,13 @@ def load_tensors(model: nn.Module, path: Path) -> None:
         if name not in saved or name not in own:
             where = "the checkpoint" if name in saved else "the model"
             raise CheckpointError(
-                f"{path / WEIGHTS_NAME}: tensor {name!r} is only in {where}; its configuration is another one"
+                f"{path / WEIGHTS_NAME}: tensor {name!r} is only in {where}: their configurations differ; "
+                "use the checkpoint's own"
             )
         if saved[name].shape != own[name].shape:
             raise CheckpointError(
-                f"{path / WEIGHTS_NAME}: tensor {name!r} has shape {tuple(saved[name].shape)}, the model's has "
-                f"{tuple(own[name].shape)}; its configuration is another one"
+                f"{path / WEIGHTS_NAME}: tensor {name!r} has shape {tuple(saved[name].shape)}, but the model's has "
+                f"{tuple(own[name].shape)}: their configurations differ; use the checkpoint's own"
             )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -221,8 +222,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     if not (path / OPTIMIZER_NAME).exists():
         raise CheckpointError(
-            f"{path / OPTIMIZER_NAME}: missing, as of an imported model, from which no training can go on (--init-from starts "
-            f"a new one from its weights); {present(path)}"
+            f"{path / OPTIMIZER_NAME}: missing; an imported model cannot be resumed (train a new run from its "
+            f"weights with --init-from); {present(path)}"
         )
     tensors = _read_tensors(path / OPTIMIZER_NAME)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -255,7 +256,7 @@ def _load_carried(model: LanguageModel, rows: int, begun: list[bool], path: Path
             if name not in tensors or not _fits(tensors[name], empty):
                 found = tuple(tensors[name].shape) if name in tensors else "nothing"
                 raise DamagedError(
-                    f"{path / CARRIED_NAME}: {name} should be {tuple(empty.shape)}, there is {found}; {present(path)}"
+                    f"{path / CARRIED_NAME}: expected {name} of shape {tuple(empty.shape)}, found {found}; {present(path)}"
                 )
             return tensors[name].to(empty)
 

@@ -103,7 +103,7 @@ def find_checkpoint(run_dir: Path, which: str = "best") -> Path:
     """
     paths = list_checkpoints(run_dir)
     if not paths:
-        raise CheckpointError(f"{run_dir}: there is no checkpoint here; give a run folder that has been trained in")
+        raise CheckpointError(f"{run_dir}: no checkpoint here; give the folder of a run that was trained")
     if which == "last":
         return paths[-1]
     steps = {step_of(path): path for path in paths}
@@ -127,7 +127,7 @@ def _best(paths: list[Path]) -> Path:
             continue
         found = next((each for each in paths if step_of(each) == best), path)
         if first is not None:
-            warnings.warn(f"{first}. Using {found.name}, the best that {path.name} knows of", stacklevel=3)
+            warnings.warn(f"{first}. Using {found.name}, the best according to {path.name}", stacklevel=3)
         return found
     assert first is not None
     raise first
@@ -151,7 +151,7 @@ def read_state(path: Path) -> dict[str, Any]:
         )
     wrong = _first_wrong_field(record)
     if wrong is not None:
-        raise DamagedError(f"{path / STATE_NAME}: {wrong}; the file was changed or damaged; {present(path)}")
+        raise DamagedError(f"{path / STATE_NAME}: {wrong}; the file is damaged or was edited; {present(path)}")
     return record
 
 
@@ -208,16 +208,16 @@ def read_run_config(record: dict[str, Any], path: Path) -> RunConfig:
     try:
         return from_dict(RunConfig, record["config"])
     except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / STATE_NAME}: its configuration cannot be read ({error}); {present(path)}") from None
+        raise CheckpointError(f"{path / STATE_NAME}: unreadable configuration ({error}); {present(path)}") from None
 
 
 def present(path: Path) -> str:
     """Describes what to use instead of the checkpoint at `path`."""
     others = [other.name for other in list_checkpoints(path.parent.parent) if other.name != path.name]
     if not others:
-        return "there is no other checkpoint beside it; restore it, or start the run anew in another folder"
-    listed = f"checkpoints beside it: {', '.join(others)}"
-    return f"{listed}; delete the folder {path} and --resume goes on from {others[-1]}" if path.is_dir() else listed
+        return "the run has no other checkpoint; restore it, or start again in another folder"
+    listed = f"other checkpoints: {', '.join(others)}"
+    return f"{listed}; delete the folder {path} to make --resume continue from {others[-1]}" if path.is_dir() else listed
 
 
 def remove(folder: Path) -> None:

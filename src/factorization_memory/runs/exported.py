@@ -34,8 +34,8 @@ def read_exported(folder: Path) -> tuple[LanguageModel, Tokenizer, RunConfig]:
     other = record.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint)
     if tokenizer.vocab_size > model.config.vocab_size or wrong or other:
         raise CheckpointError(
-            f"{file}: not the tokenizer of this model, whose {CONFIG_NAME} has vocab_size={model.config.vocab_size} and "
-            f"eos_token_id={fields.get('eos_token_id')}; put its own there"
+            f"{file}: not this model's tokenizer: its {CONFIG_NAME} has vocab_size={model.config.vocab_size} and "
+            f"eos_token_id={fields.get('eos_token_id')}; put the model's own there"
         )
     return model, tokenizer, dataclasses.replace(config, model=model.config)
 
@@ -55,7 +55,7 @@ def _training(folder: Path) -> dict[str, Any]:
     if record and (not isinstance(record.get("format_version"), int) or record["format_version"] > FORMAT_VERSION):
         raise CheckpointError(
             f"{path}: format version {record.get('format_version')!r} is not one that this package reads "
-            f"({FORMAT_VERSION}); upgrade factorization-memory, or remove that file, which only says how the model was trained"
+            f"({FORMAT_VERSION}); upgrade factorization-memory, or remove the file (it only records how the model was trained)"
         )
     return record
 
@@ -75,7 +75,7 @@ def known_training(folder: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {reason}; restore it, or remove it: it only says how the model was trained")
+    return CheckpointError(f"{path}: {reason}; restore it, or remove it (it only records how the model was trained)")
 
 
 def read_object(path: Path) -> dict[str, Any]:

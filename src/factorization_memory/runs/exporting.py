@@ -60,11 +60,11 @@ def export_run(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
     if license and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
-        raise ConfigError(f"license={license!r}: use an identifier as the hub has it, for example apache-2.0")
+        raise ConfigError(f"license={license!r}: use the hub's identifier, for example apache-2.0")
     max_shard_size = _bytes(max_shard_size)
     run, folder = Path(run), Path(folder).absolute()
     if not is_own(run) and is_pretrained(run):
-        raise CheckpointError(f"{run}: it is an exported model already; copy it, or make a run of it with `fmem import`")
+        raise CheckpointError(f"{run}: already an exported model; copy it, or make it a run with `fmem import`")
     require_free(folder, overwrite)
     path = checkpoint_of(run)
     record = read_state(path)
@@ -104,7 +104,7 @@ def export_run(
         tokens=record["state"]["tokens"],
         steps=record["state"]["step"],
         held_out=held_out,
-        held_out_note=f"{note}, in windows of {context:,} tokens, the memory empty where each begins." if note else "",
+        held_out_note=f"{note}, in windows of {context:,} tokens, each starting from empty memory." if note else "",
         environment=environment,
         seconds=record["state"]["seconds"],
         precision=config.training.precision.replace("auto", ""),
@@ -128,12 +128,12 @@ def _evaluation(run_dir: Path, path: Path, record: Mapping[str, Any]) -> tuple[d
     found = read_object(run_dir / EVALUATION_NAME)
     by = found.get("evaluated", {})
     if by.get("checkpoint") == path.name and _are_scores(found.get("sources")) and _are_scores({"all": found.get("total")}):
-        every = "all of it" if by.get("max_tokens") is None else "a part of it, spread evenly"
-        return {**found["sources"], "all": found["total"]}, f"Text kept apart before training, {every}"
+        every = "all of it" if by.get("max_tokens") is None else "an evenly spread sample"
+        return {**found["sources"], "all": found["total"]}, f"Text held out before training, {every}"
     state = record["state"]
     for evaluation in (state["best_evaluation"], state["last_evaluation"]):
         if evaluation and evaluation.get("step") == state["step"] and _are_scores(evaluation.get("sources")):
-            return evaluation["sources"], "A part of the text that was kept apart before training, spread evenly"
+            return evaluation["sources"], "An evenly spread sample of the text held out before training"
     return {}, ""
 
 
@@ -182,5 +182,5 @@ def _bytes(size: str | int) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(size).strip().upper())
     number = 0 if found is None else int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
     if number < 1:
-        raise ConfigError(f"max_shard_size={size!r}: use a number of bytes, or one with a unit such as 5GB")
+        raise ConfigError(f"max_shard_size={size!r}: use a number of bytes, optionally with a unit, such as 5GB")
     return number

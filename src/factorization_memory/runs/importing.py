@@ -29,9 +29,9 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
     """
     folder, run_dir = Path(folder), Path(run_dir).absolute()
     if is_own(folder):
-        raise CheckpointError(f"{folder}: it is a run, or a part of one; use it as it is, or `fmem export` it")
+        raise CheckpointError(f"{folder}: already a run, or part of one; use it as it is, or `fmem export` it")
     if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
-        raise FileExistsError(f"{run_dir}: it exists and is not empty; choose another run folder")
+        raise FileExistsError(f"{run_dir}: exists and is not empty; choose another run folder")
     model, tokenizer, config = read_exported(folder)
     record = known_training(folder)
     with atomic_folder(run_dir) as aside:
@@ -47,8 +47,8 @@ def import_model(folder: Path | str, run_dir: Path | str) -> Path:
             )
         except CheckpointError as error:
             raise CheckpointError(
-                f"{run_dir}: the model could not be written there ({error.__cause__}); nothing was kept: make room or give "
-                "access, or write elsewhere"
+                f"{run_dir}: the model could not be written ({error.__cause__}), and nothing was kept; free space or grant "
+                "access, or choose another folder"
             ) from error
         for name, key in ((ENVIRONMENT_NAME, "environment"), (SOURCES_NAME, "sources")):
             if record.get(key):

@@ -74,7 +74,7 @@ def tokenizer_file(path: Path) -> Path:
     places = (path / TOKENIZER_NAME, path.resolve().parent.parent / TOKENIZER_NAME)
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        raise CheckpointError(f"{path}: no {TOKENIZER_NAME} beside it or in its run folder; copy the run's there")
+        raise CheckpointError(f"{path}: no {TOKENIZER_NAME} beside it or in its run folder; copy the run's to either")
     return found
 
 
@@ -84,7 +84,7 @@ def tokenizer_of(path: Path, record: Mapping[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer.load(file)
     if tokenizer.fingerprint != record["tokenizer_fingerprint"]:
         raise CheckpointError(
-            f"{file}: not the tokenizer this model was trained with (fingerprint {tokenizer.fingerprint}, "
-            f"the checkpoint's is {record['tokenizer_fingerprint']}); put the run's own {TOKENIZER_NAME} there"
+            f"{file}: not the tokenizer this model was trained with: its fingerprint is {tokenizer.fingerprint}, "
+            f"the checkpoint's {record['tokenizer_fingerprint']}; put the run's own {TOKENIZER_NAME} there"
         )
     return tokenizer

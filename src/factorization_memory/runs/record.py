@@ -49,7 +49,7 @@ class RunRecord:
         try:
             values = read_json(path)
         except FileNotFoundError:
-            raise RunFolderError(f"{self.run_dir}: there is no run here ({CONFIG_NAME} is missing); start one first") from None
+            raise RunFolderError(f"{self.run_dir}: no run here ({CONFIG_NAME} is missing); start one first") from None
         except JSONError as error:
             raise RunFolderError(
                 f"{path}: not a configuration ({error.reason}); restore it, or start in another folder"
@@ -68,8 +68,8 @@ class RunRecord:
                     environment["earlier"] = [*before.pop("earlier", []), before]
                 except (ValueError, TypeError, AttributeError) as error:
                     raise RunFolderError(
-                        f"{path}: damaged or cut short ({error}); remove that file (it only describes the run's earlier "
-                        "machines), then resume again"
+                        f"{path}: damaged or cut short ({error}); remove this file (it only describes the machines that "
+                        "ran it earlier), then resume again"
                     ) from None
         write_json(path, environment)
         tokenizer.save(self.run_dir / TOKENIZER_NAME)
@@ -94,7 +94,7 @@ class RunRecord:
         try:
             for values in read_json_lines(path):
                 if not isinstance(values.get("kind"), str) or not isinstance(values.get("step"), int):
-                    raise RunFolderError(f"{path}: a line without 'kind' and 'step' ({str(values)[:80]}); remove it")
+                    raise RunFolderError(f"{path}: line without 'kind' and 'step' ({str(values)[:80]}); remove it")
                 yield values
         except JSONError as error:
             raise RunFolderError(str(error)) from None
@@ -139,14 +139,14 @@ def refuse_link(path: Path) -> None:
     """Raises RunFolderError if `path`, which a run writes to, is a symbolic link."""
     if path.is_symlink():
         raise RunFolderError(
-            f"{path}: a symbolic link, and a run writes into its own folder alone; move here what it points to, or make the "
-            "whole run folder a link"
+            f"{path}: a symbolic link, but a run writes only to its own folder; move its target here, or make the "
+            "whole run folder a link instead"
         )
 
 
 def _unwritable(path: Path, error: OSError) -> RunFolderError:
     return RunFolderError(
-        f"{path}: could not be written ({error.strerror or error}); make room or give access there, then resume the run"
+        f"{path}: could not be written ({error.strerror or error}); free space or grant access there, then resume the run"
     )
 
 

@@ -47,7 +47,7 @@ class GracefulStop:
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if number != signal.SIGHUP:
             if self._insisting:
-                raise KeyboardInterrupt(f"a second {signal.Signals(number).name}: stopped without finishing the step")
+                raise KeyboardInterrupt(f"second {signal.Signals(number).name}: stopped without finishing the step")
             self._insisting = True
         self.requested = self.requested or signal.Signals(number).name
 
@@ -77,9 +77,9 @@ def check_finite(
 
 def diverged(step: int, what: str, last_checkpoint: Path | None) -> TrainingDivergedError:
     """The error for weights, or other contents of a checkpoint, that are not finite after a step; `what` names them."""
-    return TrainingDivergedError(f"step {step}: after it, {what}. Nothing of it was kept; {_what_to_do(last_checkpoint)}")
+    return TrainingDivergedError(f"step {step}: {what} after it. The step was not saved; {_what_to_do(last_checkpoint)}")
 
 
 def _what_to_do(last_checkpoint: Path | None) -> str:
-    kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+    kept = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was saved yet"
     return f"{kept}. Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a smaller optimizer.clip_norm."

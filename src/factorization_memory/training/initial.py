@@ -52,14 +52,14 @@ def load_initial(model: LanguageModel, tokenizer: Tokenizer, source: str) -> Non
         path = initial_path(source)
         file = path / TOKENIZER_NAME if is_pretrained(path) and not is_own(path) else tokenizer_file(checkpoint_of(path))
         raise ConfigError(
-            f"training.init_from={source!r}: its tokenizer (fingerprint {own.fingerprint}) is not that of the corpus "
+            f"training.init_from={source!r}: its tokenizer (fingerprint {own.fingerprint}) is not the corpus's "
             f"({tokenizer.fingerprint}); pack the texts with `fmem data pack ... --tokenizer {file}`"
         )
     ours, theirs = to_dict(model.config), to_dict(config.model)
     for name, value in theirs.items():
         if name != "backend" and ours[name] != value and not (name == "intermediate_size" and _same_width(model, config)):
             raise ConfigError(
-                f"model.{name}={ours[name]!r}: the model of training.init_from={source!r} has {value!r}; leave it out, or "
+                f"model.{name}={ours[name]!r}: the model of training.init_from={source!r} has {value!r}; drop this field, or "
                 "train from random weights"
             )
     model.load_state_dict(weights.state_dict())

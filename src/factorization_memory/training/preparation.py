@@ -25,7 +25,7 @@ def complete_config(config: RunConfig, vocab_size: int) -> RunConfig:
         return config  # a model may have more ids than its tokenizer
     if size not in (0, vocab_size):
         raise ConfigError(
-            f"model.vocab_size={size}: the corpus's tokenizer has {vocab_size} tokens; leave it 0 to take the tokenizer's"
+            f"model.vocab_size={size}: the corpus's tokenizer has {vocab_size} tokens; use 0 to take the tokenizer's"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
@@ -34,7 +34,7 @@ def require_room_for_training(config: RunConfig, device: torch.device) -> None:
     """Raises ConfigError for sizes that certainly exceed the machine's memory, by a lower bound of what a step needs."""
     parameters = parameter_count(config.model)
     require_room(
-        f"model: {parameters:,} parameters with gradients and AdamW's moments",
+        f"model: {parameters:,} parameters with their gradients and AdamW moments",
         16 * parameters,
         "use fewer layers or a smaller width",
         device,
@@ -45,7 +45,7 @@ def require_room_for_training(config: RunConfig, device: torch.device) -> None:
         f"training.micro_batch_size={config.training.micro_batch_size}: {config.micro_batch_size:,} sequences of "
         f"{config.data.context_length:,} tokens at once",
         forward,
-        "set it to fewer",
+        "use fewer",
         device,
     )
     batches = 1 + min(config.data.read_ahead, config.training.steps)
@@ -62,7 +62,7 @@ def check_same_run(record: RunRecord, config: RunConfig, corpus: PackedCorpus) -
     difference = difference_from(record.read_config(), config)
     if difference is not None:
         name, old, new = difference
-        same = "the same value, or a larger one" if name == "training.steps" else "the same value"
+        same = "the same value or a larger one" if name == "training.steps" else "the same value"
         raise RunFolderError(
             f"{run_dir}: this run was started with {name}={old!r}, not {new!r}; resume with {same}, "
             "or start a new run in another folder"
@@ -72,6 +72,6 @@ def check_same_run(record: RunRecord, config: RunConfig, corpus: PackedCorpus) -
         for what, own in (("tokenizer", corpus.tokenizer.fingerprint), ("corpus", corpus.fingerprint)):
             if saved[f"{what}_fingerprint"] != own:
                 raise RunFolderError(
-                    f"data.corpus={config.data.corpus!r}: its {what} (fingerprint {own}) is not the one that "
-                    f"{run_dir} was trained on ({saved[f'{what}_fingerprint']}); give that corpus"
+                    f"data.corpus={config.data.corpus!r}: its {what} (fingerprint {own}) differs from the one that "
+                    f"{run_dir} was trained on ({saved[f'{what}_fingerprint']}); use that corpus"
                 )

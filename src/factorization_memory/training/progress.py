@@ -64,7 +64,7 @@ class ShieldedObserver(TrainingObserver):
             if not self._warned:
                 self._warned = True
                 # Not a warning, which may be turned into an error.
-                logging.getLogger(__name__).warning("%s cannot show the run: %s", type(self._observer).__name__, error)
+                logging.getLogger(__name__).warning("%s failed to show progress: %s", type(self._observer).__name__, error)
 
     def on_start(self, total_steps: int, parameters: int, step: int) -> None:
         self._tell("on_start", total_steps, parameters, step)

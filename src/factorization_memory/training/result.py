@@ -48,8 +48,8 @@ def run_result(
 
 def stopped_early(step: int, total_steps: int, signal: str | None, run_dir: Path, checkpoint: Path | None) -> str:
     """The message of a run that a signal stopped: what is kept of it, and how to resume it."""
-    kept = "before its first step; no checkpoint was needed" if checkpoint is None else f"and kept {checkpoint}"
+    kept = "before the first step, so no checkpoint was saved" if checkpoint is None else f"and saved {checkpoint}"
     return (
         f"{signal}: stopped at step {step} of {total_steps} {kept}. "
-        f"Resume with `fmem train --resume {shlex.quote(str(run_dir))}`, or the same command and --resume"
+        f"Resume with `fmem train --resume {shlex.quote(str(run_dir))}`, or add --resume to the same command"
     )

@@ -46,7 +46,7 @@ def accumulate_gradient(
     counts = [int((batch.targets >= 0).sum()) for batch in batches]
     total = sum(counts)
     if total == 0:
-        raise ValueError(f"no token of the batch rows {', '.join(batches[0].windows)} has a next token to predict")
+        raise ValueError(f"batch rows {', '.join(batches[0].windows)}: no token has a next token to predict")
     losses: list[Tensor] = []
     targets: list[int] = []
     windows: list[list[str]] = []

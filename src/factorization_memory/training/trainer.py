@@ -71,8 +71,8 @@ class Trainer:
         prompts = self.config.training.sample_prompts
         if self.config.training.sample_every > 0 and (not prompts or "" in prompts):
             raise ConfigError(
-                f"training.sample_prompts={prompts!r}: a sample needs text to go on from; give prompts that are not empty, "
-                "or set training.sample_every to 0"
+                f"training.sample_prompts={prompts!r}: a sample needs a prompt to continue; use non-empty prompts, "
+                "or training.sample_every=0"
             )
         self.corpus = corpus
         self.run_dir = Path(run_dir)
@@ -92,13 +92,13 @@ class Trainer:
         tokenizer; TrainingDivergedError for a loss, gradient or weight that is not finite.
         """
         if resume and not self.record.exists:
-            raise RunFolderError(f"{self.run_dir}: there is no run here to resume; start one without --resume")
+            raise RunFolderError(f"{self.run_dir}: no run to resume; start one without --resume")
         with RunLock(self.run_dir):
             if resume:
                 check_same_run(self.record, self.config, self.corpus)
             elif self.record.exists:
                 raise RunFolderError(
-                    f"{self.run_dir}: already holds a run; continue it with --resume, or choose another folder"
+                    f"{self.run_dir}: already contains a run; continue it with --resume, or choose another folder"
                 )
             run = _Run(self, resume)
             try:
@@ -260,7 +260,7 @@ class _Run:
                 except CheckpointError as full:
                     error.add_note(str(full))
                     raise error from None
-            message = f"step {self.state.step}: its evaluation or sample failed; kept {self.checkpoint}. Resume with --resume"
+            message = f"step {self.state.step}: evaluation or sampling failed; saved {self.checkpoint}. Continue with --resume"
             error.add_note(message)
             self.observer.on_message(message)
             raise

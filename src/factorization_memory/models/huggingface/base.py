@@ -62,7 +62,7 @@ class FactorizationMemoryPreTrainedModel(PreTrainedModel):
         given = kwargs.get("state_dict")
         wrong = not_finite(dict(self.named_parameters()) if given is None else given)
         if wrong is not None:
-            raise ValueError(f"{save_directory}: not written, since weight {wrong!r} is NaN or infinite; save an earlier state")
+            raise ValueError(f"{save_directory}: not saved, as weight {wrong!r} is NaN or infinite; save an earlier checkpoint")
         super().save_pretrained(save_directory, *arguments, **kwargs)
         if kwargs.get("is_main_process", True):
             save_shim(save_directory)

@@ -45,7 +45,7 @@ class CacheLayer(CacheLayerMixin):
 
     def update(self, *_: Any, **__: Any) -> Any:
         """Unsupported: there are no keys and values to add."""
-        raise RuntimeError(f"{CACHE_NAME}: a memory is updated by the model's forward alone")
+        raise RuntimeError(f"{CACHE_NAME}: only the model's forward can update a memory")
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Number of tokens read."""
@@ -92,7 +92,7 @@ class CacheLayer(CacheLayerMixin):
 
     def crop(self, *_: Any, **__: Any) -> None:
         """Raises: tokens cannot be removed from a memory."""
-        raise RuntimeError(f"{CACHE_NAME}: a memory cannot forget its last tokens; keep a clone() of it from before them")
+        raise RuntimeError(f"{CACHE_NAME}: a memory cannot be cropped; keep a clone() from before those tokens")
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ class FactorizationMemoryCache(Cache):
             mask: `[B, length]`, 0 for padding; None if there is no padding.
         """
         first = self.own_layers()[0]
-        again = "clone() a cache before generate(), which reads on with it, to use it again"
+        again = "to reuse a cache, clone() it before generate(), which advances it"
         if length <= first.seen:
             raise ValueError(
-                f"{CACHE_NAME}: it has read {first.seen} tokens and the prompt has {length}, so none is left to read; give the "
-                f"whole text and at least one token more, or the new tokens with an attention_mask over all; {again}"
+                f"{CACHE_NAME}: has read {first.seen} tokens, but the prompt has only {length}; pass the "
+                f"whole text with at least one new token, or the new tokens with an attention_mask over all; {again}"
             )
         if tokens is None or first.read is None or len(first.read) != len(tokens):  # the model reports a different batch size
             return
@@ -174,8 +174,8 @@ class FactorizationMemoryCache(Cache):
         given = fingerprint(tokens[:, begin], None if mask is None else mask[:, begin] != 0, None)
         if not torch.equal(given.to(first.read.device), first.read):
             raise ValueError(
-                f"{CACHE_NAME}: it has read {first.seen} tokens, but not those that the prompt begins with (or other padding); "
-                f"give the text that it has read and more, or leave it out; {again}"
+                f"{CACHE_NAME}: has read {first.seen} tokens, but not the first ones of this prompt (or with other padding); "
+                f"pass the text it has read followed by more, or drop the cache; {again}"
             )
 
     def clone(self) -> FactorizationMemoryCache:

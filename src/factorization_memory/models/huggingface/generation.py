@@ -58,7 +58,7 @@ class FactorizationMemoryGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r}: a memory is of one kind; leave it out"
+                f"cache_implementation={generation_config.cache_implementation!r}: a memory has only one kind; leave it out"
             )
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = FactorizationMemoryCache(len(self.model.blocks))

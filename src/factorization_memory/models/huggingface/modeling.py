@@ -99,7 +99,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         """
         cache = _the_one(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: got both or none, takes exactly one of them")
+            raise ValueError("input_ids, inputs_embeds: got both or neither, takes exactly one")
         x = self.embed(cast(Tensor, input_ids)) if inputs_embeds is None else self.scale_embeddings(inputs_embeds)
         tokens = x.shape[1]
         if output_hidden_states is None:
@@ -111,7 +111,7 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
         mask = padding_mask(attention_mask, x, layers[0].seen if layers else 0)
         borders, position_ids, rows = cu_seqlens, kwargs.get("position_ids"), Rows(x)
         if borders is not None and cache is not None:
-            raise ValueError(f"cu_seqlens: not together with {CACHE_NAME}; packed sequences each begin anew")
+            raise ValueError(f"cu_seqlens: cannot be combined with {CACHE_NAME}; packed sequences start from empty memory")
         if borders is None and position_ids is not None and cache is None:
             borders, rows.real = borders_of_positions(position_ids, x, mask)
             mask = mask if borders is None else None
@@ -171,16 +171,16 @@ class FactorizationMemoryModel(FactorizationMemoryPreTrainedModel, Backbone):
             return []
         if not isinstance(cache, FactorizationMemoryCache):
             raise ValueError(
-                f"{CACHE_NAME}: got {type(cache).__name__}, takes FactorizationMemoryCache, such as an earlier call returned"
+                f"{CACHE_NAME}: got {type(cache).__name__}, takes FactorizationMemoryCache, as returned by an earlier call"
             )
         kinds = [block.mixer.state_type for block in self.blocks]
         layers = cache.own_layers()
         states = [layer.state for layer in layers]
         if len(states) != len(kinds) or not all(s is None or isinstance(s, k) for s, k in zip(states, kinds, strict=True)):
-            raise ValueError(f"{CACHE_NAME}: it is of another model; take one that an earlier call of this model returned")
+            raise ValueError(f"{CACHE_NAME}: from another model; use one returned by an earlier call of this model")
         if states[0] is not None and states[0].batch_size != batch_size:
             raise ValueError(
-                f"{CACHE_NAME}: it is of {states[0].batch_size} sequences, the input has {batch_size}; "
+                f"{CACHE_NAME}: has {states[0].batch_size} sequences, but the input {batch_size}; "
                 "use batch_repeat_interleave or batch_select_indices first"
             )
         return layers
@@ -191,7 +191,7 @@ def _the_one(
 ) -> FactorizationMemoryCache | None:
     """The cache, under whichever of its two names it was passed."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise ValueError("past_key_values, cache: these are two names of one argument and got two caches; leave one out")
+        raise ValueError("past_key_values, cache: two names of one argument, but got two caches; drop one")
     return past_key_values if cache is None else cache
 
 
@@ -260,9 +260,9 @@ class FactorizationMemoryForCausalLM(FactorizationMemoryPreTrainedModel, Factori
         if labels is not None:
             if labels.shape != outputs.last_hidden_state.shape[:2]:
                 takes = list(outputs.last_hidden_state.shape[:2])
-                raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes that of the tokens, {takes}")
+                raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes the shape of the tokens, {takes}")
             if logits.shape[:2] != labels.shape:
-                raise ValueError(f"logits_to_keep={logits_to_keep!r}: not together with labels; a loss takes all logits")
+                raise ValueError(f"logits_to_keep={logits_to_keep!r}: cannot be combined with labels; a loss needs all logits")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}

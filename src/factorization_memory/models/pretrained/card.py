@@ -15,7 +15,7 @@ from factorization_memory.models.pretrained.conversion import NATIVE, native_typ
 
 _LANGUAGE = re.compile(r"([A-Za-z]{2,3})([-_][A-Za-z0-9]{1,8})*")
 
-NOT_SAID = "not said by those who exported it"
+NOT_SAID = "not specified"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _what(facts: CardFacts, native: str | None) -> str:
     config = facts.config
     kinds = "/".join(dict.fromkeys(config.layer_mixers))
     if native is not None:
-        what = f"A baseline, trained with `factorization_memory` and written as the `{NATIVE[native]}` that it is."
+        what = f"A baseline trained with `factorization_memory`, saved as a `{NATIVE[native]}` model."
     else:
         what = (
             "A recurrent language model whose memory is a matrix of states, after *Language Modeling With Factorization "
@@ -86,7 +86,7 @@ def _what(facts: CardFacts, native: str | None) -> str:
     rows = {
         "parameters": f"{facts.parameters:,}",
         "blocks": f"{config.num_layers} of {kinds}, width {config.hidden_size}",
-        "vocabulary": f"{config.vocab_size:,} ids (byte-level, so that every text comes back)",
+        "vocabulary": f"{config.vocab_size:,} ids (byte-level, so that any text can be encoded and decoded exactly)",
         "training context": f"{facts.context_length:,} tokens" if facts.context_length else "",
         "licence of the weights": facts.license or NOT_SAID,
     }
@@ -104,7 +104,7 @@ def _use(native: str | None) -> str:
     known = (
         ""
         if native is not None
-        else "import factorization_memory.models.huggingface  # pip install factorization_memory; makes transformers know it\n"
+        else "import factorization_memory.models.huggingface  # pip install factorization_memory; registers the model\n"
     )
     return (
         "## Use\n\n```python\n"
@@ -151,6 +151,6 @@ def _held_out(facts: CardFacts) -> str:
 
 _LIMITS = """## Limits
 
-A base model: it continues text, and was not taught to follow instructions, to be right or to be harmless. What it writes can be
-false, and carries the language and the attitudes of the texts it was trained on. It knows nothing of what they do not say.
+This is a base model: it continues text, and was not trained to follow instructions, to be correct or to be harmless. Its output
+can be false, and reflects the language and attitudes of its training texts. It knows nothing beyond them.
 """

@@ -87,10 +87,10 @@ def native_config(fields: Mapping[str, Any]) -> ModelConfig:
     except ConfigError:
         raise
     except KeyError as error:
-        raise ConfigError(f"{error.args[0]}: missing; give the whole config.json of such a model") from None
+        raise ConfigError(f"{error.args[0]}: missing; use the complete config.json of such a model") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ConfigError(
-            f"a field of the wrong kind ({error}); give the config.json of a {kind} model as it was saved"
+            f"a field of the wrong kind ({error}); use the config.json of a {kind} model as it was saved"
         ) from None
 
 
@@ -99,7 +99,7 @@ def _mamba2_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     low, high = fields.get("time_step_limit") or (0.0, math.inf)
     # JSON has no infinity; this is how `transformers` writes it.
     if low != 0 or high not in (math.inf, {"__float__": "Infinity"}):
-        raise ConfigError(f"time_step_limit={[low, high]!r}: our models have no such thing; takes [0.0, Infinity]")
+        raise ConfigError(f"time_step_limit={[low, high]!r}: not supported; use [0.0, Infinity]")
     heads, inner = fields["num_heads"], fields["expand"] * fields["hidden_size"]
     if heads * fields["head_dim"] != inner:
         raise ConfigError(f"num_heads={heads}: heads of head_dim={fields['head_dim']} must fill expand * hidden_size = {inner}")
@@ -121,11 +121,11 @@ def _llama_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     theta = rope.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0
     scaled = {name: value for name, value in rope.items() if value not in (None, "default")}
     if scaled:
-        raise ConfigError(f"rope_parameters={scaled!r}: our models do not scale rotary positions; takes rope_type='default'")
+        raise ConfigError(f"rope_parameters={scaled!r}: scaled rotary positions are not supported; use rope_type='default'")
     heads, width = fields["num_attention_heads"], fields["hidden_size"]
     if (fields.get("head_dim") or width // heads) * heads != width:
         raise ConfigError(
-            f"head_dim={fields['head_dim']!r}: our models have heads of hidden_size / heads; takes {width // heads}"
+            f"head_dim={fields['head_dim']!r}: only heads of width hidden_size / heads are supported; use {width // heads}"
         )
     attention = {
         "num_heads": heads,
@@ -150,7 +150,7 @@ def _refuse(fields: Mapping[str, Any], **takes: Any) -> None:
     """Raises ConfigError for a field whose value differs from what our models fix."""
     for name, value in takes.items():
         if fields.get(name, value) != value:
-            raise ConfigError(f"{name}={fields[name]!r}: our models have no such thing; takes {value!r}")
+            raise ConfigError(f"{name}={fields[name]!r}: not supported; use {value!r}")
 
 
 def to_native(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -256,7 +256,7 @@ class _Names:
 
     def take(self, name: str) -> Tensor:
         if name not in self.left:
-            raise ValueError(f"weights: {name} is missing; give the whole state dictionary of such a model")
+            raise ValueError(f"weights: {name} is missing; use the complete state dict of such a model")
         return self.left.pop(name)
 
     def ends(self, embedding: str, norm: str) -> dict[str, Tensor]:
@@ -271,4 +271,4 @@ class _Names:
 
     def check_all_taken(self) -> None:
         if self.left:
-            raise ValueError(f"weights: no place for {', '.join(sorted(self.left))}; our model has none of these")
+            raise ValueError(f"weights: no place for {', '.join(sorted(self.left))} in our model; remove them")

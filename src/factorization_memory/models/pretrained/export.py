@@ -141,12 +141,12 @@ def require_free(folder: Path, overwrite: bool) -> None:
     if not folder.exists() and not folder.is_symlink():
         return
     if not overwrite:
-        raise FileExistsError(f"{folder}: it exists; choose another folder, or overwrite it")
+        raise FileExistsError(f"{folder}: already exists; choose another folder, or overwrite it")
     if folder.is_symlink() or not folder.is_dir() or not is_pretrained(folder):
-        raise FileExistsError(f"{folder}: it is no exported model, and stays as it is; choose another folder")
+        raise FileExistsError(f"{folder}: not an exported model, so left unchanged; choose another folder")
     others = sorted(path.name for path in folder.iterdir() if path.is_dir() or not _WRITTEN.fullmatch(path.name))
     if others:
-        raise FileExistsError(f"{folder}: it holds {others[0]!r}, which no export wrote; choose another folder")
+        raise FileExistsError(f"{folder}: contains {others[0]!r}, which no export wrote; choose another folder")
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -174,7 +174,7 @@ def special_ids(definition: str, path: Path) -> dict[str, int]:
         known = {token["content"]: token["id"] for token in parse_json(definition)["added_tokens"]}
         end, padding = known[DOCUMENT_END], known[PADDING]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a tokenizer of ours, which has {DOCUMENT_END} and {PADDING} ({error})") from None
+        raise ValueError(f"{path}: not one of our tokenizers, with {DOCUMENT_END} and {PADDING} ({error})") from None
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": padding}
 
 

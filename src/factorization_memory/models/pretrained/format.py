@@ -85,8 +85,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS_NAME).exists():
         if not (folder / INDEX_NAME).exists():
             others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-            found = f"{', '.join(others)} can run programs when loaded and is not read; " if others else ""
-            raise FormatError(f"{folder}: there is no {WEIGHTS_NAME}; {found}save the model with safetensors")
+            found = f"{', '.join(others)} can run code when loaded and is not read; " if others else ""
+            raise FormatError(f"{folder}: no {WEIGHTS_NAME} here; {found}save the model with safetensors")
         names = indexed_files(folder)
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -94,7 +94,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             require_readable(folder / name)
             tensors |= load_file(folder / name)
         except FileNotFoundError:
-            raise FormatError(f"{folder / name}: missing, though {INDEX_NAME} names it; copy the whole model") from None
+            raise FormatError(f"{folder / name}: missing, but listed in {INDEX_NAME}; copy the whole model") from None
         except UnreadableError:
             raise
         except (SafetensorError, OSError) as error:
@@ -107,10 +107,10 @@ def indexed_files(folder: Path) -> list[str]:
     path = Path(folder) / INDEX_NAME
     files = _read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise FormatError(f"{path}: its weight_map does not say in which file each weight is; copy or download it again")
+        raise FormatError(f"{path}: its weight_map does not map every weight to a file; copy or download it again")
     for name in files.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise FormatError(f"{path}: it names {name!r}, which is no safetensors file of this folder; do not use it")
+            raise FormatError(f"{path}: lists {name!r}, which is not a safetensors file of this folder; do not use this model")
     return sorted(set(files.values()))
 
 
@@ -119,7 +119,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     fields = _read_json(path)
     if not isinstance(fields.get("model_type"), str):
-        raise FormatError(f"{path}: it lacks the field 'model_type'; this is no model of Hugging Face's layout")
+        raise FormatError(f"{path}: no field 'model_type'; this is not a model in Hugging Face's layout")
     return fields
 
 
@@ -134,7 +134,7 @@ def read_model_config(folder: Path | str) -> ModelConfig:
     kind = fields["model_type"]
     if kind not in (MODEL_TYPE, *NATIVE):
         takes = ", ".join(map(repr, (MODEL_TYPE, *NATIVE)))
-        raise FormatError(f"{path}: model_type={kind!r}, takes one of {takes}; other models cannot be read here")
+        raise FormatError(f"{path}: model_type={kind!r} is not supported; use a model of type {takes}")
     try:
         if kind in NATIVE:
             config = native_config(fields)
@@ -144,7 +144,7 @@ def read_model_config(folder: Path | str) -> ModelConfig:
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
     if config.vocab_size < 1:
-        raise FormatError(f"{path}: vocab_size={config.vocab_size}: a model needs the number of its tokenizer's ids")
+        raise FormatError(f"{path}: vocab_size={config.vocab_size}: use the number of ids of its tokenizer")
     return config
 
 
@@ -168,7 +168,7 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder; give one that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+        raise FormatError(f"{folder}: no such folder; give one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     config = read_model_config(folder)
     kind = read_config(folder)["model_type"]
     weights = read_weights(folder)
@@ -183,7 +183,7 @@ def load_pretrained(folder: Path | str, device: torch.device | str = "cpu") -> L
         table = weights["embedding.weight"]
         if not torch.equal(weights.setdefault("head.weight", table), table):
             raise FormatError(
-                f"{folder}: the head's weight differs from the embedding's, though {CONFIG_NAME} says that they are tied; "
+                f"{folder}: the head's weight differs from the embedding's, though {CONFIG_NAME} says they are tied; "
                 "set tie_word_embeddings to false"
             )
     # Before allocating anything of that size.
@@ -209,15 +209,15 @@ def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], folder: P
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own:
-            problem = "is missing" if name not in weights else "should not be there"
-            raise FormatError(f"{folder}: weight {named(name)!r} {problem} by its {CONFIG_NAME}; use the one saved with it")
+            problem = "is missing" if name not in weights else "is unexpected"
+            raise FormatError(f"{folder}: weight {named(name)!r} {problem} by {CONFIG_NAME}; use the one saved with it")
         if weights[name].shape != own[name].shape:
             raise FormatError(
-                f"{folder}: weight {named(name)!r} has shape {tuple(weights[name].shape)}, by {CONFIG_NAME} it should "
-                f"have {tuple(own[name].shape)}; use the one saved with it"
+                f"{folder}: weight {named(name)!r} has shape {tuple(weights[name].shape)}, but according to "
+                f"{CONFIG_NAME} {tuple(own[name].shape)}; use the one saved with it"
             )
         if not weights[name].is_floating_point():
-            raise FormatError(f"{folder}: weight {named(name)!r} is of {weights[name].dtype}; save it in float32 or bfloat16")
+            raise FormatError(f"{folder}: weight {named(name)!r} is {weights[name].dtype}; save it in float32 or bfloat16")
     wrong = not_finite({named(name): tensor for name, tensor in weights.items()})
     if wrong is not None:
         raise FormatError(f"{folder}: weight {wrong!r} is NaN or infinite; use an earlier checkpoint, or download it again")
@@ -227,9 +227,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = read_json(path)
     except FileNotFoundError:
-        raise FormatError(f"{path}: missing; give a folder of Hugging Face's layout") from None
+        raise FormatError(f"{path}: missing; give a folder in Hugging Face's layout") from None
     except JSONError as error:
         raise FormatError(f"{path}: not JSON, damaged or cut short ({error.reason}); copy or download it again") from None
     if not isinstance(fields, dict):
-        raise FormatError(f"{path}: not an object of fields; copy or download it again")
+        raise FormatError(f"{path}: not a JSON object; copy or download it again")
     return fields

@@ -108,7 +108,7 @@ def memory_layer(
     first_value = first_merge + num_heads * rates
     first_gate = first_value + channels
     if last_indices.size and not (last_indices.min() >= 0 and last_indices.max() < num_states):
-        raise ValueError("state.indices: an index is not one of the layer's states; read the text again from initial_state")
+        raise ValueError("state.indices: contains an index outside the layer's states; read the text again from initial_state")
     value, y = np.empty(channels, np.float32), np.empty(channels, np.float32)
     selected, affinity = np.empty(top_k, np.int64), np.empty(top_k, np.float32)
     for b in range(projected.shape[0]):

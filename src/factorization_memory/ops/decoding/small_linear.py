@@ -308,11 +308,11 @@ def _check(
         if tensor.device != x.device:
             raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}; move them to one device")
         if tensor.stride(-1) != 1 and shape[-1] > 1:
-            raise ValueError(f"{name}: numbers of a row stand {tensor.stride(-1)} apart; take a contiguous tensor")
+            raise ValueError(f"{name}: last dimension has stride {tensor.stride(-1)}; use a contiguous tensor")
     if (skipped is None) != (skip_weight is None):
         missing, given = ("skip_weight", "skipped") if skip_weight is None else ("skipped", "skip_weight")
-        raise ValueError(f"{missing}: got None, takes a tensor where {given} is given")
+        raise ValueError(f"{missing}: got None, takes a tensor together with {given}")
     if not weight.is_contiguous():
-        raise ValueError("weight: is not contiguous; take weight.contiguous()")
+        raise ValueError("weight: is not contiguous; use weight.contiguous()")
     if tokens > (most := most_tokens(inputs)):
-        raise ValueError(f"x: got {tokens} tokens of {inputs} inputs, takes up to {most}; give fewer at a time")
+        raise ValueError(f"x: got {tokens} tokens of {inputs} inputs, takes up to {most}; pass fewer at a time")

@@ -89,7 +89,7 @@ def gated_delta_rule_step(
     """One token: `state` `[B, H, K, V]` is updated in place. Shapes as in `gated_delta_rule`, without T; returns o `[B, H, V]`
     in v's dtype. Raises ValueError as `gated_delta_rule` does."""
     if v.dim() != 3:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, takes one token of each sequence, [B, H, V]")
+        raise ValueError(f"v: got shape {tuple(v.shape)}, takes one token per sequence, [B, H, V]")
     _check(*(x[:, None] for x in (q, k, v, g, beta)))
     check_state(state, "state", (*v.shape[:2], k.shape[2], v.shape[2]), v)
     check_writable(state)
@@ -118,7 +118,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
             f"{heads} heads"
         )
     if q.shape != k.shape:
-        raise ValueError(f"q: got shape {tuple(q.shape)}, takes that of k, {tuple(k.shape)}")
+        raise ValueError(f"q: got shape {tuple(q.shape)}, takes the shape of k, {tuple(k.shape)}")
     for name, tensor in (("g", g), ("beta", beta)):
         if tensor.shape != v.shape[:3]:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, takes {tuple(v.shape[:3])}, v's [B, T, H]")
@@ -138,7 +138,7 @@ def why_not_fla(k: Tensor, v: Tensor) -> str | None:
     if v.numel() == 0:
         return f"v is empty, {tuple(v.shape)}"
     if k.shape[3] > FLA_MAX_KEY_WIDTH:
-        return f"k is of width {k.shape[3]}, the kernels take {FLA_MAX_KEY_WIDTH} at most"
+        return f"k is of width {k.shape[3]}, the kernels take at most {FLA_MAX_KEY_WIDTH}"
     return _missing() or (None if _tilelang() else fla_refusal(str(v.device)))
 
 

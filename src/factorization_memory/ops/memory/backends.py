@@ -179,7 +179,7 @@ def _step_scan(
 
 def _no_scan(value: Tensor, touched: int, *_: object) -> str | None:
     if not touched:
-        return "it computes with indices, which are None"
+        return "it needs indices, which are None"
     return runtime.why_no_numba(value)
 
 
@@ -193,7 +193,7 @@ def _no_kernels(value: Tensor, *_: object) -> str | None:
 
 def _no_sparse_kernels(value: Tensor, touched: int, *_: object) -> str | None:
     if not touched:
-        return "it computes with indices, which are None"
+        return "it needs indices, which are None"
     return runtime.why_unsupported(value)
 
 

@@ -88,7 +88,7 @@ def factorization_memory_step(
         got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
         raise ValueError(f"seed: got {got}, takes int64 (1,) on {state.device}")
     if seed is not None and _choose(backend, value, indices, merge_indices, states).family != "triton":
-        raise ValueError("seed: only Triton kernels round at random, and they do not run here; use a float32 state")
+        raise ValueError("seed: only Triton kernels round stochastically, and they do not run here; use a float32 state")
     y = recurrence_step(update, merge, value, state, indices, merge_indices, places, undo, seed=seed, backend=backend)
     return y, state
 

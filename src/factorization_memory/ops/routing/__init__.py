@@ -188,7 +188,7 @@ def _why_unsupported(
 ) -> str | None:
     """Why the kernels cannot run; None if they can."""
     if top_k is None:
-        return "top_k is None, and the kernels are for a selection"
+        return "top_k is None, but the kernels need a selection"
     if affinity_logits.shape[-1] > MAX_STATES or top_k > MAX_SELECTED:
         return f"M = {affinity_logits.shape[-1]} and top_k = {top_k}, the kernels take up to {MAX_STATES} and {MAX_SELECTED}"
     named = {"affinity_logits": affinity_logits, "update_logits": update_logits, "merge_logits": merge_logits}
@@ -231,10 +231,12 @@ def _check(
         if logits.dim() < 2 or logits.shape[:-1] != lead or logits.shape[-1] not in (1, states):
             raise ValueError(f"{name}: got shape {tuple(logits.shape)}, takes {(*lead, states)} or {(*lead, 1)}")
         if logits.device != affinity_logits.device:
-            raise ValueError(f"{name}: is on {logits.device}, affinity_logits on {affinity_logits.device}; move them to one")
+            raise ValueError(
+                f"{name}: is on {logits.device}, affinity_logits on {affinity_logits.device}; move them to one device"
+            )
     if update_logits is not None and merge_logits.shape != update_logits.shape:
         raise ValueError(
-            f"merge_logits: got shape {tuple(merge_logits.shape)}, takes that of update_logits, {tuple(update_logits.shape)}"
+            f"merge_logits: got shape {tuple(merge_logits.shape)}, takes update_logits' {tuple(update_logits.shape)}"
         )
     if top_k is not None and not 1 <= top_k <= states:
         raise ValueError(f"top_k: got {top_k}, takes 1 to M = {states}, or None for all states")

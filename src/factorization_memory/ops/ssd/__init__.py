@@ -83,7 +83,7 @@ def ssd_step(x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, outpu
     """One token: `state` `[B, H, P, N]` is updated in place. Shapes as in `ssd`, without T; returns y `[B, H, P]` in x's
     dtype. Raises ValueError as `ssd` does."""
     if x.dim() != 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token of each sequence, [B, H, P]")
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes one token per sequence, [B, H, P]")
     _check(x[:, None], dt[:, None], decay_rate, input_map[:, None], output_map[:, None])
     check_state(state, "state", (*x.shape, input_map.shape[2]), x)
     check_writable(state)
@@ -106,7 +106,7 @@ def _check(x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_
     if dt.shape != x.shape[:3]:
         raise ValueError(f"dt: got shape {tuple(dt.shape)}, takes {tuple(x.shape[:3])}, x's [B, T, H]")
     if decay_rate.shape != (heads,):
-        raise ValueError(f"decay_rate: got shape {tuple(decay_rate.shape)}, takes {(heads,)}, one for each head of x")
+        raise ValueError(f"decay_rate: got shape {tuple(decay_rate.shape)}, takes {(heads,)}, one per head of x")
     for name, tensor in (("input_map", input_map), ("output_map", output_map)):
         if tensor.dim() != 4 or tensor.shape[:2] != x.shape[:2] or tensor.shape[2] < 1 or heads % tensor.shape[2]:
             raise ValueError(
@@ -114,7 +114,9 @@ def _check(x: Tensor, dt: Tensor, decay_rate: Tensor, input_map: Tensor, output_
                 f"divisor of {heads} heads"
             )
     if output_map.shape != input_map.shape:
-        raise ValueError(f"output_map: got shape {tuple(output_map.shape)}, takes that of input_map, {tuple(input_map.shape)}")
+        raise ValueError(
+            f"output_map: got shape {tuple(output_map.shape)}, takes the shape of input_map, {tuple(input_map.shape)}"
+        )
     arguments = {"dt": dt, "decay_rate": decay_rate, "input_map": input_map, "output_map": output_map}
     for name, tensor in arguments.items():
         if tensor.dtype not in FLOATS:

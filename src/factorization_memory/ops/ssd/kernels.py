@@ -42,7 +42,7 @@ def why_unsupported(backend: str, x: Tensor, packed_states: bool) -> str | None:
     if x.numel() == 0:
         return f"x is empty, {tuple(x.shape)}"
     if backend == "mamba-ssm" and packed_states:
-        return "it has no gradients of states of packed sequences"
+        return "it has no gradients for the states of packed sequences"
     if backend == "fla" and (reason := fla_refusal(str(x.device))) is not None:
         return reason
     return _missing(backend)

@@ -27,7 +27,7 @@ def show_cost(result: dict[str, Any], out: Console) -> None:
         "FLOPs per token": f"train {short(flops['train'])}, prefill {short(flops['prefill'])}, decode "
         f"{short(flops['decode'])}; {', '.join(of_which)}",
         "state": f"{short(result['state_bytes'])}B per sequence"
-        + (f" and {short(grows)}B for each token read" if grows else ", at any length"),
+        + (f" and {short(grows)}B per token read" if grows else ", at any length"),
         "training memory": ", ".join(f"{name} {short(size)}B" for name, size in memory.items())
         + f" (estimate for {result['precision']}"
         + ("; on a GPU precision=auto takes bfloat16 activations)" if result["precision_assumed"] else ")"),
@@ -43,10 +43,10 @@ def show_cost(result: dict[str, Any], out: Console) -> None:
     if result["time"] is not None:
         rows["time"] = (
             f"about {clock(result['time']['seconds'])} at the {short(result['time']['flops_per_second'])}FLOP/s of "
-            f"`fmem bench training` on this machine ({result['time']['date']}), evaluations aside"
+            f"`fmem bench training` on this machine ({result['time']['date']}), without evaluations"
         )
     else:
-        rows["time"] = "not known: run `fmem bench training` once on this machine"
+        rows["time"] = "unknown; run `fmem bench training` once on this machine"
     for name, text in rows.items():
         table.add_row(name, text)
     peak = max(result["learning_rate"].values())

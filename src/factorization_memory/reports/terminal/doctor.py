@@ -50,4 +50,4 @@ def show_findings(findings: dict[str, Any], people: Console) -> None:
     for one in findings["skipped"]:
         people.print(f"[dim]{one['backend']} not on {one['device']}: {escape(one['reason'])}[/]", soft_wrap=True)
     failed = sum(not result["passed"] for result in findings["checks"])
-    people.print("[green]all backends that can run here are right[/]" if not failed else f"[red]{failed} checks failed[/]")
+    people.print("[green]all backends that can run here are correct[/]" if not failed else f"[red]{failed} checks failed[/]")

@@ -50,8 +50,8 @@ def _show_repeated(recall: dict[str, dict[str, KindLoss]], out: Console) -> None
     for name, parts in recall.items():
         table.add_row(plain(name), *as_text(parts))
     out.print(
-        "nats per token (and share of tokens) by what stood before in the same window: the token and its predecessor, the "
-        "predecessor followed by others alone, or neither"
+        "nats per token (and share of tokens) by what came earlier in the same window: the token and its predecessor, the "
+        "predecessor followed only by other tokens, or neither"
     )
     out.print(table)
     headings, cells = distances_as_text(recall)
@@ -59,7 +59,7 @@ def _show_repeated(recall: dict[str, dict[str, KindLoss]], out: Console) -> None
         table = Table("repeated", *headings)
         for name, row in cells.items():
             table.add_row(plain(name), *row)
-        out.print("the repeated ones by how many tokens ago that pair last occurred")
+        out.print("repeated tokens by how many tokens ago the pair last occurred")
         out.print(table)
 
 
@@ -84,7 +84,9 @@ def _show_positions(result: EvaluationRecord, out: Console) -> None:
             f"{row['restarted_bits_per_byte']:.3f}",
             f"{row['bits_per_byte'] - row['restarted_bits_per_byte']:+.3f}",
         )
-    out.print("bits per byte of the same tokens, memory carried from the beginning against emptied each training context")
+    out.print(
+        "bits per byte of the same tokens, with memory carried from the start and with memory emptied every training context"
+    )
     out.print(table)
 
 

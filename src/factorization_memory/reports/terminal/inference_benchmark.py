@@ -40,7 +40,10 @@ def show_model(records: list[dict[str, Any]], people: Console) -> None:
             size, read = ["", "", ""], ["", ""]
     people.print(shown)
     if any(record["state"] == "random" for record in records):
-        people.print("without a first token: not read, its steps go on from random numbers in place of a state", soft_wrap=True)
+        people.print(
+            "no first token: the prompt was not read, and its steps started from random numbers in place of a state",
+            soft_wrap=True,
+        )
 
 
 def show_inference_end(result: dict[str, Any], people: Console) -> None:

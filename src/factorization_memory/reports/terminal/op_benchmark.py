@@ -42,20 +42,20 @@ def show_op_end(result: dict[str, Any], people: Console) -> None:
         people.print(f"without {name}: {why}", soft_wrap=True)
     for record in result["same_maths"]:
         error = record["reason"] or f"relative error {record['error']:.1e}"
-        text = f"{record['peer']} at {record['shape']} beside the float64 reference: {error}"
+        text = f"{record['peer']} at {record['shape']} against the float64 reference: {error}"
         if not record["passed"]:
             tolerance = f"{record['tolerance']:.0e}"
-            text = f"[yellow]{text}; NOT the same maths (more than {tolerance} off): its times compare nothing[/]"
+            text = f"[yellow]{text}; NOT the same maths (more than {tolerance} off), so its times are not comparable[/]"
         people.print(text, soft_wrap=True)
 
 
 def _show_checks(records: list[dict[str, Any]], people: Console) -> None:
     worst = max(records, key=lambda check: check["error"])
     where = f"{worst['worst']} of {worst['backend']} at {worst['shape']}"
-    people.print(f"correctness gate green: largest relative error {worst['error']:.1e} ({where})", soft_wrap=True)
+    people.print(f"correctness gate passed: largest relative error {worst['error']:.1e} ({where})", soft_wrap=True)
     people.print(
-        "graph: the same as a replayed CUDA graph; GB/s, TFLOP/s, floor: of what the formula must move and compute; "
-        "extra: memory of fwd+bwd beyond inputs, output and gradients, over the bytes of v and y",
+        "graph: the same as a replayed CUDA graph; GB/s, TFLOP/s, floor: for what the formula must move and compute; "
+        "extra: memory of fwd+bwd beyond inputs, output and gradients, relative to the bytes of v and y",
         soft_wrap=True,
     )
 

@@ -22,7 +22,7 @@ def show_recall(record: RecallRecord, out: Console) -> None:
     """What `evaluate_recall` returned."""
     pairs = record["associative"]["by_pairs"]
     if pairs:
-        out.print("recall: random tokens in pairs, then the first of each again; how often is its partner the likeliest?")
+        out.print("recall: random pairs of tokens, then the first of each again; how often is its partner the likeliest token?")
         table = Table("pairs", *(str(row["pairs"]) for row in pairs))
         table.add_row("among the values shown", *(_share(row["choice"], row["choice_error"]) for row in pairs))
         table.add_row("among all tokens", *(_share(row["exact"], row["exact_error"]) for row in pairs))
@@ -39,7 +39,7 @@ def show_recall(record: RecallRecord, out: Console) -> None:
         chance = next(iter(needles.values()))["by_length"][0]["chance"]
         out.print(
             f"recall: the number in a sentence hidden in text, likeliest of {round(1 / chance)} (chance {chance:.1%}); "
-            "in brackets how often it would be written"
+            "in brackets, how often it would be generated"
         )
         lengths: dict[str, dict[str, ByLength]] = {}
         for name, parts in needles.items():
@@ -55,7 +55,7 @@ def show_recall(record: RecallRecord, out: Console) -> None:
         _grid(out, "text before it", depths, _both)
     copies = record["copy"]
     if copies:
-        out.print("recall: a stretch of tokens twice; how much of the second is likeliest, and nats per token (of the first)")
+        out.print("recall: a stretch of tokens twice; how much of the second is predicted, and nats per token (of the first)")
         _grid(
             out,
             "tokens of the stretch",
@@ -63,7 +63,7 @@ def show_recall(record: RecallRecord, out: Console) -> None:
             lambda row: f"{row['accuracy']:.0%}, {row['loss']:.2f} ({row['first_loss']:.2f})",
         )
     for reason in record["left_out"]:
-        out.print(f"left out: {reason}", markup=False)
+        out.print(f"skipped: {reason}", markup=False)
 
 
 def _grid(out: Console, title: str, cells: Mapping[str, Mapping[str, Row]], text: Callable[[Row], str]) -> None:

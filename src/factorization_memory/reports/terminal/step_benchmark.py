@@ -17,12 +17,12 @@ def show_step_part(section: str, records: list[dict[str, Any]], people: Console)
 
 def _show_checks(records: list[dict[str, Any]], people: Console) -> None:
     worst = max(records, key=lambda check: check["error"] / check["tolerance"])
-    where = f"{worst['worst']} of a {worst['backend']} at {worst['shape']}, of {worst['tolerance']:.0e} allowed"
-    restored = ", sparse steps taken back to the bit" if any(record["restored"] for record in records) else ""
-    people.print(f"correctness gate green: relative error {worst['error']:.1e} ({where}){restored}", soft_wrap=True)
+    where = f"{worst['worst']} of a {worst['backend']} at {worst['shape']}, {worst['tolerance']:.0e} allowed"
+    restored = ", sparse steps rolled back to the bit" if any(record["restored"] for record in records) else ""
+    people.print(f"correctness gate passed: relative error {worst['error']:.1e} ({where}){restored}", soft_wrap=True)
     people.print(
-        "moved: rows read and written; of copy: over the rate of a large copy; rotation: rows that steps go round over, which "
-        "a cache that holds them makes fast",
+        "moved: rows read and written; of copy: relative to the rate of a large copy; rotation: rows that the steps cycle "
+        "through, which are fast if a cache holds them",
         soft_wrap=True,
     )
 
@@ -52,7 +52,7 @@ def _show_steps(records: list[dict[str, Any]], people: Console) -> None:
 
 def _show_rollbacks(records: list[dict[str, Any]], people: Console) -> None:
     shown = table(
-        f"steps taken back at once, {_size(records[0])}", "K", "steps", "us", "copying the memory us", "faster than that"
+        f"steps rolled back at once, {_size(records[0])}", "K", "steps", "us", "copying the memory us", "faster than that"
     )
     for record in records:
         if record["error"]:
