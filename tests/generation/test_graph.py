@@ -43,8 +43,7 @@ def same(left: ModelState, right: ModelState) -> bool:
 def test_steps_are_the_models() -> None:
     model = build("sparse")
     state = read(model, 3)
-    steps = steps_for(model, 3)
-    assert type(steps) is Steps
+    steps = Steps(model, 3)
     assert not steps.captured
     steps.load(state)
     kept = state.clone()

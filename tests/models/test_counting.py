@@ -90,7 +90,8 @@ def kept_by_autograd(model: LanguageModel, tokens: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_activations_are_what_autograd_keeps(form: dict[str, Any]) -> None:
-    model = LanguageModel(config(**form))
+    """With the chunked form, which keeps a little more than Numba's loops."""
+    model = LanguageModel(config(**form, backend="chunked"))
     expected = kept_by_autograd(model, torch.zeros(3, 200, dtype=torch.long))
     memory = counting.training_memory(model.config, 3, 200, bfloat16=False)
     assert abs(memory["activations"] - expected) <= 0.02 * expected
