@@ -97,6 +97,7 @@ def test_it_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
         "top_k=None": model(top_k=None),
         "top_k=12: the loops need selected states": model(top_k=12),
         "backend='chunked' is plain PyTorch": model(backend="chunked"),
+        "backend='triton' is not that of the loops": model(backend="triton"),
         "memory layers alone": model(mixers=("memory", "attention")),
         "its weights are torch.float64": model().double(),
     }
@@ -108,9 +109,43 @@ def test_it_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
         assert type(steps_for(unfit, 2)) is Steps
     with pytest.raises(ValueError, match=r"model: top_k=None: the loops need selected states; use LanguageModel.step"):
         LoopDecodingModel(model(top_k=None))
-    monkeypatch.setattr(runtime, "_has_numba", lambda: False)
+    monkeypatch.setattr(runtime, "_numba_problem", lambda: "Numba is not installed (pip install numba)")
     assert type(steps_for(model(), 2)) is Steps
     assert "Numba is not installed" in (why_unsupported(model()) or "")
+
+
+def test_weights_that_change_are_seen() -> None:
+    """All of them, copied or not; other dtypes fall back to the plain step."""
+    plain = model(**FORMS["associative"])
+    fused = LoopDecodingModel(plain)
+    expected, got = plain.initial_state(1), plain.initial_state(1)
+    token = torch.tensor([3])
+
+    @torch.no_grad()
+    def train() -> None:
+        for parameter in plain.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    for change in (lambda: None, train, plain.double, plain.float):
+        change()
+        if expected.layers[0].memory.dtype != plain.embedding.weight.dtype:
+            expected, got = plain.initial_state(1), plain.initial_state(1)
+        torch.testing.assert_close(fused.step(token, got)[0], plain.step(token, expected)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_and_autograd_are_heard() -> None:
+    plain = model(**FORMS["associative"])
+    fused = LoopDecodingModel(plain)
+    token = torch.tensor([3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = fused.step(token, plain.initial_state(1))
+        expected, _ = plain.step(token, plain.initial_state(1))
+        assert got.dtype == expected.dtype == torch.bfloat16
+    _, state = plain(torch.tensor([[1, 2, 3]]))
+    loss = sum((layer.memory**2).sum() for layer in state)
+    fused.step(token, state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_state_of_another_batch_is_refused() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +171,49 @@ def test_indices_out_of_range_are_refused_below_the_public_door() -> None:
         OPS.scan_step(*arguments, torch.zeros(1, 1, 4, 2, dtype=torch.float64), None, None, None)
 
 
+@pytest.mark.parametrize("borders", [[0, 3, 2_000_000], [0, 4, 2, 5], [1, 5], [0, 4]])
+def test_borders_are_checked_below_the_public_door(borders: list[int]) -> None:
+    case = make(1, 5, 1, 4, 2, top_k=2)
+    arguments = (case.update, case.merge, case.value, case.indices, case.indices, None)
+    with pytest.raises(ValueError, match=r"cu_seqlens: got .*, takes a non-decreasing sequence from 0 to T = 5"):
+        OPS.scan(*arguments, torch.tensor(borders), 4, False, False)
+
+
+@pytest.mark.parametrize("places", [[7], [-2], None, [0, 1]])
+def test_places_are_checked_below_the_public_door(places: list[int] | None) -> None:
+    case = make(1, 1, 1, 4, 2, top_k=2)
+    arguments = (case.update, case.merge, case.value, case.indices, case.indices, torch.zeros(3, 1, 4, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"places: got .*, takes 1 distinct numbers from 0 to 2, or -1"):
+        OPS.scan_step(*arguments, None if places is None else torch.tensor(places), None, None)
+
+
+def test_indices_are_checked_before_they_are_narrowed() -> None:
+    case = make(1, 5, 1, 4, 2, top_k=2)
+    case.indices[0, 0, 0, 0] = 2**32 + 1
+    with pytest.raises(ValueError, match="indices: got 0 to 4294967297"):
+        OPS.scan(case.update, case.merge, case.value, case.indices, case.indices, None, None, 4, False, False)
+
+
+def test_a_step_is_seen_by_autograd() -> None:
+    """A backward pass that needs the state as it was before the step is refused, as with PyTorch's own operations."""
+    case = make(1, 1, 1, 4, 2, top_k=2, with_initial=False)
+    state = torch.randn(1, 1, 4, 2, dtype=torch.float64)
+    loss = (state * torch.ones_like(state, requires_grad=True)).sum()
+    factorization_memory_step(case.update[:, 0], case.merge[:, 0], case.value[:, 0], state, case.indices[:, 0], backend="numba")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_short_sequences_keep_no_snapshots() -> None:
+    """A sequence's first state is its initial one, which is kept anyway."""
+    case = make(1, 160, 1, 9, 3, top_k=2, borders=[0, 16, 80, 160], with_initial=False)
+    arguments = (case.update, case.merge, case.value, case.indices, case.indices, None, case.borders, 9, False, True)
+    *_, snapshots = OPS.scan(*arguments)
+    assert layout.interval(9) == 64
+    assert len(snapshots) == 160 // 64
+    assert layout.snapshots_needed(layout.sequences_of(case.value, case.borders, 9), 9) == 1
+
+
 def test_one_graph_for_any_length() -> None:
     case = make(2, 90, 1, 9, 3, top_k=2, merge_top_k=2, with_initial=False)
     graphs = []
@@ -196,9 +242,11 @@ def test_auto_takes_it_for_few_of_many_states(monkeypatch: pytest.MonkeyPatch) -
         return backends.choose_backend(backend, value, indices, None, num_states, True, False).name
 
     assert [name(*sizes) for sizes in ((8, 256), (8, 16), (9, 16), (None, 16))] == ["numba", "numba", "chunked", "chunked"]
-    with pytest.raises(ValueError, match="backend='numba': it needs indices, which are None; use 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"backend='numba': it computes selected states alone, and there are no indices .*; use 'auto'"
+    ):
         name(None, 16, "numba")
-    monkeypatch.setattr(runtime, "_has_numba", lambda: False)
+    monkeypatch.setattr(runtime, "_numba_problem", lambda: "Numba is not installed (pip install numba)")
     assert name(8, 256) == "chunked"
     with pytest.raises(ValueError, match=r"backend='numba': Numba is not installed \(pip install numba\); use 'auto'"):
         name(8, 256, "numba")
@@ -218,3 +266,45 @@ def test_loops_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(numba, "njit", nowhere)
     assert loops.compiled(lambda x: x + 1)(2) == 3
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        ("raise ImportError('needs NumPy 2.0 or less')", "Numba cannot be imported (needs NumPy 2.0 or less)"),
+        ("__version__ = '0.50.1'", "Numba is 0.50.1, the loops need 0.61 or newer"),
+        (None, "Numba is not installed (pip install numba)"),
+    ],
+)
+def test_a_numba_that_does_not_work_is_passed_by(
+    package: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if package is None:
+        monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    else:
+        (tmp_path / "numba.py").write_text(package)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+            monkeypatch.delitem(sys.modules, name)
+    runtime._numba_problem.cache_clear()
+    try:
+        assert runtime.why_no_numba(torch.zeros(1)) == reason
+    finally:
+        runtime._numba_problem.cache_clear()
+
+
+def test_it_runs_while_the_interpreter_ends() -> None:
+    """When no more threads are started."""
+    script = """if True:
+        import atexit, torch
+        from factorization_memory.ops import factorization_memory
+        from factorization_memory.ops.memory.scan import layout
+        torch.set_num_threads(2)
+        layout.SMALL = 0
+        x, i = torch.rand(2, 8, 1, 2), torch.arange(2).expand(2, 8, 1, 2)
+        def run():
+            print(factorization_memory(x, x, x, i, None, 9, backend="numba")[0].shape)
+        atexit.register(run)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "torch.Size([2, 8, 1, 2])\n", done.stderr

@@ -81,7 +81,7 @@ class TrainingBenchmark:
     bfloat16: bool = False
     """Autocast to bfloat16."""
     compile: bool = False
-    """Compile the losses with torch.compile, ours as one graph (which the backend chunked does not allow)."""
+    """Compile the losses with torch.compile, ours as one graph."""
     activation_memory_budget: float = 1.0
     """With --compile: share of the activation bytes saved for backward, 0 to 1; the rest is recomputed."""
     peak_tflops: float = 0

@@ -91,7 +91,7 @@ def _run(benchmark: TrainingBenchmark, device: torch.device, progress: Callable[
             calls = {name: partial(step, tokens) for name, step in steps.items()}
             seconds = interleaved_seconds(calls, benchmark.repeats, device, failures=failures)
             if OURS in failures:
-                remedy = "; try without compile or with model.backend=triton" if benchmark.compile else ""
+                remedy = "; try without compile" if benchmark.compile else ""
                 raise RuntimeError(f"a step of our model at T={length} failed: {failures[OURS]}{remedy}")
             for name, step in steps.items():
                 record: dict[str, Any] = {

@@ -30,12 +30,12 @@ WARM_UP = 2
 def steps_for(model: LanguageModel, batch_size: int, dtype: torch.dtype | None = None, undo_steps: int = 0) -> Steps:
     """`StepGraph` on a GPU, `LoopSteps` for few sequences of a sparse model on a CPU; `Steps` elsewhere, for models whose state
     grows, and if something intercepts calls of the model's modules (adapters, hooks, offloading)."""
-    kind = Steps
+    kind, model = Steps, with_dtype(model, dtype)
     if next(model.parameters()).is_cuda:
         kind = Steps if grows(model) or why_any_called(model) is not None else StepGraph
     elif batch_size <= MAX_LOOP_SEQUENCES and not undo_steps and not torch.is_autocast_enabled("cpu"):
-        kind = LoopSteps if loop_decoding.why_unsupported(with_dtype(model, dtype)) is None else Steps
-    return kind(model, batch_size, dtype, undo_steps)
+        kind = LoopSteps if loop_decoding.why_unsupported(model) is None else Steps
+    return kind(model, batch_size, undo_steps=undo_steps)
 
 
 def grows(model: LanguageModel) -> bool:

@@ -18,13 +18,16 @@ from factorization_memory.models.block import Block
 from factorization_memory.models.decoding import why_not_memory_alone
 from factorization_memory.models.language_model import LanguageModel
 from factorization_memory.ops import runtime
+from factorization_memory.ops.autograd import written
 
 
 class LoopDecodingModel:
     """`LanguageModel.step` of a model in evaluation, with the same states.
 
+    Its input projections are copied, and copied again when a weight has changed. Hooks that are added later are ignored.
+
     Args:
-        model: on a CPU, in float32, sparse (`top_k`); its input projections are copied, so later changes of them are ignored.
+        model: on a CPU, in float32, sparse (`top_k`).
 
     Raises:
         ValueError: the model has no such step, or not on this device.
@@ -34,8 +37,18 @@ class LoopDecodingModel:
         if (reason := why_unsupported(model)) is not None:
             raise ValueError(f"model: {reason}; use LanguageModel.step")
         self.model = model
+        self._weights = list(model.parameters())
+        self._gather()
+
+    def _gather(self) -> None:
+        model = self.model
+        self._seen = self._versions()
         self._blocks = [_LoopBlock(block) for block in model.blocks]
         self._norm, self._head = _array(model.final_norm.weight), model.head.weight.detach().T
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes with any weight."""
+        return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self._weights]
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
@@ -43,16 +56,21 @@ class LoopDecodingModel:
         unless it fits this model and B sequences."""
         from factorization_memory.ops.decoding import loops
 
-        if any(layer.undo is not None for layer in state):
-            return self.model.step(tokens, state)  # which records what it overwrites
         model = self.model
+        if any(layer.undo is not None for layer in state) or torch.is_autocast_enabled("cpu"):
+            return model.step(tokens, state)  # which records what it overwrites, and casts
+        if self._versions() != self._seen:
+            if why_unsupported(model) is not None:
+                return model.step(tokens, state)
+            self._weights = list(model.parameters())
+            self._gather()
         model.check_step(tokens, state)
         x = model.embed(tokens)
         added: Tensor | None = None
         for block, layer in zip(self._blocks, state, strict=True):
             added = block.step(x, added, layer)
         normalised = torch.empty_like(x)
-        loops.add_and_normalise(x.numpy(), _rows(added, x), self._norm, model.final_norm.eps, normalised.numpy())
+        loops.add_and_normalise(x.numpy(), _rows(added, x), self._norm, np.float32(model.final_norm.eps), normalised.numpy())
         state.step_done()
         return normalised @ self._head, state
 
@@ -62,6 +80,8 @@ def why_unsupported(model: LanguageModel) -> str | None:
     if (reason := why_not_memory_alone(model)) is not None:
         return reason
     weight = model.embedding.weight
+    if model.config.backend not in ("auto", "numba"):
+        return f"backend={model.config.backend!r} is not that of the loops"
     if model.config.top_k in (None, model.config.num_states):
         return f"top_k={model.config.top_k}: the loops need selected states"
     if weight.dtype != torch.float32:
@@ -116,18 +136,19 @@ class _LoopBlock:
             self._num_states,
             self._rate_bias,
             self._temperature,
-            np.empty((batch, 0, 0), np.float32) if state.convolution is None else state.convolution.numpy(),
+            np.empty((batch, 0, 0), np.float32) if state.convolution is None else state.convolution.detach().numpy(),
             self._taps,
             self._taps_bias,
-            np.empty(selection, np.float32) if state.affinity is None else state.affinity.numpy(),
+            np.empty(selection, np.float32) if state.affinity is None else state.affinity.detach().numpy(),
             np.empty(selection, np.int64) if state.indices is None else state.indices.numpy(),
-            state.memory.numpy(),
+            state.memory.detach().numpy(),
             self._memory_norm,
             self._memory_norm_eps,
             self._skip,
             self._has_gate,
             mixed.numpy(),
         )
+        written(*state.tensors())
         contribution = torch.mm(mixed, self._output)
         loops.add_and_normalise(stream, contribution.numpy(), self._hidden_norm, self._hidden_norm_eps, normalised.numpy())
         hidden = x.new_empty(batch, len(self._down))

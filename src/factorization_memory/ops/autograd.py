@@ -114,3 +114,10 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.gradients[:] = gradients
         return None, *gradients
+
+
+def written(*tensors: Tensor) -> None:
+    """Tells autograd that these tensors were changed in place behind its back, through NumPy: a backward pass that needs their
+    old values then raises its error instead of using the new ones."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])

@@ -8,8 +8,8 @@
       report.html, plots/          see reports/report.py
 
 `fmem demo` adds samples.json, inspection.json and recall_demo.json, which the report shows, and its packed text, corpus/;
-`fmem import` adds sources.json, which describes the training data; `fmem compare` job.json, log.txt, failure.json and
-memory.json (see experiments/processes.py).
+`fmem import` adds sources.json, which describes the training data; `fmem compare` and
+`fmem sweep` job.json, log.txt, failure.json and memory.json (see experiments/processes.py).
 """
 
 from __future__ import annotations

@@ -177,9 +177,9 @@ def _step_scan(
     return scan.step(update, merge, value, indices, merge_indices, state, places, undo, position)
 
 
-def _no_scan(value: Tensor, touched: int, *_: object) -> str | None:
+def _why_no_scan(value: Tensor, touched: int, *_: object) -> str | None:
     if not touched:
-        return "it needs indices, which are None"
+        return NEEDS_INDICES
     return runtime.why_no_numba(value)
 
 
@@ -193,7 +193,7 @@ def _no_kernels(value: Tensor, *_: object) -> str | None:
 
 def _no_sparse_kernels(value: Tensor, touched: int, *_: object) -> str | None:
     if not touched:
-        return "it needs indices, which are None"
+        return NEEDS_INDICES
     return runtime.why_unsupported(value)
 
 
@@ -201,13 +201,14 @@ def _sparse_pays(value: Tensor, touched: int, num_states: int, alone: bool, pack
     return alone and not packed and touched > 0 and kernels.sparse_pays(value, touched, num_states)
 
 
+NEEDS_INDICES = "it computes selected states alone, and there are no indices (top_k, in a model)"
 SCAN_SHARE = 0.5
 """Largest share of the states that a token touches at which `scan` was measured to beat the chunked form."""
 BACKENDS = (
     MemoryBackend(
         "numba",
         scan.forward,
-        why_unsupported=_no_scan,
+        why_unsupported=_why_no_scan,
         pays=_scan_pays,
         step=_step_scan,
         undo=reference.undo,

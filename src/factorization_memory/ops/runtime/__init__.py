@@ -20,6 +20,8 @@ from torch import Tensor
 H200_PROCESSORS = 132
 OLDEST_TRITON = (3, 6)
 """The oldest Triton that compiles the kernels."""
+OLDEST_NUMBA = (0, 61)
+"""The oldest Numba that the loops are for."""
 CAPABILITIES = (9, 10)
 """Major compute capabilities of GPUs (H100, H200, B200) with the 227 KiB of shared memory per thread block that the shipped
 tiles may need; others have 163 KiB or 99."""
@@ -67,17 +69,26 @@ def why_no_numba(value: Tensor, argument: str = "value") -> str | None:
     """Why Numba's loops cannot run for `value`, named `argument` in the message; None if they can."""
     if value.device.type != "cpu":
         return f"{argument} is on {value.device}, Numba compiles for the CPU"
-    return None if _has_numba() else "Numba is not installed (pip install numba)"
+    return _why_no_numba()
 
 
 @torch.compiler.assume_constant_result
-def _has_numba() -> bool:
-    return _found("numba")
+def _why_no_numba() -> str | None:
+    return _numba_problem()
 
 
-@lru_cache(maxsize=8)
-def _found(package: str) -> bool:
-    return find_spec(package) is not None
+@lru_cache(maxsize=1)
+def _numba_problem() -> str | None:
+    if find_spec("numba") is None:
+        return "Numba is not installed (pip install numba)"
+    try:
+        import numba  # it refuses some versions of NumPy, and a folder of its name is no package
+    except Exception as error:
+        return f"Numba cannot be imported ({error})"
+    version = getattr(numba, "__version__", "0")
+    if version_numbers(version) < OLDEST_NUMBA:
+        return f"Numba is {version}, the loops need {'.'.join(map(str, OLDEST_NUMBA))} or newer"
+    return None
 
 
 def triton_version() -> str | None:

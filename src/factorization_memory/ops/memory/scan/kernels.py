@@ -45,7 +45,7 @@ def forward(
     output,  # y, [B, T, H, D]
     final,  # states after the last token, [N, H, M, D]; unwritten without keep_final
     keep_final,
-    snapshots,  # states before every `interval` tokens, [.., H, M, D]; unwritten if interval is 0
+    snapshots,  # states after every `interval` tokens, [.., H, M, D]; unwritten if interval is 0
     interval,
     num_states,
     lanes,  # first lane and end
@@ -64,7 +64,7 @@ def forward(
         else:
             h[:] = 0
         for t in range(start, end):
-            if interval > 0 and (t - start) % interval == 0:
+            if interval > 0 and t > start and (t - start) % interval == 0:
                 snapshots[snapshot, head, :, first_column:end_column] = h
                 snapshot += 1
             v_t = v[row, t, head, first_column:end_column]
@@ -88,24 +88,26 @@ def backward(
     d_output,  # dy, [B, T, H, D]
     d_final,  # gradient of the final states, [N, H, M, D]; unread without has_final
     has_final,
-    theta,  # as in forward, like the next five
+    theta,  # as in forward, like the next ten
     phi,
     v,
     updated,
     merged,
     sequences,
+    initial,
+    has_initial,
     snapshots,
     interval,
+    num_states,
     d_theta,  # the block's part of the gradient of update weights, [B, T, H, K]
     d_phi,  # the block's part of the gradient of merge weights, [B, T, H, R]
     d_v,  # gradient of values, [B, T, H, D]
-    d_initial,  # gradient of the initial states, [N, H, M, D]; unwritten without keep_initial
-    keep_initial,
+    d_initial,  # gradient of the initial states, [N, H, M, D]; unwritten without has_initial
     lanes,
     columns,
 ):
     """Gradients: each stretch forward again from its snapshot, then back."""
-    heads, num_states, first_column, end_column = v.shape[2], snapshots.shape[2], columns[0], columns[1]
+    heads, first_column, end_column = v.shape[2], columns[0], columns[1]
     width = end_column - first_column
     h, d_h = np.empty((num_states, width), dtype=v.dtype), np.empty((num_states, width), dtype=v.dtype)
     overwritten = np.empty((interval, updated.shape[3], width), dtype=v.dtype)
@@ -121,7 +123,12 @@ def backward(
             first = start + part * interval
             last = min(first + interval, end)
             # Forward again, keeping what each token overwrites.
-            h[:] = snapshots[snapshot + part, head, :, first_column:end_column]
+            if part > 0:
+                h[:] = snapshots[snapshot + part - 1, head, :, first_column:end_column]
+            elif has_initial:
+                h[:] = initial[n, head, :, first_column:end_column]
+            else:
+                h[:] = 0
             for t in range(first, last):
                 v_t, d_y = v[row, t, head, first_column:end_column], d_output[row, t, head, first_column:end_column]
                 for k in range(updated.shape[3]):
@@ -147,7 +154,7 @@ def backward(
                         d_v_t[d] += weight * d_h_j[d]
                         d_h_j[d] *= kept
                 d_v[row, t, head, first_column:end_column] = d_v_t
-        if keep_initial:
+        if has_initial:
             d_initial[n, head, :, first_column:end_column] = d_h
 
 

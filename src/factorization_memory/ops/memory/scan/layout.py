@@ -22,7 +22,8 @@ BLOCK_WIDTH = 256
 """Most columns of a block: with 256 states of float32, 256 KiB. It depends on D alone, so that results do not depend on the
 number of threads."""
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
-"""Tokens from one snapshot to the next: M / 2 within these bounds, so that snapshots take twice the memory of the values."""
+"""Tokens from one snapshot to the next: M / 2 within these bounds. Up to M = 1024 snapshots take at most twice
+the memory of the values."""
 NOTHING = (0, 0, 0, 0)
 SMALL = 1 << 18
 """Rows times columns that a call touches below which threads cost more than they save."""
@@ -41,31 +42,53 @@ def as_array(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
 
 def selection(indices: Tensor, num_states: int) -> np.ndarray:
     """Indices as an array. Raises ValueError where one is out of range: the compiled loops do not check."""
-    selected = indices.to(torch.int32).contiguous().numpy()
+    selected = indices.contiguous().numpy()
     if selected.size and not (selected.min() >= 0 and selected.max() < num_states):
         raise ValueError(f"indices: got {selected.min()} to {selected.max()}, takes 0 to num_states - 1 = {num_states - 1}")
-    return selected
+    return selected.astype(np.int32, copy=False)
+
+
+def slots_of(places: Tensor | None, batch: int, slots: int) -> np.ndarray:
+    """Slot of each sequence in a pooled state. Raises ValueError where one is out of range, or taken twice."""
+    if places is None and batch == slots:
+        return np.arange(batch)
+    got = None if places is None else places.numpy()
+    there = np.empty(0, np.int64) if got is None else got[got >= 0]
+    if got is None or len(got) != batch or (got < -1).any() or (there >= slots).any() or len(np.unique(there)) < len(there):
+        said = None if got is None else got.tolist()
+        raise ValueError(f"places: got {said}, takes {batch} distinct numbers from 0 to {slots - 1}, or -1")
+    return got
 
 
 def sequences_of(value: Tensor, cu_seqlens: Tensor | None, num_states: int) -> np.ndarray:
-    """Row, first token and end of each sequence, and its first snapshot, int64 `[N, 4]`."""
+    """Row, first token and end of each sequence, and its first snapshot, int64 `[N, 4]`. Raises ValueError for borders that do
+    not rise from 0 to T."""
     batch, length = value.shape[:2]
     if cu_seqlens is None:
         parts = [(row, 0, length) for row in range(batch)]
     else:
-        parts = [(0, start, end) for start, end in pairwise(read_borders(cu_seqlens))]
-    counts = (-(-(end - start) // interval(num_states)) for _, start, end in parts)
-    return np.array(
-        [(*part, first) for part, first in zip(parts, accumulate(counts, initial=0), strict=False)], dtype=np.int64
-    ).reshape(-1, 4)
+        borders = read_borders(cu_seqlens)
+        parts = [(0, start, end) for start, end in pairwise(borders)]
+        if batch != 1 or borders[0] != 0 or borders[-1] != length or any(start > end for _, start, end in parts):
+            raise ValueError(f"cu_seqlens: got {borders}, takes a non-decreasing sequence from 0 to T = {length}")
+    firsts = accumulate((_snapshots_of(end - start, num_states) for _, start, end in parts), initial=0)
+    return np.array([(*part, first) for part, first in zip(parts, firsts, strict=False)], dtype=np.int64).reshape(-1, 4)
 
 
-def snapshot_shape(value: Tensor, cu_seqlens: Tensor | None, num_states: int) -> tuple[Any, ...]:
-    """Shape of the snapshots; of packed sequences, whose lengths a compiler does not know, room for as many as there can be."""
+def snapshots_needed(sequences: np.ndarray, num_states: int) -> int:
+    """Snapshots of all sequences (see `sequences_of`): each has one after every `interval` tokens, but for its end."""
+    return sum(_snapshots_of(int(end - start), num_states) for _, start, end, _ in sequences)
+
+
+def _snapshots_of(length: int, num_states: int) -> int:
+    return max(length - 1, 0) // interval(num_states)
+
+
+def snapshot_shape(value: Tensor, num_states: int) -> tuple[Any, ...]:
+    """Shape of the snapshots: room for as many as there can be, since a compiler does not know the lengths of packed
+    sequences."""
     batch, length, heads, width = value.shape
-    every = interval(num_states)
-    count = batch * ((length + every - 1) // every) if cu_seqlens is None else length // every + cu_seqlens.shape[0] - 1
-    return count, heads, num_states, width
+    return batch * (length // interval(num_states)), heads, num_states, width
 
 
 def blocks_of(width: int) -> list[tuple[int, int]]:
@@ -89,7 +112,14 @@ def share_out(run: Callable[..., None], sequences: np.ndarray, value: Tensor, ro
             run((0, lanes), block, columns)
         return
     cuts = sorted({lanes * part // (4 * threads) for part in range(4 * threads + 1)})
+    work = [(part, block, columns) for part in pairwise(cuts) for block, columns in blocks]
     with ThreadPoolExecutor(threads) as pool:
-        tasks = [pool.submit(run, part, block, columns) for part in pairwise(cuts) for block, columns in blocks]
+        try:
+            tasks = [pool.submit(run, *each) for each in work]
+        except RuntimeError:  # the interpreter is ending, and starts no more threads
+            tasks = []
     for task in tasks:
         task.result()
+    if not tasks:
+        for each in work:
+            run(*each)

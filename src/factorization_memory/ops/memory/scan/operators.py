@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from factorization_memory.ops.autograd import once_differentiable
+from factorization_memory.ops.autograd import once_differentiable, written
 from factorization_memory.ops.memory.scan.layout import (
     NOTHING,
     as_array,
@@ -20,7 +20,9 @@ from factorization_memory.ops.memory.scan.layout import (
     selection,
     sequences_of,
     share_out,
+    slots_of,
     snapshot_shape,
+    snapshots_needed,
 )
 from factorization_memory.ops.precision import state_dtype
 
@@ -47,7 +49,7 @@ def _scan(
     output = value.new_empty(value.shape, dtype=dtype)
     shape = (len(sequences), value.shape[2], num_states, value.shape[3])
     final = value.new_empty(shape if keep_final else NOTHING, dtype=dtype)
-    snapshots = value.new_empty(snapshot_shape(value, cu_seqlens, num_states) if keep_snapshots else NOTHING, dtype=dtype)
+    snapshots = value.new_empty(snapshot_shape(value, num_states) if keep_snapshots else NOTHING, dtype=dtype)
     start, y, end, kept = (as_array(x, dtype) for x in (initial, output, final, snapshots))
     every = interval(num_states) if keep_snapshots else 0
 
@@ -92,20 +94,20 @@ def _scan_backward(
     means zero)."""
     from factorization_memory.ops.memory.scan import kernels
 
-    if not snapshots.numel():
+    sequences = sequences_of(value, cu_seqlens, num_states)
+    if len(snapshots) < snapshots_needed(sequences, num_states):
         *_, snapshots = _scan(
             update, merge, value, indices, merge_indices, initial, cu_seqlens, num_states, keep_final=False, keep_snapshots=True
         )
     dtype = state_dtype(value)
     d_y, theta, phi, v = (as_array(x, dtype) for x in (d_output, update, merge, value))
     updated, merged = (selection(x, num_states) for x in (indices, merge_indices))
-    sequences = sequences_of(value, cu_seqlens, num_states)
     blocks = len(blocks_of(value.shape[3]))
     d_theta, d_phi = (value.new_empty(blocks, *x.shape, dtype=dtype) for x in (update, merge))
     d_v = value.new_empty(value.shape, dtype=dtype)
     d_initial = value.new_empty(NOTHING if initial is None else initial.shape, dtype=dtype)
-    d_end, kept, d_weights, d_merges, d_values, d_start = (
-        as_array(x, dtype) for x in (d_final, snapshots, d_theta, d_phi, d_v, d_initial)
+    start, d_end, kept, d_weights, d_merges, d_values, d_start = (
+        as_array(x, dtype) for x in (initial, d_final, snapshots, d_theta, d_phi, d_v, d_initial)
     )
 
     def run(lanes: tuple[int, int], block: int, columns: tuple[int, int]) -> None:
@@ -119,13 +121,15 @@ def _scan_backward(
             updated,
             merged,
             sequences,
+            start,
+            initial is not None,
             kept,
             interval(num_states),
+            num_states,
             d_weights[block],
             d_merges[block],
             d_values,
             d_start,
-            initial is not None,
             lanes,
             columns,
         )
@@ -152,13 +156,19 @@ def step(
 
     theta, phi, v = (as_array(x, state.dtype) for x in (update, merge, value))
     updated, merged = (selection(x, state.shape[2]) for x in (indices, merge_indices))
-    output = np.empty(v.shape, v.dtype)
-    slots = np.arange(len(v)) if places is None else places.numpy()
+    if state.shape[1:2] + state.shape[3:] != value.shape[2:]:
+        raise ValueError(f"state: got {tuple(state.shape)}, which does not fit values {tuple(value.shape)}")
+    output, slots = np.empty(v.shape, v.dtype), slots_of(places, len(v), len(state))
     if undo is None or position is None:
         ring, entry = np.empty((0, 0, 0, 0, 0, 0), v.dtype), -1
     else:
-        ring, entry = undo.numpy(), int(position)
-    kernels.step(theta, phi, v, updated, merged, state.numpy(), slots, ring, entry, output)
+        ring, entry = undo.detach().numpy(), int(position)
+        if not 0 <= entry < len(undo) or undo.shape[1:] != (*update.shape, value.shape[3]):
+            raise ValueError(
+                f"undo: got {tuple(undo.shape)} and position {entry}, takes [depth, B, T, H, K, D] and an entry of it"
+            )
+    kernels.step(theta, phi, v, updated, merged, state.detach().numpy(), slots, ring, entry, output)
+    written(*(x for x in (state, undo) if x is not None))
     return torch.from_numpy(output).to(value.dtype)
 
 
@@ -178,7 +188,7 @@ def _fake_scan(
     sequences = value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, value.shape[2], num_states, value.shape[3])
     final = value.new_empty(shape if keep_final else NOTHING, dtype=dtype)
-    snapshots = value.new_empty(snapshot_shape(value, cu_seqlens, num_states) if keep_snapshots else NOTHING, dtype=dtype)
+    snapshots = value.new_empty(snapshot_shape(value, num_states) if keep_snapshots else NOTHING, dtype=dtype)
     return value.new_empty(value.shape), final, snapshots
 
 
@@ -196,7 +206,12 @@ def _fake_scan_backward(
     snapshots: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_update, d_merge, d_value = (x.new_empty(x.shape) for x in (update, merge, value))
-    return d_update, d_merge, d_value, value.new_empty(NOTHING) if initial is None else initial.new_empty(initial.shape)
+    return (
+        d_update,
+        d_merge,
+        d_value,
+        value.new_empty(NOTHING, dtype=state_dtype(value)) if initial is None else initial.new_empty(initial.shape),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
