@@ -62,7 +62,7 @@ OUTSIDE = {
             "runtime/",
         )
     },
-    "numba": {"ops/runtime/loops.py"},
+    "numba": {"ops/runtime/"},
     "tyro": {"cli/"},
 }
 
