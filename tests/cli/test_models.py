@@ -78,7 +78,7 @@ def test_training_notes_a_sample_prompt_that_ends_in_a_space(
             capsys, "train", "demo", *TRAIN, *corpus, "--run-dir", str(tmp_path / every), "--training.sample-every", every,
             *prompts,
         )  # fmt: skip
-        assert err.count("ends in a space") == err.count("note: prompt 'It was ' ends in a space") == notes
+        assert err.count("ends with a space") == err.count("note: prompt 'It was ' ends with a space") == notes
 
 
 def test_prompts_of_our_own_end_in_no_space() -> None:
@@ -202,7 +202,7 @@ def test_exported_and_imported(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
         (["export", "{tmp}/nowhere", "{tmp}/new"], 1, "no such folder; give a run folder"),
         (["import", "{tmp}/nowhere", "{tmp}/new"], 1, "no such folder; give one with config.json"),
         (["import", "{exported}", "{run}"], 2, "exists and is not empty"),
-        (["import", "{run}", "{tmp}/new"], 1, "it is a run, or a part of one; use it as it is"),
+        (["import", "{run}", "{tmp}/new"], 1, "already a run, or part of one; use it as it is"),
         (["export", "{exported}", "{tmp}/new"], 1, "already an exported model; copy it"),
         (["export", "{run}", "{run}", "--overwrite"], 2, "not an exported model, so left unchanged"),
         (["export", "{run}", "{tmp}", "--overwrite"], 2, "not an exported model, so left unchanged"),
