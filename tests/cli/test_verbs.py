@@ -161,7 +161,7 @@ def test_models_of_other_mixers(
     status, out, err = call(capsys, "plan", "demo", *fields, "--json")
     assert status == 0
     assert bool(json.loads(out)["state_bytes_per_token"]) == (mixers == ("attention",))
-    assert ("for each token read" in err) == (mixers == ("attention",))
+    assert ("per token read" in err) == (mixers == ("attention",))
     page = (run / "report.html").read_text(encoding="utf-8")
     assert ("A Factorization Memory language model" in page) is False
 
@@ -453,8 +453,8 @@ def test_demo_stopped_and_resumed_by_the_command_it_prints(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda config: config.pop("model"), r"config\.json: model missing"),
-        (lambda config: config.pop("data"), r"config\.json: data missing"),
+        (lambda config: config.pop("model"), r"config\.json: fields missing: model"),
+        (lambda config: config.pop("data"), r"config\.json: fields missing: data"),
         (lambda config: config.update(colour="red"), r"config\.json: .*colour: no such field"),
     ],
 )

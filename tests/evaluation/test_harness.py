@@ -506,7 +506,7 @@ def test_a_tag_of_which_some_have_local_data(tmp_path: Path, model: LanguageMode
     write(tmp_path / "data" / "arc_easy" / "test.jsonl", [row, row])
     with choose_tasks(["ai2_arc"], data=tmp_path / "data") as chosen:
         assert chosen.manager.task_index["ai2_arc"].tags == {"arc_easy", "arc_challenge"}
-        with pytest.raises(HarnessDataError, match="task arc_challenge: allenai/ai2_arc ARC-Challenge cannot be had"):
+        with pytest.raises(HarnessDataError, match="task arc_challenge: allenai/ai2_arc ARC-Challenge cannot be loaded"):
             run_tasks(chosen, model, tokenizer)
     with choose_tasks(["arc_easy"], data=tmp_path / "data") as chosen:
         assert run_tasks(chosen, model, tokenizer)["tasks"]["arc_easy"]["examples"] == 2

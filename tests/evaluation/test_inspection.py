@@ -88,7 +88,7 @@ def test_a_state_is_written_after_one_piece_and_holds_what_followed() -> None:
         assert [piece["text"] for piece in states[state]["pieces"]] == [following]
     html = inspection_html(result)
     assert '"written after"' in html
-    assert "the token before it reads" in html
+    assert "the previous token reads" in html
     assert "written after" not in inspection_html(inspect_text(build(2), TOKENIZER, TEXT))
 
 

@@ -263,7 +263,7 @@ def test_autocast_takes_a_carried_state() -> None:
     [
         ({"x": torch.zeros(2, 3, 8)}, r"x: got shape \(2, 3, 8\), takes \[B, T, 16\]"),
         ({"padding_mask": torch.ones(2, 2, dtype=torch.bool)}, r"padding_mask: got torch.bool \(2, 2\)"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: B = 2"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: got B = 2"),
         ({"state": Attention(16, 4).initial_state(1)}, r"state.keys: got shape \(1, 4, 0, 4\), takes \(2, 4, 0, 4\)"),
         ({"state": Attention(16, 4).initial_state(2, 9)}, "sliding_window=None, not 8"),
     ],

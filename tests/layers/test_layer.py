@@ -72,7 +72,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, x: torch.Tensor)
     layer = FactorizationMemory(16, num_states=8).double()
     with pytest.raises(ValueError, match=message):
         layer(**({"x": x[:1]} | arguments))
-    with pytest.raises(ValueError, match="cu_seqlens: B = 3"):
+    with pytest.raises(ValueError, match="cu_seqlens: got B = 3"):
         layer(x, cu_seqlens=torch.tensor([0, 70]))
 
 

@@ -61,7 +61,7 @@ def test_bad_arguments(x: Tensor) -> None:
     state = layer.initial_state(3)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"x": x[0]}, r"x: got shape \(50, 16\), takes \[B, T, 16\]"),
-        ({"cu_seqlens": torch.tensor([0, 50])}, "cu_seqlens: B = 3"),
+        ({"cu_seqlens": torch.tensor([0, 50])}, "cu_seqlens: got B = 3"),
         ({"padding_mask": torch.ones(3, 50)}, r"padding_mask: got torch\.float32 \(3, 50\), takes torch\.bool"),
         ({"state": layer.initial_state(2)}, r"state\.memory: got shape \(2, 8, 4, 5\), takes \(3, 8, 4, 5\)"),
         ({"state": Mamba2State(state.memory, state.convolution[:, 1:])}, r"state\.convolution: got shape \(3, 2, 42\)"),

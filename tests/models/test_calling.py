@@ -291,7 +291,7 @@ def test_parametrized_weights(config: ModelConfig, weight: str) -> None:
         parametrize.register_parametrization(module, name, Plus(getattr(module, name)))
         reasons.append(why_any_called(model))
     assert reasons
-    assert re.match(r"blocks\.\d\.mixer.*: (its \w+ is parametrized|ParametrizedLinear stands in its place)", reasons[0] or "")
+    assert re.match(r"blocks\.\d\.mixer.*: (its \w+ is parametrized|ParametrizedLinear replaces it)", reasons[0] or "")
     check_steps(model)
     check_generate(theirs(model))
     assert not torch.allclose(model(text)[0], without)
@@ -306,7 +306,7 @@ def test_lora_of_the_weights_of_convolutions(config: ModelConfig) -> None:
     without = check_generate(theirs(model))
     options = peft.LoraConfig(r=2, target_modules=[], target_parameters=["convolution.weight"], init_lora_weights=False)
     peft.get_peft_model(model, options)
-    assert why_any_called(model) == "blocks.0.mixer.convolution: ParamWrapper stands in its place"
+    assert why_any_called(model) == "blocks.0.mixer.convolution: ParamWrapper replaces it"
     check_steps(model)
     assert check_generate(theirs(model)) != without
     text = tokens(1, 5)

@@ -305,7 +305,7 @@ def test_a_kept_state_is_continued_only_by_the_text_that_it_has_read(config: Mod
     kept = model(prompt, use_cache=True)[CACHE_NAME]
     for other in (prompt, prompt[:, :4], more[:, :6]):
         with pytest.raises(
-            ValueError, match=f"{CACHE_NAME}: has read 6 tokens, but the prompt has only {other.shape[1]}, .* clone"
+            ValueError, match=f"{CACHE_NAME}: has read 6 tokens, but the prompt has only {other.shape[1]}; .* clone"
         ):
             generated(model, other, **{CACHE_NAME: kept.clone()})
     for other in (more, torch.cat((prompt[:, [0, 1, 2, 4, 3, 5]], more), dim=1), torch.cat((prompt.flip(0), more), dim=1)):
@@ -342,7 +342,7 @@ def test_a_kept_state_of_padded_texts() -> None:
     whole[0, :2] = PADDING
     assert generated(model, whole, attention_mask=wider, **{CACHE_NAME: kept.clone()}) == expected
     assert generated(model, more, attention_mask=wider, **{CACHE_NAME: kept.clone()}) == expected
-    with pytest.raises(ValueError, match="or other padding"):
+    with pytest.raises(ValueError, match="or with other padding"):
         generated(model, whole, attention_mask=torch.ones_like(wider), **{CACHE_NAME: kept.clone()})
 
 
@@ -562,7 +562,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     for folder, message in (
         (broken("model.safetensors", weights[:-100]), r"model\.safetensors: damaged or cut short"),
         (broken("config.json", b"{"), r"config\.json: not JSON"),
-        (broken("config.json", b"[]"), "not an object"),
+        (broken("config.json", b"[]"), "not a JSON object"),
         (broken("config.json", b'{"hidden_size": 3}'), "no field 'model_type'"),
         (broken("config.json", json.dumps(fields | {"model_type": "bert"}).encode()), "model_type='bert' is not supported"),
         (broken("config.json", json.dumps(fields | {"model_type": "llama"}).encode()), "num_attention_heads: missing"),

@@ -252,7 +252,7 @@ def test_what_only_memory_has() -> None:
     assert [isinstance(block.mixer, UndoableMixer) for block in model.blocks[:2]] == [True, False]
     assert "attention, mamba2" in (why_unsupported(model) or "")
     assert "feed_forward=False" in (why_unsupported(model_of(replace(BARE, mixers=("memory",)))) or "")
-    with pytest.raises(ValueError, match="attention without a window keeps everything it has read"):
+    with pytest.raises(ValueError, match="its attention state grows"):
         StepGraph(model, 1)
 
 

@@ -290,7 +290,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
         ({"beta": torch.zeros(2, 5, 4, dtype=torch.int64)}, r"beta: got dtype torch\.int64"),
         ({"q": torch.zeros(2, 5, 2, 6, device="meta")}, "q: is on meta, v on cpu; move them to one device"),
         ({"initial_state": torch.zeros(2, 4, 3, 6)}, r"initial_state: got shape \(2, 4, 3, 6\), takes \(2, 4, 6, 3\)"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: B = 2"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got B = 2"),
         ({"backend": "triton"}, "backend='triton': use one of auto, reference, chunked, fla"),
         ({"backend": "fla"}, r"backend='fla': v has dtype torch\.float32, the kernels take bfloat16 or float16; use 'auto'"),
         (

@@ -317,7 +317,7 @@ def test_on_a_gpu(backend: str, compiled: bool, borders: list[int] | None) -> No
         ({"dt": torch.zeros(2, 5, 4, dtype=torch.int64)}, r"dt: got dtype torch\.int64"),
         ({"initial_state": torch.zeros(2, 4, 6, 3)}, r"initial_state: got shape \(2, 4, 6, 3\), takes \(2, 4, 3, 6\)"),
         ({"chunk_size": 0}, "chunk_size: got 0"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: B = 2"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: got B = 2"),
         ({"backend": "triton"}, "backend='triton': use one of auto, reference"),
         ({"backend": "fla"}, "backend='fla': x is on cpu, the kernels need a GPU; use 'auto'"),
     ],

@@ -89,7 +89,7 @@ def save_checkpoint(
     for what, tensors in (("weight", weights), ("optimizer's", moments), ("carried memory", memories)):
         wrong = not_finite(tensors)
         if wrong is not None:
-            raise NotFiniteError(f"{path}: not saved, as {what} {wrong!r} is NaN or infinite")
+            raise NotFiniteError(path, f"{what} {wrong!r} is NaN or infinite")
     record = {
         "format_version": FORMAT_VERSION,
         "state": dataclasses.asdict(state),

@@ -32,7 +32,11 @@ class DamagedError(CheckpointError):
 
 
 class NotFiniteError(CheckpointError):
-    """A checkpoint not written because it would contain NaN or infinite weights."""
+    """A checkpoint not written because it would contain NaN or infinite numbers; `what` says which."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path}: not saved, as {what}")
+        self.what = what
 
 
 @dataclass

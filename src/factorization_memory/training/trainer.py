@@ -279,7 +279,7 @@ class _Run:
                 carried=self.carried,
             )
         except NotFiniteError as error:
-            raise diverged(self.state.step, f"the checkpoint {error}", self.checkpoint) from None
+            raise diverged(self.state.step, error.what, self.checkpoint) from None
         prune_checkpoints(self.run_dir, self.config.training.keep_checkpoints, self.state.best_step)
         self.observer.on_checkpoint(self.checkpoint)
 
