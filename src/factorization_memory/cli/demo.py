@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     run_dir = options.run_dir or (RUN_DIR if options.resume else _free_name(RUN_DIR))
     out = console()
     out.rule("[bold]1  text to tokens")
-    corpus = _packed(run_dir) if options.resume else pack_books(run_dir / CORPUS_NAME)
+    corpus = _corpus_to_resume(run_dir) if options.resume else pack_books(run_dir / CORPUS_NAME)
     for name, source in corpus.sources.items():
         parts = ", ".join(f"{part} {len(s.tokens):,} tokens of {s.text_bytes:,} bytes" for part, s in source.splits.items())
         out.print(f"{name}: {parts}")
@@ -139,8 +139,8 @@ def _resume_command(run_dir: Path, options: DemoOptions) -> str:
     return shlex.join(words + (["--json"] if options.json else []))
 
 
-def _packed(run_dir: Path) -> PackedCorpus:
-    """The corpus of an interrupted demo."""
+def _corpus_to_resume(run_dir: Path) -> PackedCorpus:
+    """The corpus of an interrupted demo. Raises ConfigError if there is none."""
     from factorization_memory.data.shards import PackedCorpus
 
     if not (run_dir / CORPUS_NAME).is_dir():

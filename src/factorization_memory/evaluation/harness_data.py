@@ -17,7 +17,9 @@ def task_splits(config: dict[str, Any], shots: int | None) -> tuple[str, str | N
     """The split that a task is evaluated on, and the split of its few-shot examples (None without examples)."""
     evaluated = config.get("test_split") or config.get("validation_split") or "test"
     own = config.get("num_fewshot")
-    if not (own if own == 0 or shots is None else shots):
+    if shots is None or own == 0:  # a task that rules out examples is never given any
+        shots = own
+    if not shots:
         return evaluated, None
     examples = config.get("fewshot_config")
     chosen = examples.get("split") if isinstance(examples, dict) else None

@@ -80,7 +80,7 @@ class Job:
         return failure
 
     def parallel(self) -> list[int]:
-        """How many jobs could run at once whenever a process started on this one, without duplicates."""
+        """The values of `run_jobs`'s `parallel` under which this job has run, each once: more than one if it was resumed."""
         return list((read_json_or_none(self.folder / JOB_NAME) or {}).get("parallel", []))
 
     def metrics(self) -> list[TrainLine]:

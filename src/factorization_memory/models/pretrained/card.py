@@ -15,7 +15,7 @@ from factorization_memory.models.pretrained.conversion import NATIVE, native_typ
 
 _LANGUAGE = re.compile(r"([A-Za-z]{2,3})([-_][A-Za-z0-9]{1,8})*")
 
-NOT_SAID = "not specified"
+UNSPECIFIED = "not specified"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _what(facts: CardFacts, native: str | None) -> str:
         "blocks": f"{config.num_layers} of {kinds}, width {config.hidden_size}",
         "vocabulary": f"{config.vocab_size:,} ids (byte-level, so that any text can be encoded and decoded exactly)",
         "training context": f"{facts.context_length:,} tokens" if facts.context_length else "",
-        "licence of the weights": facts.license or NOT_SAID,
+        "licence of the weights": facts.license or UNSPECIFIED,
     }
     if "memory" in config.layer_mixers:
         selected = "all of them" if config.top_k is None else f"{config.top_k} of them"
@@ -116,7 +116,7 @@ def _use(native: str | None) -> str:
 
 
 def _training(facts: CardFacts) -> str:
-    lines = [f"## Training\n\nData: {facts.data or NOT_SAID}."]
+    lines = [f"## Training\n\nData: {facts.data or UNSPECIFIED}."]
     if facts.sources:
         rows = [
             f"| {markdown_cell(name)} | {source['documents']:,} | {source['tokens']:,} | {source['bytes']:,} |"

@@ -15,6 +15,8 @@ digits when theta is close to 1 or exactly 0 or 1; backward goes through the sam
 Forward saves the inputs and one state per group of chunks, and backward recomputes the rest group by group, so memory grows
 with T * (M + D).
 
+In the code P is `inner`, Q `read`, K `write` and G `total`.
+
 Shapes: L = B * H lanes, n chunks of C tokens, M memory states, D value width of a head.
 """
 

@@ -32,7 +32,7 @@ def show_tuned(tuned: list[dict[str, Any]], people: Console) -> None:
 
 
 def show_op_end(result: dict[str, Any], people: Console) -> None:
-    """What the whole result says beside its parts: the machine, how even the lengths are, and what is to be known of peers."""
+    """What the whole result says beside its parts: the machine, how even the lengths are, and notes on the peers."""
     show_machine(result, people)
     for spread in result["length_spread"]:
         labels = LABELS | {f"graph_{part}": f"{label} graph" for part, label in LABELS.items()}

@@ -81,15 +81,15 @@ def step_kernel(
     sequence, head = (unit // heads).to(tl.int64), unit % heads
     there = column < width
     split = tl.program_id(1)
-    kept_in = sequence
+    slot = sequence
     if HAS_PLACES:
-        kept_in = tl.load(places + sequence).to(tl.int64)
-    memory = state + (kept_in * heads + head) * num_states * width
+        slot = tl.load(places + sequence).to(tl.int64)
+    memory = state + (slot * heads + head) * num_states * width
     first, end = split * split_rows, tl.minimum((split + 1) * split_rows, chosen)
     for t in range(tokens):
         token = (sequence * tokens + t) * heads + head
         merged = tl.zeros([BD], tl.float32)
-        if kept_in >= 0:
+        if slot >= 0:
             v = tl.load(
                 value + (sequence * tokens + t) * value_row + head * width + column, mask=there, other=0, cache_modifier=".cg"
             ).to(tl.float32)
@@ -106,8 +106,8 @@ def step_kernel(
                 both = real[:, None] & there[None, :]
                 held = tl.load(memory + at, mask=both, other=0, cache_modifier=".cg")
                 if HAS_UNDO:
-                    layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * tokens * heads
-                    aside = ((layer + token) * chosen + row[:, None]) * width + column[None, :]
+                    entry = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * tokens * heads
+                    aside = ((entry + token) * chosen + row[:, None]) * width + column[None, :]
                     tl.store(undo + aside, held, mask=both)
                 new = held.to(tl.float32) * (1 - theta[:, None]) + theta[:, None] * v[None, :]
                 if ROUNDS:
@@ -165,16 +165,16 @@ def undo_kernel(
     unit = tl.program_id(0) // blocks
     sequence, head = (unit // heads).to(tl.int64), unit % heads
     there = column < width
-    kept_in = sequence
+    slot = sequence
     if HAS_PLACES:
-        kept_in = tl.load(places + sequence).to(tl.int64)
-    if kept_in >= 0:
-        memory = state + (kept_in * heads + head) * num_states * width
+        slot = tl.load(places + sequence).to(tl.int64)
+    if slot >= 0:
+        memory = state + (slot * heads + head) * num_states * width
         last = tl.load(position).to(tl.int64) + depth - 1
         for back in range(count):
-            layer = (last - back) % depth
+            entry = (last - back) % depth
             for reverse in range(tokens):
-                token = ((layer * batch + sequence) * tokens + tokens - 1 - reverse) * heads + head
+                token = ((entry * batch + sequence) * tokens + tokens - 1 - reverse) * heads + head
                 for start in range(0, chosen, ROWS):
                     row = start + tl.arange(0, ROWS)
                     real = row < chosen
@@ -263,8 +263,8 @@ def dense_step_kernel(
         after = tl.load(memory + ROWS * width + at, mask=both, other=0, cache_modifier=".cg")
         both = real[:, None] & there[None, :]
         if HAS_UNDO:
-            layer = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * HEADS
-            tl.store(undo + (layer + unit) * STATES * width + at, held, mask=both)
+            entry = tl.load(position, cache_modifier=".cg").to(tl.int64) * batch * HEADS
+            tl.store(undo + (entry + unit) * STATES * width + at, held, mask=both)
         new = held * (1 - theta[:, None]) + theta[:, None] * v[None, :]
         tl.store(memory + at, new, mask=both)
         merged += phi[:, None] * new
