@@ -75,7 +75,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("borders", [None, [0, 3, 3, 150, 151, 400]])
 def test_the_number_of_threads_changes_nothing(borders: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "SMALL", 0)
+    monkeypatch.setattr(layout, "MIN_SHARED_ELEMENTS", 0)
     case = make(1 if borders else 3, 400, 2, 9, 300, top_k=3, merge_top_k=2, borders=borders)
     alone = case.run("numba")
     torch.set_num_threads(3)
@@ -300,7 +300,7 @@ def test_it_runs_while_the_interpreter_ends() -> None:
         from factorization_memory.ops import factorization_memory
         from factorization_memory.ops.memory.scan import layout
         torch.set_num_threads(2)
-        layout.SMALL = 0
+        layout.MIN_SHARED_ELEMENTS = 0
         x, i = torch.rand(2, 8, 1, 2), torch.arange(2).expand(2, 8, 1, 2)
         def run():
             print(factorization_memory(x, x, x, i, None, 9, backend="numba")[0].shape)

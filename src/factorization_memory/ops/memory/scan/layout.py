@@ -22,11 +22,11 @@ BLOCK_WIDTH = 256
 """Most columns of a block: with 256 states of float32, 256 KiB. It depends on D alone, so that results do not depend on the
 number of threads."""
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
-"""Tokens from one snapshot to the next: M / 2 within these bounds. Up to M = 1024 snapshots take at most twice
-the memory of the values."""
+"""Tokens from one snapshot to the next: M / 2 within these bounds. Up to M = 1024 snapshots take at most twice the memory
+of the values."""
 NOTHING = (0, 0, 0, 0)
-SMALL = 1 << 18
-"""Rows times columns that a call touches below which threads cost more than they save."""
+MIN_SHARED_ELEMENTS = 1 << 18
+"""Elements of the state that a call touches from which several threads pay."""
 
 
 def interval(num_states: int) -> int:
@@ -106,7 +106,7 @@ def share_out(run: Callable[..., None], sequences: np.ndarray, value: Tensor, ro
         rows: rows of the state that a token touches.
     """
     lanes, blocks = len(sequences) * value.shape[2], list(enumerate(blocks_of(value.shape[3])))
-    threads = torch.get_num_threads() if value.numel() * rows >= SMALL else 1
+    threads = torch.get_num_threads() if value.numel() * rows >= MIN_SHARED_ELEMENTS else 1
     if threads == 1:
         for block, columns in blocks:
             run((0, lanes), block, columns)
