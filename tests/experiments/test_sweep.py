@@ -18,8 +18,10 @@ from factorization_memory.cli import dispatch
 from factorization_memory.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainingConfig
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.experiments import sweep as sweeps
-from factorization_memory.experiments.sweep import Sweep, SweepRun, load_sweep, seconds_left, sweep_status
+from factorization_memory.experiments.sweep import Sweep, SweepRun, load_sweep
+from factorization_memory.experiments.sweep_folder import planned_tokens, seconds_left, sweep_status
 from factorization_memory.runs.names import FAILURE_NAME, RESULT_NAME
+from factorization_memory.runs.points import read_points
 
 
 def small(corpus: Path, seed: int = 0, steps: int = 4) -> RunConfig:
@@ -86,6 +88,18 @@ def test_plan_run_and_status(function: Path, tmp_path: Path, capsys: pytest.Capt
     captured = capsys.readouterr()
     assert json.loads(captured.out) == states
     assert "2 done" in captured.err
+    # What laws and figures are made of.
+    points = read_points([out])
+    assert points == read_points([out / "record.json"])
+    assert [(point["title"], point["architecture"], point["tokens"]) for point in points] == [
+        ("seed=0", "paper", 128),
+        ("seed=1", "paper", 128),
+    ]
+    assert points[0]["labels"] == {"seed": 0}
+    assert points[1]["figures"]["seed"] == 1
+    assert points[0]["figures"]["context"]["all"]["tokens"] == 64
+    assert sum(points[0]["parameters"][part] for part in ("embedding", "non_embedding")) == points[0]["parameters"]["total"]
+    assert points[0]["train_flops"] == plan["train_flops"] / 2
     assert dispatch(["sweep", "plan", spec, "--out", str(out)]) == 0
     assert "2 runs, all of them done" in capsys.readouterr().err
 
@@ -103,7 +117,7 @@ def test_killed_and_resumed(function: Path, tmp_path: Path, capsys: pytest.Captu
         states = sweep_status(out)
         assert [run["state"] for run in states] == ["running", "waiting"]
         assert states[0]["loss"] > 0
-        tokens = sweeps.planned_tokens(out)
+        tokens = planned_tokens(out)
         assert seconds_left(states, tokens) == pytest.approx(
             sum(tokens.values()) * (1 - states[0]["step"] / 200_000) / states[0]["tokens_per_second"], rel=1e-3
         )

@@ -94,7 +94,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _status(options: Status) -> int:
-    from factorization_memory.experiments.sweep import planned_tokens, seconds_left, sweep_status
+    from factorization_memory.experiments.sweep_folder import planned_tokens, seconds_left, sweep_status
     from factorization_memory.reports.terminal.sweep import sweep_table
 
     if options.every is not None and not options.every > 0:

@@ -23,29 +23,20 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from factorization_memory._files import read_json_or_none
 from factorization_memory.config import to_dict
-from factorization_memory.evaluation.position import beyond_context
-from factorization_memory.evaluation.recall_suite import headline
 from factorization_memory.experiments.plan import Entry, Plan
-from factorization_memory.experiments.processes import Job
+from factorization_memory.experiments.run_figures import UNITS, is_finite, picked, seed_record, tokens_per_second
 from factorization_memory.runs.comparison_record import (
     ComparisonFigures,
     ContenderRecord,
     Difference,
     MeanAndSpread,
     MissingRun,
-    PartLoss,
-    RangeLoss,
     SeedRecord,
     Summary,
 )
-from factorization_memory.runs.evaluation_record import EvaluationRecord
-from factorization_memory.runs.names import EVALUATION_NAME, MEMORY_NAME
-from factorization_memory.runs.recall_names import KINDS, distance_name
 
 SCHEMA_VERSION = 2
-UNITS = ("loss", "bits_per_byte")
 FIGURES = (*UNITS, "accuracy")
 
 
@@ -86,7 +77,7 @@ def make_record(plan: Plan) -> ComparisonFigures:
 def _contender_record(plan: Plan, entry: Entry) -> ContenderRecord:
     jobs = plan.seed_jobs(entry)
     # Failed runs are listed in the record's failures.
-    seeds = [_seed_record(plan, job) for job in jobs if job.done and not job.diverged and _finite(job)]
+    seeds = [seed_record(job, plan.folder, plan.positions) for job in jobs if job.done and not job.diverged and is_finite(job)]
     embedding = entry.config.model.vocab_size * entry.config.model.hidden_size
     embedding *= 1 if entry.config.model.tie_word_embeddings else 2
     alone = next((job for job in plan.alone_jobs() if job.contender == entry.name), None)
@@ -108,71 +99,8 @@ def _contender_record(plan: Plan, entry: Entry) -> ContenderRecord:
         "planned_seeds": list(entry.seeds),
         "seeds": seeds,
         "summary": _summary(seeds),
-        "tokens_per_second_alone": None if alone is None or not alone.done else _tokens_per_second(alone),
+        "tokens_per_second_alone": None if alone is None or not alone.done else tokens_per_second(alone),
     }
-
-
-def _seed_record(plan: Plan, job: Job) -> SeedRecord:
-    """The figures of one finished training."""
-    evaluation: EvaluationRecord = read_json_or_none(job.folder / EVALUATION_NAME)
-    result = job.result()
-    assert result is not None
-    context = {**evaluation["sources"], "all": evaluation["total"]}
-    recall = evaluation.get("recall", {})
-    distance: dict[str, dict[str, PartLoss]] = {}
-    for source, parts in recall.items():
-        for each in parts["repeated"].get("by_distance", []) if "repeated" in parts else ():
-            distance.setdefault(distance_name(each["start"], each["end"]), {})[source] = _picked(each, "tokens", *UNITS)
-    tasks = evaluation.get("recall_tasks")
-    positions: dict[str, dict[str, RangeLoss]] = {}
-    by_position: dict[str, list[RangeLoss]] = {}
-    for source, read in evaluation.get("position", {}).items():
-        for multiple in plan.positions:
-            part = beyond_context(read, multiple)
-            if part is not None:
-                positions.setdefault(str(multiple), {})[source] = _picked(part, "start", "end", "tokens", *UNITS)
-        by_position[source] = [_picked(each, "start", "end", "tokens", *UNITS) for each in read["bins"]]
-    return {
-        "seed": job.config.training.seed,
-        "folder": job.folder.relative_to(plan.folder).as_posix(),
-        "context": {source: _picked(part, "tokens", *UNITS) for source, part in context.items()},
-        "positions": positions,
-        "recall": {
-            kind: {source: _picked(parts[kind], "tokens", *UNITS) for source, parts in recall.items() if kind in parts}
-            for kind in KINDS
-            if recall
-        },
-        "distance": distance,
-        "tasks": {
-            task: {source: {"accuracy": share} for source, share in shares.items()}
-            for task, shares in ({} if tasks is None else headline(tasks)).items()
-        },
-        "by_position": by_position,
-        "tokens_per_second": _tokens_per_second(job),
-        "seconds": result["seconds"],
-        "memory": read_json_or_none(job.folder / MEMORY_NAME),
-        "parallel": job.parallel(),
-    }
-
-
-def _finite(job: Job) -> bool:
-    """Whether all figures of a finished training's evaluation are numbers; those that are not finite are written as null. So
-    are errors over stretches where only one stretch reaches, which are none of these."""
-    evaluation: EvaluationRecord = read_json_or_none(job.folder / EVALUATION_NAME)
-    parts: list[Mapping[str, Any]] = [_picked(part, *UNITS) for part in (*evaluation["sources"].values(), evaluation["total"])]
-    parts += [each for read in evaluation.get("position", {}).values() for each in read["bins"]]
-    return all(value is not None for part in parts for name, value in part.items() if name != "gain_stretch_error")
-
-
-def _tokens_per_second(job: Job) -> float | None:
-    """Median over the intervals of the log, without the first (unless it is the only one): it includes one-time costs."""
-    rates = [line["tokens_per_second"] for line in job.metrics()]
-    return statistics.median(rates[1:] or rates) if rates else None
-
-
-def _picked(part: Mapping[str, Any], *names: str) -> Any:
-    """Some entries of a record, as another."""
-    return {name: part[name] for name in names}
 
 
 def _places(seed: SeedRecord) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -210,7 +138,7 @@ def _summary(seeds: Sequence[SeedRecord]) -> Summary:
             unit: mean_and_spread([part[unit] for part in parts]) for unit in FIGURES if unit in parts[0]
         }
         if place[0] == "by_position":
-            edges = _picked(parts[0], "start", "end", "tokens")
+            edges = picked(parts[0], "start", "end", "tokens")
             summary["by_position"].setdefault(place[1], []).append({**edges, **figures})
         else:
             into = summary
@@ -258,7 +186,7 @@ def _failures(plan: Plan) -> list[MissingRun]:
         # A search that diverged at some rate has found something.
         if not job.done or (job.diverged and job.kind != "search"):
             message = "not finished; run the same command again to continue" if failure is None else failure["message"]
-        elif job.kind == "seed" and not _finite(job):
+        elif job.kind == "seed" and not is_finite(job):
             message = "evaluation gave NaN or infinity"
         else:
             continue

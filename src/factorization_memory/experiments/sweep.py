@@ -10,11 +10,7 @@
     sweep = Sweep(load_sweep("experiments/rates.py:grid"), "sweeps/rates")
     sweep.plan()                 what it will cost; nothing is started
     sweep.run(parallel=4)        as processes, side by side
-    sweep_status("sweeps/rates") from the folder alone, also while it runs
-
-    FOLDER/sweep.json            the runs: id, labels, steps, tokens; in the order of the function
-    FOLDER/running.json          the process that works in the folder, and the runs under way
-    FOLDER/runs/ID/              a run folder (see runs/names.py), with job.json, log.txt and, after a failure, failure.json
+    sweep_status("sweeps/rates") from the folder alone, also while it runs (sweep_folder.py)
 
 What is finished is never run again, whatever else the sweep has gained since; what was interrupted goes on from its last
 checkpoint.
@@ -27,31 +23,34 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import os
-import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
-from factorization_memory._files import read_json_or_none, write_atomic
+from factorization_memory._files import write_atomic
 from factorization_memory.config import ConfigError, RunConfig, to_dict
 from factorization_memory.data.shards import PackedCorpus
 from factorization_memory.experiments.comparison import threads, visible_gpus
 from factorization_memory.experiments.cost import run_cost
-from factorization_memory.experiments.processes import Failure, Job, Watcher, run_jobs
+from factorization_memory.experiments.processes import Job, Watcher, run_jobs
 from factorization_memory.experiments.session import with_absolute_paths
+from factorization_memory.experiments.sweep_folder import (
+    SCHEMA_VERSION,
+    SWEEP_NAME,
+    PlannedRun,
+    RunningNote,
+    RunStatus,
+    sweep_status,
+    write_sweep_record,
+)
 from factorization_memory.experiments.worker import command
 from factorization_memory.runs import RunLock
-from factorization_memory.runs.names import METRICS_NAME
-from factorization_memory.runs.training_record import TrainLine
 from factorization_memory.training.guard import GracefulStop
 
-SWEEP_NAME, RUNNING_NAME = "sweep.json", "running.json"
-SCHEMA_VERSION = 1
 ID_LENGTH = 16
 """Hexadecimal digits of a run's id."""
 BYTES_PER_PARAMETER = 12
@@ -74,17 +73,6 @@ class SweepRun:
         return ", ".join(f"{name}={value}" for name, value in self.labels.items()) or self.config.name
 
 
-class PlannedRun(TypedDict):
-    """An entry of sweep.json."""
-
-    id: str
-    title: str
-    labels: dict[str, str | int | float]
-    steps: int
-    tokens: int
-    evaluation: dict[str, Any] | None
-
-
 class SweepPlan(TypedDict):
     """What a sweep costs before it starts: totals over the runs that are not done."""
 
@@ -95,22 +83,6 @@ class SweepPlan(TypedDict):
     seconds: float | None
     """One run at a time, by the last `fmem bench training` of this machine; None without one."""
     disk_bytes: int
-
-
-class RunStatus(TypedDict):
-    """Where a run of a sweep stands."""
-
-    id: str
-    title: str
-    state: str
-    """"done", "running", "failed", "diverged", "interrupted" or "waiting"."""
-    step: int
-    steps: int
-    loss: float | None
-    bits_per_byte: float | None
-    tokens_per_second: float | None
-    message: str | None
-    """Why it failed."""
 
 
 def load_sweep(spec: str) -> list[SweepRun]:
@@ -192,7 +164,7 @@ class Sweep:
                 raise ConfigError(f"{name}={value}: use {least} or more")
         with RunLock(self.folder):
             write_atomic(self.folder / SWEEP_NAME, json.dumps(self._description(), ensure_ascii=False, indent=1))
-            with GracefulStop() as stop, show() as shown, _Running(self.folder, shown) as watcher:
+            with GracefulStop() as stop, show() as shown, RunningNote(self.folder, shown) as watcher:
                 for _ in range(1 + retries):
                     jobs = [job for job in self._jobs() if not job.done]
                     if not jobs or stop.requested:
@@ -207,6 +179,7 @@ class Sweep:
                         watcher=watcher,
                     )
                 stopped = stop.requested
+            write_sweep_record(self.folder)
         return sweep_status(self.folder), stopped
 
     def _jobs(self) -> list[Job]:
@@ -235,115 +208,6 @@ class Sweep:
             for run_id, run in self.runs.items()
         ]
         return {"schema_version": SCHEMA_VERSION, "runs": planned}
-
-
-def sweep_status(folder: Path | str) -> list[RunStatus]:
-    """Where the runs of a sweep stand, from its folder alone. Raises ConfigError if the folder has no sweep."""
-    record = read_json_or_none(Path(folder) / SWEEP_NAME)
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(f"folder={folder}: has no sweep; start one with `fmem sweep run`")
-    running = _running_in(Path(folder))
-    return [_status(Path(folder) / "runs" / run["id"], run, run["id"] in running) for run in record["runs"]]
-
-
-def seconds_left(runs: Sequence[RunStatus], planned_tokens: Mapping[str, int]) -> float | None:
-    """Time until all runs are done, at the pace of those that are running; None while that is unknown.
-
-    Args:
-        runs: from `sweep_status`.
-        planned_tokens: tokens of each run, by id.
-    """
-    pace = sum(run["tokens_per_second"] or 0.0 for run in runs if run["state"] == "running")
-    if not pace:
-        return None
-    open_states = ("running", "interrupted", "waiting", "failed")
-    left = sum(planned_tokens[run["id"]] * (1 - run["step"] / run["steps"]) for run in runs if run["state"] in open_states)
-    return left / pace
-
-
-def planned_tokens(folder: Path | str) -> dict[str, int]:
-    """Tokens of each run of a sweep, by id."""
-    record = read_json_or_none(Path(folder) / SWEEP_NAME) or {"runs": []}
-    return {planned["id"]: planned["tokens"] for planned in record["runs"]}
-
-
-def _status(folder: Path, planned: PlannedRun, running: bool) -> RunStatus:
-    # Its configuration is not needed to see where it stands.
-    job = Job(planned["title"], "seed", planned["id"], folder, RunConfig(), planned["evaluation"])
-    line, result, failure = job.latest(), job.result(), job.failure()
-    if running:
-        state = "running"
-    elif job.diverged:
-        state = "diverged"
-    elif job.done:
-        state = "done"
-    elif failure is not None:
-        state = "failed"
-    else:
-        state = "interrupted" if (folder / METRICS_NAME).exists() else "waiting"
-    held_out = None if result is None else result.get("evaluation")
-    return {
-        "id": planned["id"],
-        "title": planned["title"],
-        "state": state,
-        "step": planned["steps"] if state == "done" else 0 if line is None else line["step"],
-        "steps": planned["steps"],
-        "loss": None if line is None else line["loss"],
-        "bits_per_byte": None if held_out is None else held_out["bits_per_byte"],
-        "tokens_per_second": None if line is None else line["tokens_per_second"],
-        "message": failure["message"] if failure is not None and state in ("failed", "diverged") else None,
-    }
-
-
-class _Running(Watcher):
-    """Keeps running.json while a sweep runs, and passes everything on."""
-
-    def __init__(self, folder: Path, watcher: Watcher) -> None:
-        self._path, self._watcher = folder / RUNNING_NAME, watcher
-        self._runs: list[str] = []
-
-    def __enter__(self) -> Self:
-        self._write()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def on_start(self, job: Job) -> None:
-        self._runs.append(job.label)
-        self._write()
-        self._watcher.on_start(job)
-
-    def on_progress(self, job: Job, metrics: TrainLine) -> None:
-        self._watcher.on_progress(job, metrics)
-
-    def on_end(self, job: Job, failure: Failure | None) -> None:
-        if job.label in self._runs:
-            self._runs.remove(job.label)
-            self._write()
-        self._watcher.on_end(job, failure)
-
-    def on_tick(self) -> None:
-        self._watcher.on_tick()
-
-    def _write(self) -> None:
-        process = {"pid": os.getpid(), "host": platform.node(), "runs": self._runs}
-        write_atomic(self._path, json.dumps(process))
-
-
-def _running_in(folder: Path) -> list[str]:
-    """The ids of the runs under way; none if the process that noted them is gone."""
-    noted = read_json_or_none(folder / RUNNING_NAME)
-    if not isinstance(noted, dict):
-        return []
-    if noted["host"] == platform.node():
-        try:
-            os.kill(noted["pid"], 0)
-        except ProcessLookupError:
-            return []
-        except PermissionError:
-            pass  # another user's process
-    return list(noted["runs"])
 
 
 def _id(run: SweepRun, corpus: str) -> str:
