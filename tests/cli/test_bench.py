@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from factorization_memory.benchmarks import inference, op, step, step_contenders, timing, training
+from factorization_memory.benchmarks.inference_models import RecurrentModel
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.cli import dispatch
 from factorization_memory.cli.common import wide_console
@@ -167,10 +168,10 @@ def test_inference_that_reads_nothing_says_so(capsys: pytest.CaptureFixture[str]
 def test_a_size_of_ours_that_fails_is_told_and_fails_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def failing(self: inference.Ours, batch: int, steps: int) -> None:
+    def failing(self: RecurrentModel, batch: int, steps: int) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(inference.Ours, "begin", failing)
+    monkeypatch.setattr(RecurrentModel, "begin", failing)
     assert dispatch(INFERENCE.split()) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["records"][0]["error"] == "RuntimeError: no room"
