@@ -1,5 +1,5 @@
 """Reading prompts and writing tokens with whole models of random weights: time to the first token, and latency of each further
-one, over the tokens read, the sequences at once and the memory states that a token selects.
+one, over the tokens read, the sequences at once and the memory states that a token selects; on a GPU also the peak memory.
 
 A step maps one token of each sequence to the likeliest next one, which the next step reads; the host waits for it, as any
 program that displays text must. It is measured as `eager`, with kernels launched one by one from Python, and on a GPU also as

@@ -125,8 +125,9 @@ class InferenceBenchmark:
     top_k: tuple[int, ...] = ()
     """States each token selects, one model for each number; 0 is the dense form; by default --model.top-k."""
     peers: tuple[InferencePeer, ...] = ()
-    """Peers to compare with, of the same vocabulary, width and number of parameters: transformer, mamba2 and gated-deltanet are
-    this package's layers, llama is that of transformers if it is installed; transformer and llama keep a key-value cache."""
+    """Peers to compare with, of the same vocabulary and width and as many parameters: transformer, mamba2 and gated-deltanet,
+    made of this package's layers, and llama, that of transformers if it is installed. transformer and llama keep a key-value
+    cache."""
     transformer_heads: int = 0
     """Number of the Transformer's attention heads; 0 means heads of width 64, or one if 64 does not divide hidden_size."""
     mamba2_head_size: int = 64
@@ -139,7 +140,7 @@ class InferenceBenchmark:
     llama_heads: int = 4
     """Number of Llama's attention heads."""
     precision: Precision = "auto"
-    """Precision of weights and arithmetic: auto means bfloat16 on a GPU, float32 on a CPU. Our memories are always float32."""
+    """Precision of weights and arithmetic: auto means bfloat16 on a GPU, float32 on a CPU. Memories are always float32."""
     prefill_chunk: int = 0
     """Tokens read in one forward pass, over all sequences; 0 means 16384 on a GPU, 1024 on a CPU."""
     prefill_seconds: float = 2.0
