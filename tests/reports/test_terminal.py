@@ -14,7 +14,7 @@ from factorization_memory.presets import PRESETS
 from factorization_memory.reports.terminal.cost import show_cost
 from factorization_memory.reports.terminal.evaluation import show_evaluation
 from factorization_memory.reports.terminal.harness import show_tasks
-from factorization_memory.reports.terminal.inference_benchmark import show_model
+from factorization_memory.reports.terminal.inference_benchmark import show_inference_end, show_model
 from factorization_memory.reports.terminal.recall_demo import learning_table
 from factorization_memory.reports.terminal.tables import number, table
 
@@ -85,3 +85,18 @@ def test_peak_memory_of_inference_stands_where_it_was_measured() -> None:
     assert ["2", "1,024", "1.00", "7.00", "eager", *figures] in lines
     assert ["2", "4,096", "1.00", "9.00", "eager", *figures] in lines
     assert ["graph", *figures] in lines
+
+
+def test_latency_that_grows_with_the_text_is_not_called_flat() -> None:
+    spread = [
+        {"contender": name, "batch": 1, "mode": "graph", "slowest_over_fastest": ratio}
+        for name, ratio in (("ours", 1.02), ("transformer", 9.0))
+    ]
+    machine = {"device": "cpu", "name": "CPU", "threads": 1, "torch": "2", "python": "3", "packages": {}}
+    rates = {"copy_bytes_per_second": 1e9, "matmul_flops_per_second": 1e12, "matmul": "none"}
+    result = {"machine": machine, "dtype": "float32", "rates": rates, "spread": spread, "missing": {}}
+    lines = [" ".join(line) for line in shown(show_inference_end, result)]
+    assert lines[1:] == [
+        "ours, B=1, graph: slowest over fastest context 1.02x, flat within 2 %",
+        "transformer, B=1, graph: slowest over fastest context 9.00x",
+    ]

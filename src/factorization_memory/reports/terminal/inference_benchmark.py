@@ -63,9 +63,10 @@ def show_inference_end(result: dict[str, Any], people: Console) -> None:
     show_machine(result, people)
     for spread in result["spread"]:
         ratio = spread["slowest_over_fastest"]
+        flat = f", flat within {100 * (ratio - 1):,.0f} %" if ratio < 2 else ""
         people.print(
             f"{spread['contender']}, B={spread['batch']}, {spread['mode']}: slowest over fastest context "
-            f"{number(ratio, 'x')}, flat within {100 * (ratio - 1):,.0f} %",
+            f"{number(ratio, 'x')}{flat}",
             soft_wrap=True,
         )
     for name, why in result["missing"].items():
