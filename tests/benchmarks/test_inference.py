@@ -12,7 +12,9 @@ from torch import Tensor
 
 from factorization_memory.benchmarks import inference, timing
 from factorization_memory.benchmarks.floor import Rates
-from factorization_memory.benchmarks.inference import InferenceBenchmark, Ours
+from factorization_memory.benchmarks.inference_models import RecurrentModel
+from factorization_memory.benchmarks.matched_peers import MATCHED_PEERS
+from factorization_memory.benchmarks.settings import InferenceBenchmark
 from factorization_memory.config import ConfigError, ModelConfig
 from factorization_memory.models.counting import count
 
@@ -58,20 +60,6 @@ def test_every_size_is_measured() -> None:
     assert result["spread"][0]["slowest_over_fastest"] == pytest.approx(max(medians) / min(medians))
 
 
-def test_what_a_step_cannot_but_move() -> None:
-    weights, width = count(MODEL).parameters, MODEL.value_size
-    tail = 4 * MODEL.num_layers * 2 * width
-    memory = 4 * MODEL.num_layers * MODEL.num_states * width
-    for top_k, touched in ((None, memory), (2, memory // 4)):
-        ours = Ours(InferenceBenchmark(MODEL), top_k, CPU)
-        ours.begin(3, 1)
-        assert ours.step_bytes() == 4 * weights + 2 * 3 * (touched + tail)
-    untied = ModelConfig(vocab_size=50, hidden_size=32, num_layers=2, num_states=8, tie_word_embeddings=False)
-    ours = Ours(InferenceBenchmark(untied, precision="bfloat16"), None, CPU)
-    ours.begin(3, 1)
-    assert ours.step_bytes() == 2 * (count(untied).parameters - 47 * 32) + 2 * 3 * memory
-
-
 @pytest.mark.parametrize("limit", [0.0, 1e-9])
 def test_what_would_take_too_long_to_read_is_not_read(limit: float) -> None:
     benchmark = InferenceBenchmark(MODEL, contexts=(8, 1 << 40), batches=(2,), prefill_seconds=limit, **SMALL)
@@ -81,27 +69,6 @@ def test_what_would_take_too_long_to_read_is_not_read(limit: float) -> None:
         assert record["decode"]["eager"]["tokens"] == 4
 
 
-def test_steps_go_on_from_what_was_read_in_every_round() -> None:
-    benchmark = InferenceBenchmark(MODEL, precision="float32")
-    ours = Ours(benchmark, None, CPU)
-    ours.begin(2, 1)
-    tokens = torch.randint(0, 50, (2, 9))
-    ours.read(tokens[:1])  # fewer sequences, as a warm-up reads
-    expected, state = ours.model(tokens)
-    torch.testing.assert_close(ours.read(tokens), expected[:, -1], rtol=1e-4, atol=1e-5)
-    resume = ours.keep()
-    next_tokens = torch.tensor([3, 4])
-    after, _ = ours.model.step(next_tokens, state.clone())
-    for _ in range(2):
-        resume()
-        torch.testing.assert_close(ours.modes()["eager"](next_tokens), after, rtol=1e-4, atol=1e-5)
-    ours.invent(9)
-    resume = ours.keep()
-    before = ours._room().state.clone()
-    resume()
-    assert not torch.equal(ours._room().state.layers[0].memory, before.layers[0].memory)
-
-
 def test_steps_are_fewer_where_they_take_long() -> None:
     benchmark = InferenceBenchmark(MODEL, contexts=(8,), batches=(1,), decode_seconds=0, **SMALL)
     (record,) = inference.run(benchmark, CPU)["records"]
@@ -109,20 +76,20 @@ def test_steps_are_fewer_where_they_take_long() -> None:
 
 
 def test_a_size_that_fails_is_told_and_the_others_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, begin = Ours.read, Ours.begin
+    read, begin = RecurrentModel.read, RecurrentModel.begin
 
-    def failing(self: Ours, tokens: Tensor) -> Tensor:
+    def failing(self: RecurrentModel, tokens: Tensor) -> Tensor:
         if tokens.shape[1] == 20:
             raise RuntimeError("too long")
         return read(self, tokens)
 
-    def crowded(self: Ours, batch: int, steps: int) -> None:
+    def crowded(self: RecurrentModel, batch: int, steps: int) -> None:
         if batch == 2:
             raise RuntimeError("too many")
         begin(self, batch, steps)
 
-    monkeypatch.setattr(Ours, "read", failing)
-    monkeypatch.setattr(Ours, "begin", crowded)
+    monkeypatch.setattr(RecurrentModel, "read", failing)
+    monkeypatch.setattr(RecurrentModel, "begin", crowded)
     result = inference.run(InferenceBenchmark(MODEL, contexts=(8, 20, 24), batches=(1, 2), **SMALL), CPU)
     errors = [record["error"] for record in result["records"]]
     assert errors == [None, "RuntimeError: too long", None, *["RuntimeError: too many"] * 3]
@@ -136,6 +103,32 @@ def test_a_peer_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch
     result = inference.run(benchmark, CPU)
     assert "pip install transformers" in result["missing"]["llama"]
     assert len(result["records"]) == 1
+
+
+def test_peers_of_this_package_stand_beside_ours() -> None:
+    model = ModelConfig(vocab_size=50, hidden_size=64, num_layers=2, num_states=8)
+    sizes = SMALL | {"mamba2_head_size": 8, "mamba2_state_size": 16, "repeats": 1}
+    benchmark = InferenceBenchmark(model, contexts=(8, 40), batches=(2,), peers=MATCHED_PEERS, **sizes)
+    result = inference.run(benchmark, CPU)
+    assert json.loads(json.dumps(result)) == result
+    records = result["records"]
+    assert [r["contender"] for r in records[::2]] == ["ours", *MATCHED_PEERS]
+    for number, record in enumerate(records):
+        assert record["error"] is None
+        assert record["state"] == "read"
+        assert record["peer"] == (record["contender"] != "ours")
+        assert record["parameters"] == pytest.approx(records[0]["parameters"], rel=0.01)
+        assert record["peak_bytes"] is None
+        assert record["decode"]["eager"]["tokens"] == 4
+        first = records[number - number % 2]
+        assert (record["state_bytes"] > first["state_bytes"]) == (record["contender"] == "transformer" and number % 2 == 1)
+
+
+def test_a_peer_that_cannot_be_as_large_is_told_before_anything_is_measured() -> None:
+    shown: list[str] = []
+    with pytest.raises(ConfigError, match="peers='mamba2'"):
+        inference.run(InferenceBenchmark(MODEL, peers=("mamba2",), **SMALL), CPU, shown.append)
+    assert shown == []
 
 
 @pytest.mark.filterwarnings("ignore")  # those of another package's imports
@@ -172,6 +165,22 @@ def test_llama(tied: bool) -> None:
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_peers_are_replayed_and_peaks_are_of_one_context() -> None:
+    torch.use_deterministic_algorithms(False)
+    model = ModelConfig(vocab_size=50, hidden_size=64, num_layers=2, num_states=8)
+    sizes = {"mamba2_head_size": 8, "mamba2_state_size": 16}
+    benchmark = InferenceBenchmark(model, contexts=(40, 5000), batches=(2,), peers=MATCHED_PEERS, **sizes, **SMALL)
+    for record in inference.run(benchmark, torch.device("cuda"))["records"]:
+        assert record["error"] is None
+        assert set(record["decode"]) == {"eager", "graph"}
+        peak, least = record["peak_bytes"], record["weight_bytes"] + record["state_bytes"]
+        assert peak is not None
+        assert peak["prefill"] is not None
+        assert min(peak["prefill"], peak["decode"]) >= least
+        assert peak["decode"] < least + (64 << 20)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_steps_are_also_replayed() -> None:
     torch.use_deterministic_algorithms(False)
     benchmark = InferenceBenchmark(MODEL, contexts=(40,), batches=(1, 4), top_k=(0, 2), **SMALL)
@@ -190,7 +199,23 @@ def test_on_a_gpu_steps_are_also_replayed() -> None:
         ({"batches": (0,)}, r"batches=\(0,\)"),
         ({"top_k": (9,)}, r"top_k=\(9,\).*num_states=8"),
         ({"top_k": (-1,)}, r"top_k=\(-1,\)"),
-        ({"peers": ("gpt",)}, "gpt"),
+        ({"peers": ("gpt",)}, r"peers=\('gpt',\): use some of transformer, mamba2, gated-deltanet, llama"),
+        (
+            {"peers": ("transformer",), "transformer_heads": 3},
+            "transformer_heads=3: must divide model.hidden_size=32 into heads",
+        ),
+        ({"transformer_heads": -1}, "transformer_heads=-1: use 0"),
+        ({"peers": ("mamba2",), "mamba2_head_size": 48}, "mamba2_head_size=48: must divide 64, twice model.hidden_size=32"),
+        ({"mamba2_state_size": 0}, "mamba2_state_size=0: use 1 or more"),
+        (
+            {"peers": ("gated-deltanet",), "gated_deltanet_head_size": 16},
+            "gated_deltanet_head_size=16: must divide 24, 3/4 of model.hidden_size=32; use 0",
+        ),
+        (
+            {"peers": ("gated-deltanet",), "model": ModelConfig(vocab_size=9, hidden_size=30)},
+            "gated_deltanet_head_size=0: must divide 22.5, .* multiple of 4",
+        ),
+        ({"model": ModelConfig(vocab_size=9, mixers=("attention",))}, "model.mixers=.* use transformer as a peer"),
         ({"peers": ("llama",), "llama_heads": 3}, "llama_heads=3"),
         ({"precision": "int4"}, "precision='int4'"),
         ({"prefill_chunk": -1}, "prefill_chunk=-1"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from factorization_memory.benchmarks import inference, op, step, step_contenders, timing, training
+from factorization_memory.benchmarks.inference_models import RecurrentModel
 from factorization_memory.benchmarks.interruption import Interruption
 from factorization_memory.cli import dispatch
 from factorization_memory.cli.common import wide_console
@@ -154,7 +155,7 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["command"] == f"fmem {INFERENCE} --plot {path}"
     assert result["model"]["hidden_size"] == 16
     assert len(result["records"]) == 8
-    for heading in ("ours dense", "ours K=2", "first token ms", "p99 ms", "to floor", "flat within"):
+    for heading in ("ours dense", "ours K=2", "first token ms", "p99 ms", "to floor", "slowest over fastest"):
         assert heading in shown.err
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -167,10 +168,10 @@ def test_inference_that_reads_nothing_says_so(capsys: pytest.CaptureFixture[str]
 def test_a_size_of_ours_that_fails_is_told_and_fails_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def failing(self: inference.Ours, batch: int, steps: int) -> None:
+    def failing(self: RecurrentModel, batch: int, steps: int) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(inference.Ours, "begin", failing)
+    monkeypatch.setattr(RecurrentModel, "begin", failing)
     assert dispatch(INFERENCE.split()) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["records"][0]["error"] == "RuntimeError: no room"

@@ -14,6 +14,7 @@ from factorization_memory.presets import PRESETS
 from factorization_memory.reports.terminal.cost import show_cost
 from factorization_memory.reports.terminal.evaluation import show_evaluation
 from factorization_memory.reports.terminal.harness import show_tasks
+from factorization_memory.reports.terminal.inference_benchmark import show_inference_end, show_model
 from factorization_memory.reports.terminal.recall_demo import learning_table
 from factorization_memory.reports.terminal.tables import number, table
 
@@ -67,3 +68,35 @@ def test_learning_shows_ever_fewer_reports_and_the_last() -> None:
     lines = printed(learning_table({"a": 1, "b": 0}, [(10 * i, {"a": i / 10, "b": 0.0}) for i in range(1, 8)]))
     assert [line[1] for line in lines if line and line[0] == "│"] == ["10", "20", "40", "70"]
     assert any("██████████████······" in line for line in lines)
+
+
+def test_peak_memory_of_inference_stands_where_it_was_measured() -> None:
+    step = {"seconds": {"median": 0.001, "p99": 0.002}, "tokens_per_second": 2000.0, "ratio_to_floor": 3.0}
+    record = {
+        "contender": "mamba2", "parameters": 2_000_000, "weight_bytes": 4_000_000, "batch": 2, "context": 1024, "error": None,
+        "state": "random", "state_bytes": 1_000_000, "prefill": None,
+        "decode": {"eager": step, "graph": step},
+    }  # fmt: skip
+    figures = ["1.00", "2.00", "2,000", "3.00x"]
+    without = shown(show_model, [record])  # as older records are
+    assert ["2", "1,024", "1.00", "eager", *figures] in without
+    measured = record | {"peak_bytes": {"prefill": None, "decode": 7_000_000}}
+    lines = shown(show_model, [measured, record | {"context": 4096, "peak_bytes": {"prefill": 9_000_000, "decode": 7_000_000}}])
+    assert ["2", "1,024", "1.00", "7.00", "eager", *figures] in lines
+    assert ["2", "4,096", "1.00", "9.00", "eager", *figures] in lines
+    assert ["graph", *figures] in lines
+
+
+def test_latency_that_grows_with_the_text_is_not_called_flat() -> None:
+    spread = [
+        {"contender": name, "batch": 1, "mode": "graph", "slowest_over_fastest": ratio}
+        for name, ratio in (("ours", 1.02), ("transformer", 9.0))
+    ]
+    machine = {"device": "cpu", "name": "CPU", "threads": 1, "torch": "2", "python": "3", "packages": {}}
+    rates = {"copy_bytes_per_second": 1e9, "matmul_flops_per_second": 1e12, "matmul": "none"}
+    result = {"machine": machine, "dtype": "float32", "rates": rates, "spread": spread, "missing": {}}
+    lines = [" ".join(line) for line in shown(show_inference_end, result)]
+    assert lines[1:] == [
+        "ours, B=1, graph: slowest over fastest context 1.02x, flat within 2 %",
+        "transformer, B=1, graph: slowest over fastest context 9.00x",
+    ]

@@ -21,8 +21,9 @@ class Contender(Protocol):
     top_k: int | None
     parameters: int
     weight_bytes: int
-    growth: float
-    """Exponent: the time to read a prompt grows with this power of its length."""
+
+    def reading_work(self, context: int) -> float:
+        """Work of reading `context` tokens, in any unit: the time to read grows with it."""
 
     def begin(self, batch: int, steps: int) -> None:
         """Prepare for `batch` sequences with at most `steps` steps after each prompt; not timed."""

@@ -51,7 +51,6 @@ class Llama:
 
     name = "llama"
     top_k: int | None = None
-    growth = 2.0
 
     def __init__(self, benchmark: InferenceBenchmark, device: torch.device) -> None:
         size = training.TrainingBenchmark(
@@ -67,6 +66,10 @@ class Llama:
         self.weight_bytes = tensor_bytes(*model.parameters())
         self.device = device
         self.cache: Cache | None = None
+
+    def reading_work(self, context: int) -> float:
+        """As attention's: all pairs of tokens."""
+        return float(context) ** 2
 
     def begin(self, batch: int, steps: int) -> None:
         """Remembers how much to allocate."""

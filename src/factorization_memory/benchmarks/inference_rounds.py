@@ -7,35 +7,21 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from factorization_memory.benchmarks.device_memory import DeviceMemory
 from factorization_memory.benchmarks.inference_contender import Contender, Step
+from factorization_memory.benchmarks.inference_record import DecodeFigures, PrefillFigures, TokenSeconds
 from factorization_memory.benchmarks.settings import InferenceBenchmark
-from factorization_memory.benchmarks.timing import Spread, summary, synchronise
+from factorization_memory.benchmarks.timing import summary, synchronise
 from factorization_memory.generation import default_chunk
 
 WARM_UP = 2
 """Untimed steps before each timed series."""
-
-
-class TokenSeconds(Spread):
-    """Seconds of a token, with those that 99 of 100 do not exceed."""
-
-    p99: float
-
-
-class DecodeFigures(TypedDict):
-    """One mode of decoding."""
-
-    tokens: int
-    """Timed, of each sequence."""
-    seconds: TokenSeconds
-    tokens_per_second: float
-    """Of all sequences."""
-    ratio_to_floor: float
+MOST_MODES = 2
+"""Modes of a step at most."""
 
 
 class Reading:
@@ -46,7 +32,7 @@ class Reading:
         self.known: tuple[int, float] | None = None
         """A number of tokens of a sequence, and the seconds that all sequences took to read as many."""
 
-    def prefill(self, batch: int, context: int) -> dict[str, Any] | None:
+    def prefill(self, batch: int, context: int) -> PrefillFigures | None:
         """Reads `context` tokens of each of `batch` sequences; its figures, or None if that would take too long."""
         limit = self.benchmark.prefill_seconds
         if limit == 0:
@@ -54,7 +40,7 @@ class Reading:
         if self.known is None:
             self.known = self._try(batch, context)
         length, seconds = self.known
-        expected = seconds * (context / length) ** self.contender.growth
+        expected = seconds * self.contender.reading_work(context) / self.contender.reading_work(length)
         if expected > limit:
             return None
         tokens = self._tokens(batch, context)
@@ -88,11 +74,18 @@ class Reading:
 
 
 class Writing:
-    """Times steps in rounds, each starting from the contender's state at construction."""
+    """Times steps in rounds, each starting from the contender's state at construction.
 
-    def __init__(self, contender: Contender, benchmark: InferenceBenchmark, batch: int, device: torch.device) -> None:
-        self.resume, self.modes = contender.keep(), contender.modes()
+    `peak_bytes` are those of a few steps, without the copy of the state that only the rounds need.
+    """
+
+    def __init__(self, contender: Contender, benchmark: InferenceBenchmark, batch: int, memory: DeviceMemory) -> None:
+        device = memory.device
         self.device, self.batch = device, batch
+        self.modes = contender.modes()
+        with memory.set_aside():
+            self.resume = contender.keep()
+        memory.start()
         self.tokens = torch.randint(0, benchmark.model.vocab_size, (batch,), device=device)
         self.seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.each: dict[str, int] = {}
@@ -100,6 +93,7 @@ class Writing:
             tried = _series(step, self.tokens, WARM_UP + 1, device)[-1]
             most = min(benchmark.decode_tokens, int(benchmark.decode_seconds / max(tried, 1e-9)))
             self.each[mode] = max(1, -(-most // benchmark.repeats))
+        self.peak_bytes = memory.peak_bytes()
 
     def round(self) -> None:
         """Goes back to the beginning and times each mode's share of the steps."""
@@ -123,8 +117,8 @@ class Writing:
 
 
 def most_steps(benchmark: InferenceBenchmark) -> int:
-    """The most steps of one mode that follow a reading."""
-    return benchmark.decode_tokens + (WARM_UP + 1) * (benchmark.repeats + 1)
+    """The most steps that follow a reading before the state of then is restored."""
+    return MOST_MODES * (WARM_UP + -(-benchmark.decode_tokens // benchmark.repeats))
 
 
 def _series(step: Step, tokens: Tensor, count: int, device: torch.device) -> list[float]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from factorization_memory.config import ConfigError, ModelConfig
 
 TrainingPeer = Literal["llama", "mamba2"]
-InferencePeer = Literal["llama"]
+InferencePeer = Literal["transformer", "mamba2", "gated-deltanet", "llama"]
 Precision = Literal["auto", "float32", "bfloat16"]
 StepDtype = Literal["auto", "float32", "bfloat16", "float16"]
+KEY_SIZES = (128, 64, 32, *range(127, 0, -1))
+"""Widths of Gated DeltaNet's key heads to choose from, in this order: its kernels pad what is no power of two."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,22 @@ class InferenceBenchmark:
     top_k: tuple[int, ...] = ()
     """States each token selects, one model for each number; 0 is the dense form; by default --model.top-k."""
     peers: tuple[InferencePeer, ...] = ()
-    """Peers to compare with, if transformers is installed: its Llama with as many parameters and a key-value cache."""
+    """Peers to compare with, of the same vocabulary and width and as many parameters: transformer, mamba2 and gated-deltanet,
+    made of this package's layers, and llama, that of transformers if it is installed. transformer and llama keep a key-value
+    cache."""
+    transformer_heads: int = 0
+    """Number of the Transformer's attention heads; 0 means heads of width 64, or one if 64 does not divide hidden_size."""
+    mamba2_head_size: int = 64
+    """Width of Mamba-2's heads, which together are twice as wide as the model."""
+    mamba2_state_size: int = 128
+    """Mamba-2's states per channel."""
+    gated_deltanet_head_size: int = 0
+    """Width of Gated DeltaNet's key heads, which together are 3/4 as wide as the model; value heads are twice as wide. 0 means
+    the first of 128, 64 and 32 that divides this, or else the widest below 128."""
     llama_heads: int = 4
     """Number of Llama's attention heads."""
     precision: Precision = "auto"
-    """Precision of weights and arithmetic: auto means bfloat16 on a GPU, float32 on a CPU. Our memories are always float32."""
+    """Precision of weights and arithmetic: auto means bfloat16 on a GPU, float32 on a CPU. Memories are always float32."""
     prefill_chunk: int = 0
     """Tokens read in one forward pass, over all sequences; 0 means 16384 on a GPU, 1024 on a CPU."""
     prefill_seconds: float = 2.0
@@ -158,21 +172,48 @@ class InferenceBenchmark:
             "peers",
             f"use some of {', '.join(get_args(InferencePeer))}",
         )
-        for name in ("llama_heads", "decode_tokens", "repeats"):
+        for name in ("llama_heads", "mamba2_head_size", "mamba2_state_size", "decode_tokens", "repeats"):
             require(getattr(self, name) >= 1, name, "use 1 or more")
-        if "llama" in self.peers:
-            size = self.model.hidden_size
-            require(size % (2 * self.llama_heads) == 0, "llama_heads", f"must divide {size} into heads of even width")
+        for name in ("transformer_heads", "gated_deltanet_head_size"):
+            require(getattr(self, name) >= 0, name, "use 0 (automatic) or more")
+        self._check_heads(require)
         require(self.precision in get_args(Precision), "precision", f"use one of {', '.join(get_args(Precision))}")
         require(self.prefill_chunk >= 0, "prefill_chunk", "use 1 or more tokens, or 0 (automatic)")
         for name in ("prefill_seconds", "decode_seconds"):
             require(0 <= getattr(self, name) < math.inf, name, "use a number of seconds, 0 or more")
         if "attention" in self.model.layer_mixers:
             raise ConfigError(
-                f"model.mixers={self.model.mixers}: takes only layers with constant state; for attention use the peer llama"
+                f"model.mixers={self.model.mixers}: takes only layers with constant state; use transformer as a peer"
             )
         if self.model.vocab_size < 1:
             raise ConfigError(f"model.vocab_size={self.model.vocab_size}: use 1 or more token ids")
+
+    def _check_heads(self, require: Callable[[bool, str, str], None]) -> None:
+        """That the heads of each requested peer fit the model's width."""
+        size = self.model.hidden_size
+        for peer, name in (("transformer", "transformer_heads"), ("llama", "llama_heads")):
+            if peer in self.peers:
+                fits = size % (2 * (getattr(self, name) or 1)) == 0
+                require(fits, name, f"must divide model.hidden_size={size} into heads of even width")
+        if "mamba2" in self.peers:
+            require(
+                2 * size % self.mamba2_head_size == 0,
+                "mamba2_head_size",
+                f"must divide {2 * size}, twice model.hidden_size={size}",
+            )
+        if "gated-deltanet" in self.peers:
+            require(
+                self.gated_deltanet_key_size > 0,
+                "gated_deltanet_head_size",
+                f"must divide {0.75 * size:g}, 3/4 of model.hidden_size={size}; use "
+                + ("0 (automatic)" if size % 4 == 0 else "a hidden_size that is a multiple of 4"),
+            )
+
+    @property
+    def gated_deltanet_key_size(self) -> int:
+        """`gated_deltanet_head_size` with the automatic choice resolved; 0 if it does not divide 3/4 of the model's width."""
+        sizes = (self.gated_deltanet_head_size,) if self.gated_deltanet_head_size else KEY_SIZES
+        return next((size for size in sizes if 3 * self.model.hidden_size % (4 * size) == 0), 0)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Training(Machine, TrainingBenchmark):
 @dataclass(frozen=True)
 class Inference(Machine, InferenceBenchmark):
     """Time to the first token, latency of further ones and tokens per second of whole models of random weights, over the tokens
-    read, the sequences at once and the states that a token selects, beside the floor."""
+    read, the sequences at once and the states that a token selects, beside the floor and peers of equal parameters."""
 
     plot: Path | None = None
     """Plot latency over context and tokens per second over batch size to this .png or .svg file."""

@@ -16,14 +16,14 @@ from typing import Any
 
 from factorization_memory.config import ConfigError, RunConfig, to_dict
 from factorization_memory.experiments.contenders import Contender
-from factorization_memory.experiments.matching import (
+from factorization_memory.experiments.processes import Job
+from factorization_memory.models.matching import (
     Match,
     fitting_target,
     match_parameters,
     non_embedding_parameters,
     reach,
 )
-from factorization_memory.experiments.processes import Job
 from factorization_memory.runs.comparison_record import Candidate, CandidateLoss, Search
 from factorization_memory.runs.training_record import RunResult
 

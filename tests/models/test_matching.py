@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 
 from factorization_memory.config import AttentionConfig, ConfigError, GatedDeltaNetConfig, Mamba2Config, ModelConfig
-from factorization_memory.experiments.matching import (
+from factorization_memory.models import LanguageModel
+from factorization_memory.models.matching import (
     TOLERANCE,
     fitting_target,
     match_parameters,
     non_embedding_parameters,
     reach,
 )
-from factorization_memory.models import LanguageModel
 
 MEMORY = ModelConfig(vocab_size=50, hidden_size=128, num_layers=2, num_states=32)
 ATTENTION = ModelConfig(
@@ -91,7 +91,7 @@ def test_refuses_what_cannot_be_matched() -> None:
     own = non_embedding_parameters(MEMORY)
     for target, nearest in ((5 * own, 1408), (round(0.4 * own), 88)):
         message = (
-            rf"model\.intermediate_size, up to a factor of 4 from 352, .* model\.intermediate_size={nearest}; .* --match-to"
+            rf"model\.intermediate_size, up to a factor of 4 from 352, .* model\.intermediate_size={nearest}; .* nearer target"
         )
         with pytest.raises(ConfigError, match=message):
             match_parameters(MEMORY, target)

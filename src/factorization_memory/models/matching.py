@@ -139,7 +139,7 @@ def _by_feed_forward(model: ModelConfig, target: int, tolerance: float) -> Model
         raise ConfigError(
             f"model.intermediate_size, up to a factor of {FEED_FORWARD_FARTHEST:g} from {model.feed_forward_size}, cannot "
             f"bring the model to {target:,} parameters outside the embedding; the nearest ({difference_at(nearest):+.2%}) is "
-            f"model.intermediate_size={nearest}; choose another hidden_size or depth, or --match-to this contender"
+            f"model.intermediate_size={nearest}; choose another hidden_size or depth, or a nearer target"
         )
     remedy = (
         f"the mixers alone have {round(narrow - 32 * of_one):,}; use fewer layers or a smaller hidden_size, or a larger target"
@@ -179,7 +179,7 @@ def _by_depth_and_width(model: ModelConfig, target: int, tolerance: float) -> Mo
     raise ConfigError(
         f"model.num_layers and the mixers' expand, up to a factor of {FARTHEST:g}, cannot bring the model to {target:,} "
         f"parameters outside the embedding; the nearest ({difference:+.2%}) is {_described(_varied(model, nearest))}; choose "
-        "another hidden_size, or --match-to this contender"
+        "another hidden_size, or a nearer target"
     )
 
 
